@@ -1,0 +1,1 @@
+"""What makes files: graphs, bundles, engines. Imported as `lrt_deploy.exporters`."""

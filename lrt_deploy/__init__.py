@@ -1,0 +1,1 @@
+"""lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment."""

@@ -1,0 +1,182 @@
+"""The model's configuration: every fact about an LRT that its weights do not state by themselves.
+
+Knows the field names of the authors' `model_config`, their defaults in old files, and the paper's other variants.
+Does not read files and does not know tensors; see `checkpoint` and `model`.
+
+Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots,
+K rows that get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+# float32's machine epsilon, in every dtype: what torch's rms_norm takes when given none (shared by all norms here).
+RMS_NORM_EPS = 1.1920928955078125e-07
+ROPE_BASE = 10000.0
+LOGIT_SOFTCAP = 15.0
+# The authors round rotary tables to bfloat16 and build them for 10 x sequence_len positions; both are part of the model.
+ROPE_POSITIONS_PER_SEQUENCE_LEN = 10
+VOCAB_PADDING = 64
+
+MemoryProjections = Literal["layerwise", "shared"]
+
+
+@dataclass(frozen=True)
+class LRTConfig:
+    """An LRT, or with `memory=False` the plain nanochat model it is compared with.
+
+    The first block holds the authors' names. The second describes the memory path: `memory_projections` is
+    `layerwise` in the released code and `shared` in the paper's default; `memory_source_layer` is the block whose
+    normed output is carried to the next token (None: the last, as released); `memory_kv` and `memory_residual`
+    switch the two ways in which the latent enters a layer (the paper's ablations).
+    """
+
+    sequence_len: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    window_pattern: str = "L"
+    use_value_embeds: bool = True
+    ve_every_layer: bool = False
+    use_x0_residual: bool = True
+    use_resid_lambdas: bool = True
+    ve_gate_channels: int = 0
+
+    memory: bool = True
+    memory_projections: MemoryProjections = "layerwise"
+    memory_source_layer: int | None = None
+    memory_kv: bool = True
+    memory_residual: bool = True
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
+        _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
+        _require(self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})")
+        pattern = self.window_pattern
+        _require(bool(pattern) and set(pattern) <= set("SL"), "window_pattern", pattern, "letters S and L, at least one")
+        _require(0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd")
+        _require(
+            self.memory_projections in ("layerwise", "shared"),
+            "memory_projections",
+            self.memory_projections,
+            "'layerwise' or 'shared'",
+        )
+        if self.memory_source_layer is not None:
+            expected = f"0 to {self.n_layer - 1}, the index of a block"
+            _require(0 <= self.memory_source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected)
+        if self.memory:
+            _require(self.memory_kv or self.memory_residual, "memory", True, "memory_kv or memory_residual to be on as well")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head, D."""
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of all key (or value) heads together, G * D."""
+        return self.n_kv_head * self.head_dim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding tables: the vocabulary rounded up to a multiple of 64."""
+        return -(-self.vocab_size // VOCAB_PADDING) * VOCAB_PADDING
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the authors' rotary tables cover; no capacity may exceed it."""
+        return ROPE_POSITIONS_PER_SEQUENCE_LEN * self.sequence_len
+
+    @property
+    def gate_channels(self) -> int:
+        """Leading channels that the gates read (`ve_gate_channels`, where 0 means all)."""
+        return self.ve_gate_channels or self.n_embd
+
+    @property
+    def source_layer(self) -> int:
+        """The block whose normed output is the latent."""
+        return self.n_layer - 1 if self.memory_source_layer is None else self.memory_source_layer
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Per layer w: position t sees keys t-w to t, w+1 of them. The last layer is always long."""
+        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer)]
+        pattern[-1] = "L"
+        return tuple(self.sequence_len if letter == "L" else self.sequence_len // 2 for letter in pattern)
+
+    @property
+    def value_embed_layers(self) -> tuple[int, ...]:
+        """Layers that mix in a value embedding: all in an LRT, every other one in a plain model."""
+        if not self.use_value_embeds:
+            return ()
+        if self.memory or self.ve_every_layer:
+            return tuple(range(self.n_layer))
+        return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)
+
+    @property
+    def memory_projection_count(self) -> int:
+        """How many pairs of K/V memory projections there are: one a layer, one in all, or none."""
+        if not (self.memory and self.memory_kv):
+            return 0
+        return 1 if self.memory_projections == "shared" else self.n_layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, as JSON types."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LRTConfig:
+        """Read what `to_dict` wrote; an unknown or missing field is an error."""
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(fields) - set(known)):
+            raise ConfigError(f"model config has the unknown field(s) {', '.join(unknown)}; known are {', '.join(known)}")
+        required = [name for name, f in known.items() if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in fields]:
+            raise ConfigError(f"model config lacks {', '.join(missing)}")
+        return cls(**fields)
+
+    @classmethod
+    def from_authors(cls, model_config: Mapping[str, Any]) -> LRTConfig:
+        """Read the authors' `model_config`; training-only fields are ignored, old files may lack the newer ones.
+
+        `use_interleaved` or `use_multi_refine` says that the memory path exists. `ve_gate_channels` must be settled by
+        the caller from the gate weight's shape, because its default changed between releases.
+        """
+        own = {"memory", "memory_projections", "memory_source_layer", "memory_kv", "memory_residual"}
+        names = {f.name for f in dataclasses.fields(cls)} - own
+        fields = {name: value for name, value in model_config.items() if name in names}
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
+        if missing := [name for name in required if name not in fields]:
+            raise ConfigError(f"model_config lacks {', '.join(missing)}; the authors' training code always writes them")
+        if isinstance(fields.get("window_pattern"), str):
+            fields["window_pattern"] = fields["window_pattern"].upper()
+        memory = bool(model_config.get("use_interleaved") or model_config.get("use_multi_refine"))
+        return cls(**fields, memory=memory)
+
+
+def _require(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"model config: {name} is {found!r}, expected {expected}")
+
+
+def _check_types(config: LRTConfig) -> None:
+    """JSON from strangers: refuse 6.0, "6" or true where a whole number is meant."""
+    kinds = {"int": int, "bool": bool, "str": str, "MemoryProjections": str, "int | None": int}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value is None and field.type == "int | None":
+            continue
+        kind = kinds[str(field.type)]
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ConfigError(f"model config: {field.name} is {value!r}, expected {kind.__name__}")

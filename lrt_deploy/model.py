@@ -1,0 +1,264 @@
+"""The reference LRT in PyTorch: explicit inputs, explicit outputs, no hidden state.
+
+One definition serves three readers: the parity reference runs it eagerly, the exporters trace it (with `CacheOps`
+whose methods become ONNX ops), and training code may differentiate it. It holds weights in the order in which the
+graphs multiply, `x @ W` with W of shape (in, out), and fuses what is read together: q, k and v of a layer; the K and V
+memory projections of all layers (they share their input m); the value-embedding tables of all layers (a token reads
+one row). `weights` maps these to the names of the authors' checkpoints.
+
+Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`.
+It does not load files, choose tokens, or iterate: see `checkpoint`, `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import LOGIT_SOFTCAP, RMS_NORM_EPS, ROPE_BASE, LRTConfig
+
+
+class CacheOps(Protocol):
+    """The two operations that a traced graph spells differently from eager PyTorch."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        """Turn x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T)."""
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
+
+
+class TorchCacheOps:
+    """The eager spelling, differentiable, and free of side effects on its inputs."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        """y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos over half-split pairs."""
+        c, s = cos[position_ids].unsqueeze(1).to(x.dtype), sin[position_ids].unsqueeze(1).to(x.dtype)  # (B, 1, T, D/2)
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], dim=-1)
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """Scatter into a copy of the cache."""
+        offsets = torch.arange(update.shape[2], device=update.device)
+        slots = (write_index[:, None] + offsets)[:, None, :, None].expand_as(update)  # (B, G, T, D)
+        return past.scatter(2, slots, update)
+
+
+class Block(nn.Module):
+    """The weights of one layer; `LRT` does the arithmetic."""
+
+    def __init__(self, config: LRTConfig, gates: int) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.qkv = _weight(width, width + 2 * config.kv_dim)
+        self.gate = _weight(config.gate_channels, gates * config.n_kv_head) if gates else None
+        self.attention_out = _weight(width, width)
+        self.mlp_in = _weight(width, 4 * width)
+        self.mlp_out = _weight(4 * width, width)
+
+
+class Step(NamedTuple):
+    """What a forward pass returns beside logits."""
+
+    hidden: Tensor  # (B, T, C) normed output of the last block; logits are made from it
+    latent: Tensor  # (B, T, C) m for the position after each; the same tensor as hidden unless the source is earlier
+    keys: list[Tensor]  # L of (B, G, S, D)
+    values: list[Tensor]  # L of (B, G, S, D)
+
+
+class LRT(nn.Module):
+    """A Latent Recurrent Transformer, or the plain model when `config.memory` is off.
+
+    `max_positions` is the length of the rotary tables (default: the authors' limit). Weights start uninitialized.
+    """
+
+    def __init__(self, config: LRTConfig, max_positions: int | None = None, ops: CacheOps | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops: CacheOps = ops or TorchCacheOps()
+        padded, width = config.padded_vocab_size, config.n_embd
+        self.wte = _weight(padded, width)
+        self.lm_head = _weight(width, padded)
+        embedded = set(config.value_embed_layers)
+        if config.memory:
+            gates = [3] * config.n_layer  # local, feedback, value embedding
+        else:
+            gates = [int(i in embedded) for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, gates[i]) for i in range(config.n_layer))
+        self.value_embeds = _weight(padded, len(embedded) * config.kv_dim) if embedded else None
+        pairs = config.memory_projection_count
+        self.memory_kv = _weight(width, pairs * 2 * config.kv_dim) if pairs else None
+        self.resid_lambdas = _weight(config.n_layer) if config.use_resid_lambdas else None
+        self.x0_lambdas = _weight(config.n_layer) if config.use_x0_residual else None
+        self.memory_lambdas = _weight(config.n_layer) if config.memory and config.memory_residual else None
+        cos, sin = rotary_tables(config, config.max_positions if max_positions is None else max_positions)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        past_latent: Tensor,
+        past_keys: Sequence[Tensor],
+        past_values: Sequence[Tensor],
+        write_index: Tensor,
+    ) -> Step:
+        """Run T positions on top of a cache of S slots.
+
+        input_ids, position_ids (B, T) int64; past_latent (B, T, C), row t being m for position t (ignored by a plain
+        model); past_keys, past_values: L of (B, G, S, D); write_index (B) int64, the slot of the first new token.
+        """
+        slots = torch.arange(past_keys[0].shape[2], device=input_ids.device)  # (S)
+        keys, values = list(past_keys), list(past_values)
+
+        def write(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys[layer] = self.ops.write(keys[layer], k, write_index)
+            values[layer] = self.ops.write(values[layer], v, write_index)
+            return keys[layer], values[layer]
+
+        hidden, latent = self._run(input_ids, position_ids, past_latent, slots, write)
+        return Step(hidden, latent, keys, values)
+
+    def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over whole sequences from position 0 without a cache: (B, T), (B, T, C) -> hidden, latent (B, T, C)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden, latent = self._run(
+            input_ids, positions.expand_as(input_ids), past_latent, positions, lambda layer, k, v: (k, v)
+        )
+        return hidden, latent
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) float32, softly capped to +-15; rows of the padded vocabulary are cut off."""
+        raw = (hidden @ self.lm_head).float()
+        return LOGIT_SOFTCAP * torch.tanh(raw[..., : self.config.vocab_size] / LOGIT_SOFTCAP)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, past_latent: Tensor, slots: Tensor, write: _Write) -> _Pair:
+        config = self.config
+        x = x0 = norm(F.embedding(input_ids, self.wte).to(self.lm_head.dtype))  # (B, T, C)
+        masks = {w: visible(position_ids, slots, w) for w in sorted(set(config.windows))}  # (B, 1, T, S)
+        memory_k, memory_v = self._memory(past_latent)
+        embeds = self._value_embeds(input_ids)
+        latent = x
+        for i, window in enumerate(config.windows):
+            x = self._mix(i, x, x0, past_latent)
+            pair = (memory_k[i], memory_v[i]) if memory_k else None
+            x = x + self._attend(i, norm(x), pair, embeds.get(i), position_ids, masks[window], write)
+            x = x + self._mlp(i, norm(x))
+            if i == config.source_layer:
+                latent = norm(x)
+        hidden = latent if config.source_layer == config.n_layer - 1 else norm(x)
+        return hidden, latent
+
+    def _mix(self, i: int, x: Tensor, x0: Tensor, m: Tensor) -> Tensor:
+        """resid * x + x0_lambda * x0 + memory_lambda * m, each term where it exists."""
+        if self.resid_lambdas is not None:
+            x = self.resid_lambdas[i] * x
+        if self.x0_lambdas is not None:
+            x = x + self.x0_lambdas[i] * x0
+        if self.memory_lambdas is not None:
+            x = x + self.memory_lambdas[i] * m
+        return x
+
+    def _memory(self, m: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """All layers' K and V memory projections of m (B, T, C) as one product; lists of L (B, T, G, D), or empty."""
+        if self.memory_kv is None:
+            return [], []
+        config = self.config
+        heads = (config.n_kv_head, config.head_dim)
+        shaped = [p.unflatten(-1, heads) for p in (m @ self.memory_kv).split(config.kv_dim, dim=-1)]
+        copies = config.n_layer // config.memory_projection_count
+        return shaped[0::2] * copies, shaped[1::2] * copies
+
+    def _value_embeds(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """One gather for all layers: layer -> (B, T, G, D)."""
+        if self.value_embeds is None:
+            return {}
+        config = self.config
+        rows = F.embedding(input_ids, self.value_embeds).to(self.lm_head.dtype)  # (B, T, layers * G * D)
+        parts = rows.split(config.kv_dim, dim=-1)
+        heads = (config.n_kv_head, config.head_dim)
+        return {i: p.unflatten(-1, heads) for i, p in zip(config.value_embed_layers, parts, strict=True)}
+
+    def _attend(
+        self,
+        i: int,
+        a: Tensor,
+        memory: tuple[Tensor, Tensor] | None,
+        embed: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor,
+        write: _Write,
+    ) -> Tensor:
+        config, block = self.config, self._block(i)
+        q, k, v = (a @ block.qkv).split([config.n_embd, config.kv_dim, config.kv_dim], dim=-1)
+        q = q.unflatten(-1, (config.n_head, config.head_dim))  # (B, T, H, D)
+        k = k.unflatten(-1, (config.n_kv_head, config.head_dim))  # (B, T, G, D)
+        v = v.unflatten(-1, (config.n_kv_head, config.head_dim))  # (B, T, G, D)
+        k, v = self._gated(block, a, k, v, memory, embed)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
+        q = norm(self.ops.rotary(q, self.cos, self.sin, position_ids))
+        k = norm(self.ops.rotary(k, self.cos, self.sin, position_ids))
+        k, v = write(i, k, v)  # (B, G, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=config.n_kv_head != config.n_head)
+        return y.transpose(1, 2).flatten(2) @ block.attention_out  # (B, T, C)
+
+    def _gated(
+        self, block: Block, a: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, embed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mix memory and value embedding into k and v, one gate in (0, 2) per kv head and source."""
+        if block.gate is None:
+            return k, v
+        gate = 2 * torch.sigmoid(a[..., : self.config.gate_channels] @ block.gate).unsqueeze(-1)  # (B, T, 3G or G, 1)
+        if not self.config.memory:
+            return k, v if embed is None else v + gate * embed
+        local, feedback, embedded = gate.chunk(3, dim=-2)  # each (B, T, G, 1)
+        k, v = local * k, local * v
+        if memory is not None:
+            k, v = k + feedback * memory[0], v + feedback * memory[1]
+        if embed is not None:
+            v = v + embedded * embed
+        return k, v
+
+    def _mlp(self, i: int, a: Tensor) -> Tensor:
+        block = self._block(i)
+        return F.relu(a @ block.mlp_in).square() @ block.mlp_out
+
+    def _block(self, i: int) -> Block:
+        block = self.blocks[i]
+        assert isinstance(block, Block)  # noqa: S101 - tells the type checker what __init__ put there
+        return block
+
+
+_Pair = tuple[Tensor, Tensor]
+
+
+class _Write(Protocol):
+    def __call__(self, layer: int, k: Tensor, v: Tensor, /) -> _Pair:
+        """Store new keys and values (B, G, T, D) of a layer; return what attention reads, (B, G, S, D)."""
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_NORM_EPS)
+
+
+def visible(position_ids: Tensor, slots: Tensor, window: int) -> Tensor:
+    """Boolean mask (B, 1, T, S): slot s is seen from position t when t - window <= s <= t."""
+    t = position_ids[:, None, :, None]  # (B, 1, T, 1)
+    return (slots <= t) & (slots >= t - window)
+
+
+def rotary_tables(config: LRTConfig, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (positions, D/2) float32, carrying the bfloat16 rounding of the authors' tables."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROPE_BASE**exponents)
+    return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))

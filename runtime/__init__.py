@@ -1,0 +1,1 @@
+"""What runs bundles, without torch. Imported as `lrt_deploy.runtime`."""
