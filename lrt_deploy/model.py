@@ -169,10 +169,10 @@ class LRT(nn.Module):
         if self.memory_kv is None:
             return [], []
         config = self.config
-        heads = (config.n_kv_head, config.head_dim)
-        shaped = [p.unflatten(-1, heads) for p in (m @ self.memory_kv).split(config.kv_dim, dim=-1)]
+        heads = (m @ self.memory_kv).unflatten(-1, (-1, config.head_dim))  # (B, T, pairs * 2 * G, D)
+        shaped = heads.split(config.n_kv_head, dim=-2)
         copies = config.n_layer // config.memory_projection_count
-        return shaped[0::2] * copies, shaped[1::2] * copies
+        return list(shaped[0::2]) * copies, list(shaped[1::2]) * copies
 
     def _value_embeds(self, input_ids: Tensor) -> dict[int, Tensor]:
         """One gather for all layers: layer -> (B, T, G, D)."""
@@ -180,9 +180,8 @@ class LRT(nn.Module):
             return {}
         config = self.config
         rows = F.embedding(input_ids, self.value_embeds).to(self.lm_head.dtype)  # (B, T, layers * G * D)
-        parts = rows.split(config.kv_dim, dim=-1)
-        heads = (config.n_kv_head, config.head_dim)
-        return {i: p.unflatten(-1, heads) for i, p in zip(config.value_embed_layers, parts, strict=True)}
+        parts = rows.unflatten(-1, (-1, config.head_dim)).split(config.n_kv_head, dim=-2)
+        return dict(zip(config.value_embed_layers, parts, strict=True))
 
     def _attend(
         self,
@@ -195,10 +194,8 @@ class LRT(nn.Module):
         write: _Write,
     ) -> Tensor:
         config, block = self.config, self._block(i)
-        q, k, v = (a @ block.qkv).split([config.n_embd, config.kv_dim, config.kv_dim], dim=-1)
-        q = q.unflatten(-1, (config.n_head, config.head_dim))  # (B, T, H, D)
-        k = k.unflatten(-1, (config.n_kv_head, config.head_dim))  # (B, T, G, D)
-        v = v.unflatten(-1, (config.n_kv_head, config.head_dim))  # (B, T, G, D)
+        heads = (a @ block.qkv).unflatten(-1, (-1, config.head_dim))  # (B, T, H + 2G, D)
+        q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=-2)
         k, v = self._gated(block, a, k, v, memory, embed)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
         q = norm(self.ops.rotary(q, self.cos, self.sin, position_ids))

@@ -1,0 +1,120 @@
+"""Derive the other graphs from the traced one: the windowed flavour, and the decode step (T = 1).
+
+Deriving instead of tracing again makes all of them the same computation on the same weights by construction.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lrt_deploy import contract
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.contract import Flavour
+from lrt_deploy.errors import ExportError
+
+from .passes import constant
+
+
+def clone(model: ir.Model) -> ir.Model:
+    """A deep copy; cheap once the weights are external."""
+    return ir.serde.deserialize_model(ir.serde.serialize_model(model))
+
+
+def decode_step(model: ir.Model) -> ir.Model:
+    """The same graph for exactly one new token: `tokens` becomes 1 everywhere."""
+    model = clone(model)
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([1 if _is(dim, "tokens") else dim for dim in value.shape])
+    return model
+
+
+def windowed(model: ir.Model, config: LRTConfig) -> ir.Model:
+    """Slice K, V and mask of every attention to the live window, whose bounds become inputs.
+
+    Attention in ORT's CPU provider costs what its key length costs; TensorScatter still writes the whole cache in place.
+    """
+    model = clone(model)
+    graph = model.graph
+    end = _bound(graph, contract.WINDOW_END)
+    windows = {w: _Window(graph, w, end) for w in contract.distinct_windows(config)}
+    graph.inputs[4:4] = [*(window.start for window in windows.values()), end]
+    layers = {contract.present_key(i): i for i in range(config.n_layer)}
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
+        if layer is None:
+            raise ExportError(f"windowed flavour: the keys of {node.name} are not a cache output of the contract")
+        window = windows[config.windows[layer]]
+        for position in (1, 2):
+            node.replace_input_with(position, window.slice(node, position))
+        node.replace_input_with(3, window.mask)
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    return model
+
+
+def describe(model: ir.Model, config: LRTConfig, flavour: Flavour) -> None:
+    """Let a graph found alone explain itself: contract, state and model configuration in its metadata."""
+    model.producer_name, model.producer_version = "lrt-deploy", None
+    model.graph.name = f"lrt_{flavour}"
+    model.metadata_props["lrt_deploy.contract"] = json.dumps(contract.describe(config, flavour))
+    model.metadata_props["lrt_deploy.model"] = json.dumps(config.to_dict())
+
+
+class _Window:
+    """The live window of all layers with one window size: its start input, its mask, and slices of the caches."""
+
+    def __init__(self, graph: ir.Graph, size: int, end: ir.Value) -> None:
+        self.size, self.end = size, end
+        self.start = _bound(graph, contract.window_start(size))
+        self.axis = constant(graph, "cache_slot_axis", np.array([2], np.int64))
+        self.mask = self._mask(graph)
+
+    def _mask(self, graph: ir.Graph) -> ir.Value:
+        """(B, 1, T, live): slot s is seen from position t when t - size <= s <= t. Mirrors `model.visible`."""
+        one = constant(graph, "slot_step", np.array(1, np.int64))
+        size = constant(graph, f"window_{self.size}", np.array(self.size, np.int64))
+        axes = constant(graph, "query_axes", np.array([1, 3], np.int64))
+        position_ids = graph.inputs[1]
+        bounds = [self._node("Squeeze", [bound], f"{label}_scalar") for bound, label in ((self.start, "start"), (self.end, "end"))]
+        slots = self._node("Range", [*bounds, one], "slots")
+        query = self._node("Unsqueeze", [position_ids, axes], "query")
+        oldest = self._node("Sub", [query, size], "oldest")
+        past = self._node("LessOrEqual", [slots, query], "past")
+        near = self._node("GreaterOrEqual", [slots, oldest], "near")
+        mask = self._node("And", [past, near], "mask")
+        graph.extend(n for n in self._made)
+        return mask
+
+    def slice(self, attention: ir.Node, position: int) -> ir.Value:
+        """The live part of the cache that is this input of the attention node."""
+        cache = attention.inputs[position]
+        node = ir.node("Slice", [cache, self.start, self.end, self.axis])
+        assert cache is not None and attention.graph is not None  # noqa: S101 - a node of a graph, checked by the caller
+        _name(node, f"{cache.name}_live")
+        node.outputs[0].dtype = cache.dtype
+        attention.graph.insert_before(attention, node)
+        return node.outputs[0]
+
+    def _node(self, op: str, inputs: list[ir.Value], label: str) -> ir.Value:
+        node = ir.node(op, inputs)
+        _name(node, f"window_{self.size}_{label}")
+        self._made = [*getattr(self, "_made", []), node]
+        return node.outputs[0]
+
+
+def _bound(graph: ir.Graph, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+
+
+def _name(node: ir.Node, name: str) -> None:
+    node.name = node.outputs[0].name = name
+
+
+def _is(dim: int | ir.SymbolicDim, name: str) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value == name

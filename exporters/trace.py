@@ -1,0 +1,142 @@
+"""Trace the reference model into one ONNX graph with explicit state: prefill, free in B, T, S and K.
+
+Thin on purpose: the arithmetic is `model.LRT`; here only the two cache operations get their ONNX spelling, inputs and
+outputs get the names of `contract`, and the head runs for the chosen positions alone. The result is the `full` flavour
+straight from torch; `passes` cleans it, `flavours` derives the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.contract import OPSET, graph_inputs, graph_outputs
+from lrt_deploy.errors import ExportError
+from lrt_deploy.model import LRT
+
+# Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
+_BATCH, _TOKENS, _CAPACITY, _ROWS = 2, 3, 16, 5
+_PREFIX = "model."  # what ExplicitState puts before every parameter name
+
+
+class OnnxCacheOps:
+    """The cache operations as the opset-24 ops that ORT and TensorRT run in place."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        """ONNX turns pairs the other way round than the authors do: y1 = x1 cos - x2 sin. Hence the negated sine."""
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, position_ids)
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """TensorScatter: the cache is a graph input and its output may share the input's buffer."""
+        inputs, attributes = [past, update, write_index], {"axis": -2, "mode": "linear"}
+        scattered = torch.onnx.ops.symbolic(
+            "TensorScatter", inputs, attributes, dtype=past.dtype, shape=past.shape, version=OPSET
+        )
+        return scattered if isinstance(scattered, Tensor) else scattered[0]
+
+
+class ExplicitState(nn.Module):
+    """`LRT.forward` with the head on chosen positions, its arguments in the order of the contract."""
+
+    def __init__(self, model: LRT) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_index: Tensor,
+        last_index: Tensor,
+        state: tuple[Tensor, ...],
+    ) -> tuple[Tensor, ...]:
+        """Return logits (B, K, V) and the present state, in the order of `contract.graph_outputs`."""
+        layers, memory = self.model.config.n_layer, self.model.config.memory
+        latent = state[0] if memory else None
+        keys, values = state[-2 * layers : -layers], state[-layers:]
+        step = self.model(input_ids, position_ids, latent, keys, values, write_index)
+        index = last_index.unsqueeze(-1).expand(-1, -1, step.hidden.shape[-1])  # (B, K, C)
+        logits = self.model.logits(step.hidden.gather(1, index))  # (B, K, V)
+        return (logits, *([step.latent] if memory else []), *step.keys, *step.values)
+
+
+def trace(model: LRT) -> ir.Model:
+    """Trace `model`, whose weights become initializers of the same names; its cache ops are replaced meanwhile.
+
+    Raises ExportError with the tracer's own message.
+    """
+    config = model.config
+    inputs, outputs = graph_inputs(config, "full"), graph_outputs(config)
+    with _onnx_ops(model), _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                ExplicitState(model).eval(),
+                _example(config),
+                dynamo=True,
+                opset_version=OPSET,
+                dynamic_shapes=_dynamic_shapes(config),
+                input_names=[spec.name for spec in inputs],
+                output_names=[spec.name for spec in outputs],
+                verbose=False,
+            )
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ExportError(f"tracing the model failed in torch {torch.__version__}: {error}") from error
+    if program is None:
+        raise ExportError(f"torch {torch.__version__} returned no program from torch.onnx.export")
+    for value in [v for name, v in program.model.graph.initializers.items() if name.startswith(_PREFIX)]:
+        value.name = value.name.removeprefix(_PREFIX)
+    return program.model
+
+
+@contextlib.contextmanager
+def _onnx_ops(model: LRT) -> Iterator[None]:
+    """Trace with ONNX's cache ops and rotation sense, and leave the model as it was."""
+    ops, model.ops = model.ops, OnnxCacheOps()
+    model.sin.neg_()
+    try:
+        yield
+    finally:
+        model.ops = ops
+        model.sin = -model.sin  # a new tensor: the traced graph keeps the negated one
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's advice (on ops it does not know, on its own deprecations) is for its authors, not for our users."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _example(config: LRTConfig) -> tuple[Any, ...]:
+    cache = torch.zeros(_BATCH, config.n_kv_head, _CAPACITY, config.head_dim)
+    state = [cache.clone() for _ in range(2 * config.n_layer)]
+    if config.memory:
+        state.insert(0, torch.zeros(_BATCH, _TOKENS, config.n_embd))
+    tokens = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
+    rows = torch.zeros(_BATCH, _ROWS, dtype=torch.int64)
+    return tokens, tokens.clone(), torch.zeros(_BATCH, dtype=torch.int64), rows, tuple(state)
+
+
+def _dynamic_shapes(config: LRTConfig) -> tuple[Any, ...]:
+    """One torch Dim per symbolic name of the contract, so that every cache shares `capacity`."""
+    dims = {name: torch.export.Dim(name) for name in ("batch", "tokens", "capacity", "rows")}
+    specs = [
+        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
+        for spec in graph_inputs(config, "full")
+    ]
+    return (*specs[:4], tuple(specs[4:]))
