@@ -81,7 +81,10 @@ class _Window:
         size = constant(graph, f"window_{self.size}", np.array(self.size, np.int64))
         axes = constant(graph, "query_axes", np.array([1, 3], np.int64))
         position_ids = graph.inputs[1]
-        bounds = [self._node("Squeeze", [bound], f"{label}_scalar") for bound, label in ((self.start, "start"), (self.end, "end"))]
+        bounds = [
+            self._node("Squeeze", [bound], f"{label}_scalar")
+            for bound, label in ((self.start, "start"), (self.end, "end"))
+        ]
         slots = self._node("Range", [*bounds, one], "slots")
         query = self._node("Unsqueeze", [position_ids, axes], "query")
         oldest = self._node("Sub", [query, size], "oldest")
@@ -95,7 +98,7 @@ class _Window:
         """The live part of the cache that is this input of the attention node."""
         cache = attention.inputs[position]
         node = ir.node("Slice", [cache, self.start, self.end, self.axis])
-        assert cache is not None and attention.graph is not None  # noqa: S101 - a node of a graph, checked by the caller
+        assert cache is not None and attention.graph is not None
         _name(node, f"{cache.name}_live")
         node.outputs[0].dtype = cache.dtype
         attention.graph.insert_before(attention, node)

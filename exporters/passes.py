@@ -51,7 +51,9 @@ def freeze_reshapes(graph: ir.Graph) -> None:
             continue
         source, result = node.inputs[0], node.outputs[0]
         if source is None or source.shape is None or result.shape is None or source.shape[:2] != result.shape[:2]:
-            raise ExportError(f"graph clean-up: {node.name} reshapes more than the trailing axes; expected (B, T) to stay")
+            raise ExportError(
+                f"graph clean-up: {node.name} reshapes more than the trailing axes; expected (B, T) to stay"
+            )
         shape = [0, 0, *(static_dim(result, axis) for axis in range(2, len(result.shape)))]
         name = "shape_" + "_".join(map(str, shape))
         node.replace_input_with(1, constant(graph, name, np.array(shape, np.int64)))
@@ -95,5 +97,7 @@ def static_dim(value: ir.Value | None, axis: int) -> int:
     """The size of an axis that must be known."""
     size = value.shape[axis] if value is not None and value.shape is not None else None
     if not isinstance(size, int):
-        raise ExportError(f"graph clean-up: axis {axis} of {value.name if value else 'a value'} is {size}, expected a size")
+        raise ExportError(
+            f"graph clean-up: axis {axis} of {value.name if value else 'a value'} is {size}, expected a size"
+        )
     return size

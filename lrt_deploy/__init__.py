@@ -1,1 +1,87 @@
-"""lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment."""
+"""lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment.
+
+The public surface is `export_bundle`, `open_decoder` and the errors. Importing this package is cheap: torch, onnx and
+onnxruntime are imported when a function needs them, torch only by exports and parity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import (
+    BackendError,
+    BundleError,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    ExportError,
+    InputError,
+    LRTDeployError,
+    ParityError,
+    StateError,
+)
+
+if TYPE_CHECKING:
+    from .manifest import Manifest
+    from .runtime.decoder import Decoder
+
+__all__ = [
+    "BackendError",
+    "BundleError",
+    "CheckpointError",
+    "ConfigError",
+    "EngineError",
+    "ExportError",
+    "InputError",
+    "LRTDeployError",
+    "ParityError",
+    "StateError",
+    "export_bundle",
+    "open_decoder",
+]
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    bundle: str | Path,
+    *,
+    precision: str | Sequence[str] = "fp32",
+    max_seq_len: int | None = None,
+    max_batch_size: int = 8,
+    tokenizer: str | Path | None = None,
+    step: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Manifest:
+    """Export a checkpoint folder to a bundle folder and return the manifest.
+
+    `max_seq_len` defaults to the model's `sequence_len` and may be up to 10 times that. `tokenizer` is a folder with
+    `tokenizer.pkl` or `tokenizer.json` (default: beside the checkpoint). `step` picks one of several saved steps (default:
+    the last). `force` replaces an existing bundle. `progress` is called with (what, done, total), in bytes or 0, 0.
+    Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
+    """
+    from .exporters.bundle import ExportOptions
+    from .exporters.bundle import export_bundle as export
+
+    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
+    folder = None if tokenizer is None else Path(tokenizer)
+    return export(
+        checkpoint, bundle, ExportOptions(precisions, max_seq_len, max_batch_size, folder, step, force), progress
+    )
+
+
+def open_decoder(
+    bundle: str | Path,
+    backend: str = "ort-cpu",
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    verify: bool = False,
+) -> Decoder:
+    """Open a bundle for decoding; see `lrt_deploy.runtime.decoder.open_decoder`."""
+    from .runtime.decoder import open_decoder as open_
+
+    return open_(bundle, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify)

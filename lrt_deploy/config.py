@@ -62,9 +62,13 @@ class LRTConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
         _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
-        _require(self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})")
+        _require(
+            self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})"
+        )
         pattern = self.window_pattern
-        _require(bool(pattern) and set(pattern) <= set("SL"), "window_pattern", pattern, "letters S and L, at least one")
+        _require(
+            bool(pattern) and set(pattern) <= set("SL"), "window_pattern", pattern, "letters S and L, at least one"
+        )
         _require(0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd")
         _require(
             self.memory_projections in ("layerwise", "shared"),
@@ -74,9 +78,13 @@ class LRTConfig:
         )
         if self.memory_source_layer is not None:
             expected = f"0 to {self.n_layer - 1}, the index of a block"
-            _require(0 <= self.memory_source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected)
+            _require(
+                0 <= self.memory_source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected
+            )
         if self.memory:
-            _require(self.memory_kv or self.memory_residual, "memory", True, "memory_kv or memory_residual to be on as well")
+            _require(
+                self.memory_kv or self.memory_residual, "memory", True, "memory_kv or memory_residual to be on as well"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -140,7 +148,9 @@ class LRTConfig:
         """Read what `to_dict` wrote; an unknown or missing field is an error."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - set(known)):
-            raise ConfigError(f"model config has the unknown field(s) {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ConfigError(
+                f"model config has the unknown field(s) {', '.join(unknown)}; known are {', '.join(known)}"
+            )
         required = [name for name, f in known.items() if f.default is dataclasses.MISSING]
         if missing := [name for name in required if name not in fields]:
             raise ConfigError(f"model config lacks {', '.join(missing)}")

@@ -111,25 +111,38 @@ def graph_inputs(config: LRTConfig, flavour: Flavour, dtype: str = "float32") ->
         TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids, 0 to vocab_size - 1"),
         TensorSpec("position_ids", "int64", ("batch", "tokens"), "position of each token in its sequence"),
         TensorSpec("write_index", "int64", ("batch",), "cache slot of the first token; the others follow it"),
-        TensorSpec("last_index", "int64", ("batch", "rows"), "which of the T tokens get logits; rows = 0 skips the head"),
+        TensorSpec(
+            "last_index", "int64", ("batch", "rows"), "which of the T tokens get logits; rows = 0 skips the head"
+        ),
     ]
     if flavour == "windowed":
         specs += [
             TensorSpec(window_start(w), "int64", (1,), f"first live slot: max(0, min over rows of position - {w})")
             for w in distinct_windows(config)
         ]
-        specs.append(TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot: max over rows of position + 1"))
+        specs.append(
+            TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot: max over rows of position + 1")
+        )
     return specs + [
-        TensorSpec(p.past, p.dtype, p.shape, "latent m for each token" if p.past == "past_latent" else "cache, updated in place")
+        TensorSpec(
+            p.past,
+            p.dtype,
+            p.shape,
+            "latent m for each token" if p.past == "past_latent" else "cache, updated in place",
+        )
         for p in state_pairs(config, dtype)
     ]
 
 
 def graph_outputs(config: LRTConfig, dtype: str = "float32") -> list[TensorSpec]:
     """Outputs in graph order."""
-    logits = TensorSpec("logits", "float32", ("batch", "rows", config.vocab_size), "softcapped logits of the chosen tokens")
+    logits = TensorSpec(
+        "logits", "float32", ("batch", "rows", config.vocab_size), "softcapped logits of the chosen tokens"
+    )
     return [logits] + [
-        TensorSpec(p.present, p.dtype, p.shape, "m for the position after each" if p.past == "past_latent" else "the cache")
+        TensorSpec(
+            p.present, p.dtype, p.shape, "m for the position after each" if p.past == "past_latent" else "the cache"
+        )
         for p in state_pairs(config, dtype)
     ]
 

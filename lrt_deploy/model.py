@@ -76,6 +76,9 @@ class LRT(nn.Module):
     `max_positions` is the length of the rotary tables (default: the authors' limit). Weights start uninitialized.
     """
 
+    cos: Tensor  # (positions, D/2)
+    sin: Tensor  # (positions, D/2)
+
     def __init__(self, config: LRTConfig, max_positions: int | None = None, ops: CacheOps | None = None) -> None:
         super().__init__()
         self.config = config
@@ -84,10 +87,8 @@ class LRT(nn.Module):
         self.wte = _weight(padded, width)
         self.lm_head = _weight(width, padded)
         embedded = set(config.value_embed_layers)
-        if config.memory:
-            gates = [3] * config.n_layer  # local, feedback, value embedding
-        else:
-            gates = [int(i in embedded) for i in range(config.n_layer)]
+        # Gates per kv head: local, feedback and value embedding in an LRT; the value embedding's alone in a plain model.
+        gates = [3 if config.memory else int(i in embedded) for i in range(config.n_layer)]
         self.blocks = nn.ModuleList(Block(config, gates[i]) for i in range(config.n_layer))
         self.value_embeds = _weight(padded, len(embedded) * config.kv_dim) if embedded else None
         pairs = config.memory_projection_count
@@ -124,8 +125,12 @@ class LRT(nn.Module):
         hidden, latent = self._run(input_ids, position_ids, past_latent, slots, write)
         return Step(hidden, latent, keys, values)
 
+    def limit_positions(self, positions: int) -> None:
+        """Shorten the rotary tables to what a bundle of this capacity needs."""
+        self.cos, self.sin = rotary_tables(self.config, positions)
+
     def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over whole sequences from position 0 without a cache: (B, T), (B, T, C) -> hidden, latent (B, T, C)."""
+        """One pass over whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden, latent, both (B, T, C)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden, latent = self._run(
             input_ids, positions.expand_as(input_ids), past_latent, positions, lambda layer, k, v: (k, v)
@@ -155,7 +160,7 @@ class LRT(nn.Module):
         return hidden, latent
 
     def _mix(self, i: int, x: Tensor, x0: Tensor, m: Tensor) -> Tensor:
-        """resid * x + x0_lambda * x0 + memory_lambda * m, each term where it exists."""
+        """Mix resid * x + x0_lambda * x0 + memory_lambda * m, each term where it exists."""
         if self.resid_lambdas is not None:
             x = self.resid_lambdas[i] * x
         if self.x0_lambdas is not None:
@@ -227,7 +232,7 @@ class LRT(nn.Module):
 
     def _block(self, i: int) -> Block:
         block = self.blocks[i]
-        assert isinstance(block, Block)  # noqa: S101 - tells the type checker what __init__ put there
+        assert isinstance(block, Block)
         return block
 
 

@@ -1,0 +1,210 @@
+"""Export a checkpoint as a bundle: trace, clean, write graphs, weights, tokenizer and manifest, then rename into place.
+
+A bundle is whole or absent: everything is made in a temporary folder beside the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lrt_deploy import contract, manifest
+from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import ExportError
+from lrt_deploy.manifest import Manifest
+from lrt_deploy.tokenizer import SourceTokenizer, load_source_tokenizer, write_tokenizer
+
+from . import flavours, passes, weights_file
+from .trace import trace
+
+# Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `export_bundle` takes beside the two folders; None means the default that DESIGN gives."""
+
+    precisions: tuple[str, ...] = ("fp32",)
+    max_seq_len: int | None = None
+    max_batch_size: int = 8
+    tokenizer: Path | None = None
+    step: int | None = None
+    force: bool = False
+
+
+def export_bundle(
+    checkpoint: str | Path,
+    bundle: str | Path,
+    options: ExportOptions,
+    progress: Progress = lambda what, done, total: None,
+) -> Manifest:
+    """Export `checkpoint` (see `checkpoint.open_checkpoint`) to the folder `bundle` and return its manifest.
+
+    Raises CheckpointError for what comes in and ExportError for what cannot go out; leaves no partial bundle.
+    """
+    target = Path(bundle)
+    refuse_existing(target, options.force)
+    opened = open_checkpoint(checkpoint, options.step)
+    capacity = check_limits(opened.config, options)
+    tokenizer = find_tokenizer(opened, options.tokenizer)
+    with _made_whole(target) as folder:
+        _write_graphs(opened, capacity, options.precisions, folder, progress)
+        if tokenizer is not None:
+            (folder / "tokenizer").mkdir()
+            write_tokenizer(folder / "tokenizer", tokenizer)
+        progress("hashing", 0, 0)
+        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer))
+
+
+def refuse_existing(target: Path, force: bool) -> None:
+    """An existing target is replaced only when asked, and only if it is a bundle or empty."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise ExportError(f"{target} exists; choose another folder, or pass --force (force=True) to replace it")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / manifest.MANIFEST).is_file()):
+        raise ExportError(f"{target} is not a bundle; --force replaces bundles and empty folders only")
+
+
+def check_limits(config: LRTConfig, options: ExportOptions) -> int:
+    """The capacity in tokens; refuses what the model or this version cannot do."""
+    capacity = config.sequence_len if options.max_seq_len is None else options.max_seq_len
+    if not 1 <= capacity <= config.max_positions:
+        raise ExportError(
+            f"max_seq_len is {capacity}; this model's rotary tables cover 1 to {config.max_positions} positions "
+            f"(10 x sequence_len, as the authors built them)"
+        )
+    if options.max_batch_size < 1:
+        raise ExportError(f"max_batch_size is {options.max_batch_size}, expected at least 1")
+    unknown = [p for p in options.precisions if p not in manifest.PRECISIONS]
+    if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
+        raise ExportError(
+            f"precision is {', '.join(options.precisions) or 'empty'}; this version exports {', '.join(manifest.PRECISIONS)}, each once"
+        )
+    return capacity
+
+
+def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokenizer | None:
+    """The tokenizer asked for, else the one beside the checkpoint, else the authors' (two folders up), else none."""
+    vocab_size = checkpoint.config.vocab_size
+    if folder is not None:
+        return load_source_tokenizer(folder, vocab_size)
+    for candidate in (checkpoint.folder / "tokenizer", checkpoint.folder.resolve().parent.parent / "tokenizer"):
+        if any((candidate / name).is_file() for name in ("tokenizer.pkl", "tokenizer.json")):
+            return load_source_tokenizer(candidate, vocab_size)
+    return None
+
+
+def _write_graphs(
+    checkpoint: Checkpoint, capacity: int, precisions: Sequence[str], folder: Path, progress: Progress
+) -> None:
+    config = checkpoint.config
+    for precision in precisions:
+        progress("loading weights", 0, 0)
+        model = checkpoint.model()
+        model.limit_positions(capacity)
+        progress("tracing", 0, 0)
+        graph = trace(model)
+        passes.clean(graph)
+        out = folder / "graphs" / precision
+        out.mkdir(parents=True)
+        weights_file.externalize(
+            graph, out / manifest.WEIGHTS, lambda done, total: progress("writing weights", done, total)
+        )
+        for flavour in contract.FLAVOURS:
+            derived = graph if flavour == "full" else flavours.windowed(graph, config)
+            for phase, make in (("prefill", flavours.clone), ("decode_step", flavours.decode_step)):
+                final = make(derived)
+                flavours.describe(final, config, flavour)
+                ir.save(final, folder / manifest.graph_path(precision, phase, flavour))
+
+
+def _manifest(
+    checkpoint: Checkpoint, options: ExportOptions, capacity: int, tokenizer: SourceTokenizer | None
+) -> Manifest:
+    config = checkpoint.config
+    packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")
+    return Manifest(
+        model=config,
+        max_seq_len=capacity,
+        max_batch_size=options.max_batch_size,
+        precisions=tuple(options.precisions),
+        prefill_policies=("stepwise",),
+        contracts={flavour: contract.describe(config, flavour) for flavour in contract.FLAVOURS},
+        tokenizer=None if tokenizer is None else {"folder": "tokenizer", "tokens": len(tokenizer.byte_lengths)},
+        provenance={
+            "checkpoint": {
+                "file": checkpoint.model_file.name,
+                "sha256": checkpoint.sha256,
+                "step": checkpoint.step,
+            },
+            "versions": {package: version(package) for package in packages},
+        },
+    )
+
+
+@contextmanager
+def _made_whole(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well and vanishes when it does not.
+
+    Python turns SIGINT into an exception by itself; SIGTERM is made one here, so that both clean up. After a SIGKILL the
+    hidden folder stays, but never under the target's name; the next export to the same target removes it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.partial-"
+    for stale in target.parent.glob(f"{prefix}*"):
+        if not _alive(int(stale.name.rsplit("-", 1)[1].split(".")[0])):
+            shutil.rmtree(stale, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
+    with _sigterm_as_exception():
+        try:
+            yield folder
+            folder.chmod(0o755)
+            if target.exists():
+                retired = folder.with_name(folder.name + ".old")
+                target.rename(retired)
+                folder.rename(target)
+                shutil.rmtree(retired)
+            else:
+                folder.rename(target)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _sigterm_as_exception() -> Iterator[None]:
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        previous = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: the caller's process decides about signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,73 @@
+"""What every stateful decoder offers, whatever computes it: the runtime's Decoder and the PyTorch reference.
+
+Parity and evaluation are written against this and know neither torch nor a backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .config import LRTConfig
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+PrefillPolicy = Literal["auto", "stepwise", "fixed-point", "zero"]
+PREFILL_POLICIES: tuple[PrefillPolicy, ...] = ("auto", "stepwise", "fixed-point", "zero")
+
+
+@dataclass(frozen=True)
+class PrefillReport:
+    """How a prompt was read.
+
+    `policy` is what ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory pass
+    included; `residual` is the certified bound on the error of the latent (max abs), None where nothing was iterated.
+    """
+
+    policy: str
+    passes: float
+    residual: float | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON fields that scripts rely on."""
+        fields = {"policy": self.policy, "passes": self.passes, "residual": self.residual}
+        return fields | ({"note": self.note} if self.note else {})
+
+
+class State(Protocol):
+    """The state of B sequences between two steps."""
+
+    @property
+    def logits(self) -> FloatArray:
+        """(B, V) for each row's next token."""
+
+    @property
+    def latent(self) -> FloatArray | None:
+        """(B, C) carried to the next token; None for a model without memory."""
+
+    @property
+    def lengths(self) -> IntArray:
+        """(B) tokens so far."""
+
+    def cache(self, layer: int) -> tuple[FloatArray, FloatArray]:
+        """Live keys and values of a layer, (B, G, max length, D) each; shorter rows end in undefined numbers."""
+
+
+class StatefulDecoder(Protocol):
+    """Reads prompts and advances states."""
+
+    @property
+    def config(self) -> LRTConfig:
+        """The model that is run."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "auto") -> Any:  # noqa: ANN401
+        """Start B sequences; returns a State (each decoder has its own)."""
+
+    def step(self, state: Any, tokens: Sequence[int] | IntArray) -> FloatArray:  # noqa: ANN401
+        """Append one token to each row, in place; returns logits (B, V)."""

@@ -1,0 +1,228 @@
+"""A loaded bundle: reads prompts, advances states, generates tokens. No torch.
+
+It checks everything that comes in and every logit that goes out; the arithmetic is the backend's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
+from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy
+from lrt_deploy.manifest import PRECISIONS, Manifest, read_manifest, verify_files
+from lrt_deploy.prompts import check_prompts, check_tokens
+from lrt_deploy.tokenizer import Tokenizer
+
+from .backend import Backend, choose_backend
+from .generation import Event, Generation, generate
+from .prefill import read_stepwise
+from .state import DecodeState
+
+
+class Decoder:
+    """Stateful decoding of one precision of a bundle on one backend. Use it in a `with` block, or call `close`."""
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer | None) -> None:
+        self.manifest, self.tokenizer = manifest, tokenizer
+        self._backend = backend
+
+    @property
+    def config(self) -> LRTConfig:
+        """The model that is run."""
+        return self.manifest.model
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend."""
+        return self._backend.name
+
+    @property
+    def backend_detail(self) -> str:
+        """What the backend is made of, for people."""
+        return self._backend.detail
+
+    @property
+    def precision(self) -> str:
+        """The precision of the weights and graphs that run."""
+        return self._backend.precision
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens a sequence can hold."""
+        return self.manifest.max_seq_len
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        state: DecodeState | None = None,
+        policy: PrefillPolicy = "auto",
+        tolerance: float | None = None,
+    ) -> DecodeState:
+        """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
+
+        Raises InputError for an empty prompt, ids outside the vocabulary or an unknown policy, StateError for a prompt
+        beyond the capacity.
+        """
+        rows = check_prompts(prompts, self.config.vocab_size)
+        check_policy(policy, self.manifest.prefill_policies)
+        if tolerance is not None:
+            raise InputError("a tolerance bounds iterated prefill; stepwise prefill is exact and takes none")
+        if state is None:
+            if len(rows) > self.manifest.max_batch_size:
+                raise InputError(
+                    f"{len(rows)} prompts were given; this bundle was exported for {self.manifest.max_batch_size}"
+                )
+            state = DecodeState(self._backend.allocate(len(rows)), self.config.vocab_size, self.config.memory)
+        elif len(rows) != state.batch:
+            raise InputError(
+                f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
+            )
+        counts = np.array([len(row) for row in rows])
+        _check_room(state, counts)
+        before = state.buffers.latent.copy()
+        logits, report = read_stepwise(state, rows)
+        self._accept(state, counts, logits, before)
+        state.prefill = report
+        return state
+
+    def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
+        """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
+        ids = check_tokens(tokens, self.config.vocab_size, state.batch)
+        one = np.ones(state.batch, np.int64)
+        _check_room(state, one)
+        before = state.buffers.latent.copy()
+        logits = state.buffers.decode(ids, state.lengths, head=True)
+        assert logits is not None
+        self._accept(state, one, logits, before)
+        return state.logits
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        *,
+        state: DecodeState | None = None,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        policy: PrefillPolicy = "auto",
+        **sampling: float | int | None,
+    ) -> Iterator[Event]:
+        """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
+
+        `state` continues an existing state of one sequence. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
+        Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
+        """
+        options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
+        ids = self._prompt_ids(prompt)
+        check_prompts([ids], self.config.vocab_size)
+        return generate(self, ids, options, state, policy)
+
+    def close(self) -> None:
+        """Release the weights; states of this decoder cannot be used afterwards."""
+        self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if self.tokenizer is None:
+            raise InputError(
+                "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
+            )
+        return self.tokenizer.encode_prompt(prompt)
+
+    def _accept(self, state: DecodeState, counts: IntArray, logits: FloatArray, before: FloatArray) -> None:
+        """Advance the state, or put its latent back when the numbers are not usable."""
+        if not np.isfinite(logits).all():
+            row, bad = int(np.argwhere(~np.isfinite(logits))[0, 0]), int((~np.isfinite(logits)).sum())
+            state.buffers.set_latent(np.arange(state.batch), before)
+            raise BackendError(
+                f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} after "
+                f"{int(state.lengths[row] + counts[row])} tokens; no token was chosen from them"
+            )
+        state.advance(counts, logits)
+
+
+def open_decoder(
+    bundle: str | Path,
+    backend: str = "ort-cpu",
+    precision: str | None = None,
+    *,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    verify: bool = False,
+) -> Decoder:
+    """Open a bundle for decoding; `precision` None takes the only or most precise one.
+
+    `max_seq_len` lowers the capacity, and with it the memory of every state. `verify` hashes all files again.
+    Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there.
+    """
+    folder, name = Path(bundle), choose_backend(backend)
+    manifest = limit_capacity(read_manifest(folder), max_seq_len)
+    verify_files(folder, manifest, force=verify)
+    chosen = choose_precision(manifest, precision)
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is {threads}, expected at least 1")
+    tokenizer = Tokenizer.open(folder / manifest.tokenizer["folder"]) if manifest.tokenizer else None
+    return Decoder(manifest, _load_backend(name, folder, manifest, chosen, threads), tokenizer)
+
+
+def choose_precision(manifest: Manifest, requested: str | None) -> str:
+    """The precision asked for, or the most precise one in the bundle."""
+    if requested is None:
+        return min(manifest.precisions, key=PRECISIONS.index)
+    if requested not in manifest.precisions:
+        held = ", ".join(manifest.precisions)
+        raise BundleError(f"this bundle holds {held}, not {requested}; export it with --precision {requested}")
+    return requested
+
+
+def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
+    """The manifest with a lower capacity."""
+    if max_seq_len is None:
+        return manifest
+    if not 1 <= max_seq_len <= manifest.max_seq_len:
+        raise InputError(
+            f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
+        )
+    return dataclasses.replace(manifest, max_seq_len=max_seq_len)
+
+
+def check_policy(policy: str, supported: Sequence[str]) -> None:
+    """Refuse a policy that does not exist, or that this bundle does not have."""
+    if policy not in PREFILL_POLICIES:
+        raise InputError(f"prefill policy is {policy!r}, expected one of {', '.join(PREFILL_POLICIES)}")
+    if policy != "auto" and policy not in supported:
+        raise InputError(f"prefill policy {policy} is not in this bundle, which has {', '.join(supported)}")
+
+
+def _check_room(state: DecodeState, counts: IntArray) -> None:
+    full = np.flatnonzero(state.lengths + counts > state.capacity)
+    if full.size:
+        row = int(full[0])
+        raise StateError(
+            f"sequence {row} holds {int(state.lengths[row])} tokens and {int(counts[row])} more do not fit its capacity of "
+            f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+        )
+
+
+def _load_backend(name: str, folder: Path, manifest: Manifest, precision: str, threads: int | None) -> Backend:
+    assert name == "ort-cpu"
+    from .ort_cpu import OrtCpuBackend
+
+    return OrtCpuBackend(folder, manifest, precision, threads)

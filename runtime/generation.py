@@ -1,0 +1,103 @@
+"""The generation loop: choose a token, emit what text is certain, stop, or feed it back.
+
+One sequence, one event per token. The last token chosen is not fed to the state: nobody has asked for its successor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from lrt_deploy.errors import InputError
+from lrt_deploy.interface import PrefillPolicy, PrefillReport
+from lrt_deploy.text_stream import TextStream
+from lrt_deploy.tokenizer import Tokenizer
+
+from .sampling import Sampler, SamplingOptions
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+    from .state import DecodeState
+
+FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One generated token.
+
+    `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it may
+    be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop token
+    (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state (capacity).
+    """
+
+    token: int
+    text: str
+    finish_reason: FinishReason | None
+    prefill: PrefillReport
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Checked options of one generation."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    stream: TextStream | None
+    sampler: Sampler
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer | None,
+        max_new_tokens: int,
+        stop_ids: Sequence[int] | None,
+        stop_strings: Sequence[str],
+        sampling: Mapping[str, float | int | None],
+    ) -> Generation:
+        """Check and complete what a caller gave."""
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
+        if tokenizer is None and stop_strings:
+            raise InputError("stop strings need a tokenizer, and this bundle has none; use stop token ids")
+        known = SamplingOptions.__dataclass_fields__
+        if unknown := sorted(set(sampling) - set(known)):
+            raise InputError(f"there is no sampling option {unknown[0]!r}; expected {', '.join(known)}")
+        if stop_ids is None:
+            stop_ids = sorted(tokenizer.stop_ids) if tokenizer else ()
+        stream = TextStream(tokenizer.token_bytes_of, stop_strings) if tokenizer else None
+        options = SamplingOptions(**sampling)  # type: ignore[arg-type]  # checked by the dataclass itself
+        return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options))
+
+
+def generate(
+    decoder: Decoder, prompt: Sequence[int], options: Generation, state: DecodeState | None, policy: PrefillPolicy
+) -> Iterator[Event]:
+    """Read the prompt, then yield events until something stops it."""
+    state = decoder.prefill([prompt], state=state, policy=policy)
+    history, made = list(prompt), 0
+    while True:
+        token = options.sampler.choose(state.logits[0], history)
+        made += 1
+        history.append(token)
+        text, reason = _outcome(token, options)
+        if reason is None and made == options.max_new_tokens:
+            reason = "length"
+        if reason is None and state.lengths[0] == state.capacity:
+            reason = "capacity"
+        if reason is not None and reason != "stop_string" and options.stream:
+            text += options.stream.finish()
+        yield Event(token, text, reason, state.prefill)
+        if reason is not None:
+            return
+        decoder.step(state, [token])
+
+
+def _outcome(token: int, options: Generation) -> tuple[str, FinishReason | None]:
+    if token in options.stop_ids:
+        return "", "stop_token"
+    if options.stream is None:
+        return "", None
+    text = options.stream.push(token)
+    return text, "stop_string" if options.stream.stopped is not None else None

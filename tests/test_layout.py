@@ -1,0 +1,313 @@
+"""The shape of the house: who may import what, how long things get, and which names are not used.
+
+Imports are read from the syntax tree, wherever they stand in a file, so nothing is run and nothing heavy is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"lrt_deploy": "lrt_deploy", "exporters": "lrt_deploy.exporters", "runtime": "lrt_deploy.runtime"}
+
+TORCH = ("torch",)
+GRAPH_TOOLS = ("onnx", "onnxscript", "onnx_ir")
+TENSORRT = ("tensorrt", "tensorrt_rtx")
+EXPORTERS, RUNTIME, CLI = ("lrt_deploy.exporters",), ("lrt_deploy.runtime",), ("lrt_deploy.cli",)
+TORCH_CORE_FILES = tuple(f"lrt_deploy/{name}.py" for name in ("model", "checkpoint", "reference", "parity*"))
+TORCH_CORE = ("lrt_deploy.model", "lrt_deploy.checkpoint", "lrt_deploy.reference")
+
+
+class Rule(NamedTuple):
+    """`files` (without `but`) must not import `forbidden` (without `allowed`); `late`: inside functions they may."""
+
+    why: str
+    files: tuple[str, ...]
+    forbidden: tuple[str, ...]
+    but: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
+    late: bool = False
+
+
+RULES = (
+    Rule(
+        "errors and config are the first words: they know nothing of the project but errors",
+        files=("lrt_deploy/errors.py", "lrt_deploy/config.py"),
+        forbidden=("lrt_deploy",),
+        allowed=("lrt_deploy.errors",),
+    ),
+    Rule(
+        "the vocabulary does not know who uses it",
+        files=("lrt_deploy/*",),
+        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py"),
+        forbidden=EXPORTERS + RUNTIME + CLI,
+    ),
+    Rule(
+        "exporters and runtime meet in the manifest, and neither knows the command line",
+        files=("exporters/*",),
+        forbidden=RUNTIME + CLI,
+    ),
+    Rule(
+        "exporters and runtime meet in the manifest, and neither knows the command line",
+        files=("runtime/*",),
+        forbidden=EXPORTERS + CLI,
+    ),
+    Rule(
+        "a deployment has no torch and no graph tools",
+        files=("runtime/*",),
+        forbidden=TORCH + GRAPH_TOOLS + TORCH_CORE,
+    ),
+    Rule(
+        "torch is the reference's and the exporters'",
+        files=("*",),
+        but=("exporters/*", *TORCH_CORE_FILES),
+        forbidden=TORCH,
+    ),
+    Rule(
+        "ONNX Runtime stays behind its backends",
+        files=("*",),
+        but=("runtime/ort_*.py",),
+        forbidden=("onnxruntime",),
+    ),
+    Rule(
+        "TensorRT stays in the files that say so",
+        files=("*",),
+        but=("*tensorrt*.py", "*engine*.py"),
+        forbidden=TENSORRT,
+    ),
+    Rule(
+        "`lrt-deploy --help` and `import lrt_deploy` answer at once: heavy things come inside functions",
+        files=("lrt_deploy/cli/*", "lrt_deploy/__init__.py"),
+        forbidden=TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",) + TORCH_CORE + EXPORTERS + RUNTIME,
+        late=True,
+    ),
+)
+
+# What loading a file must not load through any chain of the project's own modules.
+UNREACHABLE = {
+    "runtime/*": TORCH + GRAPH_TOOLS,
+    "lrt_deploy/cli/*": TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",),
+    "lrt_deploy/__init__.py": TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",),
+}
+
+FILE_LINES, FUNCTION_LINES = 300, 60
+# A file ("runtime/x.py") or function ("runtime/x.py:f") that is longer for a reason: its own limit, and the reason.
+LONGER: dict[str, tuple[int, str]] = {}
+
+UNUSED_NAMES = {"util", "utils", "common", "helper", "helpers"}
+
+
+class Import(NamedTuple):
+    """One imported name, in full: for `from a import b` that is a.b, which may be a module or a thing in one."""
+
+    name: str
+    line: int
+    late: bool
+
+
+def module_name(path):
+    folder, *rest = Path(path).with_suffix("").parts
+    parts = [FOLDERS[folder], *rest]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path, source):
+    """Every import of a file, also importlib.import_module("..."); late: loading the file does not run it."""
+    module = module_name(path)
+    package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
+    found = []
+
+    def visit(node, late):
+        found.extend(Import(name, node.lineno, late) for name in imported_names(node, package))
+        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or only_for_types(node)
+        for child in ast.iter_child_nodes(node):
+            visit(child, late)
+
+    visit(ast.parse(source), late=False)
+    return found
+
+
+def imported_names(node, package):
+    match node:
+        case ast.Import():
+            return [alias.name for alias in node.names]
+        case ast.ImportFrom():
+            origin = absolute("." * node.level + (node.module or ""), package)
+            return [f"{origin}.{alias.name}" for alias in node.names]
+        case ast.Call(
+            func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            return [absolute(name, package)]
+    return []
+
+
+def absolute(name, package):
+    level = len(name) - len(name.lstrip("."))
+    if level == 0:
+        return name
+    parts = package.split(".")[: len(package.split(".")) - level + 1]
+    return ".".join([*parts, name[level:]]).rstrip(".")
+
+
+def only_for_types(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def within(name, prefixes):
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def matches(path, patterns):
+    return any(fnmatch(path, pattern) for pattern in patterns)
+
+
+def violations(path, source):
+    return [
+        f"{path}:{found.line} imports {found.name}; {rule.why}"
+        for rule in RULES
+        if matches(path, rule.files) and not matches(path, rule.but)
+        for found in imports(path, source)
+        if within(found.name, rule.forbidden) and not within(found.name, rule.allowed)
+        if not (rule.late and found.late)
+    ]
+
+
+@cache
+def sources():
+    """Path relative to the root -> text, of every file."""
+    paths = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def reached(path, files):
+    """Full names that loading `path` imports, through the project's own modules and their packages: name -> by whom."""
+    modules = {module_name(p): p for p in files}
+    names, todo, done = {}, [module_name(path)], set()
+    while todo:
+        parts = todo.pop().split(".")
+        for module in {".".join(parts[: i + 1]) for i in range(len(parts))} & (modules.keys() - done):
+            done.add(module)
+            early = [found.name for found in imports(modules[module], files[modules[module]]) if not found.late]
+            names |= dict.fromkeys(early, modules[module])
+            todo += early
+    return names
+
+
+def lines(path, source):
+    """Lines of the file and of each of its functions, with the limit that goes for each."""
+    yield path, source.count("\n"), FILE_LINES
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{path}:{node.name}", node.end_lineno - node.lineno + 1, FUNCTION_LINES
+
+
+def too_long(path, source):
+    found = ((name, count, LONGER.get(name, (limit, ""))[0]) for name, count, limit in lines(path, source))
+    return [f"{name} has {count} lines, the limit is {limit}" for name, count, limit in found if count > limit]
+
+
+def test_imports_follow_the_table():
+    found = [violation for path, source in sources().items() for violation in violations(path, source)]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_loading_a_file_reaches_nothing_heavy():
+    found = [
+        f"loading {path} loads {name}, by way of {via}"
+        for pattern, forbidden in UNREACHABLE.items()
+        for path in sources()
+        if fnmatch(path, pattern)
+        for name, via in reached(path, sources()).items()
+        if within(name, forbidden)
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+def test_files_and_functions_stay_short():
+    found = [line for path, source in sources().items() for line in too_long(path, source)]
+    assert not found, "\n".join(["", *found, "Split it, or state in LONGER why it is better whole."])
+
+
+def test_every_exception_to_the_lengths_is_needed_and_explained():
+    beyond = {n for path, source in sources().items() for n, count, limit in lines(path, source) if count > limit}
+    assert LONGER.keys() <= beyond
+    assert all(reason for _, reason in LONGER.values())
+
+
+def test_no_module_is_named_after_nothing():
+    words = {path: set(re.split(r"[/_.]", path)) for path in sources()}
+    assert not [path for path, found in words.items() if found & UNUSED_NAMES]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lrt_deploy/errors.py", "from . import model"),
+        ("lrt_deploy/config.py", "import lrt_deploy.weights"),
+        ("lrt_deploy/manifest.py", "from lrt_deploy import exporters"),
+        ("lrt_deploy/manifest.py", "from .runtime.sampling import Sampler"),
+        ("lrt_deploy/parity.py", "def f():\n    from .cli import app"),
+        ("exporters/bundle.py", "import lrt_deploy.runtime.decoder as d"),
+        ("exporters/bundle.py", "from ..runtime import decoder"),
+        ("runtime/decoder.py", "from lrt_deploy.exporters.bundle import read"),
+        ("runtime/decoder.py", "def f():\n    import torch.nn"),
+        ("runtime/decoder.py", "import importlib\nimportlib.import_module('onnx')"),
+        ("runtime/decoder.py", "if TYPE_CHECKING:\n    from onnx_ir import Model"),
+        ("runtime/decoder.py", "from lrt_deploy.model import LRT"),
+        ("runtime/decoder.py", "import onnxruntime as ort"),
+        ("runtime/ort_cpu.py", "import tensorrt"),
+        ("exporters/trace.py", "from tensorrt_rtx import Builder"),
+        ("lrt_deploy/tokenizer.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        ("lrt_deploy/cli/app.py", "from lrt_deploy.runtime import open_decoder"),
+        ("lrt_deploy/cli/app.py", "class A:\n    import onnx"),
+        ("lrt_deploy/cli/app.py", "from ..checkpoint import load"),
+        ("lrt_deploy/__init__.py", "from .exporters import export_bundle"),
+    ],
+)
+def test_the_table_notices(path, source):
+    assert violations(path, source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("lrt_deploy/config.py", "from .errors import ConfigError\nimport json"),
+        ("lrt_deploy/parity_report.py", "import torch\nfrom .reference import Reference"),
+        ("exporters/trace.py", "import torch, onnx_ir\nfrom lrt_deploy.model import LRT"),
+        ("exporters/engine_build.py", "import tensorrt"),
+        ("runtime/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),
+        ("runtime/tensorrt_rtx.py", "import tensorrt_rtx"),
+        ("runtime/torchless.py", "import onnxruntime_genai, torchless"),
+        ("lrt_deploy/cli/app.py", "def run():\n    from lrt_deploy.runtime import open_decoder"),
+        ("lrt_deploy/cli/app.py", "if TYPE_CHECKING:\n    from lrt_deploy.runtime import Decoder"),
+        ("lrt_deploy/__init__.py", "def open_decoder():\n    from .runtime import decoder"),
+    ],
+)
+def test_the_table_allows(path, source):
+    assert violations(path, source) == []
+
+
+def test_a_heavy_import_is_followed_through_modules_and_packages():
+    files = {
+        "lrt_deploy/__init__.py": "from .middle import f",
+        "lrt_deploy/middle.py": "from . import model\ndef f():\n    import onnx",
+        "lrt_deploy/model.py": "import torch.nn",
+        "runtime/sampling.py": "import numpy",
+    }
+    assert reached("runtime/sampling.py", files)["torch.nn"] == "lrt_deploy/model.py"
+    assert "onnx" not in reached("runtime/sampling.py", files)
+
+
+def test_length_limits_can_fail():
+    function = "def f():\n" + "    pass\n" * FUNCTION_LINES
+    assert too_long("runtime/x.py", function) == ["runtime/x.py:f has 61 lines, the limit is 60"]
+    assert too_long("runtime/x.py", "\n" * 301) == ["runtime/x.py has 301 lines, the limit is 300"]
+    assert too_long("runtime/x.py", "\n" * 300) == []
