@@ -5,7 +5,6 @@ A bundle is whole or absent: everything is made in a temporary folder beside the
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -141,7 +140,7 @@ def _manifest(
         max_seq_len=capacity,
         max_batch_size=options.max_batch_size,
         precisions=tuple(options.precisions),
-        prefill_policies=("stepwise",),
+        prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
         contracts={flavour: contract.describe(config, flavour) for flavour in contract.FLAVOURS},
         tokenizer=None if tokenizer is None else {"folder": "tokenizer", "tokens": len(tokenizer.byte_lengths)},
         provenance={

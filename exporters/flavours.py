@@ -42,8 +42,9 @@ def windowed(model: ir.Model, config: LRTConfig) -> ir.Model:
     model = clone(model)
     graph = model.graph
     end = _bound(graph, contract.WINDOW_END)
-    windows = {w: _Window(graph, w, end) for w in contract.distinct_windows(config)}
-    graph.inputs[4:4] = [*(window.start for window in windows.values()), end]
+    slots = ir.Value(name=contract.SLOT_POSITIONS, shape=ir.Shape(["capacity"]), type=ir.TensorType(ir.DataType.INT64))
+    windows = {w: _Window(graph, w, slots, end) for w in contract.distinct_windows(config)}
+    graph.inputs[4:4] = [*(window.start for window in windows.values()), end, slots]
     layers = {contract.present_key(i): i for i in range(config.n_layer)}
     for node in [node for node in graph if node.op_type == "Attention"]:
         layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
@@ -69,45 +70,37 @@ def describe(model: ir.Model, config: LRTConfig, flavour: Flavour) -> None:
 class _Window:
     """The live window of all layers with one window size: its start input, its mask, and slices of the caches."""
 
-    def __init__(self, graph: ir.Graph, size: int, end: ir.Value) -> None:
-        self.size, self.end = size, end
+    def __init__(self, graph: ir.Graph, size: int, slots: ir.Value, end: ir.Value) -> None:
+        self.graph, self.size, self.slots, self.end = graph, size, slots, end
         self.start = _bound(graph, contract.window_start(size))
         self.axis = constant(graph, "cache_slot_axis", np.array([2], np.int64))
-        self.mask = self._mask(graph)
+        self.mask = self._mask()
 
-    def _mask(self, graph: ir.Graph) -> ir.Value:
-        """(B, 1, T, live): slot s is seen from position t when t - size <= s <= t. Mirrors `model.visible`."""
-        one = constant(graph, "slot_step", np.array(1, np.int64))
-        size = constant(graph, f"window_{self.size}", np.array(self.size, np.int64))
-        axes = constant(graph, "query_axes", np.array([1, 3], np.int64))
-        position_ids = graph.inputs[1]
-        bounds = [
-            self._node("Squeeze", [bound], f"{label}_scalar")
-            for bound, label in ((self.start, "start"), (self.end, "end"))
-        ]
-        slots = self._node("Range", [*bounds, one], "slots")
-        query = self._node("Unsqueeze", [position_ids, axes], "query")
+    def _mask(self) -> ir.Value:
+        """(B, 1, T, live): a slot at position s is seen from t when t - size <= s <= t. Mirrors `model.visible`."""
+        size = constant(self.graph, f"window_{self.size}", np.array(self.size, np.int64))
+        axes = constant(self.graph, "query_axes", np.array([1, 3], np.int64))
+        axis = constant(self.graph, "slot_axis", np.array([0], np.int64))
+        slots = self._node("Slice", [self.slots, self.start, self.end, axis], "slots")  # (live)
+        query = self._node("Unsqueeze", [self.graph.inputs[1], axes], "query")  # (B, 1, T, 1)
         oldest = self._node("Sub", [query, size], "oldest")
         past = self._node("LessOrEqual", [slots, query], "past")
         near = self._node("GreaterOrEqual", [slots, oldest], "near")
-        mask = self._node("And", [past, near], "mask")
-        graph.extend(n for n in self._made)
-        return mask
+        return self._node("And", [past, near], "mask")
 
     def slice(self, attention: ir.Node, position: int) -> ir.Value:
         """The live part of the cache that is this input of the attention node."""
         cache = attention.inputs[position]
+        assert cache is not None
         node = ir.node("Slice", [cache, self.start, self.end, self.axis])
-        assert cache is not None and attention.graph is not None
         _name(node, f"{cache.name}_live")
-        node.outputs[0].dtype = cache.dtype
-        attention.graph.insert_before(attention, node)
+        self.graph.append(node)
         return node.outputs[0]
 
     def _node(self, op: str, inputs: list[ir.Value], label: str) -> ir.Value:
         node = ir.node(op, inputs)
         _name(node, f"window_{self.size}_{label}")
-        self._made = [*getattr(self, "_made", []), node]
+        self.graph.append(node)  # the caller sorts the graph
         return node.outputs[0]
 
 

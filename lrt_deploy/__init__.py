@@ -26,6 +26,7 @@ from .errors import (
 if TYPE_CHECKING:
     from .manifest import Manifest
     from .runtime.decoder import Decoder
+    from .runtime.prefill import PrefillOptions
 
 __all__ = [
     "BackendError",
@@ -80,8 +81,17 @@ def open_decoder(
     threads: int | None = None,
     max_seq_len: int | None = None,
     verify: bool = False,
+    prefill_options: PrefillOptions | None = None,
 ) -> Decoder:
     """Open a bundle for decoding; see `lrt_deploy.runtime.decoder.open_decoder`."""
     from .runtime.decoder import open_decoder as open_
 
-    return open_(bundle, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify)
+    return open_(
+        bundle,
+        backend,
+        precision,
+        threads=threads,
+        max_seq_len=max_seq_len,
+        verify=verify,
+        prefill_options=prefill_options,
+    )

@@ -7,7 +7,8 @@ from the model configuration alone. Symbolic dimensions: `batch` B, `tokens` T (
 Two flavours of every graph compute the same numbers:
 - `full` attends over the whole capacity under a boolean mask: static shapes, what TensorRT and CUDA want;
 - `windowed` slices keys, values and mask to the live window first, so that cost follows the context: what a CPU wants.
-  It has one input more per distinct attention window, and `window_end`.
+  It has further inputs: a start per distinct attention window, `window_end`, and `slot_positions`, which lets a prefill
+  keep the tokens that it is still refining in another order than that of their positions.
 """
 
 from __future__ import annotations
@@ -86,6 +87,10 @@ def window_start(window: int) -> str:
 
 
 WINDOW_END = "window_end"
+SLOT_POSITIONS = "slot_positions"
+
+
+_START_MEANING = "first live slot: max(0, oldest position - window), or less"
 
 
 def distinct_windows(config: LRTConfig) -> tuple[int, ...]:
@@ -116,12 +121,10 @@ def graph_inputs(config: LRTConfig, flavour: Flavour, dtype: str = "float32") ->
         ),
     ]
     if flavour == "windowed":
-        specs += [
-            TensorSpec(window_start(w), "int64", (1,), f"first live slot: max(0, min over rows of position - {w})")
-            for w in distinct_windows(config)
-        ]
+        specs += [TensorSpec(window_start(w), "int64", (1,), _START_MEANING) for w in distinct_windows(config)]
+        specs.append(TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot"))
         specs.append(
-            TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot: max over rows of position + 1")
+            TensorSpec(SLOT_POSITIONS, "int64", ("capacity",), "position held by each slot: 0, 1, 2, ... in order")
         )
     return specs + [
         TensorSpec(

@@ -5,6 +5,7 @@ Parity and evaluation are written against this and know neither torch nor a back
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -27,17 +28,18 @@ class PrefillReport:
 
     `policy` is what ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory pass
     included; `residual` is the certified bound on the error of the latent (max abs), None where nothing was iterated.
+    `stepwise_below` is the prompt length from which `auto` iterates, where `auto` was asked for.
     """
 
     policy: str
     passes: float
     residual: float | None = None
     note: str | None = None
+    stepwise_below: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON fields that scripts rely on."""
-        fields = {"policy": self.policy, "passes": self.passes, "residual": self.residual}
-        return fields | ({"note": self.note} if self.note else {})
+        return dataclasses.asdict(self)
 
 
 class State(Protocol):

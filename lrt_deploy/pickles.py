@@ -211,7 +211,7 @@ class _Machine:
         """Take the top of the stack, which must be of exactly this type (`object`: of any)."""
         (item,) = self.take(1)
         if kind is not object and type(item) is not kind:
-            self._refuse(f"has a {_type_name(item)} where a {kind.__name__.strip('_').lower()} belongs")
+            self._refuse(f"has a {_type_name(item)} where a {kind.__name__.strip('_')} belongs")
         return item  # type: ignore[return-value]
 
     def _refuse(self, what: str) -> NoReturn:
@@ -222,7 +222,7 @@ class _Machine:
 
 
 def _type_name(item: object) -> str:
-    return type(item).__name__.strip("_").lower()
+    return type(item).__name__.strip("_")
 
 
 _IGNORED = {"PROTO", "FRAME", "STOP"}

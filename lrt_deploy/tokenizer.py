@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,8 +52,7 @@ class SourceTokenizer(NamedTuple):
     byte_lengths: list[int]
 
 
-@dataclass(frozen=True)
-class _Vocabulary:
+class _Vocabulary(NamedTuple):
     """The bytes of each token by id, and the ids of the special tokens."""
 
     tokens: list[bytes]
@@ -83,10 +81,9 @@ def load_source_tokenizer(folder: Path, vocab_size: int) -> SourceTokenizer:
 
 def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
     """Write what `Tokenizer.open` reads into an existing folder; the paths of both files."""
-    paths = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
-    paths[0].write_text(source.json, encoding="utf-8")
-    paths[1].write_text(json.dumps(source.byte_lengths), encoding="utf-8")
-    return paths
+    (table := folder / TOKENIZER_FILE).write_text(source.json, encoding="utf-8")
+    (lengths := folder / BYTE_LENGTHS_FILE).write_text(json.dumps(source.byte_lengths), encoding="utf-8")
+    return table, lengths
 
 
 def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) -> list[int]:
@@ -144,8 +141,6 @@ def _check_encoding(data: EncodingData) -> None:
 
 def _require_ids(ids: Sequence[int], source: str, expected: str) -> None:
     """Refuse ids other than 0 to n-1, in this order."""
-    if not ids:
-        raise CheckpointError(f"{source} has no tokens")
     for position, token in enumerate(ids):
         if token != position:
             raise CheckpointError(f"{source} has the token id {token} where {position} is expected ({expected})")
@@ -172,7 +167,8 @@ def _parse(text: str, source: str) -> tuple[tokenizers.Tokenizer, _Vocabulary]:
     except CheckpointError:
         raise
     except Exception as error:  # json has several types for this, and the library raises bare exceptions
-        raise CheckpointError(f"{source} is not a tokenizer that tokenizers can read: {str(error)[:200]}") from error
+        found = f"{type(error).__name__}: {error}"[:200]
+        raise CheckpointError(f"{source} is not a tokenizer that the tokenizers library can read ({found})") from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
@@ -185,8 +181,9 @@ def _parse(text: str, source: str) -> tuple[tokenizers.Tokenizer, _Vocabulary]:
 def _read_vocabulary(fields: dict[str, Any], source: str) -> _Vocabulary:
     model = fields["model"]
     _require_byte_level(fields, source)
-    added = {entry["content"]: entry["id"] for entry in fields.get("added_tokens") or []}
-    special = {entry["content"]: entry["id"] for entry in fields.get("added_tokens") or [] if entry["special"]}
+    entries = fields.get("added_tokens") or []
+    added = {entry["content"]: entry["id"] for entry in entries}
+    special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
     if plain := sorted((added.keys() - special.keys()) & CONTROL_TOKENS):
         raise CheckpointError(f"{source}: {plain[0]} is not marked special, so any text could contain it")
     ids = model["vocab"] | added
@@ -194,9 +191,7 @@ def _read_vocabulary(fields: dict[str, Any], source: str) -> _Vocabulary:
     _require_ids([ids[name] for name in names], source, "every id once, without gaps")
     tokens = [name.encode() if name in added else bytes(map(_BYTE_OF.__getitem__, name)) for name in names]
     if missing := set(range(256)) - {token[0] for token in tokens if len(token) == 1}:
-        raise CheckpointError(
-            f"{source}: {len(missing)} of the 256 bytes are no tokens, so some texts have no encoding"
-        )
+        raise CheckpointError(f"{source}: {len(missing)} of the 256 bytes are no tokens; some texts have no encoding")
     return _Vocabulary(tokens, special)
 
 
@@ -207,7 +202,9 @@ def _require_byte_level(fields: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source} holds a {model.get('type')} model; only byte-level BPE decodes without loss")
     for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
         if model.get(option):
-            raise CheckpointError(f"{source} sets {option} to {model[option]!r}; byte-level BPE must not have it")
+            raise CheckpointError(
+                f"{source} sets {option} to {str(model[option])[:50]}; byte-level BPE must not have it"
+            )
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
@@ -293,9 +290,7 @@ class Tokenizer:
 
     def _special_id(self, name: str) -> int:
         if name not in self.special_tokens:
-            raise InputError(
-                f"the tokenizer has no {name}, which prompts and chats of these models need; give token ids"
-            )
+            raise InputError(f"the tokenizer has no {name}, which prompts and chats need; give token ids instead")
         return self.special_tokens[name]
 
 
@@ -303,17 +298,16 @@ def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """Role and content of each turn, the system message joined in; checked."""
     turns = []
     for index, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        turn = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ()
+        if not turn or not isinstance(turn[0], str) or not isinstance(turn[1], str):
             raise InputError(f"message {index} is not an object with the texts role and content")
-        turns.append((message["role"], message["content"]))
+        turns.append((turn[0], turn[1]))
     if len(turns) > 1 and turns[0][0] == "system" and turns[1][0] == "user":
         turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
     roles = [role for role, _ in turns]
     if len(turns) % 2 == 0 or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
         raise InputError(
-            f"the roles are {', '.join(m['role'] for m in messages) or 'none'}; expected an optional system message, "
-            "then user and assistant in turns, a user last"
+            f"the roles are {', '.join(m['role'] for m in messages)[:200] or 'none'}; expected an optional system "
+            "message, then user and assistant in turns, a user last"
         )
     return turns

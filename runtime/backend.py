@@ -1,10 +1,12 @@
 """The seam between the decoder and whatever computes the graphs: two protocols, and the choice of a backend by name.
 
-A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place.
+A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers two
+calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from lrt_deploy.errors import BackendError
@@ -14,11 +16,28 @@ from lrt_deploy.interface import FloatArray, IntArray
 BACKENDS: tuple[str, ...] = ("ort-cpu",)
 
 
+@dataclass(frozen=True)
+class Block:
+    """Tokens of one row to compute in one call, at any positions, written to consecutive slots from `slot` on.
+
+    They see the slots below `end`, and of those the ones whose position (see `StateBuffers.reorder`) is in their window.
+    Slots below `ordered` hold their own position.
+    """
+
+    row: int
+    tokens: IntArray  # (n)
+    positions: IntArray  # (n)
+    slot: int
+    end: int
+    ordered: int
+
+
 class StateBuffers(Protocol):
-    """The device memory of B sequences: caches and latent."""
+    """The memory of B sequences: caches and latent."""
 
     batch: int
     capacity: int
+    layers: int
 
     @property
     def latent(self) -> FloatArray:
@@ -31,6 +50,18 @@ class StateBuffers(Protocol):
         """Run one token per row at positions (B), advancing caches and latent; logits (B, V) if `head`.
 
         The returned array is reused by the next call.
+        """
+
+    def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Run a block with the latent of each token's predecessor (n, C); writes the caches, leaves `latent` alone.
+
+        Returns the latent of each token (n, C) and the logits after the last one (V); both are reused by the next call.
+        """
+
+    def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
+        """Declare that slot start + i holds position start + order[i], for all rows while one row is being read.
+
+        With `move`, the row's cache entries, until now in that order, are put back in the order of their positions.
         """
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:

@@ -15,22 +15,29 @@ import numpy as np
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
-from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy
+from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
 from lrt_deploy.manifest import PRECISIONS, Manifest, read_manifest, verify_files
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
 from .backend import Backend, choose_backend
 from .generation import Event, Generation, generate
-from .prefill import read_stepwise
+from .prefill import PrefillOptions, PrefillRequest, read_prompts
 from .state import DecodeState
 
 
 class Decoder:
     """Stateful decoding of one precision of a bundle on one backend. Use it in a `with` block, or call `close`."""
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        tokenizer: Tokenizer | None,
+        prefill_options: PrefillOptions | None = None,
+    ) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
+        self.prefill_options = prefill_options or PrefillOptions()
         self._backend = backend
 
     @property
@@ -68,13 +75,14 @@ class Decoder:
     ) -> DecodeState:
         """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
 
-        Raises InputError for an empty prompt, ids outside the vocabulary or an unknown policy, StateError for a prompt
-        beyond the capacity.
+        `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance` of
+        that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the length
+        of each prompt; `zero` is one pass with zero memory, which is not the model as trained. `state.prefill` reports.
+        Raises InputError for an empty prompt, ids outside the vocabulary, an unknown policy or tolerance, StateError for
+        a prompt beyond the capacity.
         """
         rows = check_prompts(prompts, self.config.vocab_size)
-        check_policy(policy, self.manifest.prefill_policies)
-        if tolerance is not None:
-            raise InputError("a tolerance bounds iterated prefill; stepwise prefill is exact and takes none")
+        request = PrefillRequest.of(policy, tolerance, self.config.memory)
         if state is None:
             if len(rows) > self.manifest.max_batch_size:
                 raise InputError(
@@ -88,7 +96,7 @@ class Decoder:
         counts = np.array([len(row) for row in rows])
         _check_room(state, counts)
         before = state.buffers.latent.copy()
-        logits, report = read_stepwise(state, rows)
+        logits, report = read_prompts(state, rows, request, self.prefill_options)
         self._accept(state, counts, logits, before)
         state.prefill = report
         return state
@@ -113,6 +121,7 @@ class Decoder:
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         policy: PrefillPolicy = "auto",
+        tolerance: float | None = None,
         **sampling: float | int | None,
     ) -> Iterator[Event]:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
@@ -123,7 +132,9 @@ class Decoder:
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
         ids = self._prompt_ids(prompt)
         check_prompts([ids], self.config.vocab_size)
-        return generate(self, ids, options, state, policy)
+        return generate(
+            self, ids, options, lambda: self.prefill([ids], state=state, policy=policy, tolerance=tolerance)
+        )
 
     def close(self) -> None:
         """Release the weights; states of this decoder cannot be used afterwards."""
@@ -152,8 +163,8 @@ class Decoder:
             row, bad = int(np.argwhere(~np.isfinite(logits))[0, 0]), int((~np.isfinite(logits)).sum())
             state.buffers.set_latent(np.arange(state.batch), before)
             raise BackendError(
-                f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} after "
-                f"{int(state.lengths[row] + counts[row])} tokens; no token was chosen from them"
+                f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} "
+                f"after {int(state.lengths[row] + counts[row])} tokens; no token was chosen from them"
             )
         state.advance(counts, logits)
 
@@ -166,10 +177,12 @@ def open_decoder(
     threads: int | None = None,
     max_seq_len: int | None = None,
     verify: bool = False,
+    prefill_options: PrefillOptions | None = None,
 ) -> Decoder:
     """Open a bundle for decoding; `precision` None takes the only or most precise one.
 
     `max_seq_len` lowers the capacity, and with it the memory of every state. `verify` hashes all files again.
+    `prefill_options` pins how prompts are read: the length from which `auto` iterates, strides and chunks.
     Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there.
     """
     folder, name = Path(bundle), choose_backend(backend)
@@ -179,7 +192,7 @@ def open_decoder(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     tokenizer = Tokenizer.open(folder / manifest.tokenizer["folder"]) if manifest.tokenizer else None
-    return Decoder(manifest, _load_backend(name, folder, manifest, chosen, threads), tokenizer)
+    return Decoder(manifest, _load_backend(name, folder, manifest, chosen, threads), tokenizer, prefill_options)
 
 
 def choose_precision(manifest: Manifest, requested: str | None) -> str:
@@ -203,21 +216,13 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
 
 
-def check_policy(policy: str, supported: Sequence[str]) -> None:
-    """Refuse a policy that does not exist, or that this bundle does not have."""
-    if policy not in PREFILL_POLICIES:
-        raise InputError(f"prefill policy is {policy!r}, expected one of {', '.join(PREFILL_POLICIES)}")
-    if policy != "auto" and policy not in supported:
-        raise InputError(f"prefill policy {policy} is not in this bundle, which has {', '.join(supported)}")
-
-
 def _check_room(state: DecodeState, counts: IntArray) -> None:
     full = np.flatnonzero(state.lengths + counts > state.capacity)
     if full.size:
         row = int(full[0])
         raise StateError(
-            f"sequence {row} holds {int(state.lengths[row])} tokens and {int(counts[row])} more do not fit its capacity of "
-            f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+            f"sequence {row} holds {int(state.lengths[row])} tokens and {int(counts[row])} more do not fit its capacity "
+            f"of {state.capacity}; export with a larger --max-seq-len, or start a new state"
         )
 
 

@@ -5,12 +5,12 @@ One sequence, one event per token. The last token chosen is not fed to the state
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import PrefillPolicy, PrefillReport
+from lrt_deploy.interface import PrefillReport
 from lrt_deploy.text_stream import TextStream
 from lrt_deploy.tokenizer import Tokenizer
 
@@ -27,8 +27,8 @@ FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
 class Event:
     """One generated token.
 
-    `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it may
-    be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop token
+    `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it
+    may be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop token
     (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state (capacity).
     """
 
@@ -72,10 +72,10 @@ class Generation:
 
 
 def generate(
-    decoder: Decoder, prompt: Sequence[int], options: Generation, state: DecodeState | None, policy: PrefillPolicy
+    decoder: Decoder, prompt: Sequence[int], options: Generation, read: Callable[[], DecodeState]
 ) -> Iterator[Event]:
     """Read the prompt, then yield events until something stops it."""
-    state = decoder.prefill([prompt], state=state, policy=policy)
+    state = read()
     history, made = list(prompt), 0
     while True:
         token = options.sampler.choose(state.logits[0], history)

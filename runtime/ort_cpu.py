@@ -2,11 +2,12 @@
 
 Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. The
 latent goes in and out through two small arrays that swap roles (every layer reads it, so it cannot be overwritten).
-All that a decode step needs is bound once; a step writes a few integers and runs.
+All that a call needs is bound once per shape; a decode step writes a few integers and runs.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
+
+from .backend import Block
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
 _ONE_THREAD_BYTES = 64 * 2**20
@@ -55,29 +58,38 @@ class OrtCpuBackend:
         del self.session
 
 
+@dataclass
+class _Call:
+    """A binding for calls of one shape, and the arrays it reads and writes."""
+
+    binding: Any  # onnxruntime is untyped
+    ids: IntArray  # (B, T)
+    positions: IntArray  # (B, T)
+    write_index: IntArray  # (B)
+    latents_in: FloatArray  # (B, T, C)
+    latents_out: FloatArray  # (B, T, C)
+    logits: FloatArray  # (B, K, V)
+
+
 class OrtCpuBuffers:
-    """Caches and latent of B sequences, and everything a decode step binds."""
+    """Caches and latent of B sequences, and the bindings that run on them. See `backend.StateBuffers`."""
 
     def __init__(self, backend: OrtCpuBackend, batch: int) -> None:
         config = backend.config
-        self._backend, self._config = backend, config
-        self.batch, self.capacity = batch, backend.capacity
+        self._session, self._config = backend.session, config
+        self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         shape = (batch, config.n_kv_head, self.capacity, config.head_dim)
         self._caches = {
-            pair.past: np.zeros(shape, np.float32)
-            for pair in contract.state_pairs(config)
-            if pair.past != "past_latent"
+            pair.past: np.zeros(shape, np.float32) for pair in contract.state_pairs(config) if pair.in_place
         }
         self._latents = [np.zeros((batch, 1, config.n_embd), np.float32) for _ in range(2)]
         self._turn = 0  # which of the two holds the current latent
-        self._ids = np.zeros((batch, 1), np.int64)
-        self._positions = np.zeros((batch, 1), np.int64)
-        self._write_index = np.zeros(batch, np.int64)
-        self._starts = {w: np.zeros(1, np.int64) for w in contract.distinct_windows(config)}
+        # The bounds of the live windows and the order of the slots are shared by all calls: one runs at a time.
+        self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
         self._end = np.zeros(1, np.int64)
-        self._logits = np.zeros((batch, 1, config.vocab_size), np.float32)
-        self._cache_values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._caches.items()}
-        self._bindings = {(head, turn): self._bind(head, turn) for head in (False, True) for turn in (0, 1)}
+        self._slot_positions = np.arange(self.capacity)
+        self._decodes = {(head, turn): self._decode_call(head, turn) for head in (False, True) for turn in (0, 1)}
+        self._reads: dict[tuple[int, int], _Call] = {}
 
     @property
     def latent(self) -> FloatArray:
@@ -91,50 +103,99 @@ class OrtCpuBuffers:
             self._latents[self._turn][rows, 0] = latent
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
-        """Run one token per row; see `backend.StateBuffers.decode`."""
-        self._ids[:, 0] = tokens
-        self._positions[:, 0] = positions
-        self._write_index[:] = positions
-        oldest, newest = int(positions.min()), int(positions.max())
-        for window, start in self._starts.items():
-            start[0] = max(0, oldest - window)
-        self._end[0] = newest + 1
-        self._run(self._bindings[head, self._turn])
+        """Run one token per row, bound in advance for both turns of the latent."""
+        call = self._decodes[head, self._turn]
+        call.ids[:, 0] = tokens
+        call.positions[:, 0] = positions
+        call.write_index[:] = positions
+        self._look_back(int(positions.min()), int(positions.max()) + 1)
+        self._run(call)
         self._turn = 1 - self._turn
-        return self._logits[:, 0] if head else None
+        return call.logits[:, 0] if head else None
+
+    def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Run a block of one row; bindings are kept per row and block length."""
+        key = (block.row, len(block.tokens))
+        if key not in self._reads:
+            self._reads[key] = self._read_call(*key)
+        call = self._reads[key]
+        call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
+        call.latents_in[0] = latents
+        self._look_back(int(block.positions.min()), block.end, block.ordered)
+        self._run(call)
+        return call.latents_out[0], call.logits[0, 0]
+
+    def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
+        """Permute the slots' positions; with `move`, gather the row's entries back into order."""
+        slots = slice(start, start + len(order))
+        self._slot_positions[slots] = start + order
+        if move:
+            back = np.argsort(order)
+            for cache in self._caches.values():
+                cache[row, :, slots] = cache[row, :, slots][:, back]
+            self._slot_positions[slots] = np.arange(start, start + len(order))
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Views (B, G, length, D) of a layer's keys and values."""
         keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
         return keys[:, :, :length], values[:, :, :length]
 
-    def _run(self, binding: Any) -> None:  # noqa: ANN401 - onnxruntime is untyped
-        try:
-            self._backend.session.run_with_iobinding(binding)
-        except Exception as error:
-            raise BackendError(f"ONNX Runtime failed in a step: {error}") from error
+    def _look_back(self, oldest: int, end: int, ordered: int | None = None) -> None:
+        """Set the live windows for queries from position `oldest` on; none may begin among slots out of order."""
+        for window, start in self._starts.items():
+            first = max(0, oldest - window)
+            start[0] = first if ordered is None else min(first, ordered)
+        self._end[0] = end
 
-    def _bind(self, head: bool, turn: int) -> Any:  # noqa: ANN401 - onnxruntime is untyped
-        """Bind a decode step that reads the latent `turn` and writes the other; without head, for zero logit rows."""
-        binding = self._backend.session.io_binding()
-        rows = 1 if head else 0
-        inputs: dict[str, np.ndarray] = {
-            "input_ids": self._ids,
-            "position_ids": self._positions,
-            "write_index": self._write_index,
-            "last_index": np.zeros((self.batch, rows), np.int64),
+    def _run(self, call: _Call) -> None:
+        try:
+            self._session.run_with_iobinding(call.binding)
+        except Exception as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+
+    def _decode_call(self, head: bool, turn: int) -> _Call:
+        """One token for all rows, from the latent `turn` to the other one."""
+        return self._bind(slice(0, self.batch), int(head), self._latents[turn], self._latents[1 - turn])
+
+    def _read_call(self, row: int, count: int) -> _Call:
+        """`count` tokens of one row, between two latent arrays of their own."""
+        shape = (1, count, self._config.n_embd)
+        return self._bind(slice(row, row + 1), 1, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    def _bind(self, rows: slice, logit_rows: int, latents_in: FloatArray, latents_out: FloatArray) -> _Call:
+        """Bind a call on some rows; `logit_rows` is 1 (the last token's) or 0 (no head)."""
+        batch, count = latents_in.shape[:2]
+        call = _Call(
+            binding=self._session.io_binding(),
+            ids=np.zeros((batch, count), np.int64),
+            positions=np.zeros((batch, count), np.int64),
+            write_index=np.zeros(batch, np.int64),
+            latents_in=latents_in,
+            latents_out=latents_out,
+            logits=np.zeros((batch, logit_rows, self._config.vocab_size), np.float32),
+        )
+        inputs = {
+            "input_ids": call.ids,
+            "position_ids": call.positions,
+            "write_index": call.write_index,
+            "last_index": np.full((batch, logit_rows), count - 1, np.int64),
             contract.WINDOW_END: self._end,
-        }
-        inputs |= {contract.window_start(window): start for window, start in self._starts.items()}
-        outputs = {"logits": self._logits[:, :rows]}
+            contract.SLOT_POSITIONS: self._slot_positions,
+        } | {contract.window_start(window): start for window, start in self._starts.items()}
+        outputs = {"logits": call.logits}
         if self._config.memory:
-            inputs["past_latent"], outputs["present_latent"] = self._latents[turn], self._latents[1 - turn]
+            inputs["past_latent"], outputs["present_latent"] = latents_in, latents_out
         for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+            call.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in outputs.items():
-            binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+            call.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._bind_caches(call, rows)
+        return call
+
+    def _bind_caches(self, call: _Call, rows: slice) -> None:
+        """Input and output of a cache share one OrtValue: that is what makes TensorScatter write in place."""
         for pair in contract.state_pairs(self._config):
             if pair.in_place:
-                binding.bind_ortvalue_input(pair.past, self._cache_values[pair.past])
-                binding.bind_ortvalue_output(pair.present, self._cache_values[pair.past])
-        return binding
+                value = ort.OrtValue.ortvalue_from_numpy(self._caches[pair.past][rows])
+                call.binding.bind_ortvalue_input(pair.past, value)
+                call.binding.bind_ortvalue_output(pair.present, value)

@@ -1,25 +1,88 @@
-"""Read prompts into a state. Here: stepwise, the exact and sequential way.
+"""Read prompts into a state, by policy: stepwise, fixed-point, zero, or auto, which takes one of the first two by length.
 
-Rows of different length start at different times and end together, so that one last step gives all logits. Until a row
-starts, its slot holds a placeholder token whose effects are undone: the cache slot is overwritten by the row's first
-token, and the latent is put back.
+Stepwise reads a batch together; rows of different length start at different times and end together, so that one last
+step gives all logits. The iterated policies read row by row: a pass over a prompt is bound by arithmetic, so a batch
+would gain nothing, and a row is read the same way whatever stands beside it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
+from lrt_deploy.errors import InputError
+from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
+from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
 
+from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
 from .state import DecodeState
 
+ZERO_NOTE = "zero memory: this is not the model as trained"
 
-def read_stepwise(state: DecodeState, rows: Sequence[IntArray]) -> tuple[FloatArray, PrefillReport]:
-    """Append `rows`, one decode step per token, the head in the last one alone; returns logits (B, V) and the report.
+
+@dataclass(frozen=True)
+class PrefillOptions:
+    """Settled once when a decoder is opened. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise."""
+
+    stepwise_below: int = 64
+    sweeps: SweepOptions = field(default_factory=SweepOptions)
+
+
+@dataclass(frozen=True)
+class PrefillRequest:
+    """What a caller asked for, checked."""
+
+    policy: PrefillPolicy = "auto"
+    tolerance: float = DEFAULT_PREFILL_TOLERANCE
+
+    @classmethod
+    def of(cls, policy: PrefillPolicy, tolerance: float | None, memory: bool) -> PrefillRequest:
+        """Check a policy and a tolerance (None: the default) for a model with or without memory."""
+        if policy not in PREFILL_POLICIES:
+            raise InputError(f"prefill policy is {policy!r}, expected one of {', '.join(PREFILL_POLICIES)}")
+        if policy == "zero" and not memory:
+            raise InputError(
+                "prefill policy zero is for models with memory; this one has none, any other policy is exact"
+            )
+        if tolerance is None:
+            return cls(policy)
+        if not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
+            raise InputError(
+                f"tolerance is {tolerance!r}, expected a number from 0 on: the largest error of the latent"
+            )
+        return cls(policy, float(tolerance))
+
+
+def read_prompts(
+    state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
+) -> tuple[FloatArray, PrefillReport]:
+    """Append `rows` to the state's sequences; returns logits (B, V) and the report.
 
     The lengths of the state are left to the caller, who advances it when the logits are found good.
+    """
+    ways = [_way(row, state, request, options) for row in rows]
+    if all(way == "stepwise" for way in ways):
+        logits, report = read_stepwise(state, rows, _stepwise_note(request))
+    else:
+        numbered = enumerate(zip(rows, ways, strict=True))
+        readings = [_read_row(state, i, row, way, request, options) for i, (row, way) in numbered]
+        state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latent for reading in readings]))
+        logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
+    if request.policy == "auto":
+        report = replace(report, stepwise_below=options.stepwise_below)
+    return logits, report
+
+
+def read_stepwise(
+    state: DecodeState, rows: Sequence[IntArray], note: str | None = None
+) -> tuple[FloatArray, PrefillReport]:
+    """Append `rows`, one decode step per token, the head in the last one alone.
+
+    Until a row starts, its place in the batch holds a placeholder token whose effects are undone: the cache slot is
+    overwritten by the row's first token, and the latent is put back.
     """
     buffers, past = state.buffers, state.lengths
     counts = np.array([len(row) for row in rows])
@@ -36,4 +99,45 @@ def read_stepwise(state: DecodeState, rows: Sequence[IntArray]) -> tuple[FloatAr
         if waiting.size:
             buffers.set_latent(waiting, carried[waiting])
     assert logits is not None
-    return logits, PrefillReport(policy="stepwise", passes=steps * len(rows) / int(counts.sum()))
+    return logits, PrefillReport("stepwise", passes=steps * len(rows) / int(counts.sum()), note=note)
+
+
+def _way(row: IntArray, state: DecodeState, request: PrefillRequest, options: PrefillOptions) -> str:
+    """How one row is read, by its own length alone."""
+    if request.policy in ("stepwise", "zero"):
+        return request.policy
+    if state.latent is None:  # without memory one parallel pass is exact
+        return "fixed-point"
+    if request.tolerance < SMALLEST_PREFILL_TOLERANCE:
+        return "stepwise"
+    return "stepwise" if request.policy == "auto" and len(row) < options.stepwise_below else "fixed-point"
+
+
+def _stepwise_note(request: PrefillRequest) -> str | None:
+    if request.policy == "stepwise" or request.tolerance >= SMALLEST_PREFILL_TOLERANCE:
+        return None
+    return (
+        f"read stepwise: float32 certifies no tolerance below {SMALLEST_PREFILL_TOLERANCE:.0e}, and {request.tolerance:.0e} "
+        "was asked for"
+    )
+
+
+def _read_row(
+    state: DecodeState, index: int, row: IntArray, way: str, request: PrefillRequest, options: PrefillOptions
+) -> Reading:
+    past = int(state.lengths[index])
+    if way == "zero" or state.latent is None:
+        return read_row_once(state.buffers, index, row, past, options.sweeps)
+    if way == "stepwise":
+        return read_row_stepwise(state.buffers, index, row, past)
+    return read_row(state.buffers, index, row, past, request.tolerance, options.sweeps)
+
+
+def _report(rows: Sequence[IntArray], readings: Sequence[Reading], request: PrefillRequest) -> PrefillReport:
+    passes = sum(reading.computed for reading in readings) / sum(len(row) for row in rows)
+    if request.policy == "zero":
+        return PrefillReport("zero", passes, None, ZERO_NOTE)
+    fallbacks = [f"row {i} {reading.fallback}" for i, reading in enumerate(readings) if reading.fallback]
+    if fallbacks:
+        return PrefillReport("stepwise", passes, 0.0, f"finished stepwise: {'; '.join(fallbacks)}")
+    return PrefillReport("fixed-point", passes, max(reading.residual for reading in readings))

@@ -1,0 +1,151 @@
+"""`lrt-deploy doctor`: what this machine and this installation can run, and why not where they cannot.
+
+Finds out by importing runtime libraries, which is its whole purpose; torch and the graph tools are only asked for their
+versions. Runs no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import typer
+
+from . import options, output
+
+PACKAGES = ("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir", "tensorrt", "tensorrt-rtx")
+_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+_NOT_YET = "this version of lrt-deploy does not run it yet"
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """Whether a backend can be used here, the version of its library if there is one, and the reason."""
+
+    name: str
+    available: bool
+    version: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an import brought: the library's version if it works, and a sentence about it."""
+
+    version: str | None
+    works: bool
+    text: str
+
+
+def doctor(json: options.Json = False, debug: options.Debug = False) -> None:
+    """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
+    from lrt_deploy.runtime.backend import BACKENDS
+
+    backends = [report_backend(name, probe(), name in BACKENDS) for name, probe in PROBES.items()]
+    facts = environment()
+    usable = [backend.name for backend in backends if backend.available]
+    if json:
+        output.document({"backends": [asdict(backend) for backend in backends], "environment": facts})
+    else:
+        output.answer(f"ready: {', '.join(usable)}" if usable else "no backend can run here")
+        rows = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
+        output.table(rows | {key: _cell(value) for key, value in facts.items()})
+    if not usable:
+        raise typer.Exit(1)
+
+
+def report_backend(name: str, found: Found, known: bool) -> BackendReport:
+    """Available means both: the library works, and this version of lrt-deploy runs it."""
+    reason = found.text if known else f"{_NOT_YET}; {found.text}"
+    return BackendReport(name, known and found.works, found.version, reason)
+
+
+def probe_ort(provider: str) -> Found:
+    """ONNX Runtime, and whether its build has a provider; that the device behind it works is not tried."""
+    return _probe("onnxruntime", lambda ort: _provider(ort, provider))
+
+
+def probe_module(module: str, package: str) -> Found:
+    """A TensorRT flavour: whether its Python module can be imported."""
+    return _probe(module, lambda library: (True, f"{package} {getattr(library, '__version__', '')} can be imported"))
+
+
+PROBES: dict[str, Callable[[], Found]] = {
+    "ort-cpu": lambda: probe_ort("CPUExecutionProvider"),
+    "ort-cuda": lambda: probe_ort("CUDAExecutionProvider"),
+    "tensorrt": lambda: probe_module("tensorrt", "tensorrt"),
+    "tensorrt-rtx": lambda: probe_module("tensorrt_rtx", "tensorrt-rtx"),
+}
+
+
+def environment() -> dict[str, Any]:
+    """The machine and the installed versions; null where something is absent or cannot be told."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": memory_bytes(),
+        "gpus": gpus(),
+        "versions": {name: version(name) for name in PACKAGES} | {"onnxruntime": version(*_ORT_PACKAGES)},
+    }
+
+
+def version(*names: str) -> str | None:
+    """Version of the first of these packages that is installed; nothing is imported."""
+    for name in names:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def memory_bytes() -> int | None:
+    """Physical memory."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def gpus() -> list[str]:
+    """Name and driver of each NVIDIA GPU, as nvidia-smi tells them."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip() for line in found.stdout.splitlines() if line.strip()]
+
+
+def _probe(module: str, look: Callable[[Any], tuple[bool, str]]) -> Found:
+    try:
+        library = importlib.import_module(module)
+        works, text = look(library)
+    except ModuleNotFoundError as error:
+        return Found(None, False, f"{error.name} is not installed")
+    except Exception as error:  # a broken installation may raise anything
+        return Found(None, False, f"{module} is installed but fails: {' '.join(str(error).split())[:200]}")
+    return Found(getattr(library, "__version__", None), works, text)
+
+
+def _provider(ort: Any, provider: str) -> tuple[bool, str]:  # noqa: ANN401 - onnxruntime is untyped
+    has = provider in ort.get_available_providers()
+    return has, f"ONNX Runtime {ort.__version__} {'offers' if has else 'was built without'} {provider}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {found or 'absent'}" for name, found in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(str, value)) or "none found"
+    return "unknown" if value is None else str(value)

@@ -1,0 +1,78 @@
+"""`lrt-deploy eval`: bits per byte of a text or of given token rows, sequentially, as the authors count them.
+
+Chooses rows and shows progress; the evaluation is `lrt_deploy.evaluation`'s.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lrt_deploy.errors import InputError
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.evaluation import Rows
+    from lrt_deploy.tokenizer import Tokenizer
+
+
+def evaluate(
+    bundle: options.BundlePath,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, or .npz with token rows x and y.")],
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows that run together; default: as many as the bundle allows.")
+    ] = None,
+    backend: options.Backend = "ort-cpu",
+    precision: options.Precision = None,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    verify: options.Verify = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure bits per byte on a file, token by token from an empty state."""
+    from lrt_deploy import evaluation
+
+    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+        if decoder.tokenizer is None:
+            raise InputError(
+                "this bundle has no tokenizer, which says how many bytes a token counts; export one with it"
+            )
+        x, y = rows(file, decoder.tokenizer, decoder.max_seq_len)
+        started = time.perf_counter()
+        with output.progress(quiet=json) as progress:
+            result = evaluation.evaluate(
+                decoder,
+                x,
+                y,
+                decoder.tokenizer.byte_lengths,
+                decoder.manifest.max_batch_size if batch_size is None else batch_size,
+                progress,
+            )
+        seconds = time.perf_counter() - started
+    fields = {
+        "bits_per_byte": result.bits_per_byte,
+        "tokens": result.tokens,
+        "bytes": result.bytes,
+        "seconds": round(seconds, 3),
+        "backend": decoder.backend,
+        "precision": decoder.precision,
+    }
+    if json:
+        output.document(fields)
+    else:
+        output.answer(f"{result.bits_per_byte:.6f} bits per byte")
+        output.table({name: str(value) for name, value in fields.items() if name != "bits_per_byte"})
+
+
+def rows(file: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Rows, Rows]:
+    """Inputs and targets: the arrays of an .npz as they are, else those that the text is cut into."""
+    from lrt_deploy.evaluation import rows_from_npz, rows_from_text
+
+    if file.suffix == ".npz":
+        return rows_from_npz(file)
+    return rows_from_text(options.read_text(str(file)), tokenizer, max_seq_len)

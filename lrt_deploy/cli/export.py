@@ -1,0 +1,68 @@
+"""`lrt-deploy export`: a checkpoint becomes a bundle. Shows what is made and how far; the work is `export_bundle`'s."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import facts, options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.manifest import Manifest
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder or weights file.")],
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Tokenizer folder; default: the one beside the checkpoint.")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Precision to export; repeatable.  [default: fp32]")
+    ] = None,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
+    ] = None,
+    max_batch_size: Annotated[int, typer.Option(help="Sequences that can run together.")] = 8,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Export a checkpoint as a bundle: graphs, weights, tokenizer and manifest in one folder."""
+    from lrt_deploy import export_bundle
+
+    started = time.perf_counter()
+    with output.progress(quiet=json) as progress:
+        manifest = export_bundle(
+            checkpoint,
+            bundle,
+            precision=precision or ["fp32"],
+            max_seq_len=max_seq_len,
+            max_batch_size=max_batch_size,
+            tokenizer=tokenizer,
+            step=step,
+            force=force,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - started
+    if json:
+        output.document(manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)})
+        return
+    output.answer(f"exported {bundle} ({facts.disk_text(bundle)}) in {seconds:.1f} s")
+    output.table(summary(manifest))
+
+
+def summary(manifest: Manifest) -> dict[str, str]:
+    """What a bundle holds, for people."""
+    tokenizer = manifest.tokenizer
+    return {
+        "model": facts.model_line(manifest.model),
+        "precisions": ", ".join(manifest.precisions),
+        "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
+        "prefill": ", ".join(manifest.prefill_policies),
+        "tokenizer": f"{tokenizer['tokens']} tokens" if tokenizer else "none: prompts must be token ids",
+    }

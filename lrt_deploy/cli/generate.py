@@ -1,0 +1,116 @@
+"""`lrt-deploy generate`: continue one prompt.
+
+Streams the text and times the tokens; choosing them is the decoder's work.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.interface import PrefillReport
+    from lrt_deploy.runtime.decoder import Decoder
+    from lrt_deploy.runtime.generation import Event
+
+
+def generate(
+    bundle: options.BundlePath,
+    prompt: options.Prompt = None,
+    prompt_file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompt text from a file, - for stdin; its last newline is cut.")
+    ] = None,
+    tokens: options.Tokens = None,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    ignore_stop_tokens: options.IgnoreStopTokens = False,
+    prefill: options.Prefill = "auto",
+    backend: options.Backend = "ort-cpu",
+    precision: options.Precision = None,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    verify: options.Verify = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Continue a prompt: text goes to stdout as it comes, a summary to stderr."""
+    chosen = options.one_prompt(prompt, tokens, prompt_file)
+    if chosen is None:
+        raise typer.BadParameter("a prompt is missing; give --prompt, --prompt-file or --tokens")
+    numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    numbers |= {"repetition_penalty": repetition_penalty}
+    sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
+    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+        ids = options.prompt_ids(decoder, chosen)
+        answer = Answer()
+        for event in answer.timed(decoder.generate(ids, policy=prefill, **sampling.arguments())):  # type: ignore[arg-type]
+            if not json:
+                output.stream(event.text if decoder.tokenizer else f"{event.token} ")
+        report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
+    if json:
+        output.document(report)
+    else:
+        output.stream("\n")
+        output.say(summary(report))
+
+
+@dataclass
+class Answer:
+    """The tokens of one answer with the time each took."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+    prefill: PrefillReport | None = None
+    times_ms: list[float] = field(default_factory=list)
+
+    def timed(self, events: Iterator[Event]) -> Iterator[Event]:
+        """Pass the events on and take them down; what is done with them does not count into their time."""
+        while True:
+            started = time.perf_counter()
+            event = next(events, None)
+            if event is None:
+                return
+            self.times_ms.append((time.perf_counter() - started) * 1e3)
+            self.tokens.append(event.token)
+            self.text += event.text
+            self.finish_reason, self.prefill = event.finish_reason, event.prefill
+            yield event
+
+    def fields(self, decoder: Decoder) -> dict[str, Any]:
+        """The JSON fields; ttft is from before the prefill to the first token, tpot the mean of those after it."""
+        first, following = self.times_ms[0], self.times_ms[1:]
+        assert self.prefill is not None
+        return {
+            "tokens": self.tokens,
+            "text": self.text if decoder.tokenizer else None,
+            "finish_reason": self.finish_reason,
+            "ttft_ms": round(first, 4),
+            "tpot_ms": round(sum(following) / len(following), 4) if following else None,
+            "prefill": self.prefill.to_dict(),
+            "backend": decoder.backend,
+            "precision": decoder.precision,
+        }
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line for people."""
+    prefill, tpot = report["prefill"], report["tpot_ms"]
+    pace = f", then {tpot:.2f} ms a token" if tpot else ""
+    return (
+        f"{report['prompt_tokens']} prompt tokens ({prefill['policy']}, {prefill['passes']:.3g} passes), "
+        f"{len(report['tokens'])} new ({report['finish_reason']}); first after {report['ttft_ms']:.1f} ms{pace}; "
+        f"{report['backend']}, {report['precision']}"
+    )

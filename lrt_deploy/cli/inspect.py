@@ -1,0 +1,159 @@
+"""`lrt-deploy inspect`: what a path is and what it holds: a bundle, a checkpoint, or a graph found alone.
+
+Reads, never runs: a graph's weights stay on disk, and a checkpoint's tensors are mapped but not checked for their
+values (that is what `export` does).
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrt_deploy.errors import InputError, LRTDeployError
+
+from . import facts, options, output
+from .export import summary
+from .graph_facts import graph_fields
+
+if TYPE_CHECKING:
+    from lrt_deploy.checkpoint import Checkpoint
+    from lrt_deploy.manifest import Manifest
+
+_KNOWN = "a bundle folder, a checkpoint (folder or weights file), or a graph (.onnx)"
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help=f"{_KNOWN[0].upper()}{_KNOWN[1:]}.")],
+    verify: options.Verify = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Tell what a bundle, checkpoint or graph holds."""
+    look = {"bundle": inspect_bundle, "checkpoint": inspect_checkpoint, "graph": inspect_graph}[kind_of(path)]
+    fields, line, rows = look(path, verify)
+    if json:
+        output.document(fields)
+    else:
+        output.answer(line)
+        output.table(rows)
+
+
+Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line for stdout, the table for people
+
+
+def kind_of(path: Path) -> str:
+    """`bundle`, `checkpoint` or `graph`, by names alone; InputError for anything else."""
+    from lrt_deploy.manifest import DIGEST, MANIFEST
+
+    if not path.exists():
+        raise InputError(f"{path} does not exist; expected {_KNOWN}")
+    if path.is_dir():
+        if (path / MANIFEST).exists() or (path / DIGEST).exists():
+            return "bundle"
+        if (path / "model.safetensors").exists() or any(path.glob("model_*.pt")):
+            return "checkpoint"
+    elif path.suffix == ".onnx":
+        return "graph"
+    elif path.suffix == ".plan":
+        raise InputError(f"{path} is a TensorRT engine; this version of lrt-deploy does not know engines yet")
+    elif path.suffix in (".pt", ".safetensors"):
+        return "checkpoint"
+    raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
+
+
+def inspect_bundle(path: Path, verify: bool) -> Findings:
+    """The manifest, checked against its digest; with `verify` every file as well."""
+    from lrt_deploy.manifest import MANIFEST, read_manifest, verify_files
+
+    manifest = read_manifest(path)
+    if verify:
+        with output.progress(quiet=True) as progress:
+            verify_files(path, manifest, force=True, progress=lambda done, total: progress("hashing", done, total))
+    rows = summary(manifest) | {"files": files_text(manifest)} | provenance_rows(manifest)
+    fields = json_module.loads((path / MANIFEST).read_bytes())
+    return fields, f"{path} is a bundle{', all files intact' if verify else ''}", rows
+
+
+def files_text(manifest: Manifest) -> str:
+    """How many files of what size the manifest lists."""
+    size = sum(record.bytes for record in manifest.files.values())
+    return f"{len(manifest.files)}, {output.bytes_text(size)}"
+
+
+def provenance_rows(manifest: Manifest) -> dict[str, str]:
+    """Where the bundle comes from."""
+    origin = dict(manifest.provenance.get("checkpoint") or {})
+    versions = dict(manifest.provenance.get("versions") or {})
+    step = "" if origin.get("step") is None else f", step {origin['step']}"
+    return {
+        "checkpoint": f"{origin.get('file')}{step}, sha256 {str(origin.get('sha256'))[:16]}…",
+        "made with": ", ".join(f"{name} {number}" for name, number in versions.items()),
+    }
+
+
+def inspect_checkpoint(path: Path, verify: bool) -> Findings:
+    """Config, tensors and tokenizer of a checkpoint of either layout."""
+    from lrt_deploy.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(path)
+    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in opened.tensors.values())
+    fields = {
+        "config": opened.config.to_dict(),
+        "step": opened.step,
+        "file": str(opened.model_file),
+        "sha256": opened.sha256,
+        "parameters": checkpoint_parameters(opened),
+        "tensors": len(opened.tensors),
+        "dtypes": dict(dtypes),
+        "tokenizer": tokenizer_fields(opened),
+    }
+    rows = {
+        key: cell(fields[key]) for key in ("step", "file", "sha256", "parameters", "tensors", "dtypes", "tokenizer")
+    }
+    line = facts.model_line(opened.config)
+    return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
+
+
+def checkpoint_parameters(opened: Checkpoint) -> dict[str, int]:
+    """Parameters by kind, as the file holds them; a tensor that the config has no place for counts as other."""
+    kinds, counts = facts.kinds_of_tensors(opened.config), {"matrices": 0, "tables": 0, "other": 0}
+    for name, tensor in opened.tensors.items():
+        counts[kinds.get(name, "other")] += tensor.numel()
+    return counts
+
+
+def tokenizer_fields(opened: Checkpoint) -> dict[str, Any]:
+    """Whether export would find a tokenizer, how many tokens it has, and what is wrong with it if it cannot be used."""
+    from lrt_deploy.exporters.bundle import find_tokenizer
+
+    try:
+        found = find_tokenizer(opened, None)
+    except LRTDeployError as error:
+        return {"found": True, "tokens": None, "error": str(error)}
+    return {"found": found is not None, "tokens": len(found.byte_lengths) if found else None, "error": None}
+
+
+def inspect_graph(path: Path, verify: bool) -> Findings:
+    """Inputs, outputs and operators of a graph, and the contract that ours carry; there is nothing to verify it by."""
+    fields = graph_fields(path)
+    names = ("opset", "producer", "nodes", "operators", "initializers", "external_files")
+    rows = {name: cell(fields[name]) for name in names}
+    rows["initializers"] += f", {output.bytes_text(fields['initializer_bytes'])}"
+    for way in ("input", "output"):
+        rows |= {f"{way} {value['name']}": f"{value['dtype']} {value['dims']}" for value in fields[f"{way}s"]}
+    contract = fields["contract"]
+    made = f", the {contract['flavour']} flavour" if contract else ", not made by lrt-deploy export"
+    return fields, f"{path} is an ONNX graph{made}", rows
+
+
+def cell(value: object) -> str:
+    """A JSON value in one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)

@@ -1,0 +1,149 @@
+"""The options that several verbs share, each declared once, and the few values they are gathered into.
+
+What a value may be is the library's to say: names of backends, precisions and prefill policies pass as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrt_deploy.errors import InputError
+
+if TYPE_CHECKING:
+    from lrt_deploy.runtime.decoder import Decoder
+
+_SAMPLING, _RUN = "How tokens are chosen", "What runs it"
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by `lrt-deploy export`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
+
+Backend = Annotated[str, typer.Option(help="Backend, or auto; `lrt-deploy doctor` lists them.", rich_help_panel=_RUN)]
+Precision = Annotated[
+    str | None, typer.Option(help="Precision to run; default: the most precise in the bundle.", rich_help_panel=_RUN)
+]
+MaxSeqLen = Annotated[
+    int | None, typer.Option(help="Lower the capacity of a sequence, and its memory.", rich_help_panel=_RUN)
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.", rich_help_panel=_RUN)]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Hash all files again, also those found intact before.", rich_help_panel=_RUN)
+]
+Prefill = Annotated[
+    str, typer.Option(help="How prompts are read: auto, stepwise, fixed-point, zero.", rich_help_panel=_RUN)
+]
+
+Prompt = Annotated[str | None, typer.Option(help="Prompt text; <|bos|> is put in front.")]
+Tokens = Annotated[str | None, typer.Option(metavar="1,2,3", help="Prompt as token ids, taken as they are.")]
+
+MaxNewTokens = Annotated[int, typer.Option(help="Stop after this many tokens.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)]
+TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 is off.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[float, typer.Option(help="Keep the smallest set of this probability.", rich_help_panel=_SAMPLING)]
+MinP = Annotated[
+    float, typer.Option(help="Keep what has this share of the most likely token's.", rich_help_panel=_SAMPLING)
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1 discourages tokens that occurred.", rich_help_panel=_SAMPLING)
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=_SAMPLING)]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="Stop at this text, which is left out; repeatable.", rich_help_panel=_SAMPLING)
+]
+IgnoreStopTokens = Annotated[
+    bool,
+    typer.Option("--ignore-stop-tokens", help="Go on after <|assistant_end|> and <|bos|>.", rich_help_panel=_SAMPLING),
+]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """Which decoder to open on a bundle."""
+
+    backend: str
+    precision: str | None
+    max_seq_len: int | None
+    threads: int | None
+    verify: bool
+
+    def open(self, bundle: Path) -> Decoder:
+        """The opened decoder; `auto` is answered with what was taken."""
+        from lrt_deploy import open_decoder
+
+        return open_decoder(
+            bundle,
+            self.backend,
+            self.precision,
+            threads=self.threads,
+            max_seq_len=self.max_seq_len,
+            verify=self.verify,
+        )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen and when to stop."""
+
+    max_new_tokens: int
+    stop_strings: tuple[str, ...]
+    ignore_stop_tokens: bool
+    numbers: dict[str, Any]  # temperature, top_k, top_p, min_p, repetition_penalty
+    seed: int | None
+
+    def arguments(self, turn: int = 0) -> dict[str, Any]:
+        """Keyword arguments for `Decoder.generate`; each turn of a chat draws from its own seed."""
+        return self.numbers | {
+            "max_new_tokens": self.max_new_tokens,
+            "stop_strings": self.stop_strings,
+            "stop_ids": [] if self.ignore_stop_tokens else None,
+            "seed": self.seed if self.seed is None else self.seed + turn,
+        }
+
+
+def one_prompt(prompt: str | None, tokens: str | None, file: str | None = None) -> str | list[int] | None:
+    """The prompt as text or token ids, None if there is none; two of them are a usage error.
+
+    The newline that ends a prompt file is not part of the prompt: editors and echo put it there.
+    """
+    given = {"--prompt": prompt, "--prompt-file": file, "--tokens": tokens}
+    named = [name for name, value in given.items() if value is not None]
+    if len(named) > 1:
+        raise typer.BadParameter(f"{' and '.join(named)} exclude each other; give one of them")
+    if file is not None:
+        return read_text(file).removesuffix("\n").removesuffix("\r")
+    return prompt if tokens is None else parse_tokens(tokens)
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Token ids from `1,2,3`; whether the model has them is the library's to say."""
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in parts:
+        if not re.fullmatch(r"[+-]?[0-9]{1,30}", part):
+            raise typer.BadParameter(f"--tokens has {part[:40]!r} where a whole number is expected, as in 1,2,3")
+    return [int(part) for part in parts]
+
+
+def read_text(name: str) -> str:
+    """The text of a file, or of stdin for `-`, newlines as they are."""
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def prompt_ids(decoder: Decoder, prompt: str | list[int]) -> list[int]:
+    """The token ids of a prompt; text needs a bundle with a tokenizer."""
+    if not isinstance(prompt, str):
+        return prompt
+    if decoder.tokenizer is None:
+        raise InputError("this bundle has no tokenizer, so give --tokens; or export it again with --tokenizer")
+    return decoder.tokenizer.encode_prompt(prompt)

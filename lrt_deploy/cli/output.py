@@ -1,0 +1,157 @@
+"""What goes where: answers and generated text to stdout, everything for people besides (tables, progress) to stderr.
+
+A verb gives one line as its answer and a table of details; with --json it gives exactly one document instead. Colour
+and bars come from rich, and only where stderr is a terminal. Knows nothing of what it prints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from io import TextIOWrapper
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+Progress = Callable[[str, int, int], None]
+
+
+def settle_streams() -> None:
+    """Text that the terminal's encoding lacks is shown as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def answer(line: str) -> None:
+    """One line on stdout."""
+    stream(f"{line}\n")
+
+
+def stream(text: str) -> None:
+    """Text on stdout, at once."""
+    if sys.stdout is None:  # started with stdout closed
+        return
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError:
+        silence_stdout()
+        raise
+
+
+def document(fields: Mapping[str, Any]) -> None:
+    """One JSON document on stdout, in UTF-8. Numbers that are not finite, which JSON lacks, become null."""
+    text = json.dumps(_plain(fields), indent=2, ensure_ascii=False, allow_nan=False)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    answer(text)
+
+
+def say(line: str) -> None:
+    """One line for a person, on stderr; a stderr that is gone is not worth failing for."""
+    with contextlib.suppress(OSError):
+        if sys.stderr is not None:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+
+def ask(text: str) -> None:
+    """A prompt for a person, on stderr: the cursor stays on its line."""
+    if sys.stderr is not None:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def table(rows: Mapping[str, object]) -> None:
+    """Two columns for a person, on stderr."""
+    if not for_people():
+        width = max(map(len, rows), default=0)
+        for label, value in rows.items():
+            say(f"{label:{width}}  {value}")
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(show_header=False, box=None, pad_edge=False)
+    for label, value in rows.items():
+        grid.add_row(Text(label, style="bold cyan"), Text(str(value)))
+    Console(stderr=True).print(grid)
+
+
+def for_people() -> bool:
+    """Whether stderr is a terminal."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
+@contextlib.contextmanager
+def progress(quiet: bool = False) -> Iterator[Progress]:
+    """A function (what, done, total) that shows how far things are; 0, 0 where there is nothing to count.
+
+    A bar on a terminal, a line for each new `what` elsewhere, nothing there if `quiet`.
+    """
+    if not for_people():
+        yield _lines(quiet)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("starting", total=None)
+        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
+
+
+def silence_stdout() -> None:
+    """Point stdout to nowhere, so that nothing more can fail on it, not even Python's flush at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def bytes_text(count: int) -> str:
+    """A size as people say it."""
+    size = float(count)
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
+def count_text(count: int) -> str:
+    """A number of parameters as people say it."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.1f}{unit}"
+    return str(count)
+
+
+def _lines(quiet: bool) -> Progress:
+    seen: set[str] = set()
+
+    def show(what: str, done: int, total: int) -> None:
+        if not quiet and what not in seen:
+            say(what)
+        seen.add(what)
+
+    return show
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - anything a library puts into its report
+    """Only JSON types: numpy's numbers and arrays, tuples and paths become what they stand for."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,117 @@
+"""`lrt-deploy parity`: is the bundle the model of the checkpoint? Opens both, compares by rollout, exits 1 on no.
+
+What is measured and what is tolerated is `lrt_deploy.parity`'s; here only the two sides and the prompt are chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.checkpoint import Checkpoint
+    from lrt_deploy.parity import ParityReport
+    from lrt_deploy.runtime.decoder import Decoder
+
+STEPS = 128
+PROMPT = "The river rose in the night, and by morning the lower meadows were under water."
+_PROMPT_TOKENS = 16  # of the prompt made up for a bundle without tokenizer
+
+
+def parity(
+    bundle: options.BundlePath,
+    checkpoint: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.")],
+    step: Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")] = None,
+    prompt: options.Prompt = None,
+    tokens: options.Tokens = None,
+    steps: Annotated[
+        int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
+    ] = None,
+    backend: options.Backend = "ort-cpu",
+    precision: options.Precision = None,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    verify: options.Verify = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Compare a bundle with its checkpoint over a rollout. Exits with 1 if they differ by more than is tolerated."""
+    chosen = options.one_prompt(prompt, tokens)
+    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+        ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
+        count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
+        report = compare(decoder, open_same_model(decoder, checkpoint, step), ids, count, json)
+    if json:
+        output.document(report.to_dict())
+    else:
+        output.answer(report.verdict)
+        output.table(rows(report.to_dict()))
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def default_prompt(decoder: Decoder) -> list[int]:
+    """A short fixed text, or, without a tokenizer for it, token ids spread over the vocabulary."""
+    from lrt_deploy.tokenizer import BOS
+
+    capacity, vocab_size = decoder.max_seq_len, decoder.config.vocab_size
+    if decoder.tokenizer is not None and BOS in decoder.tokenizer.special_tokens:
+        ids = decoder.tokenizer.encode_prompt(PROMPT)
+    else:
+        ids = [(7919 * i + 1) % vocab_size for i in range(_PROMPT_TOKENS)]
+    return ids[: max(1, capacity // 2)]
+
+
+def open_same_model(decoder: Decoder, path: Path, step: int | None) -> Checkpoint:
+    """The checkpoint, if it is of the bundle's architecture; else ParityError with the fields that differ."""
+    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.errors import ParityError
+
+    opened = open_checkpoint(path, step)
+    theirs, ours = opened.config.to_dict(), decoder.config.to_dict()
+    if differing := [name for name in ours if ours[name] != theirs[name]]:
+        found = ", ".join(f"{name} is {theirs[name]!r} and not {ours[name]!r}" for name in differing)
+        raise ParityError(f"{path} is not the model of this bundle: in the checkpoint {found}; nothing was compared")
+    return opened
+
+
+def compare(decoder: Decoder, opened: Checkpoint, prompt: list[int], steps: int, quiet: bool) -> ParityReport:
+    """The comparison itself, with its progress shown."""
+    from lrt_deploy import parity as library
+    from lrt_deploy.reference import ReferenceDecoder
+
+    origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}
+    with output.progress(quiet) as progress:
+        progress("loading the checkpoint", 0, 0)
+        reference = ReferenceDecoder(opened.model(), max_seq_len=decoder.max_seq_len)
+        return library.compare(
+            reference,
+            decoder,
+            prompt,
+            steps,
+            precision=decoder.precision,
+            checkpoint_matches=opened.sha256 == origin.get("sha256"),
+            backend=decoder.backend,
+            progress=progress,
+        )
+
+
+def rows(fields: dict[str, Any]) -> dict[str, str]:
+    """The measured numbers for people, without the curves, and without the verdict, which stands on stdout."""
+    shown = {name: value for name, value in fields.items() if not isinstance(value, (list, dict))}
+    shown |= {f"prefill {name}": value for name, value in (fields.get("prefill") or {}).items()}
+    shown |= {f"divergence {name}": value for name, value in (fields.get("first_divergence") or {}).items()}
+    return {name.replace("_", " "): cell(value) for name, value in shown.items() if name not in ("passed", "verdict")}
+
+
+def cell(value: object) -> str:
+    """A number in few digits."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value is None else str(value)

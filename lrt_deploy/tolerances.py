@@ -1,0 +1,78 @@
+"""Every numeric threshold in one place: what it is, what was measured, and why it stands where it stands.
+
+All errors are maxima of absolute differences. Logits are softly capped to +-15 and latents are RMS-normed, so absolute
+bounds mean the same for every model. Measured on the goldens (eight random models and a trained one of 6 layers), 250
+to 300 tokens of rollout each. What is compared and how it is judged: `parity`, and the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import ParityError
+
+
+@dataclass(frozen=True)
+class ParityLimits:
+    """What a decoder may differ from the reference by, both fed the same tokens, each with its own state."""
+
+    max_abs_logit_error: float
+    max_abs_latent_error: float
+    # Of stepwise prefill against stepwise decoding; iterated prefill is bound by what it certifies of the latent.
+    max_abs_cache_error: float
+    mean_kl: float
+    # A first divergence where the reference's top two logits are at most this far apart says nothing about the decoder.
+    near_tie_margin: float
+
+
+# Between correct float32 implementations (ORT, the reference, the same in float64): logits up to 1.6e-5, latent up to
+# 4.8e-6, caches up to 4.3e-6, KL up to 7e-12. The smallest effect that 1% more in one weight matrix has: logits 4e-3
+# (all memory lambdas; one K memory projection: 5e-3 to 4e-2), latent 1.5e-3. So both limits lie 6 to 10 times above
+# the noise and 30 to 40 times below the smallest fault. (1% more in all of c_q or wte is no fault: norms undo it.)
+_FP32_LOGIT_ERROR = 1e-4
+FP32 = ParityLimits(
+    max_abs_logit_error=_FP32_LOGIT_ERROR,
+    max_abs_latent_error=5e-5,
+    max_abs_cache_error=5e-5,
+    # Logits within e of each other bound KL by e^2 / 2 = 5e-9, so this can only fail together with the logits.
+    mean_kl=1e-8,
+    # Two logits that are each off by up to the limit can change places when they are closer than twice that.
+    near_tie_margin=2 * _FP32_LOGIT_ERROR,
+)
+
+
+@dataclass(frozen=True)
+class GoldenLimits:
+    """How far our numbers may be from those that the authors' own code computed."""
+
+    logits: float
+    latent: float
+    cache: float
+    nll: float
+    bits_per_byte: float
+    # By how much at least a forgotten memory must show; no tolerance, but the twin of the others that must fail.
+    zero_memory: float
+
+
+# Measured over all goldens and positions: logits 1.0e-5, latent 4.8e-6, caches 4.3e-6, nats 1.3e-5, bits per byte
+# 2.9e-6. The smallest fault that they are to catch, another RMSNorm eps, moves the logits of the trained one by
+# 2e-4. Zero memory moves logits by 1 to 10 and bits per byte by 7e-2 or more.
+GOLDEN = GoldenLimits(logits=5e-5, latent=2e-5, cache=2e-5, nll=5e-5, bits_per_byte=1e-5, zero_memory=0.1)
+
+
+# Successive float32 passes at the fixed point itself still differ by 2e-6 to 8e-6 (max abs, latent).
+FLOAT32_RESIDUAL_NOISE = 5e-6
+# Below this, no float32 iteration can certify the latent; the prompt is read stepwise instead.
+SMALLEST_PREFILL_TOLERANCE = 1e-5
+# Error of the latent (max abs, RMS 1) up to which a prompt is read by default; what it means in KL: docs/numerics.md.
+DEFAULT_PREFILL_TOLERANCE = 2e-2
+
+
+def limits(precision: str) -> ParityLimits:
+    """The limits of a precision; ParityError where none were measured."""
+    if precision != "fp32":
+        raise ParityError(
+            f"there are no parity limits for precision {precision}; limits were measured for fp32 only, "
+            "so compare the bundle's fp32 graphs"
+        )
+    return FP32
