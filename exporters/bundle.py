@@ -89,9 +89,8 @@ def check_limits(config: LRTConfig, options: ExportOptions) -> int:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, expected at least 1")
     unknown = [p for p in options.precisions if p not in manifest.PRECISIONS]
     if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
-        raise ExportError(
-            f"precision is {', '.join(options.precisions) or 'empty'}; this version exports {', '.join(manifest.PRECISIONS)}, each once"
-        )
+        asked, held = ", ".join(options.precisions) or "empty", ", ".join(manifest.PRECISIONS)
+        raise ExportError(f"precision is {asked}; this version exports {held}, each once")
     return capacity
 
 
@@ -158,8 +157,8 @@ def _manifest(
 def _made_whole(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place when the block ends well and vanishes when it does not.
 
-    Python turns SIGINT into an exception by itself; SIGTERM is made one here, so that both clean up. After a SIGKILL the
-    hidden folder stays, but never under the target's name; the next export to the same target removes it.
+    Python turns SIGINT into an exception by itself; SIGTERM is made one here, so that both clean up. After a SIGKILL
+    the hidden folder stays, but never under the target's name; the next export to the same target removes it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{target.name}.partial-"

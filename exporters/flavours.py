@@ -37,7 +37,8 @@ def decode_step(model: ir.Model) -> ir.Model:
 def windowed(model: ir.Model, config: LRTConfig) -> ir.Model:
     """Slice K, V and mask of every attention to the live window, whose bounds become inputs.
 
-    Attention in ORT's CPU provider costs what its key length costs; TensorScatter still writes the whole cache in place.
+    Attention in ORT's CPU provider costs what its key length costs; TensorScatter still writes the whole cache in
+    place.
     """
     model = clone(model)
     graph = model.graph

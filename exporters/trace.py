@@ -36,11 +36,14 @@ class OnnxCacheOps:
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
         """TensorScatter: the cache is a graph input and its output may share the input's buffer."""
-        inputs, attributes = [past, update, write_index], {"axis": -2, "mode": "linear"}
-        scattered = torch.onnx.ops.symbolic(
-            "TensorScatter", inputs, attributes, dtype=past.dtype, shape=past.shape, version=OPSET
+        return torch.onnx.ops.symbolic(
+            "TensorScatter",
+            [past, update, write_index],
+            {"axis": -2, "mode": "linear"},
+            dtype=past.dtype,
+            shape=past.shape,
+            version=OPSET,
         )
-        return scattered if isinstance(scattered, Tensor) else scattered[0]
 
 
 class ExplicitState(nn.Module):
@@ -88,11 +91,12 @@ def trace(model: LRT) -> ir.Model:
                 verbose=False,
             )
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
-            raise ExportError(f"tracing the model failed in torch {torch.__version__}: {error}") from error
+            cause = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ExportError(f"tracing the model failed in torch {torch.__version__}: {cause}") from error
     if program is None:
         raise ExportError(f"torch {torch.__version__} returned no program from torch.onnx.export")
-    for value in [v for name, v in program.model.graph.initializers.items() if name.startswith(_PREFIX)]:
-        value.name = value.name.removeprefix(_PREFIX)
+    for name, value in list(program.model.graph.initializers.items()):
+        value.name = name.removeprefix(_PREFIX)
     return program.model
 
 
@@ -110,7 +114,7 @@ def _onnx_ops(model: LRT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's advice (on ops it does not know, on its own deprecations) is for its authors, not for our users."""
+    """Keep the exporter's advice, on ops it does not know and its own deprecations, from our users."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

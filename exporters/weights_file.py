@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 _INLINE_BYTES = 1024
@@ -23,35 +24,21 @@ def externalize(model: ir.Model, path: Path, progress: Progress = lambda done, t
 
     Memory: one chunk beside the tensors themselves, whose buffers are written without a copy.
     """
-    large = [
-        v
-        for v in model.graph.initializers.values()
-        if v.const_value is not None and v.const_value.nbytes > _INLINE_BYTES
-    ]
-    total = sum(v.const_value.nbytes for v in large if v.const_value is not None)
-    done = 0
+    known = [(value, value.const_value) for value in model.graph.initializers.values() if value.const_value is not None]
+    large = [(value, tensor) for value, tensor in known if tensor.nbytes > _INLINE_BYTES]
+    total, done = sum(tensor.nbytes for _, tensor in large), 0
     with path.open("wb") as file:
-        for value in large:
-            tensor = value.const_value
-            assert tensor is not None
+        for value, tensor in large:
             file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
             offset = file.tell()
-            view = (
-                memoryview(tensor.numpy()).cast("B")
-                if tensor.dtype == ir.DataType.FLOAT
-                else memoryview(tensor.numpy().view("u1").reshape(-1))
-            )
-            for start in range(0, len(view), _CHUNK_BYTES):
-                done += file.write(view[start : start + _CHUNK_BYTES])
+            content = (
+                np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
+            )  # bfloat16 has no buffer of its own
+            for start in range(0, content.size, _CHUNK_BYTES):
+                done += file.write(content[start : start + _CHUNK_BYTES].data)
                 progress(done, total)
+            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
             value.const_value = ir.ExternalTensor(
-                path.name,
-                offset,
-                tensor.nbytes,
-                tensor.dtype,
-                shape=tensor.shape,
-                name=value.name or "",
-                base_dir=path.parent,
+                path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
             )
-        size = file.tell()
-    return size
+        return file.tell()

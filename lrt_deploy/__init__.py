@@ -59,9 +59,9 @@ def export_bundle(
     """Export a checkpoint folder to a bundle folder and return the manifest.
 
     `max_seq_len` defaults to the model's `sequence_len` and may be up to 10 times that. `tokenizer` is a folder with
-    `tokenizer.pkl` or `tokenizer.json` (default: beside the checkpoint). `step` picks one of several saved steps (default:
-    the last). `force` replaces an existing bundle. `progress` is called with (what, done, total), in bytes or 0, 0.
-    Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
+    `tokenizer.pkl` or `tokenizer.json` (default: beside the checkpoint). `step` picks one of several saved steps
+    (default: the last). `force` replaces an existing bundle. `progress` is called with (what, done, total), in bytes
+    or 0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
     """
     from .exporters.bundle import ExportOptions
     from .exporters.bundle import export_bundle as export

@@ -1,10 +1,10 @@
 """Read LRT checkpoints from disk, safely: the authors' layout and the native one.
 
-Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (its `model_config`). Native: `config.json`
-(the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the authors' format
-cannot (shared projections, another source layer). Files come from strangers: `.pt` files are read with
-`weights_only=True`, and everything is checked against the config before it is used.
-Tokenizers are read by `tokenizer`; which tensor goes where is said by `weights`.
+Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (its `model_config`). Native:
+`config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the
+authors' format cannot (shared projections, another source layer). Files come from strangers: `.pt` files are read
+with `weights_only=True`, and everything is checked against the config before it is used. Tokenizers are read by
+`tokenizer`; which tensor goes where is said by `weights`.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ class Checkpoint:
     def _refuse_unknown(self, known: set[str]) -> None:
         if unknown := sorted(set(self.tensors) - known):
             raise CheckpointError(
-                f"{self.model_file} holds {len(unknown)} tensor(s) that this model has no place for, such as {unknown[0]!r}; "
-                "leaving them out would silently run another model"
+                f"{self.model_file} holds {len(unknown)} tensor(s) that this model has no place for, "
+                f"such as {unknown[0]!r}; leaving them out would silently run another model"
             )
 
 
@@ -178,8 +178,8 @@ def _open_authors(folder: Path, step: int | None) -> Checkpoint:
 def _settle(config: LRTConfig, tensors: Mapping[str, Tensor]) -> LRTConfig:
     """Take from the tensors what the authors' config does not say reliably.
 
-    The default of `ve_gate_channels` changed between releases, so the gate's width decides; `use_value_embeds` speaks of
-    the plain model, so in an LRT the presence of the tables decides.
+    The default of `ve_gate_channels` changed between releases, so the gate's width decides; `use_value_embeds` speaks
+    of the plain model, so in an LRT the presence of the tables decides.
     """
     kind = "triple_gate" if config.memory else "ve_gate"
     gate = next((t for key, t in tensors.items() if key.endswith(f".attn.{kind}.weight") and t.ndim == 2), None)

@@ -20,7 +20,8 @@ from .errors import ConfigError
 RMS_NORM_EPS = 1.1920928955078125e-07
 ROPE_BASE = 10000.0
 LOGIT_SOFTCAP = 15.0
-# The authors round rotary tables to bfloat16 and build them for 10 x sequence_len positions; both are part of the model.
+# The authors round rotary tables to bfloat16 and build them for 10 x sequence_len positions; both are part of the
+# model.
 ROPE_POSITIONS_PER_SEQUENCE_LEN = 10
 VOCAB_PADDING = 64
 

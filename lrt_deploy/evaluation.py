@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +63,8 @@ def evaluate(
     """Decode the rows of `x` and count how well each token predicts its target in `y`.
 
     `token_bytes[id]` is the number of bytes of a token, 0 for a special one. Rows of one length run together,
-    `batch_size` at a time. Raises InputError for rows, ids or a batch size that cannot be used, and when no target has bytes.
+    `batch_size` at a time. Raises InputError for rows, ids or a batch size that cannot be used, and when no target
+    has bytes.
     """
     sizes = np.asarray(token_bytes, np.int64)  # (V)
     rows = _checked_rows(decoder, x, y, min(decoder.config.vocab_size, sizes.size))
@@ -102,20 +103,7 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
 
 def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     """The arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, as they are. Runs nothing in the file."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise InputError(f"{path} holds one array; expected an .npz archive with the token rows x and y")
-            if missing := [name for name in ("x", "y") if name not in archive]:
-                raise InputError(
-                    f"{path} has no array {' and no array '.join(missing)}, but {', '.join(archive) or 'none'}; "
-                    "expected token rows x and their targets y"
-                )
-            arrays = {name: archive[name] for name in ("x", "y")}
-    except InputError:
-        raise
-    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {error}") from error
+    arrays = _read_arrays(path, ("x", "y"))
     for name, array in arrays.items():
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
             raise InputError(
@@ -126,6 +114,22 @@ def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
             f"{path}: x has the shape {arrays['x'].shape} and y {arrays['y'].shape}; expected a target for every token"
         )
     return arrays["x"].astype(np.int64), arrays["y"].astype(np.int64)
+
+
+def _read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise InputError(f"{path} holds one array; expected an .npz archive with token rows x and targets y")
+        with archive:
+            if missing := [name for name in names if name not in archive]:
+                raise InputError(
+                    f"{path} has no array {' and no array '.join(missing)}, but {', '.join(archive) or 'none'}; "
+                    "expected token rows x and their targets y"
+                )
+            return {name: archive[name] for name in names}
+    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {error}") from error
 
 
 def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[_Row]:

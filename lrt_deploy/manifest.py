@@ -81,7 +81,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     files = {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
         for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in (MANIFEST, DIGEST)
     }
     manifest = dataclasses.replace(manifest, files=files)
     text = manifest.to_json().encode()

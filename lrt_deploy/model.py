@@ -87,7 +87,8 @@ class LRT(nn.Module):
         self.wte = _weight(padded, width)
         self.lm_head = _weight(width, padded)
         embedded = set(config.value_embed_layers)
-        # Gates per kv head: local, feedback and value embedding in an LRT; the value embedding's alone in a plain model.
+        # Gates per kv head: local, feedback and value embedding in an LRT; the value embedding's alone in a plain
+        # model.
         gates = [3 if config.memory else int(i in embedded) for i in range(config.n_layer)]
         self.blocks = nn.ModuleList(Block(config, gates[i]) for i in range(config.n_layer))
         self.value_embeds = _weight(padded, len(embedded) * config.kv_dim) if embedded else None

@@ -181,4 +181,5 @@ def _check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int])
         max_abs_latent_error=_distance(stepwise.latent, state.latent) if decoder.config.memory else None,
         max_abs_logit_error=_distance(stepwise.logits, state.logits),
         max_abs_cache_error=max(caches),
+        note=report.note,
     )

@@ -67,6 +67,7 @@ class PrefillCheck:
     max_abs_latent_error: float | None = None
     max_abs_logit_error: float | None = None
     max_abs_cache_error: float | None = None
+    note: str | None = None
     error: str | None = None
 
 
@@ -179,16 +180,16 @@ def _mean_kl_fault(points: list[Point], limits: ParityLimits) -> str | None:
 
 
 def _prefill_fault(check: PrefillCheck, limits: ParityLimits) -> str | None:
-    """Iterated prefill may be off by the residual that it states; what was not iterated must be exact in all parts."""
+    """Iterated prefill may be off by the residual that it states; what states none must be exact in all parts."""
     if check.error:
         return f"prefill failed: {check.error}"
     bounds = {"latent": limits.max_abs_latent_error + (check.residual or 0.0)}
-    if check.residual is None:
+    if not check.residual:
         bounds |= {"logit": limits.max_abs_logit_error, "cache": limits.max_abs_cache_error}
     for part, bound in bounds.items():
         error = getattr(check, f"max_abs_{part}_error")
         if error is not None and error > bound:
-            residual = "" if check.residual is None else f", its stated residual {check.residual:.1e} included"
+            residual = "" if not check.residual else f", its stated residual {check.residual:.1e} included"
             return (
                 f"{check.policy} prefill of the prompt differs from reading it stepwise: {part} by {error:.1e} "
                 f"(limit {bound:.1e}{residual})"

@@ -5,8 +5,7 @@ pickled `Encoding` of protocol 2 to 5 is made of: strings, bytes, numbers, dicts
 which the object is built. Names of globals are text to it; nothing is ever imported, looked up or called. Whatever
 else a file holds is refused, and every refusal is a `CheckpointError`.
 It knows nothing of byte-pair encoding: whether the ranks make sense is for `tokenizer` to say. It deliberately reads
-less than Python's pickle does (no lists, sets, numbers as keys, protocols 0 and 1): a real file has none of them, and
-what is not read cannot hurt.
+less than Python's pickle does (no lists, sets, numbers as keys, protocols 0 and 1): a real file has none of them.
 """
 
 from __future__ import annotations

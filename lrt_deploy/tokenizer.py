@@ -18,13 +18,10 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
+from .chat_form import ASSISTANT_END, ASSISTANT_START, BOS, CONTROL_TOKENS, USER_END, USER_START, turns
 from .errors import BundleError, CheckpointError, InputError
 from .pickles import MAX_FILE_BYTES, EncodingData, read_encoding
 
-BOS = "<|bos|>"
-USER_START, USER_END = "<|user_start|>", "<|user_end|>"
-ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
-CONTROL_TOKENS = {BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END}
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_LENGTHS_FILE = "token_bytes.json"
 
@@ -283,7 +280,7 @@ class Tokenizer:
         last. The system message is joined to the first user message by a blank line.
         """
         tokens = [self.bos_id]
-        for role, content in _turns(messages):
+        for role, content in turns(messages):
             start, end = (USER_START, USER_END) if role == "user" else (ASSISTANT_START, ASSISTANT_END)
             tokens += [self._special_id(start), *self.encode(content), self._special_id(end)]
         return [*tokens, self._special_id(ASSISTANT_START)]
@@ -292,22 +289,3 @@ class Tokenizer:
         if name not in self.special_tokens:
             raise InputError(f"the tokenizer has no {name}, which prompts and chats need; give token ids instead")
         return self.special_tokens[name]
-
-
-def _turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Role and content of each turn, the system message joined in; checked."""
-    turns = []
-    for index, message in enumerate(messages):
-        turn = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ()
-        if not turn or not isinstance(turn[0], str) or not isinstance(turn[1], str):
-            raise InputError(f"message {index} is not an object with the texts role and content")
-        turns.append((turn[0], turn[1]))
-    if len(turns) > 1 and turns[0][0] == "system" and turns[1][0] == "user":
-        turns[:2] = [("user", f"{turns[0][1]}\n\n{turns[1][1]}")]
-    roles = [role for role, _ in turns]
-    if len(turns) % 2 == 0 or roles != ["user" if i % 2 == 0 else "assistant" for i in range(len(roles))]:
-        raise InputError(
-            f"the roles are {', '.join(m['role'] for m in messages)[:200] or 'none'}; expected an optional system "
-            "message, then user and assistant in turns, a user last"
-        )
-    return turns

@@ -18,7 +18,7 @@ class ParityLimits:
 
     max_abs_logit_error: float
     max_abs_latent_error: float
-    # Of stepwise prefill against stepwise decoding; iterated prefill is bound by what it certifies of the latent.
+    # Of prefill that states no residual, against decoding; iterated prefill is bound by what it states for the latent.
     max_abs_cache_error: float
     mean_kl: float
     # A first divergence where the reference's top two logits are at most this far apart says nothing about the decoder.

@@ -1,7 +1,7 @@
 """The seam between the decoder and whatever computes the graphs: two protocols, and the choice of a backend by name.
 
-A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers two
-calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of).
+A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
+two calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ BACKENDS: tuple[str, ...] = ("ort-cpu",)
 class Block:
     """Tokens of one row to compute in one call, at any positions, written to consecutive slots from `slot` on.
 
-    They see the slots below `end`, and of those the ones whose position (see `StateBuffers.reorder`) is in their window.
-    Slots below `ordered` hold their own position.
+    They see the slots below `end`, and of those the ones whose position (see `StateBuffers.reorder`) is in their
+    window. Slots below `ordered` hold their own position.
     """
 
     row: int
@@ -30,6 +30,7 @@ class Block:
     slot: int
     end: int
     ordered: int
+    head: bool  # whether the logits after the last token are wanted
 
 
 class StateBuffers(Protocol):
@@ -55,7 +56,8 @@ class StateBuffers(Protocol):
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block with the latent of each token's predecessor (n, C); writes the caches, leaves `latent` alone.
 
-        Returns the latent of each token (n, C) and the logits after the last one (V); both are reused by the next call.
+        Returns the latent of each token (n, C) and the logits (V) after the last one, or (0) without head; both are
+        reused by the next call.
         """
 
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:

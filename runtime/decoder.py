@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 
+from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
@@ -75,11 +77,11 @@ class Decoder:
     ) -> DecodeState:
         """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
 
-        `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance` of
-        that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the length
-        of each prompt; `zero` is one pass with zero memory, which is not the model as trained. `state.prefill` reports.
-        Raises InputError for an empty prompt, ids outside the vocabulary, an unknown policy or tolerance, StateError for
-        a prompt beyond the capacity.
+        `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance`
+        of that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the
+        length of each prompt; `zero` is one pass with zero memory, which is not the model as trained. `state.prefill`
+        reports. Raises InputError for an empty prompt, ids outside the vocabulary, an unknown policy or tolerance,
+        StateError for a prompt beyond the capacity.
         """
         rows = check_prompts(prompts, self.config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, self.config.memory)
@@ -93,23 +95,22 @@ class Decoder:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        counts = np.array([len(row) for row in rows])
-        _check_room(state, counts)
+        _check_room(state, rows)
         before = state.buffers.latent.copy()
         logits, report = read_prompts(state, rows, request, self.prefill_options)
-        self._accept(state, counts, logits, before)
+        self._accept(state, rows, logits, before)
         state.prefill = report
         return state
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
         ids = check_tokens(tokens, self.config.vocab_size, state.batch)
-        one = np.ones(state.batch, np.int64)
-        _check_room(state, one)
+        rows = ids[:, None]  # (B, 1)
+        _check_room(state, rows)
         before = state.buffers.latent.copy()
         logits = state.buffers.decode(ids, state.lengths, head=True)
         assert logits is not None
-        self._accept(state, one, logits, before)
+        self._accept(state, rows, logits, before)
         return state.logits
 
     def generate(
@@ -132,9 +133,7 @@ class Decoder:
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
         ids = self._prompt_ids(prompt)
         check_prompts([ids], self.config.vocab_size)
-        return generate(
-            self, ids, options, lambda: self.prefill([ids], state=state, policy=policy, tolerance=tolerance)
-        )
+        return generate(self, options, lambda: self.prefill([ids], state=state, policy=policy, tolerance=tolerance))
 
     def close(self) -> None:
         """Release the weights; states of this decoder cannot be used afterwards."""
@@ -157,16 +156,18 @@ class Decoder:
             )
         return self.tokenizer.encode_prompt(prompt)
 
-    def _accept(self, state: DecodeState, counts: IntArray, logits: FloatArray, before: FloatArray) -> None:
+    def _accept(
+        self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray, before: FloatArray
+    ) -> None:
         """Advance the state, or put its latent back when the numbers are not usable."""
         if not np.isfinite(logits).all():
             row, bad = int(np.argwhere(~np.isfinite(logits))[0, 0]), int((~np.isfinite(logits)).sum())
             state.buffers.set_latent(np.arange(state.batch), before)
             raise BackendError(
                 f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} "
-                f"after {int(state.lengths[row] + counts[row])} tokens; no token was chosen from them"
+                f"after {int(state.lengths[row]) + len(rows[row])} tokens; no token was chosen from them"
             )
-        state.advance(counts, logits)
+        state.advance(list(rows), logits)
 
 
 def open_decoder(
@@ -188,6 +189,7 @@ def open_decoder(
     folder, name = Path(bundle), choose_backend(backend)
     manifest = limit_capacity(read_manifest(folder), max_seq_len)
     verify_files(folder, manifest, force=verify)
+    check_contract(folder, manifest)
     chosen = choose_precision(manifest, precision)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
@@ -205,6 +207,17 @@ def choose_precision(manifest: Manifest, requested: str | None) -> str:
     return requested
 
 
+def check_contract(folder: Path, manifest: Manifest) -> None:
+    """The graphs must have the inputs and outputs that this version binds."""
+    for flavour in contract.FLAVOURS:
+        if manifest.contracts.get(flavour) != contract.describe(manifest.model, flavour):
+            made_by = manifest.provenance.get("versions", {}).get("lrt-deploy", "an unknown version")
+            raise BundleError(
+                f"{folder}: its {flavour} graphs have another contract than this lrt-deploy {version('lrt-deploy')} "
+                f"binds (they were made by {made_by}); export the bundle again"
+            )
+
+
 def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
     """The manifest with a lower capacity."""
     if max_seq_len is None:
@@ -216,14 +229,13 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
 
 
-def _check_room(state: DecodeState, counts: IntArray) -> None:
-    full = np.flatnonzero(state.lengths + counts > state.capacity)
-    if full.size:
-        row = int(full[0])
-        raise StateError(
-            f"sequence {row} holds {int(state.lengths[row])} tokens and {int(counts[row])} more do not fit its capacity "
-            f"of {state.capacity}; export with a larger --max-seq-len, or start a new state"
-        )
+def _check_room(state: DecodeState, rows: Sequence[IntArray] | IntArray) -> None:
+    for index, (length, row) in enumerate(zip(state.lengths, rows, strict=True)):
+        if length + len(row) > state.capacity:
+            raise StateError(
+                f"sequence {index} holds {length} tokens and {len(row)} more do not fit its capacity of "
+                f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+            )
 
 
 def _load_backend(name: str, folder: Path, manifest: Manifest, precision: str, threads: int | None) -> Backend:

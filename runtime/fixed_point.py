@@ -1,15 +1,16 @@
 """Read one prompt by iterating the recurrence to its fixed point, in interleaved sweeps, with a certificate.
 
-h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. Starting from zero memory, a *sweep* computes every position
-of a chunk once, in `stride` blocks: first the positions 0, s, 2s, ..., then 1, s + 1, ..., each with the latest latents
-and caches. stride 1 is the plain iteration (one parallel pass a sweep, m shifted by one); stride T is stepwise. In
-between, information moves `stride` positions a sweep and the blocks stay large enough to multiply at full speed: on
-trained models the error falls 8 to 10 times a sweep, against 3 to 5 times (docs/numerics.md has the table).
+h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. Starting from zero memory, a *sweep* computes every
+position of a chunk once, in `stride` blocks: first the positions 0, s, 2s, ..., then 1, s + 1, ..., each with the
+latest latents and caches. stride 1 is the plain iteration (one parallel pass a sweep, m shifted by one); stride T is
+stepwise. In between, information moves `stride` positions a sweep and the blocks stay large enough to multiply at
+full speed: on trained models the error falls 8 to 10 times a sweep, against 3 to 5 times (docs/numerics.md has the
+table).
 
 Exact by construction: after k sweeps the first k * stride positions equal stepwise reading, so a chunk that does not
-contract is finished stepwise from there. Long prompts are read chunk by chunk, each to its end: memory stays bounded and
-little of the attention is computed in vain. During sweeps the slots of a chunk hold its tokens block by block, because
-caches are written in consecutive slots; `StateBuffers.reorder` tells the mask, and puts them back at the end.
+contract is finished stepwise from there. Long prompts are read chunk by chunk, each to its end: memory stays bounded
+and little of the attention is computed in vain. During sweeps the slots of a chunk hold its tokens block by block,
+because caches are written in consecutive slots; `StateBuffers.reorder` tells the mask, and puts them back at the end.
 """
 
 from __future__ import annotations
@@ -125,8 +126,9 @@ class Sweeps:
         end, latent_change, cache_change = self.start + len(self.tokens), 0.0, 0.0
         for index, members in enumerate(self.members):
             live = self.slots[index + 1] if self.done == 0 else end
+            last = members[-1] == len(self.tokens) - 1
             block = Block(
-                self.row, self.tokens[members], self.start + members, self.slots[index], live, ordered=self.start
+                self.row, self.tokens[members], self.start + members, self.slots[index], live, self.start, last
             )
             before = self._first_block_cache() if index == 0 and self.done else None
             latents, logits = self.buffers.read(block, self.latents[members])
@@ -134,7 +136,7 @@ class Sweeps:
                 cache_change = _largest_change(before, self._first_block_cache())
             latent_change = max(latent_change, float(np.abs(latents - self.latents[members + 1]).max(initial=0.0)))
             self.latents[members + 1] = latents
-            if members[-1] == len(self.tokens) - 1:
+            if last:
                 self.logits = logits.copy()
             self.computed += len(members)
         if self.done:  # the first sweep's change is from nothing
@@ -146,7 +148,10 @@ class Sweeps:
         """Read what is not exact yet token by token. The slots are in order again."""
         for i in range(self.exact, len(self.tokens)):
             position = self.start + i
-            block = Block(self.row, self.tokens[i : i + 1], np.array([position]), position, position + 1, position)
+            last = i == len(self.tokens) - 1
+            block = Block(
+                self.row, self.tokens[i : i + 1], np.array([position]), position, position + 1, position, last
+            )
             latents, logits = self.buffers.read(block, self.latents[i : i + 1])
             self.latents[i + 1] = latents[0]
             self.computed += 1
@@ -181,13 +186,14 @@ class Sweeps:
         return True
 
 
-# DESIGN: a tolerance bounds the latent "and the cache with it". Keys are normed and values of order one like the latent,
-# and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at 1e-5.
+# DESIGN: a tolerance bounds the latent "and the cache with it". Keys are normed and values of order one like the
+# latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
+# 1e-5.
 CACHE_TOLERANCE_RATIO = 5.0
 
 
 def contraction(changes: Sequence[float]) -> float:
-    """The larger of the last two ratios of successive changes, of those that stand above rounding noise; inf if none."""
+    """The larger of the last two ratios of successive changes that stand above rounding noise; inf if none."""
     ratios = [b / a for a, b in itertools.pairwise(changes) if a > 20 * FLOAT32_RESIDUAL_NOISE]
     return max(ratios[-2:], default=math.inf)
 

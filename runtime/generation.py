@@ -28,8 +28,9 @@ class Event:
     """One generated token.
 
     `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it
-    may be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop token
-    (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state (capacity).
+    may be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop
+    token (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state
+    (capacity).
     """
 
     token: int
@@ -71,12 +72,10 @@ class Generation:
         return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options))
 
 
-def generate(
-    decoder: Decoder, prompt: Sequence[int], options: Generation, read: Callable[[], DecodeState]
-) -> Iterator[Event]:
+def generate(decoder: Decoder, options: Generation, read: Callable[[], DecodeState]) -> Iterator[Event]:
     """Read the prompt, then yield events until something stops it."""
     state = read()
-    history, made = list(prompt), 0
+    history, made = state.tokens[0], 0
     while True:
         token = options.sampler.choose(state.logits[0], history)
         made += 1

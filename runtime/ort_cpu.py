@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
@@ -24,6 +25,7 @@ from .backend import Block
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
 _ONE_THREAD_BYTES = 64 * 2**20
 _LOG_ERRORS = 3
+_KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, with and without head
 
 
 class OrtCpuBackend:
@@ -89,7 +91,7 @@ class OrtCpuBuffers:
         self._end = np.zeros(1, np.int64)
         self._slot_positions = np.arange(self.capacity)
         self._decodes = {(head, turn): self._decode_call(head, turn) for head in (False, True) for turn in (0, 1)}
-        self._reads: dict[tuple[int, int], _Call] = {}
+        self._reads: dict[tuple[int, int, int], _Call] = {}
 
     @property
     def latent(self) -> FloatArray:
@@ -115,15 +117,13 @@ class OrtCpuBuffers:
 
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row; bindings are kept per row and block length."""
-        key = (block.row, len(block.tokens))
-        if key not in self._reads:
-            self._reads[key] = self._read_call(*key)
-        call = self._reads[key]
+        call = self._read_call(block.row, len(block.tokens), int(block.head))
         call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
-        call.latents_in[0] = latents
+        if self._config.memory:
+            call.latents_in[0] = latents
         self._look_back(int(block.positions.min()), block.end, block.ordered)
         self._run(call)
-        return call.latents_out[0], call.logits[0, 0]
+        return call.latents_out[0] if self._config.memory else latents, call.logits[0].reshape(-1)
 
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
         """Permute the slots' positions; with `move`, gather the row's entries back into order."""
@@ -157,10 +157,15 @@ class OrtCpuBuffers:
         """One token for all rows, from the latent `turn` to the other one."""
         return self._bind(slice(0, self.batch), int(head), self._latents[turn], self._latents[1 - turn])
 
-    def _read_call(self, row: int, count: int) -> _Call:
-        """`count` tokens of one row, between two latent arrays of their own."""
-        shape = (1, count, self._config.n_embd)
-        return self._bind(slice(row, row + 1), 1, np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+    def _read_call(self, row: int, count: int, logit_rows: int) -> _Call:
+        """`count` tokens of one row, between two latent arrays of their own; the last few are kept."""
+        key = (row, count, logit_rows)
+        if key not in self._reads:
+            while len(self._reads) >= _KEPT_READS:
+                del self._reads[next(iter(self._reads))]
+            latents = np.zeros((2, 1, count, self._config.n_embd), np.float32)
+            self._reads[key] = self._bind(slice(row, row + 1), logit_rows, latents[0], latents[1])
+        return self._reads[key]
 
     def _bind(self, rows: slice, logit_rows: int, latents_in: FloatArray, latents_out: FloatArray) -> _Call:
         """Bind a call on some rows; `logit_rows` is 1 (the last token's) or 0 (no head)."""
@@ -174,7 +179,7 @@ class OrtCpuBuffers:
             latents_out=latents_out,
             logits=np.zeros((batch, logit_rows, self._config.vocab_size), np.float32),
         )
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "input_ids": call.ids,
             "position_ids": call.positions,
             "write_index": call.write_index,
@@ -182,7 +187,7 @@ class OrtCpuBuffers:
             contract.WINDOW_END: self._end,
             contract.SLOT_POSITIONS: self._slot_positions,
         } | {contract.window_start(window): start for window, start in self._starts.items()}
-        outputs = {"logits": call.logits}
+        outputs: dict[str, NDArray[Any]] = {"logits": call.logits}
         if self._config.memory:
             inputs["past_latent"], outputs["present_latent"] = latents_in, latents_out
         for name, array in inputs.items():

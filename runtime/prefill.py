@@ -1,4 +1,4 @@
-"""Read prompts into a state, by policy: stepwise, fixed-point, zero, or auto, which takes one of the first two by length.
+"""Read prompts into a state, by policy: stepwise, fixed-point, zero, or auto (one of the first two, by length).
 
 Stepwise reads a batch together; rows of different length start at different times and end together, so that one last
 step gives all logits. The iterated policies read row by row: a pass over a prompt is bound by arithmetic, so a batch
@@ -117,8 +117,8 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
     if request.policy == "stepwise" or request.tolerance >= SMALLEST_PREFILL_TOLERANCE:
         return None
     return (
-        f"read stepwise: float32 certifies no tolerance below {SMALLEST_PREFILL_TOLERANCE:.0e}, and {request.tolerance:.0e} "
-        "was asked for"
+        f"read stepwise: float32 certifies no tolerance below {SMALLEST_PREFILL_TOLERANCE:.0e}, "
+        f"and {request.tolerance:.0e} was asked for"
     )
 
 

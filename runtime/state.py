@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
@@ -20,6 +22,7 @@ class DecodeState:
         self._memory = memory
         self._lengths = np.zeros(buffers.batch, np.int64)
         self._logits = np.zeros((buffers.batch, vocab_size), np.float32)
+        self._tokens: list[list[int]] = [[] for _ in range(buffers.batch)]
         self.prefill = PrefillReport(policy="stepwise", passes=0.0)
 
     @property
@@ -55,7 +58,14 @@ class DecodeState:
         keys, values = self.buffers.cache(layer, int(self._lengths.max()))
         return keys.copy(), values.copy()
 
-    def advance(self, tokens: IntArray, logits: FloatArray) -> None:
-        """Record that `tokens` (B) more tokens per row were read and led to `logits` (B, V); for the decoder."""
-        self._lengths += tokens
+    @property
+    def tokens(self) -> list[list[int]]:
+        """The tokens of each row so far, copies."""
+        return [list(row) for row in self._tokens]
+
+    def advance(self, rows: Sequence[IntArray], logits: FloatArray) -> None:
+        """Record that these tokens (one array per row) were read and led to `logits` (B, V); for the decoder."""
+        for row, tokens in enumerate(rows):
+            self._tokens[row].extend(tokens.tolist())
+            self._lengths[row] += len(tokens)
         self._logits[:] = logits

@@ -1,4 +1,4 @@
-"""What the tests of the core share: the goldens, each exported once and opened once, and the tolerances.
+"""What the tests of the core share: the goldens, each exported once and opened once.
 
 Exports take seconds, so every test process of a session takes them from one folder, guarded by lock files; this works
 for plain `pytest` and for `pytest -n N`. Nothing heavy is imported before a test asks for it.
@@ -12,10 +12,12 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+# Matrices here are small: torch's second thread costs more than it brings, and much more on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -26,12 +28,6 @@ TRAINED_FOLDERS = (ROOT.parent / "shared" / "golden" / TRAINED, ROOT / "shared" 
 CAPACITIES = {"no_x0": 640, TRAINED: 640}  # for the long rollouts; all others
 CAPACITY = 128
 EXPORT_SECONDS = 400
-
-# How far two correct float32 implementations may be apart. Measured between ours and the authors' over all goldens and
-# positions: logits 1.0e-5, nats 1.3e-5, latent 4.8e-6, caches 4.3e-6 (their own code under other summation orders:
-# logits 7e-6, latent 4e-6). The smallest fault that must be seen, RMSNorm's epsilon, moves the logits by 2e-4; 1% of one
-# memory projection by 2e-2. `zero_memory` is the least by which a forgotten memory shows (measured: 1 to 10).
-TOLERANCES = SimpleNamespace(logits=5e-5, latent=2e-5, cache=2e-5, bits_per_byte=1e-5, nll=5e-5, zero_memory=0.1)
 
 
 @dataclass(frozen=True)
@@ -68,11 +64,8 @@ class Golden:
 
     def model(self):
         """A fresh reference model, which the test may change."""
-        import torch
-
         from lrt_deploy.checkpoint import open_checkpoint
 
-        torch.set_num_threads(1)
         return open_checkpoint(self.folder).model()
 
 
@@ -100,7 +93,9 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def tolerances():
-    return TOLERANCES
+    from lrt_deploy.tolerances import GOLDEN
+
+    return GOLDEN
 
 
 @pytest.fixture(scope="session")

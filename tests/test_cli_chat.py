@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.chat import Conversation
+from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
-GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 ASSISTANT_END = "<|assistant_end|>"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    target = tmp_path_factory.mktemp("chat") / "bundle"
-    lrt_deploy.export_bundle(GOLDEN, target, max_seq_len=128)
-    return target
+def bundle(export_once):
+    return export_once("mr_gqa_SSSL")
 
 
 @pytest.fixture
@@ -66,7 +62,7 @@ def test_no_token_is_read_twice(bundle, monkeypatch):
     steps = []
     decode = OrtCpuBuffers.decode
     monkeypatch.setattr(OrtCpuBuffers, "decode", lambda self, *args, **kw: steps.append(1) or decode(self, *args, **kw))
-    result = chat(bundle, "hi\nand you?\nand they?\n/stats\n", "--max-new-tokens", 5)
+    result = chat(bundle, "hi\nand you?\nand they?\n/stats\n", "--max-new-tokens", 5, "--prefill", "stepwise")
     assert f"{len(steps)} of 128 tokens in the state" in result.stderr
     assert len(steps) > 30
 

@@ -147,6 +147,15 @@ def test_export_without_its_extra_says_what_to_install(missing, tmp_path):
     assert result.stderr.strip() == f"error: {expected}"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_even_the_help_fails_in_one_line():
+    command = [sys.executable, "-c", "from lrt_deploy.cli.app import main; main()", "--help"]
+    with Path("/dev/full").open("w") as stdout:
+        result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: No space left on device")
+
+
 # doctor
 
 

@@ -21,8 +21,10 @@ TORCH = ("torch",)
 GRAPH_TOOLS = ("onnx", "onnxscript", "onnx_ir")
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 EXPORTERS, RUNTIME, CLI = ("lrt_deploy.exporters",), ("lrt_deploy.runtime",), ("lrt_deploy.cli",)
-TORCH_CORE_FILES = tuple(f"lrt_deploy/{name}.py" for name in ("model", "checkpoint", "reference", "parity*"))
-TORCH_CORE = ("lrt_deploy.model", "lrt_deploy.checkpoint", "lrt_deploy.reference")
+TORCH_CORE_FILES = tuple(
+    f"lrt_deploy/{name}.py" for name in ("model", "checkpoint", "random_weights", "reference", "parity*")
+)
+TORCH_CORE = ("lrt_deploy.model", "lrt_deploy.checkpoint", "lrt_deploy.random_weights", "lrt_deploy.reference")
 
 
 class Rule(NamedTuple):

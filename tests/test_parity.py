@@ -1,6 +1,6 @@
-"""Parity: what is measured, when it passes, and that one changed weight does not.
+"""Parity: what is measured, when it passes, and what the verdict says.
 
-Most tests run two fakes whose logits are given per position; the rest run a golden's reference, and its bundle.
+Two fakes whose logits are given per position. Real models: test_parity_goldens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ from lrt_deploy.parity import compare, kl_divergence
 from lrt_deploy.parity_report import Point, Rollout, judge
 from lrt_deploy.tolerances import FP32, limits
 
-slow = pytest.mark.slow
-
-GOLDEN = "mr_gqa_SSSL"
 CONFIG = LRTConfig(sequence_len=8, vocab_size=4, n_layer=2, n_head=1, n_kv_head=1, n_embd=2)
 PROMPT, STEPS = [3, 0, 2], 4
 POSITIONS = len(PROMPT) + STEPS
@@ -278,26 +275,25 @@ def test_hashes_are_reported_and_decide_nothing(known, error):
 
 def test_iterated_prefill_may_be_off_by_its_residual_only():
     decoder = Fake()
-    decoder.report = PrefillReport("fixed-point", 7.0, residual=1e-3)
-    decoder.wrong = {"latent": 9e-4, "logits": 5e-3, "cache": 2e-3}
+    decoder.report = PrefillReport("fixed-point", 7.0, residual=1e-4)
+    decoder.wrong = {"latent": 1e-4, "logits": 5e-3, "cache": 2e-3}
     report = run(decoder)
     assert report.passed
-    assert report.prefill.max_abs_latent_error == pytest.approx(9e-4, rel=1e-3)
-    decoder.wrong["latent"] = 3e-3
+    assert report.prefill.max_abs_latent_error == pytest.approx(1e-4, rel=1e-2)
+    decoder.wrong["latent"] = 3e-4
     report = run(decoder)
-    assert (
-        report.verdict.startswith(
-            "FAIL: fixed-point prefill of the prompt differs from reading it stepwise: "
-            "latent by 3.0e-03 (limit 1.1e-03, its stated residual 1.0e-03 included); max KL"
-        )
-        or "limit 1.0e-03" in report.verdict
+    assert report.verdict.startswith(
+        "FAIL: fixed-point prefill of the prompt differs from reading it stepwise: "
+        "latent by 3.0e-04 (limit 1.5e-04, its stated residual 1.0e-04 included); max KL"
     )
     assert report.max_abs_logit_error == 0.0
 
 
 @pytest.mark.parametrize("part", ["logits", "latent", "cache"])
-def test_prefill_that_was_not_iterated_must_be_exact_in_every_part(part):
+@pytest.mark.parametrize("residual", [None, 0.0])
+def test_prefill_that_says_it_is_exact_must_be_so_in_every_part(part, residual):
     decoder = Fake()
+    decoder.report = PrefillReport("stepwise", 1.0, residual)
     decoder.wrong = {part: 1e-3}
     report = run(decoder)
     assert (
@@ -351,101 +347,3 @@ def test_kl_is_what_its_definition_says(p, q, shift):
 @given(rows, st.lists(st.floats(-1e-4, 1e-4), min_size=5, max_size=5).map(np.array))
 def test_logits_within_the_limit_bound_kl_as_the_tolerances_say(p, error):
     assert kl_divergence(p, p + error) <= FP32.max_abs_logit_error**2 / 2 * 1.001 + 1e-15 <= FP32.mean_kl
-
-
-# A golden: its reference against itself with one weight changed, and against its bundle.
-
-
-@pytest.fixture(scope="module")
-def golden(golden_of):
-    return golden_of(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(golden):
-    torch = pytest.importorskip("torch")
-    from lrt_deploy.checkpoint import open_checkpoint
-
-    torch.set_num_threads(1)
-    return open_checkpoint(golden.folder)
-
-
-def reference_of(checkpoint, factors=None):
-    """The reference with some of the checkpoint's matrices multiplied by a factor."""
-    from lrt_deploy.reference import ReferenceDecoder
-
-    changed = {name: checkpoint.tensors[name] * factor for name, factor in (factors or {}).items()}
-    model = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **changed}).model()
-    return ReferenceDecoder(model, max_seq_len=128)
-
-
-def roll_out(reference, decoder, golden, steps=64):
-    prompt, continuation = golden.greedy_runs()[0]
-    report = run(decoder, reference, prompt=prompt, steps=steps)
-    return report, continuation
-
-
-@pytest.mark.parametrize(
-    "weight",
-    [
-        "interleaved_key_projections.2.W_v.weight",  # of all matrices, 1% of this one shows least: 6e-3
-        "interleaved_projections.0.W_v.weight",
-        "transformer.h.1.attn.triple_gate.weight",
-        "transformer.h.3.mlp.c_fc.weight",
-        "lm_head.weight",
-    ],
-)
-def test_one_percent_of_one_matrix_fails_and_the_verdict_says_where_and_how_much(weight, checkpoint, golden):
-    report, _ = roll_out(reference_of(checkpoint, {weight: 1.01}), reference_of(checkpoint), golden, steps=32)
-    worst = max(report.points, key=lambda point: point.logit_error)
-    assert not report.passed
-    assert f"logits differ by {worst.logit_error:.1e} at position {worst.position} (limit 1.0e-04" in report.verdict
-    assert worst.logit_error > 30 * FP32.max_abs_logit_error
-
-
-def test_a_change_of_a_matrix_that_is_none_of_the_function_passes(checkpoint, golden):
-    changed = reference_of(checkpoint, {"transformer.h.1.attn.c_q.weight": 1.01})  # queries are normed
-    assert roll_out(changed, reference_of(checkpoint), golden, steps=32)[0].passed
-
-
-@slow
-def test_a_bundle_passes_against_its_checkpoint(checkpoint, golden, decoder_of):
-    report, continuation = roll_out(reference_of(checkpoint), decoder_of(GOLDEN), golden)
-    assert report.passed, report.verdict
-    assert report.verdict.startswith("PASS: 64 of 64 greedy tokens equal, max KL ")
-    assert [point.decoder_token for point in report.points[15:-1]] == continuation
-    assert 0 < report.max_abs_logit_error < FP32.max_abs_logit_error / 5
-    assert 0 < report.max_abs_latent_error < FP32.max_abs_latent_error / 5
-    assert 0 < report.max_kl < 1e-10
-    assert report.top1_agreement == 1.0
-
-
-@slow
-def test_a_bundle_fails_against_a_checkpoint_with_one_changed_matrix(checkpoint, golden, decoder_of):
-    changed = reference_of(checkpoint, {"interleaved_key_projections.1.W_v.weight": 1.01})
-    report, _ = roll_out(changed, decoder_of(GOLDEN), golden)
-    assert not report.passed
-    assert "first exceeded at position 1)" in report.verdict  # at position 0 there is no memory yet
-
-
-@slow
-def test_the_same_weights_saved_again_pass(checkpoint, golden, decoder_of, tmp_path):
-    from lrt_deploy.checkpoint import open_checkpoint, write_native
-
-    write_native(checkpoint.model(), tmp_path)
-    again = open_checkpoint(tmp_path)
-    matches = again.sha256 == decoder_of(GOLDEN).manifest.provenance["checkpoint"]["sha256"]
-    report = run(
-        decoder_of(GOLDEN), reference_of(again), prompt=golden.greedy_runs()[0][0], steps=16, checkpoint_matches=matches
-    )
-    assert (report.checkpoint_matches, report.passed) == (False, True)
-
-
-@slow
-def test_a_plain_model_passes(golden_of, decoder_of):
-    from lrt_deploy.reference import ReferenceDecoder
-
-    plain = golden_of("baseline_ve")
-    report, _ = roll_out(ReferenceDecoder(plain.model(), 128), decoder_of("baseline_ve"), plain)
-    assert report.passed, report.verdict
-    assert report.max_abs_latent_error is None

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lrt_deploy.runtime.sampling import Sampler, SamplingOptions
 
 from lrt_deploy.errors import BackendError, InputError
+from lrt_deploy.runtime.sampling import Sampler, SamplingOptions
 
 # The reference decides a border of top-p or min-p by other roundings; closer than this to one, nothing is claimed.
 BORDER = 1e-9

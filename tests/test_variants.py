@@ -254,12 +254,14 @@ SETTINGS = {
     "use_value_embeds": (True, False),
 }
 ROWS = [
-    ("layerwise", 0, "both", 2, True, False, 8, True),
-    ("shared", None, "both", 4, False, True, 0, False),
-    ("layerwise", None, "kv", 4, True, True, 8, False),
-    ("shared", 0, "kv", 2, False, False, 0, True),
-    ("layerwise", 0, "residual", 4, False, True, 0, True),
-    ("shared", None, "residual", 2, True, False, 8, False),
+    ("shared", 0, "both", 4, True, False, 8, True),
+    ("layerwise", 0, "both", 2, True, True, 0, False),
+    ("layerwise", None, "residual", 2, False, False, 8, False),
+    ("shared", 0, "residual", 2, False, False, 0, True),
+    ("shared", None, "kv", 2, True, False, 8, False),
+    ("layerwise", 0, "kv", 4, False, True, 0, True),
+    ("shared", None, "residual", 4, True, True, 8, True),
+    ("layerwise", None, "both", 4, False, False, 0, False),
 ]
 
 

@@ -35,7 +35,12 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line of this process; always ends in SystemExit."""
     output.settle_streams()
-    app()
+    try:
+        app()
+    except Exception as error:  # outside any verb: printing the help onto a full disk
+        output.silence_stdout()
+        output.say(f"error: {describe(error)}")
+        sys.exit(1)
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:

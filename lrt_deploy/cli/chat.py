@@ -62,7 +62,7 @@ def chat(
 
 def chat_tokenizer(decoder: Decoder) -> Tokenizer:
     """The bundle's tokenizer, if it has what the chat form needs."""
-    from lrt_deploy.tokenizer import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
+    from lrt_deploy.chat_form import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
 
     if decoder.tokenizer is None:
         raise InputError("this bundle has no tokenizer, and a chat needs one; export it again with --tokenizer")
@@ -160,7 +160,7 @@ class Conversation:
 
     def with_message(self, message: str) -> list[int]:
         """The history with the last answer closed and a message opened for the next."""
-        from lrt_deploy.tokenizer import ASSISTANT_END, BOS
+        from lrt_deploy.chat_form import ASSISTANT_END, BOS
 
         if not self.history:
             system = [] if self.system is None else [{"role": "system", "content": self.system}]

@@ -21,9 +21,7 @@ def export(
         Path | None, typer.Option(metavar="DIR", help="Tokenizer folder; default: the one beside the checkpoint.")
     ] = None,
     step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None,
-    precision: Annotated[
-        list[str] | None, typer.Option(help="Precision to export; repeatable.  [default: fp32]")
-    ] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="Precision to export; repeatable; default: fp32.")] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
     ] = None,

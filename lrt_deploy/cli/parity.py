@@ -56,7 +56,7 @@ def parity(
 
 def default_prompt(decoder: Decoder) -> list[int]:
     """A short fixed text, or, without a tokenizer for it, token ids spread over the vocabulary."""
-    from lrt_deploy.tokenizer import BOS
+    from lrt_deploy.chat_form import BOS
 
     capacity, vocab_size = decoder.max_seq_len, decoder.config.vocab_size
     if decoder.tokenizer is not None and BOS in decoder.tokenizer.special_tokens:
