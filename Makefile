@@ -7,7 +7,6 @@ DEMO := demo/bundle
 
 install: .venv/installed
 
-# --no-build-isolation would need setuptools first; the constraints pin what pip installs, torch's CPU-sized build included.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
@@ -16,7 +15,7 @@ install: .venv/installed
 demo: install
 	$(BIN)/lrt-deploy export demo/checkpoint $(DEMO) --max-seq-len 1024 --force
 	$(BIN)/lrt-deploy parity $(DEMO) --checkpoint demo/checkpoint
-	$(BIN)/lrt-deploy generate $(DEMO) --prompt "The" --max-new-tokens 96 --seed 7 --temperature 0.7
+	$(BIN)/lrt-deploy generate $(DEMO) --prompt-file demo/prompt.txt --max-new-tokens 96
 
 # One thread a worker: the test models are small, and two workers share the machine.
 test: install

@@ -5,7 +5,7 @@ functions. Training is by multi-refinement (arXiv 2605.26797): pass 0 reads zero
 reads the latents of the pass before, shifted right by one position, and the loss is a weighted mean over the passes.
 The result is a checkpoint as the paper's authors write it; `demo/checkpoint` came from this script.
 
-It does not resume, use a GPU, or try to be a good language model: 3 million parameters, four epochs of 2.4 MB.
+It does not resume, use a GPU, or try to be a good language model: 3 million parameters, a few epochs of 2.4 MB.
 
     python examples/train_tiny.py --out demo/checkpoint --minutes 30 > demo/training.log
 """
@@ -50,7 +50,13 @@ SPEAKERS = ("user", "assistant", "python", "output")
 SPECIAL_TOKENS = ["<|bos|>", *(f"<|{speaker}_{edge}|>" for speaker in SPEAKERS for edge in ("start", "end"))]
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
 SHORTEST_DOCSTRING, LONGEST_FUNCTION = 80, 20  # characters, lines
-PROMPTS = ('The "while" statement', "Return the", 'def read(self, size=-1):\n    """', 'class Queue:\n    """')
+PROMPTS = (
+    'The "while" statement',
+    "Return the",
+    'def read(self, size=-1):\n    """',
+    'class Queue:\n    """',
+    "If the object is",
+)
 
 
 def paragraphs(text: str, size: int = 800) -> Iterator[str]:
@@ -309,7 +315,7 @@ def main() -> None:
     bpb = bits_per_byte(model, val, token_bytes)
     print(f"final, {len(val)} held-out rows: bits per byte by pass {' '.join(f'{value:.4f}' for value in bpb)}")
     write_model(args.out, model, step, bpb)
-    report(model, val[:8], encoding)
+    report(model, val[:BATCH_ROWS], encoding)
 
 
 if __name__ == "__main__":

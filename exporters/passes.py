@@ -14,8 +14,8 @@ from lrt_deploy.errors import ExportError
 # What a graph may consist of. An op beyond this list means that the trace took a path nobody has measured.
 ALLOWED_OPS = frozenset(
     """
-    Add And Attention Cast Concat Div Expand Gather GatherElements GreaterOrEqual LessOrEqual MatMul Mul Pow
-    RMSNormalization Range Relu Reshape RotaryEmbedding Shape Sigmoid Slice Split Squeeze Sub Tanh TensorScatter
+    Add And Attention Cast Concat Div Exp Expand Gather GatherElements GreaterOrEqual LessOrEqual MatMul Mul Neg Pow
+    RMSNormalization Range Reciprocal Relu Reshape RotaryEmbedding Shape Slice Split Squeeze Sub Tanh TensorScatter
     Transpose Unsqueeze
     """.split()  # noqa: SIM905 - a list of names reads better as text
 )

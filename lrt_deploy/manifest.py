@@ -105,7 +105,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(text)
         version = fields.pop("format_version")
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BundleError(f"{folder / MANIFEST} is not a manifest: {error}") from error
     if version != FORMAT_VERSION:
         raise BundleError(

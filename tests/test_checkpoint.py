@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
-import random
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -302,12 +303,12 @@ def rewrite_pickle(file, change):
 def test_a_damaged_pickle_never_surfaces_as_another_error(write, seed):
     folder = write({"w": torch.zeros(2), "v": torch.ones(3, 2)})
     file = folder / "model_000000.pt"
-    original, chance = file.read_bytes(), random.Random(seed)
+    original, chance = file.read_bytes(), np.random.default_rng(seed)
 
     def damage(content):
         content = bytearray(content)
         for _ in range(chance.choice([1, 1, 2, 5])):
-            content[chance.randrange(len(content))] = chance.randrange(256)
+            content[chance.integers(len(content))] = chance.integers(256)
         return bytes(content)
 
     for _ in range(30):
@@ -374,10 +375,8 @@ def test_a_hostile_checkpoint_is_refused_and_nothing_runs(write, tmp_path, kind,
 def test_these_files_are_hostile(write, tmp_path, kind, zipped):
     sentinel = tmp_path / "ran"
     folder = write(state_dict() | {KEY: hostile(kind, sentinel)}, _use_new_zipfile_serialization=zipped)
-    try:
+    with contextlib.suppress(Exception):  # what comes of it is no tensor; the harm is done
         torch.load(folder / "model_000000.pt", weights_only=False)
-    except Exception:
-        pass  # what comes of it is no tensor; the harm is done
     assert sentinel.exists()
 
 
@@ -435,7 +434,6 @@ WRONG = [
     ("n_layer", [3]),
     ("n_head", 3),
     ("n_kv_head", 3),
-    ("n_head", 16),
     ("sequence_len", 0),
     ("vocab_size", float("nan")),
     ("window_pattern", ""),

@@ -62,7 +62,7 @@ def test_where_torch_cannot_be_imported_the_same_is_generated(export_once):
 
 def test_where_torch_cannot_be_imported_an_export_fails(tmp_path, golden_of):
     """The twin of the above: the blocker does block."""
-    with pytest.raises(AssertionError, match="ImportError: [a-z_]+ is blocked"):
+    with pytest.raises(AssertionError, match=r"ImportError: [a-z_]+ is blocked"):
         run(
             f"{BLOCK}\nimport lrt_deploy\nlrt_deploy.export_bundle(sys.argv[1], sys.argv[2])",
             golden_of("gate32").folder,
