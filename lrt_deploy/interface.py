@@ -68,8 +68,10 @@ class StatefulDecoder(Protocol):
     def config(self) -> LRTConfig:
         """The model that is run."""
 
-    def prefill(self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "auto") -> Any:  # noqa: ANN401
-        """Start B sequences; returns a State (each decoder has its own)."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "auto", tolerance: float | None = None
+    ) -> Any:  # noqa: ANN401
+        """Start B sequences; returns a State."""
 
     def step(self, state: Any, tokens: Sequence[int] | IntArray) -> FloatArray:  # noqa: ANN401
         """Append one token to each row, in place; returns logits (B, V)."""

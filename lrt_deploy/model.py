@@ -216,8 +216,8 @@ class LRT(nn.Module):
         """Mix memory and value embedding into k and v, one gate in (0, 2) per kv head and source."""
         if block.gate is None:
             return k, v
-        # 2 sigmoid(z), spelled so that small gates keep their relative precision: QK norm scales a k made of small gates
-        # up again, and with it the absolute error of 1e-7 that ORT's Sigmoid has (logits 5e-5 off, against 1.5e-5).
+        # 2 sigmoid(z), spelled so that small gates keep their relative precision: QK norm scales a k made of small
+        # gates up again, and with it the absolute error of 1e-7 that ORT's Sigmoid has (logits 5e-5 off, not 1.5e-5).
         raw = a[..., : self.config.gate_channels] @ block.gate  # (B, T, 3G or G)
         gate = (2 / (1 + torch.exp(-raw))).unsqueeze(-1)  # (B, T, 3G or G, 1)
         if not self.config.memory:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, ParityError
-from .interface import PrefillReport, State, StatefulDecoder
+from .interface import PrefillPolicy, PrefillReport, State, StatefulDecoder
 from .parity_report import ParityReport, Point, PrefillCheck, Rollout, judge
 from .prompts import check_prompts
 from .tolerances import limits
@@ -28,6 +28,7 @@ __all__ = ["ParityReport", "Progress", "compare", "kl_divergence"]
 
 # Called with what is being done, and done and total of it.
 Progress = Callable[[str, int, int], None]
+_Reading = tuple[PrefillPolicy, float | None]  # how a prompt is read where prefill is checked: policy, tolerance
 
 
 def compare(
@@ -39,12 +40,15 @@ def compare(
     precision: str,
     checkpoint_matches: bool | None,
     backend: str,
+    prefill: PrefillPolicy = "auto",
+    tolerance: float | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> ParityReport:
     """Roll both out over `prompt` and `steps` greedy tokens, and judge by the limits of `precision`.
 
     A difference is a result, and so is a decoder that fails on the way. Raises ParityError for what cannot be compared,
-    InputError for a prompt that cannot be read. `checkpoint_matches` is reported and decides nothing.
+    InputError for a prompt that cannot be read. `checkpoint_matches` is reported and decides nothing. `prefill` and
+    `tolerance` say how the decoder reads the prompt where that is checked.
     """
     bounds = limits(precision)
     _check_comparable(reference, decoder)
@@ -52,7 +56,7 @@ def compare(
     _check_length(reference, decoder, len(tokens), steps)
     rollout = Rollout(len(tokens), steps)
     try:
-        _roll_out(reference, decoder, tokens, rollout, progress)
+        _roll_out(reference, decoder, tokens, rollout, (prefill, tolerance), progress)
     except BackendError as error:
         rollout.stopped = f"the rollout stopped at position {len(rollout.points)}: {error}"
     passed, verdict = judge(rollout, bounds)
@@ -103,7 +107,12 @@ def _check_length(reference: StatefulDecoder, decoder: StatefulDecoder, prompt_t
 
 
 def _roll_out(
-    reference: StatefulDecoder, decoder: StatefulDecoder, prompt: list[int], rollout: Rollout, progress: Progress
+    reference: StatefulDecoder,
+    decoder: StatefulDecoder,
+    prompt: list[int],
+    rollout: Rollout,
+    reading: _Reading,
+    progress: Progress,
 ) -> None:
     """Feed both sides `prompt`, then the reference's choices; ends early where numbers end."""
     tokens, total, points = list(prompt), len(prompt) + rollout.steps, rollout.points
@@ -116,7 +125,7 @@ def _roll_out(
             rollout.stopped = f"{fault} at position {len(points) - 1}"
             return
         if len(points) == len(prompt):
-            rollout.prefill = _check_prefill(decoder, found, prompt)
+            rollout.prefill = _check_prefill(decoder, found, prompt, reading)
         if len(points) == total:
             return
         if len(points) == len(tokens):
@@ -162,10 +171,11 @@ def _not_finite(name: str, state: State) -> str | None:
     return None
 
 
-def _check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int]) -> PrefillCheck:
+def _check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int], reading: _Reading) -> PrefillCheck:
     """Read the prompt as a user would, and compare with the stepwise state at the same point."""
     try:
-        state = decoder.prefill([prompt], policy="auto")
+        policy, tolerance = reading
+        state = decoder.prefill([prompt], policy=policy, tolerance=tolerance)
     except BackendError as error:
         return PrefillCheck(error=str(error))
     report = getattr(state, "prefill", PrefillReport(policy="stepwise", passes=1.0))

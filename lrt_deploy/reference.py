@@ -75,8 +75,10 @@ class ReferenceDecoder:
         """The model that is run."""
         return self._model.config
 
-    def prefill(self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "stepwise") -> ReferenceState:
-        """Read prompts of equal length from an empty state, step by step whatever the policy."""
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "stepwise", tolerance: float | None = None
+    ) -> ReferenceState:
+        """Read prompts of equal length from an empty state, step by step whatever policy and tolerance say."""
         rows = check_prompts(prompts, self.config.vocab_size)
         if len({len(row) for row in rows}) != 1:
             raise InputError("the reference reads prompts of one length; pad nothing, call it row by row")

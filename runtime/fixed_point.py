@@ -116,9 +116,11 @@ class Sweeps:
         """Sweep until the bound on the error is within tolerance; False when that is not to be expected."""
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
-        while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
-            self.sweep()
-        self.buffers.reorder(self.row, self.start, order, move=True)
+        try:
+            while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
+                self.sweep()
+        finally:  # also when a backend fails or the user interrupts: the state is used again
+            self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
 
     def sweep(self) -> None:
@@ -134,7 +136,8 @@ class Sweeps:
             latents, logits = self.buffers.read(block, self.latents[members])
             if before is not None:
                 cache_change = _largest_change(before, self._first_block_cache())
-            latent_change = max(latent_change, float(np.abs(latents - self.latents[members + 1]).max(initial=0.0)))
+            change = np.abs(latents - self.latents[members + 1]).max(initial=0.0)
+            latent_change = float(np.maximum(latent_change, change))  # unlike max, keeps NaN
             self.latents[members + 1] = latents
             if last:
                 self.logits = logits.copy()
@@ -190,23 +193,29 @@ class Sweeps:
 # latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
 # 1e-5.
 CACHE_TOLERANCE_RATIO = 5.0
+LEAST_FIRST_RATIO = 0.25
 
 
 def contraction(changes: Sequence[float]) -> float:
-    """The larger of the last two ratios of successive changes that stand above rounding noise; inf if none."""
+    """The larger of the last two ratios of successive changes that stand above rounding noise.
+
+    Where all changes before the last are noise, memory is too weak for a ratio: 1/2 is then on the safe side.
+    """
     ratios = [b / a for a, b in itertools.pairwise(changes) if a > 20 * FLOAT32_RESIDUAL_NOISE]
-    return max(ratios[-2:], default=math.inf)
+    return max(ratios[-2:], default=0.5 if len(changes) > 1 else math.inf)
 
 
 def error_bound(changes: Sequence[float]) -> float:
-    """Bound the error after the last of several changes that shrink by q each: change * q / (1 - q)^2, plus noise.
+    """Bound the error after the last of several changes that shrink by q each: 2 * change * q / (1 - q)^2, plus noise.
 
-    A geometric series gives q / (1 - q); the other 1 / (1 - q) pays for q being measured, not known: over random models
-    (q up to 0.8) the true error was at most twice the series (docs/numerics.md).
+    A geometric series gives q / (1 - q); the other 1 / (1 - q) and the 2 pay for q being measured, not known. A single
+    ratio is not believed below LEAST_FIRST_RATIO. How far the true error stayed below this: docs/numerics.md.
     """
     q = contraction(changes)
-    return changes[-1] * q / (1 - q) ** 2 + FLOAT32_RESIDUAL_NOISE if q < 1 else math.inf
+    if len(changes) < 3:
+        q = max(q, LEAST_FIRST_RATIO)
+    return 2 * changes[-1] * q / (1 - q) ** 2 + FLOAT32_RESIDUAL_NOISE if q < 1 else math.inf
 
 
 def _largest_change(before: Sequence[FloatArray], after: Sequence[FloatArray]) -> float:
-    return max(float(np.abs(b - a).max(initial=0.0)) for a, b in zip(before, after, strict=True))
+    return float(np.max([np.abs(b - a).max(initial=0.0) for a, b in zip(before, after, strict=True)]))

@@ -137,7 +137,8 @@ def _report(rows: Sequence[IntArray], readings: Sequence[Reading], request: Pref
     passes = sum(reading.computed for reading in readings) / sum(len(row) for row in rows)
     if request.policy == "zero":
         return PrefillReport("zero", passes, None, ZERO_NOTE)
+    residual = max(reading.residual for reading in readings)  # chunks before the one that fell back were iterated
     fallbacks = [f"row {i} {reading.fallback}" for i, reading in enumerate(readings) if reading.fallback]
     if fallbacks:
-        return PrefillReport("stepwise", passes, 0.0, f"finished stepwise: {'; '.join(fallbacks)}")
-    return PrefillReport("fixed-point", passes, max(reading.residual for reading in readings))
+        return PrefillReport("stepwise", passes, residual, f"finished stepwise: {'; '.join(fallbacks)}")
+    return PrefillReport("fixed-point", passes, residual)

@@ -30,7 +30,7 @@ class Fake:
     def __init__(self):
         self.batches = []
 
-    def prefill(self, prompts, *, policy="auto"):
+    def prefill(self, prompts, *, policy="auto", tolerance=None):
         assert policy == "stepwise"
         assert {len(row) for row in prompts} == {1}
         self.batches.append(len(prompts))

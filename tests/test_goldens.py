@@ -24,7 +24,7 @@ class Forgetful:
     def __init__(self, decoder):
         self.decoder, self.config, self.max_seq_len = decoder, decoder.config, decoder.max_seq_len
 
-    def prefill(self, prompts, *, policy="auto"):
+    def prefill(self, prompts, *, policy="auto", tolerance=None):
         state = self.decoder.prefill([row[:1] for row in prompts])
         self._forget(state)
         for tokens in zip(*(row[1:] for row in prompts), strict=True):

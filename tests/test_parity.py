@@ -43,7 +43,7 @@ class Fake:
         self.prefill_fails = False
         self.fed = []
 
-    def prefill(self, prompts, *, policy="auto"):
+    def prefill(self, prompts, *, policy="auto", tolerance=None):
         (tokens,) = prompts
         if policy == "auto":
             if self.prefill_fails:

@@ -40,6 +40,7 @@ def chat(
     stop: options.Stop = None,
     ignore_stop_tokens: options.IgnoreStopTokens = False,
     prefill: options.Prefill = "auto",
+    tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
     precision: options.Precision = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -53,7 +54,8 @@ def chat(
     numbers |= {"repetition_penalty": repetition_penalty}
     sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
-        conversation = Conversation(decoder, chat_tokenizer(decoder), system, sampling, prefill)
+        reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
+        conversation = Conversation(decoder, chat_tokenizer(decoder), system, sampling, reading)
         output.say(f"{decoder.backend}, {decoder.precision}, {decoder.max_seq_len} tokens; /help lists the commands")
         turns = [turn for line in messages(echo=not json) if (turn := conversation.take(line, not json))]
     if json:
@@ -108,7 +110,7 @@ class Conversation:
     tokenizer: Tokenizer
     system: str | None
     sampling: options.Sampling
-    prefill: str
+    reading: dict[str, Any]  # policy and tolerance of prefill
     history: list[int] = field(default_factory=list)
     state: DecodeState | None = None
     count: int = 0
@@ -141,12 +143,8 @@ class Conversation:
             return self.refuse(message, len(history))
         unread = self.unread(history)
         self.count += 1
-        events = self.decoder.generate(
-            unread,
-            state=self.state,
-            policy=self.prefill,  # type: ignore[arg-type]
-            **self.sampling.arguments(self.count),
-        )
+        arguments = self.reading | self.sampling.arguments(self.count)
+        events = self.decoder.generate(unread, state=self.state, **arguments)
         answer = Answer()
         for event in answer.timed(events):
             if echo:
@@ -154,6 +152,8 @@ class Conversation:
         if echo:
             output.stream("\n")
         self.history = history + answer.tokens
+        if answer.prefill and answer.prefill.note:
+            output.say(f"prefill: {answer.prefill.note}")
         if answer.finish_reason == "capacity":
             output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {self.way_on}")
         return self.turn(message, answer)

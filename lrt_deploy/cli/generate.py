@@ -37,6 +37,7 @@ def generate(
     stop: options.Stop = None,
     ignore_stop_tokens: options.IgnoreStopTokens = False,
     prefill: options.Prefill = "auto",
+    tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
     precision: options.Precision = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -52,10 +53,11 @@ def generate(
     numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     numbers |= {"repetition_penalty": repetition_penalty}
     sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
+    reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
-        for event in answer.timed(decoder.generate(ids, policy=prefill, **sampling.arguments())):  # type: ignore[arg-type]
+        for event in answer.timed(decoder.generate(ids, **reading, **sampling.arguments())):
             if not json:
                 output.stream(event.text if decoder.tokenizer else f"{event.token} ")
         report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
@@ -64,6 +66,8 @@ def generate(
     else:
         output.stream("\n")
         output.say(summary(report))
+        if note := report["prefill"]["note"]:
+            output.say(f"prefill: {note}")
 
 
 @dataclass

@@ -38,6 +38,10 @@ Verify = Annotated[
 Prefill = Annotated[
     str, typer.Option(help="How prompts are read: auto, stepwise, fixed-point, zero.", rich_help_panel=_RUN)
 ]
+Tolerance = Annotated[
+    float | None,
+    typer.Option(help="Largest error of the latent that an iterated prefill may leave.", rich_help_panel=_RUN),
+]
 
 Prompt = Annotated[str | None, typer.Option(help="Prompt text; <|bos|> is put in front.")]
 Tokens = Annotated[str | None, typer.Option(metavar="1,2,3", help="Prompt as token ids, taken as they are.")]

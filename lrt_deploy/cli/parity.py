@@ -18,8 +18,14 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
 
 STEPS = 128
-PROMPT = "The river rose in the night, and by morning the lower meadows were under water."
-_PROMPT_TOKENS = 16  # of the prompt made up for a bundle without tokenizer
+# Long enough that `auto` iterates it, so that the prefill check says something.
+PROMPT = (
+    "The river rose in the night, and by morning the lower meadows were under water. Two men in a boat went from house "
+    "to house and called up at the windows, and whoever answered was given bread, candles and the news that the bridge "
+    "was gone. Nobody had slept. In the school on the hill the tables were pushed together, and the children were told "
+    "that today they would write down what they had seen: how high the water stood, what it carried, and who was there."
+)
+_PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
 
 
 def parity(
@@ -31,6 +37,8 @@ def parity(
     steps: Annotated[
         int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
     ] = None,
+    prefill: options.Prefill = "auto",
+    tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
     precision: options.Precision = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -44,7 +52,8 @@ def parity(
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
         count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
-        report = compare(decoder, open_same_model(decoder, checkpoint, step), ids, count, json)
+        rollout = (ids, count, {"prefill": prefill, "tolerance": tolerance})
+        report = compare(decoder, open_same_model(decoder, checkpoint, step), rollout, json)
     if json:
         output.document(report.to_dict())
     else:
@@ -79,11 +88,14 @@ def open_same_model(decoder: Decoder, path: Path, step: int | None) -> Checkpoin
     return opened
 
 
-def compare(decoder: Decoder, opened: Checkpoint, prompt: list[int], steps: int, quiet: bool) -> ParityReport:
-    """The comparison itself, with its progress shown."""
+def compare(
+    decoder: Decoder, opened: Checkpoint, rollout: tuple[list[int], int, dict[str, Any]], quiet: bool
+) -> ParityReport:
+    """The comparison itself, with its progress shown: prompt, steps, and how prefill is checked."""
     from lrt_deploy import parity as library
     from lrt_deploy.reference import ReferenceDecoder
 
+    prompt, steps, reading = rollout
     origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}
     with output.progress(quiet) as progress:
         progress("loading the checkpoint", 0, 0)
@@ -97,6 +109,7 @@ def compare(decoder: Decoder, opened: Checkpoint, prompt: list[int], steps: int,
             checkpoint_matches=opened.sha256 == origin.get("sha256"),
             backend=decoder.backend,
             progress=progress,
+            **reading,
         )
 
 
