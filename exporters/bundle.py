@@ -5,12 +5,7 @@ A bundle is whole or absent: everything is made in a temporary folder beside the
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +20,7 @@ from lrt_deploy.manifest import Manifest
 from lrt_deploy.tokenizer import SourceTokenizer, load_source_tokenizer, write_tokenizer
 
 from . import flavours, passes, weights_file
+from .atomic_folder import made_whole
 from .trace import trace
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
@@ -53,16 +49,16 @@ def export_bundle(
 
     Raises CheckpointError for what comes in and ExportError for what cannot go out; leaves no partial bundle.
     """
-    target = Path(bundle)
+    target = Path(bundle) if Path(bundle).name else Path(bundle).resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
     opened = open_checkpoint(checkpoint, options.step)
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
-    with _made_whole(target) as folder:
+    with made_whole(target, options.force) as folder:
         _write_graphs(opened, capacity, options.precisions, folder, progress)
         if tokenizer is not None:
-            (folder / "tokenizer").mkdir()
-            write_tokenizer(folder / "tokenizer", tokenizer)
+            (folder / manifest.TOKENIZER).mkdir()
+            write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
         progress("hashing", 0, 0)
         return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer))
 
@@ -99,7 +95,7 @@ def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokeniz
     vocab_size = checkpoint.config.vocab_size
     if folder is not None:
         return load_source_tokenizer(folder, vocab_size)
-    for candidate in (checkpoint.folder / "tokenizer", checkpoint.folder.resolve().parent.parent / "tokenizer"):
+    for candidate in (checkpoint.folder / manifest.TOKENIZER, checkpoint.folder.resolve().parent.parent / "tokenizer"):
         if any((candidate / name).is_file() for name in ("tokenizer.pkl", "tokenizer.json")):
             return load_source_tokenizer(candidate, vocab_size)
     return None
@@ -111,8 +107,7 @@ def _write_graphs(
     config = checkpoint.config
     for precision in precisions:
         progress("loading weights", 0, 0)
-        model = checkpoint.model()
-        model.limit_positions(capacity)
+        model = checkpoint.model(max_positions=capacity)
         progress("tracing", 0, 0)
         graph = trace(model)
         passes.clean(graph)
@@ -141,7 +136,7 @@ def _manifest(
         precisions=tuple(options.precisions),
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
         contracts={flavour: contract.describe(config, flavour) for flavour in contract.FLAVOURS},
-        tokenizer=None if tokenizer is None else {"folder": "tokenizer", "tokens": len(tokenizer.byte_lengths)},
+        tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
         provenance={
             "checkpoint": {
                 "file": checkpoint.model_file.name,
@@ -151,58 +146,3 @@ def _manifest(
             "versions": {package: version(package) for package in packages},
         },
     )
-
-
-@contextmanager
-def _made_whole(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well and vanishes when it does not.
-
-    Python turns SIGINT into an exception by itself; SIGTERM is made one here, so that both clean up. After a SIGKILL
-    the hidden folder stays, but never under the target's name; the next export to the same target removes it.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.partial-"
-    for stale in target.parent.glob(f"{prefix}*"):
-        if not _alive(int(stale.name.rsplit("-", 1)[1].split(".")[0])):
-            shutil.rmtree(stale, ignore_errors=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}.", dir=target.parent))
-    with _sigterm_as_exception():
-        try:
-            yield folder
-            folder.chmod(0o755)
-            if target.exists():
-                retired = folder.with_name(folder.name + ".old")
-                target.rename(retired)
-                folder.rename(target)
-                shutil.rmtree(retired)
-            else:
-                folder.rename(target)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the caller's process decides about signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -32,6 +32,7 @@ from .weights import Source, weight_sources
 
 _COMPILED_PREFIX = "_orig_mod."  # torch.compile leaves it in state dicts
 _TABLES = ("wte", "value_embeds")  # kept in bfloat16 when stored so: gathered, then cast
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _STEP_FILE = re.compile(r"model_(\d+)\.pt")
 
 
@@ -51,23 +52,25 @@ class Checkpoint:
         with self.model_file.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def model(self) -> LRT:
+    def model(self, max_positions: int | None = None) -> LRT:
         """The reference model with these weights, in evaluation mode, matrices in float32.
 
-        Raises CheckpointError when a tensor is missing, unknown, of another shape, not floating point, or not finite.
+        `max_positions` is the length of its rotary tables (default: the authors' limit). Raises CheckpointError when a
+        tensor is missing, unknown, of another shape, not floating point, or not finite.
         """
-        model = LRT(self.config)
         sources = weight_sources(self.config)
         self._refuse_unknown({name for source in sources.values() for name in source.names})
+        for source in sources.values():  # before anything of the config's size is allocated
+            for key, shape in zip(source.names, source.shapes, strict=True):
+                self._check(key, shape, source.default is not None)
+        model = LRT(self.config, max_positions)
         with torch.no_grad():
             for name, source in sources.items():
                 self._fill(model, name, source)
         return model.eval().requires_grad_(False)
 
     def _fill(self, model: LRT, name: str, source: Source) -> None:
-        tensors = [
-            self._tensor(key, shape, source.default) for key, shape in zip(source.names, source.shapes, strict=True)
-        ]
+        tensors = [self._read(key, shape, source) for key, shape in zip(source.names, source.shapes, strict=True)]
         if name in _TABLES and all(tensor.dtype == torch.bfloat16 for tensor in tensors):
             setattr(model, name, nn.Parameter(torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)))
         parameter = model.get_parameter(name)
@@ -75,25 +78,30 @@ class Checkpoint:
         for target, tensor in zip(parameter.split([t.shape[-1] for t in oriented], dim=-1), oriented, strict=True):
             target.copy_(tensor)
 
-    def _tensor(self, key: str, shape: tuple[int, ...], default: float | None) -> Tensor:
+    def _check(self, key: str, shape: tuple[int, ...], optional: bool) -> None:
+        """Hold a tensor's kind against the config without reading it."""
         tensor = self.tensors.get(key)
         if tensor is None:
-            if default is None:
-                raise CheckpointError(
-                    f"{self.model_file} has no tensor {key!r}, which its config asks for in shape {shape}"
-                )
-            return torch.full(shape, default)
+            if optional:
+                return
+            raise CheckpointError(
+                f"{self.model_file} has no tensor {key!r}, which its config asks for in shape {shape}"
+            )
         if tuple(tensor.shape) != shape:
             raise CheckpointError(
                 f"{self.model_file}: {key!r} has the shape {tuple(tensor.shape)}, its config says {shape}; "
                 "the weights and the config are not of one model"
             )
-        if not tensor.is_floating_point() or tensor.layout != torch.strided:
-            raise CheckpointError(
-                f"{self.model_file}: {key!r} holds {tensor.dtype} ({tensor.layout}), expected dense floats"
-            )
-        if not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device.type})"
+            raise CheckpointError(f"{self.model_file}: {key!r} holds {kind}, expected dense floats of 16 to 64 bits")
+
+    def _read(self, key: str, shape: tuple[int, ...], source: Source) -> Tensor:
+        if key not in self.tensors:
+            assert source.default is not None
+            return torch.full(shape, source.default)
+        tensor = self.tensors[key]
+        if count := int((~torch.isfinite(tensor)).sum()):
             raise CheckpointError(
                 f"{self.model_file}: {key!r} holds {count} numbers that are not finite; it cannot be run"
             )

@@ -24,6 +24,8 @@ LOGIT_SOFTCAP = 15.0
 # model.
 ROPE_POSITIONS_PER_SEQUENCE_LEN = 10
 VOCAB_PADDING = 64
+# Far beyond any model; keeps a damaged config from asking for all of the machine's memory.
+_MAX_SIZE = 2**22
 
 MemoryProjections = Literal["layerwise", "shared"]
 
@@ -60,7 +62,7 @@ class LRTConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            _require(1 <= getattr(self, name) <= _MAX_SIZE, name, getattr(self, name), f"1 to {_MAX_SIZE}")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
         _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
         _require(

@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from .config import LRTConfig
-from .contract import Flavour
+from .contract import FLAVOURS, Flavour
 from .errors import BundleError, ConfigError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
+PHASES = ("prefill", "decode_step")
 WEIGHTS = "weights.bin"
+TOKENIZER = "tokenizer"
 _ALWAYS_HASHED_BYTES = 4 * 2**20
 
 # fp16, bf16, int8, int8-weight-only and int4-weight-only are names of the contract that no exporter makes yet.
@@ -57,7 +59,7 @@ class Manifest:
     precisions: tuple[str, ...]
     prefill_policies: tuple[str, ...]
     contracts: dict[str, Any]
-    tokenizer: dict[str, Any] | None
+    tokenizer_tokens: int | None
     provenance: dict[str, Any]
     files: dict[str, FileRecord] = field(default_factory=dict)
 
@@ -150,13 +152,45 @@ def hash_file(path: Path) -> str:
 def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
     try:
         model = LRTConfig.from_dict(fields.pop("model"))
-        files = {name: FileRecord(**record) for name, record in fields.pop("files").items()}
-        manifest = Manifest(model=model, files=files, **fields)
-    except (KeyError, TypeError, AttributeError, ConfigError) as error:
+        files = {str(name): FileRecord(**record) for name, record in fields.pop("files").items()}
+        for name in files:
+            _inside(folder, name)
+        precisions, policies = tuple(fields.pop("precisions")), tuple(fields.pop("prefill_policies"))
+        manifest = Manifest(model=model, files=files, precisions=precisions, prefill_policies=policies, **fields)
+        _check(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
         raise BundleError(f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}") from error
-    return dataclasses.replace(
-        manifest, precisions=tuple(manifest.precisions), prefill_policies=tuple(manifest.prefill_policies)
-    )
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse by ValueError what later code relies on."""
+    tokens = manifest.tokenizer_tokens
+    rules = {
+        "max_seq_len": _is_count(manifest.max_seq_len) and manifest.max_seq_len <= manifest.model.max_positions,
+        "max_batch_size": _is_count(manifest.max_batch_size),
+        "tokenizer_tokens": tokens is None or (_is_count(tokens) and tokens <= manifest.model.vocab_size),
+        "precisions": bool(manifest.precisions) and set(manifest.precisions) <= set(PRECISIONS),
+        "contracts": isinstance(manifest.contracts, dict),
+        "provenance": isinstance(manifest.provenance, dict),
+        "files": all(isinstance(r.bytes, int) and isinstance(r.sha256, str) for r in manifest.files.values()),
+    }
+    if broken := [name for name, holds in rules.items() if not holds]:
+        raise ValueError(f"{broken[0]} is {str(getattr(manifest, broken[0]))[:80]}")
+    if missing := sorted(required_files(manifest) - set(manifest.files)):
+        raise ValueError(f"{missing[0]} is not among its files")
+
+
+def required_files(manifest: Manifest) -> set[str]:
+    """What a bundle of these precisions cannot do without."""
+    graphs = {graph_path(p, phase, f) for p in manifest.precisions for phase in PHASES for f in FLAVOURS}
+    weights = {f"graphs/{precision}/{WEIGHTS}" for precision in manifest.precisions}
+    tokenizer = {f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "token_bytes.json")}
+    return graphs | weights | (tokenizer if manifest.tokenizer_tokens else set())
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _inside(folder: Path, name: str) -> Path:

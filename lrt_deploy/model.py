@@ -126,10 +126,6 @@ class LRT(nn.Module):
         hidden, latent = self._run(input_ids, position_ids, past_latent, slots, write)
         return Step(hidden, latent, keys, values)
 
-    def limit_positions(self, positions: int) -> None:
-        """Shorten the rotary tables to what a bundle of this capacity needs."""
-        self.cos, self.sin = rotary_tables(self.config, positions)
-
     def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
         """One pass over whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden, latent, both (B, T, C)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)

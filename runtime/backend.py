@@ -80,9 +80,6 @@ class Backend(Protocol):
     def allocate(self, batch: int) -> StateBuffers:
         """Zeroed buffers for a state of this many sequences."""
 
-    def close(self) -> None:
-        """Release the weights."""
-
 
 def choose_backend(requested: str) -> str:
     """Resolve `auto`; refuse a name that this version does not have."""

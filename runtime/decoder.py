@@ -5,6 +5,7 @@ It checks everything that comes in and every logit that goes out; the arithmetic
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -18,7 +19,7 @@ from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
-from lrt_deploy.manifest import PRECISIONS, Manifest, read_manifest, verify_files
+from lrt_deploy.manifest import PRECISIONS, TOKENIZER, Manifest, read_manifest, verify_files
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
@@ -40,27 +41,14 @@ class Decoder:
     ) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
         self.prefill_options = prefill_options or PrefillOptions()
-        self._backend = backend
+        self._backend: Backend | None = backend
+        # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
+        self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
 
     @property
     def config(self) -> LRTConfig:
         """The model that is run."""
         return self.manifest.model
-
-    @property
-    def backend(self) -> str:
-        """The name of the backend."""
-        return self._backend.name
-
-    @property
-    def backend_detail(self) -> str:
-        """What the backend is made of, for people."""
-        return self._backend.detail
-
-    @property
-    def precision(self) -> str:
-        """The precision of the weights and graphs that run."""
-        return self._backend.precision
 
     @property
     def max_seq_len(self) -> int:
@@ -90,15 +78,15 @@ class Decoder:
                 raise InputError(
                     f"{len(rows)} prompts were given; this bundle was exported for {self.manifest.max_batch_size}"
                 )
-            state = DecodeState(self._backend.allocate(len(rows)), self.config.vocab_size, self.config.memory)
+            state = DecodeState(self._loaded.allocate(len(rows)), self.config, owner=self._loaded)
         elif len(rows) != state.batch:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        _check_room(state, rows)
-        before = state.buffers.latent.copy()
-        logits, report = read_prompts(state, rows, request, self.prefill_options)
-        self._accept(state, rows, logits, before)
+        self._check(state, rows)
+        with _unchanged_on_error(state):
+            logits, report = read_prompts(state, rows, request, self.prefill_options)
+            self._accept(state, rows, logits)
         state.prefill = report
         return state
 
@@ -106,11 +94,11 @@ class Decoder:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
         ids = check_tokens(tokens, self.config.vocab_size, state.batch)
         rows = ids[:, None]  # (B, 1)
-        _check_room(state, rows)
-        before = state.buffers.latent.copy()
-        logits = state.buffers.decode(ids, state.lengths, head=True)
-        assert logits is not None
-        self._accept(state, rows, logits, before)
+        self._check(state, rows)
+        with _unchanged_on_error(state):
+            logits = state.buffers.decode(ids, state.lengths, head=True)
+            assert logits is not None
+            self._accept(state, rows, logits)
         return state.logits
 
     def generate(
@@ -136,8 +124,8 @@ class Decoder:
         return generate(self, options, lambda: self.prefill([ids], state=state, policy=policy, tolerance=tolerance))
 
     def close(self) -> None:
-        """Release the weights; states of this decoder cannot be used afterwards."""
-        self._backend.close()
+        """Let go of the weights, which stay in memory as long as a state of this decoder does."""
+        self._backend = None
 
     def __enter__(self) -> Self:
         return self
@@ -156,18 +144,43 @@ class Decoder:
             )
         return self.tokenizer.encode_prompt(prompt)
 
-    def _accept(
-        self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray, before: FloatArray
-    ) -> None:
-        """Advance the state, or put its latent back when the numbers are not usable."""
+    @property
+    def _loaded(self) -> Backend:
+        if self._backend is None:
+            raise BackendError("this decoder is closed; open the bundle again")
+        return self._backend
+
+    def _check(self, state: DecodeState, rows: Sequence[IntArray] | IntArray) -> None:
+        """The state must be of this decoder and have room for the tokens."""
+        if state.owner is not self._loaded:
+            raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
+        for index, (length, row) in enumerate(zip(state.lengths, rows, strict=True)):
+            if length + len(row) > state.capacity:
+                raise StateError(
+                    f"sequence {index} holds {length} tokens and {len(row)} more do not fit its capacity of "
+                    f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+                )
+
+    def _accept(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
+        """Advance the state, unless the numbers are not usable."""
         if not np.isfinite(logits).all():
             row, bad = int(np.argwhere(~np.isfinite(logits))[0, 0]), int((~np.isfinite(logits)).sum())
-            state.buffers.set_latent(np.arange(state.batch), before)
             raise BackendError(
                 f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} "
                 f"after {int(state.lengths[row]) + len(rows[row])} tokens; no token was chosen from them"
             )
         state.advance(list(rows), logits)
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(state: DecodeState) -> Iterator[None]:
+    """Put the latent back when a call fails; lengths have not moved, and cache slots beyond them do not count."""
+    before = state.buffers.latent.copy()
+    try:
+        yield
+    except BaseException:
+        state.buffers.set_latent(np.arange(state.batch), before)
+        raise
 
 
 def open_decoder(
@@ -193,7 +206,7 @@ def open_decoder(
     chosen = choose_precision(manifest, precision)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
-    tokenizer = Tokenizer.open(folder / manifest.tokenizer["folder"]) if manifest.tokenizer else None
+    tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
     return Decoder(manifest, _load_backend(name, folder, manifest, chosen, threads), tokenizer, prefill_options)
 
 
@@ -227,15 +240,6 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
             f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
         )
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
-
-
-def _check_room(state: DecodeState, rows: Sequence[IntArray] | IntArray) -> None:
-    for index, (length, row) in enumerate(zip(state.lengths, rows, strict=True)):
-        if length + len(row) > state.capacity:
-            raise StateError(
-                f"sequence {index} holds {length} tokens and {len(row)} more do not fit its capacity of "
-                f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
-            )
 
 
 def _load_backend(name: str, folder: Path, manifest: Manifest, precision: str, threads: int | None) -> Backend:

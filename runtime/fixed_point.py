@@ -193,16 +193,17 @@ class Sweeps:
 # latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
 # 1e-5.
 CACHE_TOLERANCE_RATIO = 5.0
+LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
 LEAST_FIRST_RATIO = 0.25
 
 
 def contraction(changes: Sequence[float]) -> float:
-    """The larger of the last two ratios of successive changes that stand above rounding noise.
+    """The largest of the last three ratios of successive changes that stand above rounding noise.
 
     Where all changes before the last are noise, memory is too weak for a ratio: 1/2 is then on the safe side.
     """
     ratios = [b / a for a, b in itertools.pairwise(changes) if a > 20 * FLOAT32_RESIDUAL_NOISE]
-    return max(ratios[-2:], default=0.5 if len(changes) > 1 else math.inf)
+    return max(ratios[-3:], default=0.5 if len(changes) > 1 else math.inf)
 
 
 def error_bound(changes: Sequence[float]) -> float:
@@ -218,4 +219,6 @@ def error_bound(changes: Sequence[float]) -> float:
 
 
 def _largest_change(before: Sequence[FloatArray], after: Sequence[FloatArray]) -> float:
-    return float(np.max([np.abs(b - a).max(initial=0.0) for a, b in zip(before, after, strict=True)]))
+    """Absolute, but relative to LARGE_VALUE in an array that holds larger ones: values are not normed."""
+    pairs = zip(before, after, strict=True)
+    return float(np.max([np.abs(b - a).max() / max(1.0, np.abs(b).max() / LARGE_VALUE) for a, b in pairs]))

@@ -55,10 +55,6 @@ class OrtCpuBackend:
         """Zeroed buffers; the system commits their pages only when they are first written."""
         return OrtCpuBuffers(self, batch)
 
-    def close(self) -> None:
-        """Release the session and with it the weights."""
-        del self.session
-
 
 @dataclass
 class _Call:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
 
 from .backend import StateBuffers
@@ -17,11 +18,11 @@ class DecodeState:
     After an error in a step the state is what it was before: lengths and latent only move when a step has succeeded.
     """
 
-    def __init__(self, buffers: StateBuffers, vocab_size: int, memory: bool) -> None:
-        self.buffers = buffers
-        self._memory = memory
+    def __init__(self, buffers: StateBuffers, config: LRTConfig, owner: object) -> None:
+        self.buffers, self.owner = buffers, owner
+        self._memory = config.memory
         self._lengths = np.zeros(buffers.batch, np.int64)
-        self._logits = np.zeros((buffers.batch, vocab_size), np.float32)
+        self._logits = np.zeros((buffers.batch, config.vocab_size), np.float32)
         self._tokens: list[list[int]] = [[] for _ in range(buffers.batch)]
         self.prefill = PrefillReport(policy="stepwise", passes=0.0)
 

@@ -66,7 +66,7 @@ def without_tokenizer(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "no-tokenizer"
     shutil.copytree(bundle, folder)
     shutil.rmtree(folder / "tokenizer")
-    manifest = dataclasses.replace(read_manifest(folder), tokenizer=None)
+    manifest = dataclasses.replace(read_manifest(folder), tokenizer_tokens=None)
     (folder / "manifest.json").unlink()
     (folder / "manifest.sha256").unlink()
     write_manifest(folder, manifest)

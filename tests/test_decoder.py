@@ -95,7 +95,7 @@ def test_prompts_that_are_no_rows_are_refused(decoder, prompts):
 
 @pytest.mark.parametrize("prompts", [None, 5, iter([[1]]), {"a": [1]}], ids=["None", "5", "iterator", "dict"])
 def test_prompts_of_a_wrong_type_are_refused(decoder, prompts):
-    with pytest.raises(InputError, match="prompts"):
+    with pytest.raises(InputError, match="prompt"):
         decoder.prefill(prompts)
 
 
@@ -311,7 +311,7 @@ def test_a_prompt_to_numbers_that_are_not_finite_is_refused_and_changes_nothing(
     before = snapshot(state)
     accept = fresh._accept
     with monkeypatch.context() as patch:
-        patch.setattr(fresh, "_accept", lambda s, c, logits, b: accept(s, c, logits * np.nan, b))
+        patch.setattr(fresh, "_accept", lambda s, rows, logits: accept(s, rows, logits * np.nan))
         with pytest.raises(BackendError, match="not finite"):
             fresh.prefill([OTHER], state=state, policy=policy)
     assert changes(snapshot(state), before) == []

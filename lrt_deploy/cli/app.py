@@ -16,7 +16,7 @@ import typer
 
 from lrt_deploy.errors import LRTDeployError
 
-from . import chat, doctor, evaluate, export, generate, inspect, output, parity
+from . import bench, chat, doctor, evaluate, export, generate, inspect, output, parity
 
 EXPORT_EXTRA = {"torch", "onnx", "onnxscript", "onnx_ir", "onnx-ir"}
 INTERRUPTED, READER_GONE = 130, 141
@@ -109,6 +109,7 @@ for _name, _verb in (
     ("chat", chat.chat),
     ("parity", parity.parity),
     ("eval", evaluate.evaluate),
+    ("bench", bench.bench),
     ("inspect", inspect.inspect),
     ("doctor", doctor.doctor),
 ):

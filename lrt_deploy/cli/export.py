@@ -56,11 +56,11 @@ def export(
 
 def summary(manifest: Manifest) -> dict[str, str]:
     """What a bundle holds, for people."""
-    tokenizer = manifest.tokenizer
+    tokens = manifest.tokenizer_tokens
     return {
         "model": facts.model_line(manifest.model),
         "precisions": ", ".join(manifest.precisions),
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
         "prefill": ", ".join(manifest.prefill_policies),
-        "tokenizer": f"{tokenizer['tokens']} tokens" if tokenizer else "none: prompts must be token ids",
+        "tokenizer": f"{tokens} tokens" if tokens else "none: prompts must be token ids",
     }

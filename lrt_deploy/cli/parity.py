@@ -99,7 +99,7 @@ def compare(
     origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}
     with output.progress(quiet) as progress:
         progress("loading the checkpoint", 0, 0)
-        reference = ReferenceDecoder(opened.model(), max_seq_len=decoder.max_seq_len)
+        reference = ReferenceDecoder(opened.model(decoder.max_seq_len), max_seq_len=decoder.max_seq_len)
         return library.compare(
             reference,
             decoder,

@@ -1,0 +1,297 @@
+"""`lrt-deploy bench`: how fast a bundle is here, as a share of the memory bandwidth, and what each prefill way costs.
+
+Chooses what is measured and shows it. Measuring is the work of `benchmark` and `traffic`, drawing that of `plots`, all
+in `lrt_deploy.runtime`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrt_deploy.errors import InputError
+
+from . import doctor, options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.runtime.benchmark import DecodeTimes
+    from lrt_deploy.runtime.decoder import Decoder
+
+LENGTHS = "32,64,128,256,512,1024,2048"
+_LONGEST_CONVERGENCE = 512
+_CPU_FACTS = Path("/proc/cpuinfo")
+
+
+def bench(
+    bundle: options.BundlePath,
+    prompt_tokens: Annotated[int, typer.Option(help="Prompt length where decoding is measured.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Repeats of decoding, and rounds over the prefill policies.")] = 3,
+    prefill_lengths: Annotated[
+        str,
+        typer.Option(metavar="T,T,...", help="Prompt lengths for the policies; those that do not fit are left out."),
+    ] = LENGTHS,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Take the prompts from this text; default: random token ids.")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Largest error of the latent that fixed-point prefill may leave.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Where to plot; default: BUNDLE/reports/prefill.png.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random token ids.")] = 0,
+    backend: options.Backend = "ort-cpu",
+    precision: options.Precision = None,
+    max_seq_len: options.MaxSeqLen = None,
+    threads: options.Threads = None,
+    verify: options.Verify = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Measure decoding and reading prompts: times, bytes, and the share of this machine's memory bandwidth."""
+    from lrt_deploy.runtime import plots
+
+    lengths = parse_lengths(prefill_lengths)
+    if plot is not None:
+        plots.require_matplotlib()
+    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+        task = Task(decoder, tokens(decoder, text, seed), prompt_tokens, new_tokens, repeats, tolerance)
+        fields = task.run(lengths, announcer(quiet=json))
+    fields["plot"] = draw(fields, bundle, plot)
+    if json:
+        output.document(fields)
+    else:
+        output.answer(summary(fields))
+        output.table(decode_rows(fields) | prefill_rows(fields))
+
+
+def announcer(quiet: bool) -> output.Progress:
+    """A line for each new thing. No bar: a thread of its own would redraw it within what is timed."""
+    seen: set[str] = set()
+
+    def announce(what: str, done: int, total: int) -> None:
+        if not quiet and what not in seen:
+            output.say(what)
+        seen.add(what)
+
+    return announce
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Ascending lengths from `32,64`; an empty text is none."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    for part in parts:
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
+            raise typer.BadParameter(f"--prefill-lengths has {part[:40]!r} where a length is expected, as in 32,64")
+    return sorted({int(part) for part in parts})
+
+
+def tokens(decoder: Decoder, text: str | None, seed: int) -> list[int]:
+    """As many ids as the capacity holds: of a text, or random ones."""
+    from lrt_deploy.runtime.benchmark import random_tokens
+
+    if text is None:
+        return random_tokens(decoder.max_seq_len, decoder.config.vocab_size, seed)
+    return options.prompt_ids(decoder, options.read_text(text))[: decoder.max_seq_len]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is measured, and on what."""
+
+    decoder: Decoder
+    tokens: list[int]
+    prompt_tokens: int
+    new_tokens: int
+    repeats: int
+    tolerance: float | None
+
+    def run(self, lengths: list[int], progress: output.Progress) -> dict[str, Any]:
+        """The JSON fields."""
+        if self.prompt_tokens > len(self.tokens):
+            raise InputError(
+                f"--prompt-tokens is {self.prompt_tokens}; the text and the capacity give {len(self.tokens)}"
+            )
+        fits = [length for length in lengths if length <= len(self.tokens)]
+        fields = {"backend": self.decoder.backend, "precision": self.decoder.precision} | self.decode(progress)
+        fields |= {"prefill": self.prefill(fits, progress), "convergence": self.convergence(fits, progress)}
+        return fields | {
+            "prefill_lengths_left_out": [length for length in lengths if length not in fits],
+            "environment": environment(self.decoder),
+        }
+
+    def decode(self, progress: output.Progress) -> dict[str, Any]:
+        """Times and bytes of decoding; the bandwidth is measured after it, because its arrays count as memory."""
+        from lrt_deploy.runtime import benchmark, traffic
+
+        prompt = self.tokens[: self.prompt_tokens]
+        times = benchmark.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
+        peak = peak_rss_bytes()
+        progress("memory bandwidth", 0, 0)
+        bandwidth = traffic.bandwidth_gb_s(thread_count(self.decoder))
+        return decode_fields(self.decoder, times, bandwidth) | {
+            "peak_rss_bytes": peak,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "repeats": self.repeats,
+        }
+
+    def prefill(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
+        """Every policy at every length."""
+        from lrt_deploy.runtime.benchmark import compare_prefill
+
+        return [
+            row
+            for length in lengths
+            for row in compare_prefill(self.decoder, self.tokens[:length], self.repeats, self.tolerance, progress)
+        ]
+
+    def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
+        """Error after each sweep at one length."""
+        from lrt_deploy.runtime.benchmark import measure_convergence
+
+        short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
+        return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
+
+
+def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dict[str, Any]:
+    """The JSON fields of decoding; those that stand for a whole step take its median time."""
+    from lrt_deploy.runtime import traffic
+
+    weights = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision)
+    state = traffic.state_bytes_per_step(decoder.config, times.context)
+    ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
+    return {
+        "ttft_ms": ttft,
+        "tpot_ms": tpot,
+        "tokens_per_s": 1e3 / tpot["p50"],
+        "weight_bytes_per_step": weights,
+        "state_bytes_read_per_step": state,
+        "state_bytes_copied_per_step": times.copies.backend,
+        "latent_backup_bytes_per_step": times.copies.kept,
+        "bandwidth_gb_s": bandwidth,
+        "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (bandwidth * 1e9),
+        "weights_fit_cache": weights < (traffic.last_level_cache_bytes() or 0),
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median and 99th percentile."""
+    import numpy as np
+
+    return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99))}
+
+
+def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
+    """Write the plot and return where; without --plot, what stands in its way is only said."""
+    from lrt_deploy.runtime import plots
+
+    if not fields["prefill"] or (plot is None and not plots.available()):
+        return None
+    path = bundle / "reports" / "prefill.png" if plot is None else plot
+    title = (
+        f"Reading a prompt: {fields['backend']}, {fields['precision']}, {fields['environment']['threads']} thread(s)"
+    )
+    try:
+        plots.plot_prefill(path, fields["prefill"], fields["convergence"], title)
+    except OSError as error:
+        if plot is not None:
+            raise
+        output.say(f"no plot: {error.strerror} ({path}); --plot puts it elsewhere")
+        return None
+    return str(path)
+
+
+def thread_count(decoder: Decoder) -> int:
+    """The threads that the backend says it runs on; all cores where it names no number."""
+    found = re.search(r"(\d+) thread", decoder.backend_detail)
+    return int(found[1]) if found else int(doctor.environment()["cpu_count"] or 1)
+
+
+def environment(decoder: Decoder) -> dict[str, Any]:
+    """The machine, the versions, and the command."""
+    from lrt_deploy.runtime.traffic import last_level_cache_bytes
+
+    return doctor.environment() | {
+        "cpu": cpu_model(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "threads": thread_count(decoder),
+        "backend_detail": decoder.backend_detail,
+        "command": shlex.join(["lrt-deploy", *sys.argv[1:]]),
+    }
+
+
+def cpu_model() -> str:
+    """As the system names it."""
+    if _CPU_FACTS.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_FACTS.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far; None where the system does not count it so."""
+    if os.name != "posix":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def summary(fields: dict[str, Any]) -> str:
+    """One line for people."""
+    line = (
+        f"{fields['tpot_ms']['p50']:.3g} ms a token ({fields['tokens_per_s']:.0f} tokens/s), "
+        f"{fields['roofline_fraction']:.0%} of the memory bandwidth"
+    )
+    iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point" and row["algorithm"] != "plain"]
+    if not iterated:
+        return line
+    row = min(iterated, key=lambda row: abs(row["tokens"] - _LONGEST_CONVERGENCE))
+    pace = f"{row['speedup']:.1f}x faster" if row["speedup"] >= 1 else f"{1 / row['speedup']:.1f}x slower"
+    return f"{line}; a prompt of {row['tokens']} tokens is read {pace} than stepwise"
+
+
+def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
+    """Decoding, for people."""
+    ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
+    peak, facts = fields["peak_rss_bytes"], fields["environment"]
+    cached = (
+        "; the weights fit the processor's cache, so that it can exceed 100%" if fields["weights_fit_cache"] else ""
+    )
+    return {
+        "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
+        "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
+        "each token": f"p50 {tpot['p50']:.3g} ms, p99 {tpot['p99']:.3g} ms",
+        "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
+        "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
+        f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied",
+        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used{cached}",
+        "peak memory": "unknown" if peak is None else output.bytes_text(peak),
+    }
+
+
+def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
+    """The policies, for people: one line each."""
+    rows = {}
+    for row in fields["prefill"]:
+        latent = "" if row["max_abs_latent_error"] is None else f"  latent off {row['max_abs_latent_error']:7.1e}"
+        error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
+        ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
+        rows[f"{row['tokens']} tokens, {row['algorithm']}"] = (
+            f"{row['seconds'] * 1e3:9.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
+        )
+    if left_out := fields["prefill_lengths_left_out"]:
+        rows["left out"] = f"{', '.join(map(str, left_out))} tokens do not fit"
+    return rows | ({"plot": fields["plot"]} if fields["plot"] else {})

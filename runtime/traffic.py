@@ -1,0 +1,171 @@
+"""The bytes of a decode step: what it must read, what it copies, and how fast this machine's memory is.
+
+Bytes of weights and state follow from the model and the context; copies are counted while a step runs; bandwidth is
+measured. Knows no backend: state memory is seen through `StateBuffers.cache` and `.latent`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import BackendError
+from lrt_deploy.interface import FloatArray
+from lrt_deploy.manifest import WEIGHTS, Manifest
+from lrt_deploy.weights import weight_sources
+
+from .backend import StateBuffers
+
+TABLES = ("wte", "value_embeds")
+_MATRIX_ITEM_BYTES = {"fp32": 4}
+_STATE_ITEM_BYTES = 4
+_TRIAD_BLOCK = 2**14  # float64: the intermediate product stays in the fastest caches
+_TRIAD_ROUNDS = 5
+_SMALLEST_TRIAD_BYTES, _LARGEST_TRIAD_BYTES = 2**27, 2**29
+_CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def matrix_elements(config: LRTConfig) -> int:
+    """Elements of all matrices that a step multiplies with.
+
+    q, k, v, attention output, gates and both MLP matrices of each layer, the memory projections, and the head over the
+    padded vocabulary. No tables, no scalars per layer (lambdas), no rotary tables.
+    """
+    sources = weight_sources(config)
+    return sum(
+        math.prod(shape)
+        for name, source in sources.items()
+        for shape in source.shapes
+        if name not in TABLES and len(shape) > 1
+    )
+
+
+def weight_bytes_per_step(manifest: Manifest, precision: str) -> int:
+    """Bytes of weights that one decode step with head reads: every matrix once, and one row of each embedding table.
+
+    A matrix element has the size that `precision` says; a table element the 2 or 4 bytes in which it was exported, told
+    by the size of the weights file. The same for every batch.
+    """
+    config, sources = manifest.model, weight_sources(manifest.model)
+    matrices = matrix_elements(config) * _MATRIX_ITEM_BYTES[precision]
+    shapes = [shape for name in TABLES if name in sources for shape in sources[name].shapes]
+    stored = manifest.files[f"graphs/{precision}/{WEIGHTS}"].bytes
+    item = 4 if stored >= matrices + 4 * sum(map(math.prod, shapes)) else 2
+    return matrices + item * sum(width for _, width in shapes)
+
+
+def state_bytes_per_step(config: LRTConfig, context: int) -> int:
+    """Bytes of one sequence's state that a step reads on top of `context` tokens: live windows of K and V, the latent.
+
+    The token's own key and value are written and not counted: they are in cache when they are read.
+    """
+    live = sum(min(context, window) for window in config.windows)
+    latent = config.n_embd if config.memory else 0
+    return _STATE_ITEM_BYTES * (2 * live * config.kv_dim + latent)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Bytes of state that one step copied. `backend`: between past and present; `kept`: aside, by Python code."""
+
+    backend: int
+    kept: int
+
+
+def count_copies(buffers: StateBuffers, positions: npt.NDArray[np.int64], step: Callable[[], object]) -> Copies:
+    """Run `step`, which appends one token at `positions` (B), and count the state that it copies.
+
+    A cache tensor is not copied if it lies afterwards where it lay before and the new token was written there: its slot
+    is poisoned beforehand. Otherwise all of it was copied. The latent cannot be written where it is read, so two places
+    swap; if it lies afterwards where it lay before, it was copied back. `kept` counts calls of `ndarray.copy` on any of
+    this memory. Raises BackendError where the buffers do not show their memory.
+    """
+    before, latent = _caches(buffers), buffers.latent
+    if [a.ctypes.data for a in before] != [a.ctypes.data for a in _caches(buffers)]:
+        raise BackendError("this backend shows copies of its caches, so that what a step copies cannot be counted")
+    rows = np.arange(buffers.batch)
+    for cache in before:
+        cache[rows, :, positions] = np.nan
+    kept = _bytes_copied_in_python([*before, latent], step)
+    copied = sum(
+        new.nbytes
+        for old, new in zip(before, _caches(buffers), strict=True)
+        if new.ctypes.data != old.ctypes.data or np.isnan(new[rows, :, positions]).any()
+    )
+    if latent.size and buffers.latent.ctypes.data == latent.ctypes.data:
+        copied += latent.nbytes
+    return Copies(copied, kept)
+
+
+def _caches(buffers: StateBuffers) -> list[FloatArray]:
+    return [array for layer in range(buffers.layers) for array in buffers.cache(layer, buffers.capacity)]
+
+
+def _bytes_copied_in_python(arrays: list[FloatArray], act: Callable[[], object]) -> int:
+    """Bytes of these arrays on which `ndarray.copy` is called while `act` runs."""
+    ranges = [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
+    copied = 0
+
+    def see(frame: object, event: str, called: Any) -> None:  # noqa: ANN401 - whatever is called
+        nonlocal copied
+        owner = getattr(called, "__self__", None) if event == "c_call" and called.__name__ == "copy" else None
+        if isinstance(owner, np.ndarray) and any(low <= owner.ctypes.data < high for low, high in ranges):
+            copied += owner.nbytes
+
+    sys.setprofile(see)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return copied
+
+
+def bandwidth_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
+    """Memory bandwidth by a STREAM-like triad in numpy: a = b + s * c over arrays far larger than any cache.
+
+    Block by block, so that s * c stays in cache; counted as STREAM counts, 3 arrays a round (what the processor reads
+    before it overwrites a is left out, so true traffic is up to a third higher). The best of several rounds, each
+    thread on its own part of the arrays. `array_bytes` None: four times the last-level cache, 128 to 512 MiB.
+    """
+    if array_bytes is None:
+        cache = last_level_cache_bytes() or 0
+        array_bytes = min(max(4 * cache, _SMALLEST_TRIAD_BYTES), _LARGEST_TRIAD_BYTES)
+    count = array_bytes // 8
+    a, b, c = np.zeros(count), np.ones(count), np.ones(count)
+    a[:] = 2.0  # commits the pages
+    bounds = np.linspace(0, count, threads + 1).astype(int)
+    parts = [[array[low:high] for array in (a, b, c)] for low, high in itertools.pairwise(bounds)]
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = []
+        for _ in range(_TRIAD_ROUNDS):
+            start = time.perf_counter()
+            list(pool.map(_triad, parts))
+            seconds.append(time.perf_counter() - start)
+    return 3 * count * 8 / min(seconds) / 1e9
+
+
+def _triad(arrays: list[npt.NDArray[np.float64]]) -> None:
+    a, b, c = arrays
+    product = np.empty(_TRIAD_BLOCK)
+    for low in range(0, len(a), _TRIAD_BLOCK):
+        part = slice(low, min(low + _TRIAD_BLOCK, len(a)))
+        scaled = np.multiply(c[part], 3.0, out=product[: part.stop - low])
+        np.add(b[part], scaled, out=a[part])
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the largest cache of the first core, where the system tells it."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [path.read_text().strip() for path in _CPU_CACHES.glob("index*/size")] if _CPU_CACHES.is_dir() else []
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)

@@ -1,0 +1,315 @@
+"""The bench: its JSON fields, its plot, and that bytes and errors are what they are said to be. No times are judged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib import util
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import lrt_deploy
+from lrt_deploy.cli.app import app
+from lrt_deploy.manifest import read_manifest
+from lrt_deploy.runtime import benchmark, plots, traffic
+
+pytestmark = pytest.mark.slow  # for the exports
+
+NAME, PLAIN = "mr_gqa_SSSL", "baseline_ve"
+SMALL = ("--prompt-tokens", 8, "--new-tokens", 6, "--repeats", 2, "--prefill-lengths", "16,64,4096")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def refusal(*args, code=1):
+    result = run("bench", *args)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    return result.stderr
+
+
+@pytest.fixture(scope="module")
+def small_memory():
+    """A bandwidth in no time; its value means nothing then."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(traffic, "_SMALLEST_TRIAD_BYTES", 2**20)
+        patch.setattr(traffic, "_LARGEST_TRIAD_BYTES", 2**20)
+        yield
+
+
+@pytest.fixture(scope="module")
+def bundles(export_once, tmp_path_factory):
+    """name -> a copy of a bundle that may be written to."""
+    folder = tmp_path_factory.mktemp("bench")
+
+    def get(name):
+        if not (folder / name).exists():
+            shutil.copytree(export_once(name), folder / name)
+        return folder / name
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def document(bundles, small_memory):
+    result = run("bench", bundles(NAME), *SMALL, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+# What is reported
+
+
+def test_the_document_has_the_fields_that_scripts_rely_on(document):
+    assert (document["backend"], document["precision"]) == ("ort-cpu", "fp32")
+    for name in ("ttft_ms", "tpot_ms"):
+        assert 0 < document[name]["p50"] <= document[name]["p99"]
+    assert document["tokens_per_s"] == pytest.approx(1e3 / document["tpot_ms"]["p50"])
+    assert document["bandwidth_gb_s"] > 0
+    assert document["peak_rss_bytes"] > 2**20
+    assert document["state_bytes_copied_per_step"] == 0
+    read = document["weight_bytes_per_step"] + document["state_bytes_read_per_step"]
+    seconds = document["tpot_ms"]["p50"] / 1e3
+    assert document["roofline_fraction"] == pytest.approx(read / seconds / document["bandwidth_gb_s"] / 1e9)
+
+
+def test_the_environment_says_what_ran_where(document):
+    environment = document["environment"]
+    assert environment["cpu"] and environment["platform"] and environment["python"]
+    assert environment["threads"] == 1  # small models run on one
+    assert environment["command"].startswith("lrt-deploy ")
+    assert {"lrt-deploy", "onnxruntime", "numpy"} <= {name for name, found in environment["versions"].items() if found}
+
+
+def test_every_policy_is_compared_at_every_length_that_fits(document):
+    rows = document["prefill"]
+    assert document["prefill_lengths_left_out"] == [4096]
+    expected = [("stepwise", "stepwise"), ("fixed-point", "interleaved, stride 8"), ("fixed-point", "plain")]
+    expected.append(("zero", "one pass with zero memory"))
+    for length in (16, 64):
+        found = [row for row in rows if row["tokens"] == length]
+        assert [(row["policy"], row["algorithm"]) for row in found] == expected
+        stepwise, *iterated, zero = found
+        assert (stepwise["speedup"], stepwise["kl"], stepwise["max_abs_latent_error"]) == (1, 0, 0)
+        assert all(row["max_abs_latent_error"] <= max(row["residual"], 1e-5) for row in iterated)
+        assert (zero["passes"], zero["residual"]) == (1, None)
+        assert zero["max_abs_latent_error"] > 0.1 and zero["kl"] > 1e-3  # what the others are not
+        for row in found:
+            assert 0 < row["min_seconds"] <= row["seconds"]
+            assert row["speedup"] == pytest.approx(stepwise["seconds"] / row["seconds"])
+
+
+def test_a_tolerance_reaches_the_iterations(bundles, small_memory):
+    result = run("bench", bundles(NAME), *SMALL[:-1], "16", "--tolerance", "1e-5", "--json")
+    rows = json.loads(result.stdout)["prefill"]
+    assert all(row["residual"] <= 1e-5 for row in rows if row["policy"] == "fixed-point")
+
+
+def test_errors_fall_sweep_by_sweep_and_faster_when_interleaved(document):
+    points = document["convergence"]
+    assert {point["tokens"] for point in points} == {64}
+    curves = [[p for p in points if p["algorithm"].startswith(name)] for name in ("plain", "interleaved")]
+    for curve in curves:
+        assert [point["passes"] for point in curve] == list(range(1, len(curve) + 1))
+        errors = [point["max_abs_latent_error"] for point in curve]
+        assert errors[-1] < 1e-2 * errors[0]
+        assert all(later < 1.05 * earlier for earlier, later in pairwise(errors) if earlier > 1e-4)
+        assert all(a["seconds"] < b["seconds"] for a, b in pairwise(curve))
+    plain, interleaved = curves
+    assert interleaved[4]["max_abs_latent_error"] < plain[4]["max_abs_latent_error"]
+
+
+def test_convergence_leaves_the_slots_in_order(decoder_of):
+    """What is read afterwards on the same buffers is what it was before."""
+    decoder = decoder_of(NAME)
+    tokens = benchmark.random_tokens(40, decoder.config.vocab_size, seed=1)
+    before = decoder.prefill([tokens], policy="stepwise").logits
+    benchmark.measure_convergence(decoder, tokens, lambda what, done, total: None)
+    assert np.array_equal(decoder.prefill([tokens], policy="stepwise").logits, before)
+
+
+def test_the_comparison_puts_the_prefill_options_back(decoder_of):
+    decoder = decoder_of(NAME)
+    before = decoder.prefill_options
+    benchmark.compare_prefill(decoder, [1, 2, 3] * 8, 1, None, lambda what, done, total: None)
+    assert decoder.prefill_options == before
+
+
+def test_a_model_without_memory_has_nothing_to_iterate(bundles, small_memory):
+    result = run("bench", bundles(PLAIN), *SMALL, "--json")
+    assert result.exit_code == 0, result.stderr
+    fields = json.loads(result.stdout)
+    assert [row["algorithm"] for row in fields["prefill"]] == ["stepwise", "one pass"] * 2
+    assert fields["convergence"] == []
+    assert fields["state_bytes_copied_per_step"] == fields["latent_backup_bytes_per_step"] == 0
+
+
+def test_people_get_one_line_and_a_table(bundles, small_memory):
+    result = run("bench", bundles(NAME), *SMALL)
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert " ms a token (" in result.stdout and "of the memory bandwidth; a prompt of 64 tokens" in result.stdout
+    for part in ("0 bytes copied", "16 tokens, plain", "64 tokens, stepwise", "4096 tokens do not fit", "GB/s (triad)"):
+        assert part in result.stderr
+
+
+def test_prompts_can_come_from_a_text(bundles, small_memory, tmp_path):
+    (tmp_path / "text").write_text("The river rose in the night. " * 5)
+    result = run("bench", bundles(NAME), *SMALL, "--text", tmp_path / "text", "--json")
+    assert result.exit_code == 0, result.stderr
+    (tmp_path / "text").write_text("a")
+    message = refusal(bundles(NAME), *SMALL, "--text", tmp_path / "text")
+    assert "--prompt-tokens is 8; the text and the capacity give 2" in message
+
+
+def test_what_cannot_be_measured_is_refused(bundles):
+    bundle = bundles(NAME)
+    assert "do not fit the capacity of 128" in refusal(bundle, "--prompt-tokens", 100, "--new-tokens", 64)
+    assert "2 new tokens" in refusal(bundle, "--new-tokens", 1)
+    assert "1 repeat" in refusal(bundle, "--repeats", 0)
+    assert "32,x" not in refusal(bundle, "--prefill-lengths", "32,x", code=2)
+
+
+# Bytes
+
+
+def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export_once):
+    """4 layers, width 64, 4 heads of 16 of which 2 hold keys and values, gates from all channels, 320 tokens."""
+    manifest = read_manifest(export_once(NAME))
+    config = manifest.model
+    facts = (config.n_layer, config.n_embd, config.kv_dim, config.n_kv_head, config.gate_channels)
+    assert (*facts, config.padded_vocab_size) == (4, 64, 32, 2, 64, 320)
+    layer = 64 * (64 + 32 + 32) + 64 * 64 + 64 * 6 + 2 * 64 * 256  # q k v, output, gates, MLP
+    memory, head = 64 * 4 * 2 * 32, 64 * 320
+    assert traffic.matrix_elements(config) == 4 * layer + memory + head == 218_624
+    rows = 64 + 4 * 32  # of wte and of four value-embedding tables
+    assert traffic.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
+
+
+def test_state_bytes_follow_the_live_windows(export_once):
+    """Windows of 16, 16, 16 and 32 keys: 2 x 32 numbers a key, and 64 of the latent."""
+    config = read_manifest(export_once(NAME)).model
+    assert config.windows == (16, 16, 16, 32)
+    assert traffic.state_bytes_per_step(config, 10) == 4 * (4 * 10 * 64 + 64)
+    assert traffic.state_bytes_per_step(config, 500) == 4 * ((16 * 3 + 32) * 64 + 64)
+
+
+class FakeBuffers:
+    """Two layers and a latent that does what a backend should, or one of the things that it should not."""
+
+    batch, capacity, layers = 2, 8, 2
+
+    def __init__(self, fault=""):
+        self.fault = fault
+        self.caches = [np.zeros((2, 1, 8, 4), np.float32) for _ in range(4)]
+        self.latents, self.turn = [np.zeros((2, 1, 4), np.float32) for _ in range(2)], 0
+
+    @property
+    def latent(self):
+        return self.latents[self.turn][:, 0]
+
+    def cache(self, layer, length):
+        pair = [cache[:, :, :length] for cache in self.caches[2 * layer : 2 * layer + 2]]
+        return tuple(cache.copy() for cache in pair) if self.fault == "opaque" else tuple(pair)
+
+    def step(self):
+        if self.fault == "moves":
+            self.caches[1] = self.caches[1].copy()
+        for cache in self.caches[1:] if self.fault == "writes elsewhere" else self.caches:
+            cache[[0, 1], :, [3, 5]] = 1
+        if self.fault == "saves":
+            self.latent.copy()
+        self.latents[1 - self.turn][:] = 1
+        if self.fault == "latent back":
+            self.latents[self.turn][:] = self.latents[1 - self.turn]
+        else:
+            self.turn = 1 - self.turn
+
+
+@pytest.mark.parametrize(
+    ("fault", "backend", "kept"),
+    [
+        ("", 0, 0),
+        ("moves", 2 * 8 * 4 * 4, 2 * 8 * 4 * 4),
+        ("writes elsewhere", 2 * 8 * 4 * 4, 0),
+        ("latent back", 2 * 4 * 4, 0),
+        ("saves", 0, 2 * 4 * 4),
+    ],
+)
+def test_copies_are_counted(fault, backend, kept):
+    buffers = FakeBuffers(fault)
+    assert traffic.count_copies(buffers, np.array([3, 5]), buffers.step) == traffic.Copies(backend, kept)
+
+
+def test_buffers_that_do_not_show_their_memory_are_not_counted():
+    buffers = FakeBuffers("opaque")
+    with pytest.raises(lrt_deploy.BackendError, match="cannot be counted"):
+        traffic.count_copies(buffers, np.array([3, 5]), buffers.step)
+
+
+def test_counting_is_a_true_step(decoder_of):
+    decoder = decoder_of(NAME)
+    counted, plain = (decoder.prefill([[1, 2, 3], [4]], policy="stepwise") for _ in range(2))
+    copies = traffic.count_copies(counted.buffers, counted.lengths, lambda: decoder.step(counted, [7, 8]))
+    assert copies.backend == 0
+    assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_triad_computes_all_of_its_arrays(threads, monkeypatch):
+    seen = []
+    triad = traffic._triad
+    monkeypatch.setattr(traffic, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
+    assert traffic.bandwidth_gb_s(threads, array_bytes=2**20) > 0
+    assert {len(arrays[0]) for arrays in seen} == {2**17 // threads}
+    assert all((arrays[0] == 4).all() for arrays in seen)  # 1 + 3 * 1
+
+
+# The plot
+
+
+def test_the_plot_lies_in_the_bundle_and_the_bundle_still_opens(document, bundles):
+    path = bundles(NAME) / "reports" / "prefill.png"
+    assert document["plot"] == str(path)
+    assert path.read_bytes()[:8] == PNG
+    lrt_deploy.open_decoder(bundles(NAME), verify=True).close()
+
+
+def test_plot_puts_it_elsewhere(document, bundles, small_memory, tmp_path):
+    path = tmp_path / "new" / "plot.png"
+    assert run("bench", bundles(NAME), *SMALL[:-1], "16", "--plot", path).exit_code == 0
+    assert path.read_bytes()[:8] == PNG
+
+
+def test_without_lengths_there_is_nothing_to_plot(bundles, small_memory):
+    result = run("bench", bundles(NAME), *SMALL[:-1], "", "--json")
+    fields = json.loads(result.stdout)
+    assert (fields["prefill"], fields["convergence"], fields["plot"]) == ([], [], None)
+
+
+def test_plots_are_drawn_without_convergence(document, tmp_path):
+    plots.plot_prefill(tmp_path / "a.png", document["prefill"], [], "title")
+    assert (tmp_path / "a.png").read_bytes()[:8] == PNG
+
+
+def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp_path, small_memory):
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "matplotlib" else find(name, *rest))
+    message = refusal(bundles(NAME), "--plot", tmp_path / "a.png")
+    assert message.startswith("error: ") and "pip install 'lrt-deploy[bench]'" in message
+    result = run("bench", bundles(NAME), *SMALL[:-1], "16", "--json")
+    assert json.loads(result.stdout)["plot"] is None
+
+
+def test_measuring_imports_neither_torch_nor_matplotlib():
+    code = "import sys; from lrt_deploy.runtime import benchmark, plots, traffic; import lrt_deploy.cli.bench; "
+    code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
