@@ -220,7 +220,7 @@ def _latent_error(reference: DecodeState, state: DecodeState) -> float | None:
 
 
 def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
-    """Error over all positions and seconds so far after every sweep, plain and interleaved, until float32 shows no more."""
+    """Error over all positions and seconds so far after every sweep, plain and interleaved, until float32 ends it."""
     if not decoder.config.memory:
         return []
     ids = np.asarray(tokens, np.int64)

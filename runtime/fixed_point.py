@@ -194,7 +194,7 @@ class Sweeps:
 # 1e-5.
 CACHE_TOLERANCE_RATIO = 5.0
 LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
-LEAST_FIRST_RATIO = 0.25
+LEAST_FIRST_RATIO, LEAST_RATIO = 0.25, 0.12
 
 
 def contraction(changes: Sequence[float]) -> float:
@@ -209,12 +209,10 @@ def contraction(changes: Sequence[float]) -> float:
 def error_bound(changes: Sequence[float]) -> float:
     """Bound the error after the last of several changes that shrink by q each: 2 * change * q / (1 - q)^2, plus noise.
 
-    A geometric series gives q / (1 - q); the other 1 / (1 - q) and the 2 pay for q being measured, not known. A single
-    ratio is not believed below LEAST_FIRST_RATIO. How far the true error stayed below this: docs/numerics.md.
+    A geometric series gives q / (1 - q); the other 1 / (1 - q) and the 2 pay for q being measured, not known. Ratios
+    below LEAST_RATIO are not believed, one alone even less. How far the true error stayed below: docs/numerics.md.
     """
-    q = contraction(changes)
-    if len(changes) < 3:
-        q = max(q, LEAST_FIRST_RATIO)
+    q = max(contraction(changes), LEAST_FIRST_RATIO if len(changes) < 3 else LEAST_RATIO)
     return 2 * changes[-1] * q / (1 - q) ** 2 + FLOAT32_RESIDUAL_NOISE if q < 1 else math.inf
 
 

@@ -100,7 +100,7 @@ def _dress(axes: Axes, title: str, across: str, up: str) -> None:
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_INK, labelsize=9)
-    axes.legend(fontsize=9, facecolor="white", edgecolor="none", framealpha=1)
+    axes.legend(fontsize=9, frameon=False)
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:

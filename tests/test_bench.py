@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy.cli.app import app
-from lrt_deploy.manifest import read_manifest
+from lrt_deploy.manifest import FileRecord, read_manifest
 from lrt_deploy.runtime import benchmark, plots, traffic
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -155,7 +156,7 @@ def test_people_get_one_line_and_a_table(bundles, small_memory):
     result = run("bench", bundles(NAME), *SMALL)
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
-    assert " ms a token (" in result.stdout and "of the memory bandwidth; a prompt of 64 tokens" in result.stdout
+    assert " ms a token (" in result.stdout and "; a prompt of 64 tokens is read " in result.stdout
     for part in ("0 bytes copied", "16 tokens, plain", "64 tokens, stepwise", "4096 tokens do not fit", "GB/s (triad)"):
         assert part in result.stderr
 
@@ -174,7 +175,8 @@ def test_what_cannot_be_measured_is_refused(bundles):
     assert "do not fit the capacity of 128" in refusal(bundle, "--prompt-tokens", 100, "--new-tokens", 64)
     assert "2 new tokens" in refusal(bundle, "--new-tokens", 1)
     assert "1 repeat" in refusal(bundle, "--repeats", 0)
-    assert "32,x" not in refusal(bundle, "--prefill-lengths", "32,x", code=2)
+    for lengths in ("32,x", "0", "-1", "1.5"):
+        assert "Usage: " in refusal(bundle, f"--prefill-lengths={lengths}", code=2)
 
 
 # Bytes
@@ -191,6 +193,10 @@ def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export
     assert traffic.matrix_elements(config) == 4 * layer + memory + head == 218_624
     rows = 64 + 4 * 32  # of wte and of four value-embedding tables
     assert traffic.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
+    weights = "graphs/fp32/weights.bin"
+    halved = FileRecord(manifest.files[weights].bytes - 2 * 320 * rows, "")  # as if the tables were in bfloat16
+    manifest = dataclasses.replace(manifest, files=manifest.files | {weights: halved})
+    assert traffic.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
 
 
 def test_state_bytes_follow_the_live_windows(export_once):

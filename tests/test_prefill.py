@@ -158,16 +158,15 @@ def test_at_the_tight_tolerance_everything_equals_stepwise(algorithm, truths, re
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_at_the_default_tolerance_the_next_token_is_the_same(algorithm, truths, read, length):
-    decoder, truth = algorithm[0], truths[length]
-    if decoder.prefill_options == PLAIN:
-        pytest.skip("the number of passes is promised for the default algorithm")
-    state, latents = read(decoder, truth.ids, policy="fixed-point")
-    expected = decoder.prefill([truth.ids], policy="stepwise").logits[0]
+def test_at_the_default_tolerance_the_next_token_is_the_same(trained, truths, read, length):
+    truth = truths[length]
+    with lrt_deploy.open_decoder(trained[0]) as decoder:
+        state, latents = read(decoder, truth.ids, policy="fixed-point")
+    expected = truth.state.logits[0]
     assert kl_divergence(expected.astype(np.float64), state.logits[0].astype(np.float64)) <= MAX_KL, state.prefill
     assert float(np.abs(latents - truth.latents).max()) <= state.prefill.residual <= DEFAULT_PREFILL_TOLERANCE
     assert state.prefill.policy == "fixed-point"
-    assert state.prefill.passes <= (7 if length <= decoder.config.sequence_len else 12)
+    assert state.prefill.passes <= (7 if length <= 256 else 12)
 
 
 @pytest.mark.parametrize("length", [16, 256])
@@ -219,7 +218,9 @@ def test_a_random_golden_is_read_as_exactly(random_decoder, read, name, length):
     assert report.policy in ("fixed-point", "stepwise")
     assert (report.note is None) == (report.policy == "fixed-point")
     assert report.residual <= TIGHT
-    continue_greedily(decoder, decoder.prefill([truth.ids], policy="stepwise"), state, min(GREEDY_TOKENS, TINY_CAPACITY - length))
+    continue_greedily(
+        decoder, decoder.prefill([truth.ids], policy="stepwise"), state, min(GREEDY_TOKENS, TINY_CAPACITY - length)
+    )
     zero = decoder.prefill([truth.ids], policy="zero")
     assert np.abs(zero.latent[0] - truth.latents[-1]).max() > 100 * TIGHT
 
@@ -280,3 +281,134 @@ def test_a_fallback_in_a_later_chunk_still_reports_the_error_of_the_earlier_ones
         state, latents = read(stubborn, truth.ids, policy="fixed-point", tolerance=tolerance)
         error = np.abs(latents - truth.latents).max()
         assert error <= max(state.prefill.residual, TIGHT), state.prefill
+
+
+# Policies, and what is said about them
+
+
+@pytest.fixture
+def decoder(random_decoder):
+    return random_decoder("mr_gqa_SSSL")
+
+
+@pytest.mark.parametrize(("length", "policy"), [(63, "stepwise"), (64, "fixed-point")])
+def test_auto_goes_by_length_and_records_the_threshold(truths, trained, length, policy):
+    """On a model that contracts, so that nothing falls back."""
+    with lrt_deploy.open_decoder(trained[0]) as decoder:
+        state = decoder.prefill([trained[1][:length]])
+        again = decoder.prefill([trained[1][:length]], policy=policy)
+    assert (state.prefill.policy, state.prefill.stepwise_below) == (policy, 64)
+    assert again.prefill.stepwise_below is None  # nothing was chosen
+    assert np.array_equal(state.logits, again.logits)
+
+
+def test_the_threshold_of_auto_can_be_pinned(decoder, monkeypatch):
+    monkeypatch.setattr(decoder, "prefill_options", PrefillOptions(stepwise_below=10))
+    assert decoder.prefill([prompt(decoder, 9)]).prefill.passes == 1.0
+    report = decoder.prefill([prompt(decoder, 10)]).prefill
+    assert report.passes > 1.0
+    assert report.stepwise_below == 10
+
+
+@pytest.mark.parametrize("tolerance", [0, 1e-9, 0.99 * SMALLEST_PREFILL_TOLERANCE])
+@pytest.mark.parametrize("policy", ["auto", "fixed-point"])
+def test_what_float32_cannot_certify_is_read_stepwise_and_says_so(decoder, policy, tolerance):
+    ids = prompt(decoder, 100)
+    state = decoder.prefill([ids], policy=policy, tolerance=tolerance)
+    assert (state.prefill.policy, state.prefill.passes) == ("stepwise", 1.0)
+    assert "float32 certifies no tolerance below 1e-05" in state.prefill.note
+    assert np.array_equal(state.logits, decoder.prefill([ids], policy="stepwise").logits)
+    assert decoder.prefill([ids], policy="stepwise", tolerance=tolerance).prefill.note is None
+
+
+@pytest.mark.parametrize("tolerance", [-1e-3, float("nan"), float("inf"), "1e-3", [1e-3]])
+def test_a_tolerance_that_is_none_is_refused(decoder, tolerance):
+    with pytest.raises(InputError, match="tolerance is"):
+        decoder.prefill([[1, 2, 3]], tolerance=tolerance)
+
+
+def test_an_unknown_policy_is_refused_with_the_known_ones(decoder):
+    with pytest.raises(InputError, match="'fast', expected one of auto, stepwise, fixed-point, zero"):
+        decoder.prefill([[1, 2, 3]], policy="fast")
+
+
+@pytest.mark.parametrize("policy", ["auto", "fixed-point"])
+@pytest.mark.parametrize("length", [1, 63, 128])
+def test_a_model_without_memory_takes_one_exact_pass(decoder_of, policy, length):
+    decoder = decoder_of("baseline_ve")
+    ids = prompt(decoder, length)
+    state, expected = decoder.prefill([ids], policy=policy), decoder.prefill([ids], policy="stepwise")
+    assert (state.prefill.policy, state.prefill.passes, state.prefill.residual) == ("fixed-point", 1.0, 0.0)
+    assert np.abs(state.logits - expected.logits).max() <= LOGIT_ERROR
+    assert state.latent is None
+    with pytest.raises(InputError, match="for models with memory"):
+        decoder.prefill([ids], policy="zero")
+
+
+@pytest.mark.parametrize("chunk_tokens", [7, 64, 512])
+def test_a_second_turn_up_to_the_capacity_equals_one_stepwise_prompt(decoder, read, monkeypatch, chunk_tokens):
+    """Windows of 16 and 32 tokens end within the turns, and chunks of 7 begin anywhere."""
+    monkeypatch.setattr(decoder, "prefill_options", PrefillOptions(sweeps=SweepOptions(chunk_tokens=chunk_tokens)))
+    ids = prompt(decoder, TINY_CAPACITY)
+    first, more, rest = ids[:101], ids[101:283], ids[283:]
+    state = decoder.prefill([first], policy="fixed-point", tolerance=TIGHT)
+    decoder.prefill([more], state=state, policy="fixed-point", tolerance=TIGHT)
+    decoder.prefill([rest], state=state, policy="fixed-point", tolerance=TIGHT)
+    assert too_large(errors(Truth(ids, decoder.prefill([ids], policy="stepwise"), 0.0), state, 0.0), TIGHT) == {}
+    assert state.lengths.tolist() == [TINY_CAPACITY] == [state.capacity]
+    wrong = decoder.prefill([[*first[:-1], (first[-1] + 1) % decoder.config.vocab_size]], policy="stepwise")
+    decoder.prefill([more + rest], state=wrong, policy="stepwise")
+    assert np.abs(wrong.cache(0)[0] - state.cache(0)[0]).max() > 100 * CACHE_ERROR
+
+
+# What a pass costs
+
+
+class Blocks:
+    """Counts what a state's buffers are asked to compute."""
+
+    def __init__(self, monkeypatch, buffers_type):
+        self.heads, self.tokens, self.decodes = [], [], []
+        read, decode = buffers_type.read, buffers_type.decode
+
+        def counted_read(buffers, block, latents):
+            self.heads.append(block.head)
+            self.tokens.append(len(block.tokens))
+            latents, logits = read(buffers, block, latents)
+            assert len(logits) == (buffers._config.vocab_size if block.head else 0)
+            return latents, logits
+
+        def counted_decode(buffers, tokens, positions, head):
+            self.decodes.append(head)
+            return decode(buffers, tokens, positions, head)
+
+        monkeypatch.setattr(buffers_type, "read", counted_read)
+        monkeypatch.setattr(buffers_type, "decode", counted_decode)
+
+
+@pytest.mark.parametrize("length", [50, 200])
+def test_the_head_runs_once_a_sweep_and_passes_count_what_was_computed(decoder, monkeypatch, length):
+    from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+
+    blocks = Blocks(monkeypatch, OrtCpuBuffers)
+    state = decoder.prefill([prompt(decoder, length)], policy="fixed-point", tolerance=TIGHT)
+    assert sum(blocks.tokens) == pytest.approx(state.prefill.passes * length)
+    assert sum(blocks.heads) <= state.prefill.passes + 1
+    blocks.tokens.clear()
+    decoder.prefill([prompt(decoder, length)], policy="stepwise")
+    assert blocks.tokens == []
+    assert blocks.decodes == [False] * (length - 1) + [True]
+
+
+def test_passes_write_the_same_slots_in_place(decoder):
+    buffers = decoder._backend.allocate(1)
+    caches = [array for layer in range(buffers.layers) for array in buffers.cache(layer, buffers.capacity)]
+    addresses = [array.ctypes.data for array in caches]
+    sweeps = Sweeps(buffers, 0, np.array(prompt(decoder, 100)), 0, zeros(decoder), SweepOptions())
+    for _ in range(3):
+        sweeps.sweep()
+        assert all(np.abs(array[0, :, :100]).max(axis=(0, 2)).min() > 0 for array in caches)
+        assert all(not array[0, :, 100:].any() for array in caches)
+    again = [array for layer in range(buffers.layers) for array in buffers.cache(layer, buffers.capacity)]
+    assert [array.ctypes.data for array in again] == addresses
+    assert all(array.base is not None for array in again)  # views of what the graph writes

@@ -198,9 +198,8 @@ def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     if not fields["prefill"] or (plot is None and not plots.available()):
         return None
     path = bundle / "reports" / "prefill.png" if plot is None else plot
-    title = (
-        f"Reading a prompt: {fields['backend']}, {fields['precision']}, {fields['environment']['threads']} thread(s)"
-    )
+    threads = fields["environment"]["threads"]
+    title = f"{fields['backend']}, {fields['precision']}, {threads} thread{'s' if threads > 1 else ''}"
     try:
         plots.plot_prefill(path, fields["prefill"], fields["convergence"], title)
     except OSError as error:
@@ -251,9 +250,10 @@ def peak_rss_bytes() -> int | None:
 
 def summary(fields: dict[str, Any]) -> str:
     """One line for people."""
+    cached = " (the weights fit the processor's cache)" if fields["weights_fit_cache"] else ""
     line = (
         f"{fields['tpot_ms']['p50']:.3g} ms a token ({fields['tokens_per_s']:.0f} tokens/s), "
-        f"{fields['roofline_fraction']:.0%} of the memory bandwidth"
+        f"{fields['roofline_fraction']:.0%} of the memory bandwidth{cached}"
     )
     iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point" and row["algorithm"] != "plain"]
     if not iterated:
@@ -267,9 +267,6 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
     """Decoding, for people."""
     ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
     peak, facts = fields["peak_rss_bytes"], fields["environment"]
-    cached = (
-        "; the weights fit the processor's cache, so that it can exceed 100%" if fields["weights_fit_cache"] else ""
-    )
     return {
         "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
         "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
@@ -277,7 +274,7 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
         "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
         "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
         f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied",
-        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used{cached}",
+        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used",
         "peak memory": "unknown" if peak is None else output.bytes_text(peak),
     }
 
