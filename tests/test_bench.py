@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,10 @@ def bundles(export_once, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def document(bundles, small_memory):
-    result = run("bench", bundles(NAME), *SMALL, "--json")
+    arguments = [str(argument) for argument in ("bench", bundles(NAME), *SMALL, "--json")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lrt-deploy", *arguments])
+        result = run(*arguments)
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -85,7 +89,7 @@ def test_the_environment_says_what_ran_where(document):
     environment = document["environment"]
     assert environment["cpu"] and environment["platform"] and environment["python"]
     assert environment["threads"] == 1  # small models run on one
-    assert environment["command"].startswith("lrt-deploy ")
+    assert re.fullmatch(r"lrt-deploy bench \S+ --prompt-tokens 8 .* --json", environment["command"])
     assert {"lrt-deploy", "onnxruntime", "numpy"} <= {name for name, found in environment["versions"].items() if found}
 
 

@@ -20,7 +20,7 @@ from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
-VERBS = ("export", "generate", "chat", "parity", "eval", "inspect", "doctor")
+VERBS = ("export", "generate", "chat", "parity", "eval", "bench", "inspect", "doctor")
 
 
 def run(*args, **kwargs):

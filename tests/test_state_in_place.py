@@ -78,9 +78,7 @@ def test_the_same_graph_without_binding_draws_it(export_once):
 @pytest.fixture
 def buffers(export_once):
     folder = export_once("no_x0")
-    backend = OrtCpuBackend(folder, read_manifest(folder), "fp32")
-    yield backend.allocate(2)
-    backend.close()
+    return OrtCpuBackend(folder, read_manifest(folder), "fp32").allocate(2)
 
 
 def caches(buffers):
