@@ -35,13 +35,28 @@ Progress = Callable[[str, int, int], None]
 Rows = IntArray | Sequence[Sequence[int]] | Sequence[IntArray]
 
 
+_FIRST_BUCKET = 16  # positions; each further bucket begins at twice the position of the one before
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Targets whose token was predicted from positions `first` to `last`: how much the past so far helps."""
+
+    first: int
+    last: int
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """`tokens` and `bytes` are those of the counted targets."""
+    """`tokens` and `bytes` are those of the counted targets; `buckets` share them out by position in the row."""
 
     bits_per_byte: float
     tokens: int
     bytes: int
+    buckets: tuple[Bucket, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,19 +85,36 @@ def evaluate(
     rows = _checked_rows(decoder, x, y, min(decoder.config.vocab_size, sizes.size))
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}, expected at least 1")
-    counts = [sizes[row.y[row.y != IGNORED]] for row in rows]
-    total_bytes = sum(int(count.sum()) for count in counts)
-    if total_bytes == 0:
+    tally = np.zeros((max(len(row.x) for row in rows), 3))  # (T, 3): nats, tokens, bytes by position
+    for row in rows:
+        counted_bytes = np.where(row.y != IGNORED, sizes[row.y], 0)
+        tally[: len(row.x), 1:] += np.stack([counted_bytes > 0, counted_bytes], axis=1)
+    if not tally[:, 2].any():
         raise InputError("no target has bytes: all are special tokens or ignored (-1), so there is nothing to count")
-    total, done, nats = sum(len(row.x) for row in rows), 0, 0.0
+    total, done = sum(len(row.x) for row in rows), 0
     for batch in _batches(rows, batch_size):
         counted = np.stack([(row.y != IGNORED) & (sizes[row.y] > 0) for row in batch])  # (B, T)
-        for step_nats, step_counted in zip(_decode(decoder, batch), counted.T, strict=True):
-            nats += float(step_nats[step_counted].sum())
+        for t, (step_nats, step_counted) in enumerate(zip(_decode(decoder, batch), counted.T, strict=True)):
+            tally[t, 0] += float(step_nats[step_counted].sum())
             done += len(batch)
             progress("evaluating", done, total)
-    tokens = sum(int((count > 0).sum()) for count in counts)
-    return Evaluation(nats / (math.log(2) * total_bytes), tokens, total_bytes)
+    return Evaluation(*_rate(tally), buckets=tuple(_buckets(tally)))
+
+
+def _rate(tally: npt.NDArray[np.float64]) -> tuple[float, int, int]:
+    """Bits per byte, tokens and bytes of these positions, (n, 3) as counted by `evaluate`."""
+    nats, tokens, size = tally.sum(axis=0)
+    return float(nats) / (math.log(2) * size), int(tokens), int(size)
+
+
+def _buckets(tally: npt.NDArray[np.float64]) -> Iterator[Bucket]:
+    """Ranges of positions that double in length; those without a counted target are left out."""
+    first, end = 0, _FIRST_BUCKET
+    while first < len(tally):
+        last = min(end, len(tally)) - 1
+        if tally[first : last + 1, 2].any():
+            yield Bucket(first, last, *_rate(tally[first : last + 1]))
+        first, end = end, 2 * end
 
 
 def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[list[list[int]], list[list[int]]]:

@@ -1,15 +1,15 @@
-"""What a parity rollout saw, and the verdict on it: one line in terms of tokens, KL, and the worst error's position.
+"""What parity saw, position by position, and what it makes of that: the words that `rollout` writes and reports read.
 
-The verdict comes from numbers alone; what is known of file hashes is reported beside it. It does not run anything: see
-`parity`. The limits are in `tolerances`.
+It does not run anything (see `rollout`) and does not judge (see `verdict`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from .tolerances import ParityLimits
@@ -30,6 +30,9 @@ class Point:
     margin: float
     reference_token: int
     decoder_token: int
+    # Of this position's entry in each layer's cache.
+    key_errors: tuple[float, ...] = ()
+    value_errors: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -73,18 +76,28 @@ class PrefillCheck:
 
 @dataclass
 class Rollout:
-    """What was seen, in the order of positions; `stopped` says why it ended early."""
+    """What was seen, in the order of positions; `stopped` says why it ended early.
+
+    `tokens` are the prompt and what the reference chose, which both sides read in the teacher-forced run (`points`);
+    `free` is the run in which the decoder reads its own choices.
+    """
 
     prompt_tokens: int
     steps: int
     points: list[Point] = field(default_factory=list)
+    free: list[Point] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
     prefill: PrefillCheck = field(default_factory=PrefillCheck)
     stopped: str | None = None
 
     @property
     def choices(self) -> list[Point]:
-        """The points whose logits choose the generated tokens: from the prompt's last one on, without the very last."""
-        return self.points[self.prompt_tokens - 1 : self.prompt_tokens - 1 + self.steps]
+        """The points whose logits choose the generated tokens."""
+        return self.choices_of(self.points)
+
+    def choices_of(self, points: list[Point]) -> list[Point]:
+        """Of these points, those from the prompt's last one on, without the very last."""
+        return points[self.prompt_tokens - 1 : self.prompt_tokens - 1 + self.steps]
 
     def first_divergence(self, limits: ParityLimits) -> Divergence | None:
         """Where the decoder, fed with its own choices, would leave the reference's path."""
@@ -93,6 +106,50 @@ class Rollout:
                 near_tie = at.margin <= limits.near_tie_margin
                 return Divergence(step, at.position, at.reference_token, at.decoder_token, at.margin, near_tie)
         return None
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How the latent's error goes with position: medians over the first and the last quarter, and their ratio.
+
+    Rounding gives 1 to 3. A quantity that feeds back with too little precision grows steadily.
+    """
+
+    first_quarter: float
+    last_quarter: float
+    growth: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Drift | None:
+        """None without memory, and for runs too short to have quarters."""
+        errors = [point.latent_error for point in points if point.latent_error is not None]
+        quarter = len(errors) // 4
+        if quarter < 1:
+            return None
+        first, last = median(errors[:quarter]), median(errors[-quarter:])
+        return cls(first, last, last / first if first > 0 else (math.inf if last > 0 else 1.0))
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """The decoder on its own choices, against what the reference chose; the teacher-forced run until they part.
+
+    After the first divergence the sides read different tokens, so errors there say how far apart two texts are.
+    """
+
+    token_agreement: float  # share of the generated tokens that are equal at the same position
+    equal_tokens: int  # before the first divergence
+    mean_kl: float
+    points: tuple[Point, ...]
+
+    @classmethod
+    def of(cls, rollout: Rollout) -> FreeRun:
+        """From what a rollout recorded; as far as it got."""
+        choices = rollout.choices_of(rollout.free)
+        same = [point.same_top1 for point in choices]
+        kl = [point.kl for point in rollout.free] or [math.inf]
+        equal = same.index(False) if False in same else len(same)
+        return cls(sum(same) / max(1, rollout.steps), equal, sum(kl) / len(kl), tuple(rollout.free))
 
 
 @dataclass(frozen=True)
@@ -115,86 +172,24 @@ class ParityReport:
     prefill: PrefillCheck
     limits: ParityLimits
     points: tuple[Point, ...]
+    # What is beyond the fields that scripts rely on.
+    max_abs_key_error: float
+    max_abs_value_error: float
+    drift: Drift | None
+    free_running: FreeRun
+    tokens: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; the curves as columns under `positions`, null for numbers that are not finite."""
         fields = dataclasses.asdict(self)
-        points = fields.pop("points")
-        columns = {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
-        result: dict[str, Any] = _as_json(fields | {"positions": columns})
+        fields["positions"] = _columns(fields.pop("points"))
+        fields["free_running"]["positions"] = _columns(fields["free_running"].pop("points"))
+        result: dict[str, Any] = _as_json(fields)
         return result
 
 
-def judge(rollout: Rollout, limits: ParityLimits) -> tuple[bool, str]:
-    """Whether the rollout passes, and the one line that says why."""
-    divergence = rollout.first_divergence(limits)
-    points = [point for point in rollout.points if point.finite]
-    numbers = _number_fault(points, limits)
-    faults = [fault for fault in (rollout.stopped, numbers, _prefill_fault(rollout.prefill, limits)) if fault]
-    if divergence and (faults or not divergence.near_tie):
-        faults.insert(0, f"greedy tokens part at step {_describe(divergence, rollout, limits)}")
-    elif numbers and len(rollout.choices) == rollout.steps:
-        faults[0] = f"numerically different though all {rollout.steps} greedy tokens are equal: {faults[0]}"
-    kl = f"max KL {max((point.kl for point in points), default=0.0):.1e}"
-    if faults:
-        return False, f"FAIL: {'; '.join(faults)}; {kl}"
-    worst = max(point.logit_error for point in points)
-    kl += f", logits within {worst:.1e} (limit {limits.max_abs_logit_error:.1e})"
-    if divergence:
-        return True, f"PASS with a near tie at step {_describe(divergence, rollout, limits)}; {kl}"
-    return True, f"PASS: {rollout.steps} of {rollout.steps} greedy tokens equal, {kl}"
-
-
-def _describe(divergence: Divergence, rollout: Rollout, limits: ParityLimits) -> str:
-    kind = "a near tie: at most" if divergence.near_tie else "a near tie would be at most"
-    return (
-        f"{divergence.step} of {rollout.steps} (position {divergence.position}: {divergence.reference_token} in the "
-        f"reference, {divergence.decoder_token} in the decoder), where the reference's best two logits are "
-        f"{divergence.margin:.1e} apart ({kind} {limits.near_tie_margin:.1e})"
-    )
-
-
-def _number_fault(points: list[Point], limits: ParityLimits) -> str | None:
-    """The first of logits, latent and KL that is beyond its limit."""
-    return (
-        _excess("logits differ", points, lambda point: point.logit_error, limits.max_abs_logit_error)
-        or _excess("latents differ", points, lambda point: point.latent_error or 0.0, limits.max_abs_latent_error)
-        or _mean_kl_fault(points, limits)
-    )
-
-
-def _excess(what: str, points: list[Point], error: Callable[[Point], float], limit: float) -> str | None:
-    beyond = [point for point in points if error(point) > limit]
-    if not beyond:
-        return None
-    worst = max(beyond, key=error)
-    return (
-        f"{what} by {error(worst):.1e} at position {worst.position} "
-        f"(limit {limit:.1e}, first exceeded at position {beyond[0].position})"
-    )
-
-
-def _mean_kl_fault(points: list[Point], limits: ParityLimits) -> str | None:
-    mean = sum(point.kl for point in points) / max(1, len(points))
-    return f"mean KL is {mean:.1e} (limit {limits.mean_kl:.1e})" if mean > limits.mean_kl else None
-
-
-def _prefill_fault(check: PrefillCheck, limits: ParityLimits) -> str | None:
-    """Iterated prefill may be off by the residual that it states; what states none must be exact in all parts."""
-    if check.error:
-        return f"prefill failed: {check.error}"
-    bounds = {"latent": limits.max_abs_latent_error + (check.residual or 0.0)}
-    if not check.residual:
-        bounds |= {"logit": limits.max_abs_logit_error, "cache": limits.max_abs_cache_error}
-    for part, bound in bounds.items():
-        error = getattr(check, f"max_abs_{part}_error")
-        if error is not None and error > bound:
-            residual = "" if not check.residual else f", its stated residual {check.residual:.1e} included"
-            return (
-                f"{check.policy} prefill of the prompt differs from reading it stepwise: {part} by {error:.1e} "
-                f"(limit {bound:.1e}{residual})"
-            )
-    return None
+def _columns(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
 
 
 def _as_json(value: Any) -> Any:  # noqa: ANN401 - any JSON type

@@ -70,6 +70,11 @@ class ReferenceDecoder:
         self._dtype = dtype
         self.max_seq_len = max_seq_len or model.config.max_positions
 
+    @classmethod
+    def in_float64(cls, model: LRT, max_seq_len: int | None = None) -> ReferenceDecoder:
+        """The same model without float32's noise."""
+        return cls(model, max_seq_len, torch.float64)
+
     @property
     def config(self) -> LRTConfig:
         """The model that is run."""

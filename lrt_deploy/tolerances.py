@@ -14,7 +14,12 @@ from .errors import ParityError
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """What a decoder may differ from the reference by, both fed the same tokens, each with its own state."""
+    """What a decoder may differ from the reference by, both fed the same tokens, each with its own state.
+
+    Where `top1_agreement` is given, the precision is too low for the function to be the same: mean KL and the share of
+    positions with the same first choice are judged, tokens may part, and the bounds on errors go for prefill alone,
+    which is held against the decoder's own decoding.
+    """
 
     max_abs_logit_error: float
     max_abs_latent_error: float
@@ -23,6 +28,8 @@ class ParityLimits:
     mean_kl: float
     # A first divergence where the reference's top two logits are at most this far apart says nothing about the decoder.
     near_tie_margin: float
+    # The smallest share of positions at which both sides would choose the same token; None: the function is the same.
+    top1_agreement: float | None = None
 
 
 # Between correct float32 implementations (ORT, the reference, the same in float64): logits up to 1.6e-5, latent up to

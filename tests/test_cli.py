@@ -302,6 +302,15 @@ def test_parity_takes_what_fits_unless_told(bundle, without_tokenizer):
     assert "20" in told
 
 
+def test_parity_against_a_reference_in_float64_passes_and_shows_less_noise_than_is_allowed(bundle):
+    fields = answer("parity", bundle, "--checkpoint", GOLDEN, "--steps", 8, "--float64")
+    assert fields["passed"]
+    plain = answer("parity", bundle, "--checkpoint", GOLDEN, "--steps", 8)
+    assert 0 < fields["max_abs_logit_error"] != plain["max_abs_logit_error"]
+    shown = run("parity", bundle, "--checkpoint", GOLDEN, "--steps", 8).stderr
+    assert "free-running token agreement" in shown and "drift growth" in shown
+
+
 def test_parity_with_other_weights_fails_with_exit_code_1(bundle, tmp_path):
     import torch
 
@@ -357,6 +366,8 @@ def test_eval_of_a_text_counts_its_bytes(bundle, tmp_path):
     assert fields["tokens"] > 0 and 0 < fields["bits_per_byte"] < 30
     result = run("eval", bundle, tmp_path / "text.txt", "--max-seq-len", 64)
     assert result.stdout == f"{fields['bits_per_byte']:.6f} bits per byte\n"
+    assert "positions 32 to 63" in result.stderr
+    assert sum(bucket["tokens"] for bucket in fields["buckets"]) == fields["tokens"]
 
 
 def test_eval_refuses_files_that_are_not_what_they_should_be(bundle, without_tokenizer, arrays, tmp_path):

@@ -86,6 +86,31 @@ def test_ignored_and_special_targets_are_read_but_not_counted():
     assert (one.tokens, one.bytes) == (1, 2)
 
 
+@settings(deadline=None)
+@given(st.integers(1, 70), st.integers(1, 3))
+def test_buckets_share_out_every_target_by_its_position(length, count):
+    rng = np.random.default_rng(length)
+    rows = [rng.integers(0, 4, length - i).tolist() for i in range(min(count, length))]
+    targets = [rng.integers(1, 4, len(row)).tolist() for row in rows]
+
+    class Long(Fake):
+        max_seq_len = 70
+
+    found = evaluate(Long(), rows, targets, BYTES, 2)
+    edges = [(0, 15), (16, 31), (32, 63), (64, 127)]
+    assert [(bucket.first, bucket.last) for bucket in found.buckets] == [
+        (first, min(last, length - 1)) for first, last in edges if first < length
+    ]
+    assert (sum(b.tokens for b in found.buckets), sum(b.bytes for b in found.buckets)) == (found.tokens, found.bytes)
+    for bucket in found.buckets:
+        ignored = [
+            [target if bucket.first <= t <= bucket.last else -1 for t, target in enumerate(row)] for row in targets
+        ]
+        nats, tokens, size = by_hand(rows, ignored)
+        assert bucket.bits_per_byte == pytest.approx(nats / (math.log(2) * size), rel=1e-9)
+        assert (bucket.tokens, bucket.bytes) == (tokens, size)
+
+
 def test_progress_counts_every_token():
     seen = []
     evaluate(Fake(), [[1, 2], [3], [1, 1]], [[1, 1], [1], [1, 1]], BYTES, 2, lambda *progress: seen.append(progress))

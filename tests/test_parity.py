@@ -19,8 +19,9 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
 from lrt_deploy.interface import PrefillReport
 from lrt_deploy.parity import compare, kl_divergence
-from lrt_deploy.parity_report import Point, Rollout, judge
-from lrt_deploy.tolerances import FP32, limits
+from lrt_deploy.parity_report import Drift, Point, PrefillCheck, Rollout
+from lrt_deploy.tolerances import FP32, ParityLimits, limits
+from lrt_deploy.verdict import judge
 
 CONFIG = LRTConfig(sequence_len=8, vocab_size=4, n_layer=2, n_head=1, n_kv_head=1, n_embd=2)
 PROMPT, STEPS = [3, 0, 2], 4
@@ -41,7 +42,8 @@ class Fake:
         self.report = PrefillReport("stepwise", 1.0)
         self.wrong = {"logits": 0.0, "latent": 0.0, "cache": 0.0}
         self.prefill_fails = False
-        self.fed = []
+        self.cache_errors = {}
+        self.runs = []
 
     def prefill(self, prompts, *, policy="auto", tolerance=None):
         (tokens,) = prompts
@@ -50,26 +52,28 @@ class Fake:
                 raise BackendError("fake ran out of memory")
             return self._state(tokens, self.wrong)
         assert policy == "stepwise"
-        self.fed = list(tokens)
+        self.runs.append(list(tokens))
         state = self._state([], {})
         for _ in tokens:
             self._advance(state)
         return state
 
     def step(self, state, tokens):
-        self.fed += list(tokens)
+        self.runs[-1] += list(tokens)
         self._advance(state)
         return state.logits
 
     def _state(self, tokens, wrong):
         at, count = max(0, len(tokens) - 1), SimpleNamespace(tokens=len(tokens))
-        caches = np.full((1, 1, POSITIONS, 2), 1.0 + wrong.get("cache", 0.0), np.float32)
+        caches = np.full((2, 2, 1, 1, POSITIONS, 2), 1.0 + wrong.get("cache", 0.0), np.float32)
+        for (layer, kind, position), error in self.cache_errors.items():
+            caches[layer, kind, 0, 0, position, 1] += error
         return SimpleNamespace(
             logits=self.logits[at : at + 1] + np.float32(wrong.get("logits", 0.0)),
             latent=self.latents[at : at + 1] + np.float32(wrong.get("latent", 0.0)),
             prefill=self.report,
             count=count,
-            cache=lambda layer: (caches[:, :, : count.tokens], caches[:, :, : count.tokens]),
+            cache=lambda layer: tuple(caches[layer][:, :, :, : count.tokens]),
         )
 
     def _advance(self, state):
@@ -115,6 +119,12 @@ def test_equal_decoders_pass_with_these_fields():
     assert prefill["residual"] is None
     assert prefill["max_abs_latent_error"] == 0.0
     assert fields.pop("limits") == dataclasses.asdict(limits("fp32"))
+    assert fields.pop("free_running") == {
+        "token_agreement": 1.0,
+        "equal_tokens": STEPS,
+        "mean_kl": 0.0,
+        "positions": positions,
+    }
     assert fields == {
         "passed": True,
         "checkpoint_matches": True,
@@ -128,13 +138,67 @@ def test_equal_decoders_pass_with_these_fields():
         "max_kl": 0.0,
         "top1_agreement": 1.0,
         "first_divergence": None,
+        "max_abs_key_error": 0.0,
+        "max_abs_value_error": 0.0,
+        "drift": {"first_quarter": 0.0, "last_quarter": 0.0, "growth": 1.0},
+        "tokens": [*PROMPT, 2, 3, 0, 1],
     }
 
 
 def test_both_sides_read_the_prompt_and_then_the_choices_of_the_reference():
     reference, decoder = swapped(position=3, margin=1e-5)
     run(decoder, reference)
-    assert reference.fed == decoder.fed == [*PROMPT, 2, 3, 0, 1]
+    assert reference.runs == [[*PROMPT, 2, 3, 0, 1]] == decoder.runs[:1]
+
+
+def test_on_its_own_choices_the_decoder_goes_another_way_from_the_divergence_on():
+    reference, decoder = swapped(position=4, margin=1e-5)
+    decoder.logits[5] = LOGITS[6]
+    free = run(decoder, reference).to_dict()["free_running"]
+    # Position 4 chooses 0 in the reference and 1 in the decoder, which then reads its own choices.
+    assert decoder.runs == [[*PROMPT, 2, 3, 0, 1], [*PROMPT, 2, 3, 1, 2]]
+    assert free["positions"]["decoder_token"] == [0, 1, 2, 3, 1, 2, 2]
+    assert free["positions"]["reference_token"] == [0, 1, 2, 3, 0, 1, 2]
+    assert (free["equal_tokens"], free["token_agreement"]) == (2, 0.5)
+
+
+def test_without_a_divergence_the_free_run_is_the_other_one_and_costs_nothing():
+    decoder = Fake()
+    decoder.logits[:, 3] += np.float32(5e-5)
+    report = run(decoder)
+    assert report.free_running.points == report.points
+    assert len(decoder.runs) == 1
+
+
+def test_a_decoder_that_fails_on_its_own_choices_fails_parity():
+    reference, decoder = swapped(position=4, margin=1e-5)
+
+    def step(state, tokens):
+        if len(decoder.runs) == 2 and state.count.tokens == 6:
+            raise BackendError("fake ran out of memory")
+        return Fake.step(decoder, state, tokens)
+
+    decoder.step = step
+    report = run(decoder, reference)
+    assert not report.passed
+    assert "ran out of memory" in report.verdict
+
+
+def test_each_layers_cache_is_compared_at_each_position():
+    decoder = Fake()
+    decoder.cache_errors = {(1, 0, 4): 0.5, (0, 1, 2): 0.25, (1, 1, 5): math.nan}  # (layer, K or V, position)
+    report = run(decoder)
+    assert [point.key_errors for point in report.points] == [(0.0, 0.5 * (t == 4)) for t in range(POSITIONS)]
+    assert [point.value_errors[0] for point in report.points] == [0.25 * (t == 2) for t in range(POSITIONS)]
+    assert [point.value_errors[1] for point in report.points] == [math.inf if t == 5 else 0.0 for t in range(POSITIONS)]
+    assert (report.max_abs_key_error, report.max_abs_value_error) == (0.5, math.inf)
+
+
+def test_drift_is_how_the_latents_error_grows():
+    points = [Point(t, 0.0, error, 0.0, 1.0, 0, 0) for t, error in enumerate([1, 2, 1, 9, 9, 4, 8, 4.0])]
+    assert Drift.of(points) == Drift(1.5, 6.0, 4.0)
+    assert Drift.of(points[:3]) is None
+    assert Drift.of([dataclasses.replace(point, latent_error=None) for point in points]) is None
 
 
 def test_a_prompt_of_one_token_and_one_step():
@@ -325,13 +389,50 @@ def test_what_cannot_be_compared_is_an_error_before_any_work(options, named):
     decoder = Fake()
     with pytest.raises(ParityError, match=named):
         run(decoder, **options)
-    assert decoder.fed == []
+    assert decoder.runs == []
 
 
 @pytest.mark.parametrize("prompt", [[], [4], [-1]])
 def test_a_prompt_that_cannot_be_read_is_an_error(prompt):
     with pytest.raises(InputError):
         run(Fake(), prompt=prompt)
+
+
+# Precisions that are another function: judged by quality.
+
+QUALITY = ParityLimits(math.inf, 0.05, math.inf, mean_kl=1e-2, near_tie_margin=0.1, top1_agreement=0.9)
+
+
+def points_of(kl, same):
+    return [Point(i, 0.5, 0.3, kl, 1.0, 2, 2 if i < same else 3) for i in range(10)]
+
+
+def test_fewer_bits_are_judged_by_kl_and_first_choices_and_tokens_may_part():
+    passed, verdict = judge(Rollout(1, 9, points_of(5e-3, 9)), QUALITY)
+    assert passed
+    assert verdict.startswith("PASS: mean KL 5.0e-03 (limit 1.0e-02), first choice the same at 90.0% of positions; ")
+    assert judge(Rollout(1, 9, points_of(5e-3, 10)), QUALITY)[1].endswith("all 9 greedy tokens equal")
+
+
+@pytest.mark.parametrize(
+    ("points", "named"),
+    [
+        (points_of(2e-2, 10), "FAIL: mean KL is 2.0e-02 (limit 1.0e-02); all 9 greedy tokens equal"),
+        (
+            points_of(0.0, 8),
+            "FAIL: the first choice is the same at 80.0% of positions (limit 90.0%); greedy tokens part",
+        ),
+    ],
+)
+def test_fewer_bits_fail_where_the_model_is_worse(points, named):
+    passed, verdict = judge(Rollout(1, 9, points), QUALITY)
+    assert not passed
+    assert verdict.startswith(named)
+
+
+def test_fewer_bits_excuse_no_prefill_that_is_not_the_decoders_own_decoding():
+    rollout = Rollout(1, 9, points_of(0.0, 10), prefill=PrefillCheck("zero", 1.0, None, 0.8, 3.0, 2.0))
+    assert "FAIL: zero prefill of the prompt differs" in judge(rollout, QUALITY)[1]
 
 
 rows = st.lists(st.floats(-15, 15, width=32), min_size=5, max_size=5).map(np.array)

@@ -5,6 +5,7 @@ Chooses rows and shows progress; the evaluation is `lrt_deploy.evaluation`'s.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -61,12 +62,20 @@ def evaluate(
         "seconds": round(seconds, 3),
         "backend": decoder.backend,
         "precision": decoder.precision,
+        "buckets": [dataclasses.asdict(bucket) for bucket in result.buckets],
     }
     if json:
         output.document(fields)
     else:
         output.answer(f"{result.bits_per_byte:.6f} bits per byte")
-        output.table({name: str(value) for name, value in fields.items() if name != "bits_per_byte"})
+        output.table({name: str(value) for name, value in fields.items() if name not in ("bits_per_byte", "buckets")})
+        output.table(
+            {
+                f"positions {bucket.first} to {bucket.last}": f"{bucket.bits_per_byte:.4f} bits per byte "
+                f"({bucket.tokens} tokens)"
+                for bucket in result.buckets
+            }
+        )
 
 
 def rows(file: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Rows, Rows]:

@@ -37,6 +37,9 @@ def parity(
     steps: Annotated[
         int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
     ] = None,
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
+    ] = False,
     prefill: options.Prefill = "auto",
     tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
@@ -53,7 +56,7 @@ def parity(
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
         count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
         rollout = (ids, count, {"prefill": prefill, "tolerance": tolerance})
-        report = compare(decoder, open_same_model(decoder, checkpoint, step), rollout, json)
+        report = compare(decoder, open_same_model(decoder, checkpoint, step), rollout, float64, json)
     if json:
         output.document(report.to_dict())
     else:
@@ -89,7 +92,7 @@ def open_same_model(decoder: Decoder, path: Path, step: int | None) -> Checkpoin
 
 
 def compare(
-    decoder: Decoder, opened: Checkpoint, rollout: tuple[list[int], int, dict[str, Any]], quiet: bool
+    decoder: Decoder, opened: Checkpoint, rollout: tuple[list[int], int, dict[str, Any]], float64: bool, quiet: bool
 ) -> ParityReport:
     """The comparison itself, with its progress shown: prompt, steps, and how prefill is checked."""
     from lrt_deploy import parity as library
@@ -99,7 +102,8 @@ def compare(
     origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}
     with output.progress(quiet) as progress:
         progress("loading the checkpoint", 0, 0)
-        reference = ReferenceDecoder(opened.model(decoder.max_seq_len), max_seq_len=decoder.max_seq_len)
+        make = ReferenceDecoder.in_float64 if float64 else ReferenceDecoder
+        reference = make(opened.model(decoder.max_seq_len), decoder.max_seq_len)
         return library.compare(
             reference,
             decoder,
@@ -116,8 +120,14 @@ def compare(
 def rows(fields: dict[str, Any]) -> dict[str, str]:
     """The measured numbers for people, without the curves, and without the verdict, which stands on stdout."""
     shown = {name: value for name, value in fields.items() if not isinstance(value, (list, dict))}
-    shown |= {f"prefill {name}": value for name, value in (fields.get("prefill") or {}).items()}
-    shown |= {f"divergence {name}": value for name, value in (fields.get("first_divergence") or {}).items()}
+    for part, label in (
+        ("prefill", "prefill"),
+        ("first_divergence", "divergence"),
+        ("free_running", "free-running"),
+        ("drift", "latent error, drift"),
+    ):
+        numbers = (fields.get(part) or {}).items()
+        shown |= {f"{label} {name}": value for name, value in numbers if not isinstance(value, (list, dict))}
     return {name.replace("_", " "): cell(value) for name, value in shown.items() if name not in ("passed", "verdict")}
 
 
