@@ -5,8 +5,9 @@ A bundle is whole or absent: everything is made in a temporary folder beside the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.manifest import Manifest
+from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.tokenizer import SourceTokenizer, load_source_tokenizer, write_tokenizer
 
 from . import flavours, passes, weights_file
 from .atomic_folder import made_whole
+from .lower import lower, narrow
 from .trace import trace
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
@@ -55,7 +58,7 @@ def export_bundle(
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
     with made_whole(target, options.force) as folder:
-        _write_graphs(opened, capacity, options.precisions, folder, progress)
+        _write_graphs(opened, capacity, options, folder, progress)
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
@@ -83,9 +86,9 @@ def check_limits(config: LRTConfig, options: ExportOptions) -> int:
         )
     if options.max_batch_size < 1:
         raise ExportError(f"max_batch_size is {options.max_batch_size}, expected at least 1")
-    unknown = [p for p in options.precisions if p not in manifest.PRECISIONS]
+    unknown = [p for p in options.precisions if p not in PRECISIONS]
     if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
-        asked, held = ", ".join(options.precisions) or "empty", ", ".join(manifest.PRECISIONS)
+        asked, held = ", ".join(options.precisions) or "empty", ", ".join(PRECISIONS)
         raise ExportError(f"precision is {asked}; this version exports {held}, each once")
     return capacity
 
@@ -101,27 +104,34 @@ def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokeniz
     return None
 
 
-def _write_graphs(
-    checkpoint: Checkpoint, capacity: int, precisions: Sequence[str], folder: Path, progress: Progress
-) -> None:
-    config = checkpoint.config
-    for precision in precisions:
-        progress("loading weights", 0, 0)
-        model = checkpoint.model(max_positions=capacity)
-        progress("tracing", 0, 0)
-        graph = trace(model)
-        passes.clean(graph)
+def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> None:
+    """Trace once; every precision is derived from that graph, whose weights all of them read in place."""
+    say("loading weights", 0, 0)
+    model = checkpoint.model(max_positions=capacity)
+    say("tracing", 0, 0)
+    traced = trace(model)
+    passes.clean(traced)
+    for precision in options.precisions:
         out = folder / "graphs" / precision
         out.mkdir(parents=True)
-        weights_file.externalize(
-            graph, out / manifest.WEIGHTS, lambda done, total: progress("writing weights", done, total)
-        )
+        stored = _stored(traced, precision)
+        weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {precision} weights"))
         for flavour in contract.FLAVOURS:
-            derived = graph if flavour == "full" else flavours.windowed(graph, config)
-            for phase, make in (("prefill", flavours.clone), ("decode_step", flavours.decode_step)):
+            derived = lower(stored, base_dtype(precision, flavour))
+            if flavour == "windowed":
+                derived = flavours.windowed(derived, checkpoint.config)
+            for phase, make in (("prefill", ir.Model.clone), ("decode_step", flavours.decode_step)):
                 final = make(derived)
-                flavours.describe(final, config, flavour)
+                flavours.describe(final, checkpoint.config, flavour, precision)
                 ir.save(final, folder / manifest.graph_path(precision, phase, flavour))
+
+
+def _stored(traced: ir.Model, precision: str) -> ir.Model:
+    """A copy of the traced graph with its weights as this precision stores them."""
+    model = traced.clone()
+    if precision != "fp32":
+        narrow(model, base_dtype(precision, "full"))
+    return model
 
 
 def _manifest(
@@ -135,7 +145,10 @@ def _manifest(
         max_batch_size=options.max_batch_size,
         precisions=tuple(options.precisions),
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
-        contracts={flavour: contract.describe(config, flavour) for flavour in contract.FLAVOURS},
+        contracts={
+            precision: {f: contract.describe(config, f, base_dtype(precision, f)) for f in contract.FLAVOURS}
+            for precision in options.precisions
+        },
         tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
         provenance={
             "checkpoint": {

@@ -15,18 +15,14 @@ from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import ExportError
+from lrt_deploy.precisions import base_dtype
 
 from .passes import constant
 
 
-def clone(model: ir.Model) -> ir.Model:
-    """A deep copy; cheap once the weights are external."""
-    return ir.serde.deserialize_model(ir.serde.serialize_model(model))
-
-
 def decode_step(model: ir.Model) -> ir.Model:
     """The same graph for exactly one new token: `tokens` becomes 1 everywhere."""
-    model = clone(model)
+    model = model.clone()
     values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
     for value in values:
         if value.shape is not None:
@@ -40,7 +36,7 @@ def windowed(model: ir.Model, config: LRTConfig) -> ir.Model:
     Attention in ORT's CPU provider costs what its key length costs; TensorScatter still writes the whole cache in
     place.
     """
-    model = clone(model)
+    model = model.clone()
     graph = model.graph
     end = _bound(graph, contract.WINDOW_END)
     slots = ir.Value(name=contract.SLOT_POSITIONS, shape=ir.Shape(["capacity"]), type=ir.TensorType(ir.DataType.INT64))
@@ -60,11 +56,14 @@ def windowed(model: ir.Model, config: LRTConfig) -> ir.Model:
     return model
 
 
-def describe(model: ir.Model, config: LRTConfig, flavour: Flavour) -> None:
-    """Let a graph found alone explain itself: contract, state and model configuration in its metadata."""
+def describe(model: ir.Model, config: LRTConfig, flavour: Flavour, precision: str) -> None:
+    """Let a graph found alone explain itself: contract, state, precision and model configuration in its metadata."""
     model.producer_name, model.producer_version = "lrt-deploy", None
     model.graph.name = f"lrt_{flavour}"
-    model.metadata_props["lrt_deploy.contract"] = json.dumps(contract.describe(config, flavour))
+    model.metadata_props["lrt_deploy.contract"] = json.dumps(
+        contract.describe(config, flavour, base_dtype(precision, flavour))
+    )
+    model.metadata_props["lrt_deploy.precision"] = precision
     model.metadata_props["lrt_deploy.model"] = json.dumps(config.to_dict())
 
 

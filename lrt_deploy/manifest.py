@@ -26,17 +26,15 @@ from typing import Any
 from .config import LRTConfig
 from .contract import FLAVOURS, Flavour
 from .errors import BundleError, ConfigError
+from .precisions import PRECISIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 knew fp32 alone
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 PHASES = ("prefill", "decode_step")
 WEIGHTS = "weights.bin"
 TOKENIZER = "tokenizer"
 _ALWAYS_HASHED_BYTES = 4 * 2**20
-
-# fp16, bf16, int8, int8-weight-only and int4-weight-only are names of the contract that no exporter makes yet.
-PRECISIONS: tuple[str, ...] = ("fp32",)
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +49,11 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` says. `files` maps paths relative to the bundle, with `/`, to their records."""
+    """What `manifest.json` says. `files` maps paths relative to the bundle, with `/`, to their records.
+
+    `contracts` maps precision and flavour to what `contract.describe` says; `precision_details` maps each precision to
+    what was decided and measured for it: kept matrices, ranges, calibration, operations counted.
+    """
 
     model: LRTConfig
     max_seq_len: int
@@ -61,6 +63,7 @@ class Manifest:
     contracts: dict[str, Any]
     tokenizer_tokens: int | None
     provenance: dict[str, Any]
+    precision_details: dict[str, Any] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -171,7 +174,9 @@ def _check(manifest: Manifest) -> None:
         "max_batch_size": _is_count(manifest.max_batch_size),
         "tokenizer_tokens": tokens is None or (_is_count(tokens) and tokens <= manifest.model.vocab_size),
         "precisions": bool(manifest.precisions) and set(manifest.precisions) <= set(PRECISIONS),
-        "contracts": isinstance(manifest.contracts, dict),
+        "contracts": isinstance(manifest.contracts, dict)
+        and all(isinstance(contracts, dict) for contracts in manifest.contracts.values()),
+        "precision_details": isinstance(manifest.precision_details, dict),
         "provenance": isinstance(manifest.provenance, dict),
         "files": all(isinstance(r.bytes, int) and isinstance(r.sha256, str) for r in manifest.files.values()),
     }

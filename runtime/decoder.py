@@ -19,7 +19,8 @@ from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
-from lrt_deploy.manifest import PRECISIONS, TOKENIZER, Manifest, read_manifest, verify_files
+from lrt_deploy.manifest import TOKENIZER, Manifest, read_manifest, verify_files
+from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
@@ -202,8 +203,8 @@ def open_decoder(
     folder, name = Path(bundle), choose_backend(backend)
     manifest = limit_capacity(read_manifest(folder), max_seq_len)
     verify_files(folder, manifest, force=verify)
-    check_contract(folder, manifest)
     chosen = choose_precision(manifest, precision)
+    check_contract(folder, manifest, chosen)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
@@ -220,14 +221,15 @@ def choose_precision(manifest: Manifest, requested: str | None) -> str:
     return requested
 
 
-def check_contract(folder: Path, manifest: Manifest) -> None:
+def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
     """The graphs must have the inputs and outputs that this version binds."""
     for flavour in contract.FLAVOURS:
-        if manifest.contracts.get(flavour) != contract.describe(manifest.model, flavour):
+        expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour))
+        if manifest.contracts.get(precision, {}).get(flavour) != expected:
             made_by = manifest.provenance.get("versions", {}).get("lrt-deploy", "an unknown version")
             raise BundleError(
-                f"{folder}: its {flavour} graphs have another contract than this lrt-deploy {version('lrt-deploy')} "
-                f"binds (they were made by {made_by}); export the bundle again"
+                f"{folder}: its {flavour} graphs in {precision} have another contract than this lrt-deploy "
+                f"{version('lrt-deploy')} binds (they were made by {made_by}); export the bundle again"
             )
 
 

@@ -19,6 +19,7 @@ from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
+from lrt_deploy.precisions import base_dtype
 
 from .backend import Block
 
@@ -37,6 +38,7 @@ class OrtCpuBackend:
         self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS
     ) -> None:
         self.config, self.precision, self.capacity = manifest.model, precision, manifest.max_seq_len
+        self.dtype = _state_dtype(manifest, precision)
         graph = folder / graph_path(precision, "prefill", "windowed")
         if threads is None and (graph.parent / WEIGHTS).stat().st_size < _ONE_THREAD_BYTES:
             threads = 1
@@ -64,8 +66,8 @@ class _Call:
     ids: IntArray  # (B, T)
     positions: IntArray  # (B, T)
     write_index: IntArray  # (B)
-    latents_in: FloatArray  # (B, T, C)
-    latents_out: FloatArray  # (B, T, C)
+    latents_in: NDArray[Any]  # (B, T, C), of the state's type like the next
+    latents_out: NDArray[Any]  # (B, T, C)
     logits: FloatArray  # (B, K, V)
 
 
@@ -76,11 +78,12 @@ class OrtCpuBuffers:
         config = backend.config
         self._session, self._config = backend.session, config
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
+        self._dtype = backend.dtype
         shape = (batch, config.n_kv_head, self.capacity, config.head_dim)
         self._caches = {
-            pair.past: np.zeros(shape, np.float32) for pair in contract.state_pairs(config) if pair.in_place
+            pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
         }
-        self._latents = [np.zeros((batch, 1, config.n_embd), np.float32) for _ in range(2)]
+        self._latents = [np.zeros((batch, 1, config.n_embd), self._dtype) for _ in range(2)]
         self._turn = 0  # which of the two holds the current latent
         # The bounds of the live windows and the order of the slots are shared by all calls: one runs at a time.
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
@@ -91,8 +94,8 @@ class OrtCpuBuffers:
 
     @property
     def latent(self) -> FloatArray:
-        """(B, C), a view of the current latent; (B, 0) for a model without memory."""
-        latent = self._latents[self._turn][:, 0]
+        """(B, C), a view of the current latent, a copy where it is not float32; (B, 0) for a model without memory."""
+        latent = _as_float32(self._latents[self._turn][:, 0])
         return latent if self._config.memory else latent[:, :0]
 
     def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
@@ -119,7 +122,7 @@ class OrtCpuBuffers:
             call.latents_in[0] = latents
         self._look_back(int(block.positions.min()), block.end, block.ordered)
         self._run(call)
-        return call.latents_out[0] if self._config.memory else latents, call.logits[0].reshape(-1)
+        return _as_float32(call.latents_out[0]) if self._config.memory else latents, call.logits[0].reshape(-1)
 
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
         """Permute the slots' positions; with `move`, gather the row's entries back into order."""
@@ -132,9 +135,9 @@ class OrtCpuBuffers:
             self._slot_positions[slots] = np.arange(start, start + len(order))
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
-        """Views (B, G, length, D) of a layer's keys and values."""
+        """(B, G, length, D) of a layer's keys and values: views, or copies where the caches are not float32."""
         keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
-        return keys[:, :, :length], values[:, :, :length]
+        return _as_float32(keys[:, :, :length]), _as_float32(values[:, :, :length])
 
     def _look_back(self, oldest: int, end: int, ordered: int | None = None) -> None:
         """Set the live windows for queries from position `oldest` on; none may begin among slots out of order."""
@@ -159,11 +162,11 @@ class OrtCpuBuffers:
         if key not in self._reads:
             while len(self._reads) >= _KEPT_READS:
                 del self._reads[next(iter(self._reads))]
-            latents = np.zeros((2, 1, count, self._config.n_embd), np.float32)
+            latents = np.zeros((2, 1, count, self._config.n_embd), self._dtype)
             self._reads[key] = self._bind(slice(row, row + 1), logit_rows, latents[0], latents[1])
         return self._reads[key]
 
-    def _bind(self, rows: slice, logit_rows: int, latents_in: FloatArray, latents_out: FloatArray) -> _Call:
+    def _bind(self, rows: slice, logit_rows: int, latents_in: NDArray[Any], latents_out: NDArray[Any]) -> _Call:
         """Bind a call on some rows; `logit_rows` is 1 (the last token's) or 0 (no head)."""
         batch, count = latents_in.shape[:2]
         call = _Call(
@@ -200,3 +203,20 @@ class OrtCpuBuffers:
                 value = ort.OrtValue.ortvalue_from_numpy(self._caches[pair.past][rows])
                 call.binding.bind_ortvalue_input(pair.past, value)
                 call.binding.bind_ortvalue_output(pair.present, value)
+
+
+def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
+    """The type of caches and latent; refuses a precision that ONNX Runtime has no CPU kernels for."""
+    dtype = base_dtype(precision, "windowed")
+    if dtype == "bfloat16":
+        others = [p for p in manifest.precisions if base_dtype(p, "windowed") != "bfloat16"]
+        instead = f"take {' or '.join(others)}" if others else "export with --precision fp32 as well"
+        raise BackendError(
+            f"ort-cpu cannot run {precision}: ONNX Runtime has no bfloat16 matrix product on a CPU; {instead}, "
+            "or run it on a GPU"
+        )
+    return np.dtype(dtype)
+
+
+def _as_float32(array: NDArray[Any]) -> FloatArray:
+    return array.astype(np.float32, copy=False)

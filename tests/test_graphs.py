@@ -127,7 +127,8 @@ def test_a_graph_found_alone_explains_itself(graph):
     assert LRTConfig.from_dict(json.loads(properties["lrt_deploy.model"])) == graph.config
     described = json.loads(properties["lrt_deploy.contract"])
     assert described == contract.describe(graph.config, graph.flavour)
-    assert described == read_manifest(graph.bundle).contracts[graph.flavour]
+    assert described == read_manifest(graph.bundle).contracts["fp32"][graph.flavour]
+    assert properties["lrt_deploy.precision"] == "fp32"
 
 
 def test_no_exported_text_knows_the_exporting_machine(bundled, root):

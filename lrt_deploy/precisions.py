@@ -1,0 +1,39 @@
+"""The precisions of a bundle: their names, what type each flavour computes and keeps its state in, and weight sizes.
+
+    precision          matrices                    full (TensorRT, CUDA)   windowed (ONNX Runtime on a CPU)
+    fp32               float32                     float32                 float32
+    fp16               float16                     float16                 float16
+    bf16               bfloat16                    bfloat16                bfloat16
+    int8               int8, and int8 activations  float16                 float32
+    int8-weight-only   int8                        float16                 float32
+    int4-weight-only   int4, blocks of 32          float16                 float32
+
+The type of a flavour is that of its matrix products, its attention, its caches and its latent. Norms, gates, residual
+stream, rotary embedding and softcap are float32 in all of them. How graphs come by their precision: exporters'
+`lower` and `quantize`. What quality each keeps: docs/precisions.md.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .contract import Flavour
+
+# From the most precise on; where none is asked for, the first one that a bundle holds is taken.
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
+QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", "int4-weight-only")
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_PLAIN: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
+
+
+def base_dtype(precision: str, flavour: Flavour) -> Dtype:
+    """What a flavour of a precision multiplies in where it is not quantized, and keeps its state in."""
+    return _PLAIN.get(precision) or _QUANTIZED[flavour]
+
+
+def item_bytes(dtype: str) -> int:
+    """Size of one element of a base type."""
+    return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
