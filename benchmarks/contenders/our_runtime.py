@@ -1,0 +1,38 @@
+"""Contenders (a) and (e): this project's runtime on an LRT, or on the plain model without memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import lrt_deploy
+from lrt_deploy.runtime.benchmark import count_step_copies
+
+from .serving import Greedy
+
+
+class OurRuntime(Greedy):
+    """An opened bundle and one state."""
+
+    def __init__(self, bundle: Path, threads: int, **options: Any) -> None:  # noqa: ANN401 - of open_decoder
+        self.decoder = lrt_deploy.open_decoder(bundle, threads=threads, **options)
+        state = self.decoder.prefill([[0]], policy="stepwise")
+        copied = count_step_copies(self.decoder, state)
+        self.facts = {
+            "runs": self.decoder.backend_detail,
+            "bytes_allocated_per_step": 0,
+            "state_bytes_copied_per_step": copied.backend,
+            "latent_backup_bytes_per_step": copied.kept,
+        }
+
+    def start(self, rows: list[list[int]], exact: bool) -> None:
+        """See `serving.Contender`."""
+        fast = "zero" if self.decoder.config.memory else "fixed-point"
+        self.state = self.decoder.prefill(rows, policy="stepwise" if exact else fast)
+
+    def step(self, tokens: list[int]) -> npt.NDArray[np.float32]:
+        """See `serving.Contender`."""
+        return self.decoder.step(self.state, tokens)

@@ -1,0 +1,155 @@
+"""Decoding side by side: this runtime, and what one would use instead, in alternating rounds, each in its own process.
+
+Contenders (see `contenders/`): `ours` on an LRT; `no-memory`, the same runtime on the plain model of the same shape;
+`pytorch` and `pytorch-compiled`, a recurrent decoder with preallocated caches; `plain-route`, torch.onnx.export with a
+growing cache; `genai`, onnxruntime-genai on a plain Llama of equal bytes, which needs an environment of its own:
+
+    python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai transformers torch onnx-ir
+    .venv/bin/python benchmarks/side_by_side.py --genai /tmp/genai/bin/python --out side_by_side.json
+
+Weights are random: this measures time, not text; that the contenders compute the same is for tests/test_side_by_side.py
+to say. Models are kept in --folder (256/6: 0.3 GB, 768/12: 5 GB, 1280/20: 15 GB) and made when they are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parent))
+from contenders import field, models
+from contenders.field import Running, Setting
+
+from lrt_deploy.cli.bench import cpu_model
+from lrt_deploy.manifest import read_manifest
+from lrt_deploy.runtime import benchmark, traffic
+
+REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
+
+
+def measure(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All contexts and batches of one model; one row a contender."""
+
+    def use(running: list[Running]) -> list[dict[str, Any]]:
+        rows = []
+        for context in args.contexts:
+            if context > setting.size.sequence_len - 1:
+                continue
+            for batch in args.batches:
+                rows += alternate(running, setting, (context, batch), args)
+        return rows
+
+    return list(field.run_all(args.contenders, setting, use))
+
+
+def alternate(
+    running: list[Running], setting: Setting, point: tuple[int, int], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Rounds over the contenders at one context and batch. The last step stands at the context where it is long."""
+    context, batch = point
+    start = max(1, min(context, setting.size.sequence_len - args.steps - 4))
+    prompts = [benchmark.random_tokens(start, setting.size.vocab, seed) for seed in range(batch)]
+    times: dict[str, list[float]] = {contender.name: [] for contender in running}
+    for number in range(args.rounds):
+        for contender in running:
+            say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}: {contender.name}")
+            time.sleep(REST_S)
+            times[contender.name] += contender.ask("decode", rows=prompts, steps=args.steps)["ms"]
+    return [
+        {
+            "contender": contender.name,
+            "context": context,
+            "batch": batch,
+            "min_ms": min(times[contender.name]),
+            "median_ms": float(np.median(times[contender.name])),
+            "tokens_per_s": batch * 1e3 / float(np.median(times[contender.name])),
+            "steps": len(times[contender.name]),
+            **contender.ask("facts"),
+            **contender.ask("memory"),
+        }
+        for contender in running
+    ]
+
+
+def weight_bytes(setting: Setting) -> dict[str, int]:
+    """Bytes of weights that a step reads, with and without memory."""
+    found = {}
+    for name in ("ours", "no-memory"):
+        bundle = models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours")
+        found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision)
+    return found
+
+
+def say(text: str) -> None:
+    """Progress, for people."""
+    print(text, file=sys.stderr)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown: one line a contender; how much faster than the first contender of its group."""
+    lines = [
+        "| model | precision | context | batch | contender | min ms | median ms | tokens/s | time / ours |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for result in results:
+        for row in result["rows"]:
+            first = next(r for r in result["rows"] if (r["context"], r["batch"]) == (row["context"], row["batch"]))
+            cells = (result["size"], result["precision"], row["context"], row["batch"], row["contender"])
+            numbers = f"{row['min_ms']:.2f} | {row['median_ms']:.2f} | {row['tokens_per_s']:.1f}"
+            ratio = f"{row['median_ms'] / first['median_ms']:.2f}"
+            lines.append(f"| {' | '.join(map(str, cells))} | {numbers} | {ratio} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words, numbers = (lambda text: text.split(",")), (lambda text: [int(part) for part in text.split(",")])
+    parser.add_argument("--sizes", type=words, default=["256/6", "768/12"], help=f"of {', '.join(models.SIZES)}")
+    parser.add_argument("--precisions", type=words, default=["fp32"])
+    parser.add_argument("--contexts", type=numbers, default=[64, 1024])
+    parser.add_argument("--batches", type=numbers, default=[1])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=24, help="in each round")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--contenders", type=words, default=list(field.NAMES), help="the first is what others are held to"
+    )
+    parser.add_argument("--genai", metavar="PYTHON", help="interpreter of the environment that has onnxruntime-genai")
+    parser.add_argument("--folder", type=Path, default=Path("benchmarks/models"), help="keeps models and exports")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    args = arguments()
+    results = []
+    for name in args.sizes:
+        for precision in args.precisions:
+            folder = args.folder / name.replace("/", "-")
+            setting = Setting(folder, models.SIZES[name], precision, args.threads, args.genai)
+            rows = measure(setting, args)
+            results.append(
+                {"size": name, "precision": precision, "weight_bytes_per_step": weight_bytes(setting), "rows": rows}
+            )
+    print(table(results))
+    if args.out:
+        packages = ("lrt-deploy", "torch", "onnxruntime-gpu", "numpy")
+        environment = {"cpu": cpu_model(), "threads": args.threads} | {name: version(name) for name in packages}
+        command = " ".join(["benchmarks/side_by_side.py", *sys.argv[1:]])
+        bandwidth = {"triad_gb_s": traffic.bandwidth_gb_s(args.threads)}
+        document = {"command": command, "environment": environment | bandwidth, "results": results}
+        args.out.write_text(json.dumps(document, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

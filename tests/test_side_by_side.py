@@ -1,0 +1,110 @@
+"""What the benchmarks compare computes the same numbers; a comparison with something else would be worthless."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from contenders import field, models, plain_route, serving  # noqa: E402
+from contenders.worker import make  # noqa: E402
+
+pytestmark = pytest.mark.slow  # for the exports
+
+SIZE = models.SIZES["tiny"]
+ROWS = [[5, 17, 200, 3, 9], [44, 2, 2, 310, 1]]
+STEPS = [[7, 8], [300, 12], [5, 5], [91, 0]]
+CONTENDERS = {"ours": True, "pytorch": True, "plain-route": True, "no-memory": False}
+# Between correct float32 implementations 2e-5 at most; a forgotten memory moves logits by more than 1e-1.
+LOGIT_ERROR = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folder(make_once):
+    """Models of the tiny size; the exports of all contenders."""
+
+    def fill(target):
+        for memory in (True, False):
+            models.bundle(target, SIZE, "fp32", memory)
+        source = models.checkpoint(target, SIZE)
+        models.made_once(target / "plain-route", lambda out: plain_route.export(source, out))
+
+    return make_once("side-by-side", fill)
+
+
+@pytest.fixture(scope="module")
+def contender(folder):
+    """name -> it, in this process."""
+    setting = field.Setting(folder, SIZE, "fp32", threads=1, genai_python=None)
+    return lambda name: make(name, field.prepare(name, setting), threads=1)
+
+
+def expected(folder, memory):
+    """(steps, B, V) of the reference."""
+    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.reference import ReferenceDecoder
+
+    decoder = ReferenceDecoder(open_checkpoint(models.checkpoint(folder, SIZE, memory)).model(), SIZE.sequence_len)
+    state = decoder.prefill(ROWS)
+    return np.array([decoder.step(state, step) for step in STEPS])
+
+
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_contenders_give_the_logits_of_the_reference(name, contender, folder):
+    found = np.array(serving.logits(contender(name), ROWS, STEPS)["logits"])
+    assert np.abs(found - expected(folder, CONTENDERS[name])).max() < LOGIT_ERROR
+
+
+def test_a_model_without_memory_is_another_one(contender, folder):
+    """The twin: the comparison sees what it is there for."""
+    found = np.array(serving.logits(contender("no-memory"), ROWS, STEPS)["logits"])
+    assert np.abs(found - expected(folder, True)).max() > 1e3 * LOGIT_ERROR
+
+
+def test_the_fast_reading_is_one_pass_with_zero_memory(contender):
+    """All of them read alike before they are timed, so all decode on caches of the same content."""
+    logits = []
+    for name in ("ours", "pytorch", "plain-route"):
+        found = contender(name)
+        found.start(ROWS, exact=False)
+        logits.append(found.step([7, 8]))
+    assert np.abs(logits[1] - logits[0]).max() < LOGIT_ERROR
+    assert np.abs(logits[2] - logits[0]).max() < LOGIT_ERROR
+
+
+def test_what_a_step_allocates_is_counted(contender):
+    """The growing cache gives out logits, latent and a longer cache each step; ours gives out nothing new."""
+    plain, kv = contender("plain-route"), 2 * SIZE.layers * SIZE.width * 4
+    serving.decode(plain, [[1, 2, 3]], steps=2)
+    assert plain.facts["bytes_allocated_per_step"] == 4 * (SIZE.vocab + SIZE.width) + kv * (
+        3 + serving.WARM_UP_STEPS + 2
+    )
+    assert contender("ours").facts["state_bytes_copied_per_step"] == 0
+
+
+def test_a_plain_llama_of_equal_bytes(folder):
+    """Matrices of a Llama layer and of an LRT layer, gates left out: equal but for the rounding to blocks of 32."""
+    for size in models.SIZES.values():
+        width, inner = size.width, field.equal_inner(size.width)
+        assert inner % 32 == 0
+        assert 0 <= 4 * width**2 + 3 * width * inner - 14 * width**2 < 3 * width * 32
+
+
+def test_one_command_measures_and_writes(folder, tmp_path):
+    """Through the processes, as a user runs it; without genai, whose environment is not the project's."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--sizes", "tiny", "--contexts", "8"]
+    command += ["--rounds", "2", "--steps", "3", "--threads", "1", "--contenders", "ours,plain-route"]
+    (tmp_path / "tiny").symlink_to(folder)
+    command += ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["results"][0]["rows"]
+    assert [(row["contender"], row["steps"]) for row in rows] == [("ours", 6), ("plain-route", 6)]
+    assert all(0 < row["min_ms"] <= row["median_ms"] for row in rows)
+    assert done.stdout.count("\n") == 4  # head, rule, two rows
