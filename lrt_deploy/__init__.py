@@ -1,7 +1,7 @@
 """lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment.
 
-The public surface is `export_bundle`, `open_decoder` and the errors. Importing this package is cheap: torch, onnx and
-onnxruntime are imported when a function needs them, torch only by exports and parity.
+The public surface is `export_bundle`, `build_engine`, `open_decoder` and the errors. Importing this package is cheap:
+torch, onnx and onnxruntime are imported when a function needs them, torch only by exports and parity.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .engine_sidecar import EngineSidecar
     from .manifest import Manifest
     from .runtime.decoder import Decoder
     from .runtime.prefill import PrefillOptions
@@ -39,6 +40,7 @@ __all__ = [
     "LRTDeployError",
     "ParityError",
     "StateError",
+    "build_engine",
     "export_bundle",
     "open_decoder",
 ]
@@ -71,6 +73,29 @@ def export_bundle(
     return export(
         checkpoint, bundle, ExportOptions(precisions, max_seq_len, max_batch_size, folder, step, force), progress
     )
+
+
+def build_engine(
+    bundle: str | Path,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    chunk_tokens: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> EngineSidecar:
+    """Build a TensorRT engine beside the graphs of a bundle and return what its sidecar says.
+
+    `backend` is `tensorrt`, `tensorrt-rtx`, or `auto` for the first of the two that is installed. `precision` defaults
+    to the only one in the bundle. `chunk_tokens` bounds the prompt tokens that the engine takes at once. `force`
+    replaces an existing engine. Raises EngineError, also when the network is not what the precision promises, and then
+    leaves what was there.
+    """
+    from .exporters.engine import CHUNK_TOKENS, BuildOptions
+    from .exporters.engine import build_engine as build
+
+    chunk = CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
+    return build(bundle, BuildOptions(backend, precision, force, chunk), progress)
 
 
 def open_decoder(

@@ -20,7 +20,7 @@ from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
-VERBS = ("export", "generate", "chat", "parity", "eval", "bench", "inspect", "doctor")
+VERBS = ("export", "build", "generate", "chat", "parity", "eval", "bench", "inspect", "doctor")
 
 
 def run(*args, **kwargs):
@@ -213,7 +213,7 @@ def test_inspect_reads_a_checkpoint_folder_or_file():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("engine.plan", b"x", "does not know engines yet"),
+        ("engine.plan", b"x", "has no sidecar"),
         ("notes.txt", b"x", "none of the things"),
         ("broken.onnx", b"\xff" * 50, "not an ONNX graph"),
         ("empty.onnx", b"", "holds no nodes"),

@@ -20,6 +20,7 @@ FOLDERS = {"lrt_deploy": "lrt_deploy", "exporters": "lrt_deploy.exporters", "run
 TORCH = ("torch",)
 GRAPH_TOOLS = ("onnx", "onnxscript", "onnx_ir")
 TENSORRT = ("tensorrt", "tensorrt_rtx")
+CUDA = ("cuda",)
 EXPORTERS, RUNTIME, CLI = ("lrt_deploy.exporters",), ("lrt_deploy.runtime",), ("lrt_deploy.cli",)
 TORCH_CORE_FILES = tuple(
     f"lrt_deploy/{name}.py" for name in ("model", "checkpoint", "random_weights", "reference", "parity*")
@@ -83,6 +84,18 @@ RULES = (
         files=("*",),
         but=("*tensorrt*.py", "*engine*.py"),
         forbidden=TENSORRT,
+    ),
+    Rule(
+        "CUDA is asked in two places: whether there is a GPU, and the runtime's device",
+        files=("*",),
+        but=("lrt_deploy/gpu.py", "runtime/cuda_*.py"),
+        forbidden=CUDA,
+    ),
+    Rule(
+        "Polygraphy decides once per process which TensorRT it drives: only the builder may import it",
+        files=("*",),
+        but=("exporters/tensorrt_builder.py",),
+        forbidden=("polygraphy",),
     ),
     Rule(
         "`lrt-deploy --help` and `import lrt_deploy` answer at once: heavy things come inside functions",
@@ -267,6 +280,8 @@ def test_no_module_is_named_after_nothing():
         ("runtime/decoder.py", "import onnxruntime as ort"),
         ("runtime/ort_cpu.py", "import tensorrt"),
         ("exporters/trace.py", "from tensorrt_rtx import Builder"),
+        ("exporters/engine.py", "import polygraphy.backend.trt"),
+        ("runtime/decoder.py", "import importlib\nimportlib.import_module('cuda.bindings.runtime')"),
         ("lrt_deploy/tokenizer.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
         ("lrt_deploy/cli/app.py", "from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "class A:\n    import onnx"),
@@ -287,6 +302,7 @@ def test_the_table_notices(path, source):
         ("exporters/engine_build.py", "import tensorrt"),
         ("runtime/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),
         ("runtime/tensorrt_rtx.py", "import tensorrt_rtx"),
+        ("runtime/cuda_device.py", "from cuda.bindings import runtime"),
         ("runtime/torchless.py", "import onnxruntime_genai, torchless"),
         ("lrt_deploy/cli/app.py", "def run():\n    from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "if TYPE_CHECKING:\n    from lrt_deploy.runtime import Decoder"),

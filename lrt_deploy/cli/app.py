@@ -16,7 +16,7 @@ import typer
 
 from lrt_deploy.errors import LRTDeployError
 
-from . import bench, chat, doctor, evaluate, export, generate, inspect, output, parity
+from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity
 
 EXPORT_EXTRA = {"torch", "onnx", "onnxscript", "onnx_ir", "onnx-ir"}
 INTERRUPTED, READER_GONE = 130, 141
@@ -71,6 +71,10 @@ def describe(error: Exception) -> str:
     """One line that says what happened; only errors raised on purpose speak for themselves."""
     if isinstance(error, LRTDeployError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "polygraphy":
+        return (
+            "this command needs an engine extra: pip install 'lrt-deploy[tensorrt-rtx]' (polygraphy is not installed)"
+        )
     if isinstance(error, ModuleNotFoundError) and (root := (error.name or "").split(".")[0]) in EXPORT_EXTRA:
         return f"this command needs the export extra: pip install 'lrt-deploy[export]' ({root} is not installed)"
     if isinstance(error, MemoryError):
@@ -105,6 +109,7 @@ def root(
 
 for _name, _verb in (
     ("export", export.export),
+    ("build", build.build),
     ("generate", generate.generate),
     ("chat", chat.chat),
     ("parity", parity.parity),

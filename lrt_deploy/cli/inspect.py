@@ -1,4 +1,4 @@
-"""`lrt-deploy inspect`: what a path is and what it holds: a bundle, a checkpoint, or a graph found alone.
+"""`lrt-deploy inspect`: what a path is and what it holds: a bundle, a checkpoint, a graph found alone, an engine.
 
 Reads, never runs: a graph's weights stay on disk, and a checkpoint's tensors are mapped but not checked for their
 values (that is what `export` does).
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lrt_deploy.checkpoint import Checkpoint
     from lrt_deploy.manifest import Manifest
 
-_KNOWN = "a bundle folder, a checkpoint (folder or weights file), or a graph (.onnx)"
+_KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (.plan)"
 
 
 def inspect(
@@ -32,8 +32,10 @@ def inspect(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Tell what a bundle, checkpoint or graph holds."""
-    look = {"bundle": inspect_bundle, "checkpoint": inspect_checkpoint, "graph": inspect_graph}[kind_of(path)]
+    """Tell what a bundle, checkpoint, graph or engine holds."""
+    look = {"bundle": inspect_bundle, "checkpoint": inspect_checkpoint, "graph": inspect_graph, "plan": inspect_plan}[
+        kind_of(path)
+    ]
     fields, line, rows = look(path, verify)
     if json:
         output.document(fields)
@@ -46,7 +48,7 @@ Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line f
 
 
 def kind_of(path: Path) -> str:
-    """`bundle`, `checkpoint` or `graph`, by names alone; InputError for anything else."""
+    """`bundle`, `checkpoint`, `graph` or `plan`, by names alone; InputError for anything else."""
     from lrt_deploy.manifest import DIGEST, MANIFEST
 
     if not path.exists():
@@ -59,7 +61,7 @@ def kind_of(path: Path) -> str:
     elif path.suffix == ".onnx":
         return "graph"
     elif path.suffix == ".plan":
-        raise InputError(f"{path} is a TensorRT engine; this version of lrt-deploy does not know engines yet")
+        return "plan"
     elif path.suffix in (".pt", ".safetensors"):
         return "checkpoint"
     raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
@@ -148,6 +150,18 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
     contract = fields["contract"]
     made = f", the {contract['flavour']} flavour" if contract else ", not made by lrt-deploy export"
     return fields, f"{path} is an ONNX graph{made}", rows
+
+
+def inspect_plan(path: Path, verify: bool) -> Findings:
+    """The sidecar of an engine, held against the plan by size, and with `verify` by hash; the plan itself is opaque."""
+    from lrt_deploy.engine_sidecar import check_plan, read_sidecar
+
+    from .build import engine_rows
+
+    sidecar = read_sidecar(path)
+    check_plan(path, sidecar, hashed=verify)
+    line = f"{path} is a TensorRT engine, {sidecar.precision} for {sidecar.backend}{', intact' if verify else ''}"
+    return sidecar.to_dict(), line, engine_rows(sidecar)
 
 
 def cell(value: object) -> str:

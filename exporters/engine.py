@@ -1,0 +1,204 @@
+"""Build an engine from a bundle: copy the graph, parse, prove, build, and write plan and sidecar beside the graphs.
+
+Engines are a cache: they can always be made again from the bundle, they are not in its manifest, and they are used only
+where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not). Running the
+plan is the runtime's: the smoke test after a build is the command line's to arrange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt_deploy import contract
+from lrt_deploy.engine_sidecar import (
+    DECODE,
+    ENGINES,
+    PLAN,
+    PREFILL,
+    EngineSidecar,
+    Profile,
+    engine_folder,
+    write_sidecar,
+)
+from lrt_deploy.errors import EngineError
+from lrt_deploy.gpu import find_gpu
+from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path, read_manifest, verify_files
+from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
+
+from .atomic_folder import made_whole
+from .tensorrt_builder import Parsed, Plan, build, parse
+from .tensorrt_graph import cache_capacity, tensorrt_copy
+from .tensorrt_log import Progress
+from .tensorrt_proof import DTYPES, promise_of, prove
+
+CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
+_RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built without naming any
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build_engine` takes beside the bundle. `precision` None: the only one in it."""
+
+    backend: str = "auto"
+    precision: str | None = None
+    force: bool = False
+    chunk_tokens: int = CHUNK_TOKENS
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One engine to build."""
+
+    bundle: Path
+    manifest: Manifest
+    flavour: TensorRTFlavour
+    precision: str
+    capacity: int
+    profiles: tuple[Profile, ...]
+
+    @property
+    def graph(self) -> str:
+        return graph_path(self.precision, "prefill", "full")
+
+
+def build_engine(
+    bundle: str | Path, options: BuildOptions, progress: Progress = lambda what, done, total: None
+) -> EngineSidecar:
+    """Build an engine into `bundle` and return its sidecar.
+
+    Raises EngineError, and then leaves what was there: an old engine, or none.
+    """
+    folder = Path(bundle)
+    job = _job(folder, options)
+    target = engine_folder(folder, job.flavour.backend, job.precision)
+    if target.exists() and not options.force:
+        raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
+    verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
+    started = time.perf_counter()
+    progress("parsing", 0, 0)
+    parsed = parse(job.flavour, tensorrt_copy(folder / job.graph, job.capacity), folder / job.graph)
+    progress("proving", 0, 0)
+    layers = prove(parsed.trt, parsed.network, promise_of(job.manifest, job.precision))
+    plan = build(job.flavour, parsed, job.profiles, _timing_cache(job), progress)
+    seconds = time.perf_counter() - started
+    with made_whole(target, options.force) as out:
+        progress("writing the plan", 0, 0)
+        (out / PLAN).write_bytes(plan.data)
+        sidecar = _sidecar(job, parsed, plan, layers, seconds)
+        write_sidecar(out / PLAN, sidecar)
+    return sidecar
+
+
+def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:
+    """Decode: one token for each of up to `max_batch_size` rows. Prefill: up to a chunk of tokens of one row."""
+    chunk = min(chunk_tokens, max_seq_len)
+    return (
+        Profile(DECODE, batch=(1, 1, max_batch_size), tokens=(1, 1, 1)),
+        Profile(PREFILL, batch=(1, 1, 1), tokens=(1, max(1, chunk // 2), chunk)),
+    )
+
+
+def _job(folder: Path, options: BuildOptions) -> _Job:
+    manifest = read_manifest(folder)
+    if options.chunk_tokens < 1:
+        raise EngineError(f"chunk_tokens is {options.chunk_tokens}, expected at least 1")
+    flavour, _ = choose_flavour(options.backend)
+    flavour.load()  # what is missing is said before anything is hashed
+    shapes = profiles(manifest.max_seq_len, manifest.max_batch_size, options.chunk_tokens)
+    capacity = cache_capacity(manifest.max_seq_len)
+    return _Job(folder, manifest, flavour, _precision(manifest, options.precision), capacity, shapes)
+
+
+def _precision(manifest: Manifest, requested: str | None) -> str:
+    held = manifest.precisions
+    if requested is None and len(held) == 1:
+        return held[0]
+    if requested is None:
+        raise EngineError(f"this bundle holds {', '.join(held)}; say with --precision which one to build")
+    if requested not in held:
+        raise EngineError(
+            f"this bundle holds {', '.join(held)}, not {requested}; export it with --precision {requested}"
+        )
+    return requested
+
+
+def _timing_cache(job: _Job) -> Path | None:
+    """Measured kernel times of earlier builds; TensorRT-RTX measures nothing when it builds."""
+    if job.flavour.backend == "tensorrt-rtx":
+        return None
+    (job.bundle / ENGINES).mkdir(exist_ok=True)
+    return job.bundle / ENGINES / f"{job.flavour.backend}.timing"
+
+
+def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:
+    manifest, network, files = job.manifest, parsed.network, job.manifest.files
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    promise, (gpu, reason) = promise_of(manifest, job.precision), find_gpu()
+    return EngineSidecar(
+        backend=job.flavour.backend,
+        precision=job.precision,
+        plan_sha256=hashlib.sha256(plan.data).hexdigest(),
+        plan_bytes=plan.data.nbytes,
+        onnx=job.graph,
+        onnx_sha256=files[job.graph].sha256,
+        weights_sha256=files[f"graphs/{job.precision}/{WEIGHTS}"].sha256,
+        tensorrt_version=str(parsed.trt.__version__),
+        compute_capabilities=_compute_capabilities(job.flavour),
+        profiles=job.profiles,
+        flags=plan.flags,
+        capacity=job.capacity,
+        max_seq_len=manifest.max_seq_len,
+        max_batch_size=manifest.max_batch_size,
+        inputs=_described(inputs, contract.graph_inputs(manifest.model, "full", promise.base)),
+        outputs=_described(outputs, contract.graph_outputs(manifest.model, promise.base)),
+        state=tuple(pair.to_dict() for pair in contract.state_pairs(manifest.model, promise.base)),
+        layers=layers,
+        build={
+            "seconds": round(seconds, 3),
+            "peak_host_bytes": _peak_rss_bytes(),
+            "memory": parsed.log.memory,
+            "warnings": parsed.log.warnings,
+            "platform": platform.platform(),
+        },
+        smoke={"ran": False, "reason": reason if gpu is None else "building does not run it"},
+    )
+
+
+def _compute_capabilities(flavour: TensorRTFlavour) -> tuple[str, ...]:
+    """RTX plans are portable; a plan of full TensorRT is for the kind of GPU that it was built on."""
+    if flavour.backend == "tensorrt-rtx":
+        return _RTX_CAPABILITIES
+    gpu, reason = find_gpu()
+    if gpu is None:
+        raise EngineError(f"{flavour.backend} builds for the GPU that it runs on, and here is {reason}")
+    return (gpu.capability_text,)
+
+
+def _described(tensors: Sequence[Any], specs: Sequence[contract.TensorSpec]) -> tuple[dict[str, Any], ...]:
+    """Name, type and shape of network inputs or outputs; a free dimension has the name that the contract gives it."""
+    dims = {spec.name: spec.shape for spec in specs}
+    return tuple(
+        {
+            "name": tensor.name,
+            "dtype": DTYPES.get(tensor.dtype.name, tensor.dtype.name),
+            "shape": [dims[tensor.name][axis] if size < 0 else int(size) for axis, size in enumerate(tensor.shape)],
+        }
+        for tensor in tensors
+    )
+
+
+def _peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far, where the system counts it."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

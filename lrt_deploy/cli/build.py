@@ -1,0 +1,82 @@
+"""`lrt-deploy build`: a bundle gets an engine for a GPU. Shows what is built and how far; the work is `build_engine`'s.
+
+Where a GPU is present the plan is run at once and held against ONNX Runtime on the CPU; where none is, that is said.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import options, output
+
+if TYPE_CHECKING:
+    from lrt_deploy.engine_sidecar import EngineSidecar
+
+
+def build(
+    bundle: options.BundlePath,
+    backend: Annotated[
+        str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: tensorrt where it is installed.")
+    ] = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="Which precision of the bundle to build; default: the only one in it.")
+    ] = None,
+    chunk_tokens: Annotated[
+        int | None, typer.Option(help="Most prompt tokens that the engine takes at once; default: 512.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """Build a TensorRT engine from a bundle, after proving that its network is what the precision promises."""
+    from lrt_deploy import build_engine
+    from lrt_deploy.engine_sidecar import PLAN, engine_folder
+    from lrt_deploy.tensorrt_flavours import choose_flavour
+
+    flavour, reason = choose_flavour(backend)
+    output.say(f"building for {flavour.backend}, {reason}")
+    with output.progress(quiet=json) as progress:
+        sidecar = build_engine(
+            bundle,
+            backend=flavour.backend,
+            precision=precision,
+            chunk_tokens=chunk_tokens,
+            force=force,
+            progress=progress,
+        )
+    plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
+    if json:
+        output.document({"plan": str(plan)} | sidecar.to_dict())
+        return
+    size = output.bytes_text(sidecar.plan_bytes)
+    output.answer(f"built {plan} ({size}) in {sidecar.build['seconds']:.1f} s; {smoke_text(sidecar.smoke)}")
+    output.table(engine_rows(sidecar))
+
+
+def smoke_text(smoke: dict[str, Any]) -> str:
+    """What came of running the plan, in a clause."""
+    if not smoke.get("ran"):
+        return f"it was not run here: {smoke.get('reason')}"
+    return f"{'it passed' if smoke.get('passed') else 'IT FAILED'} the smoke test: {smoke.get('verdict')}"
+
+
+def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
+    """What an engine is and what its network was proven to consist of, for people."""
+    layers, memory = sidecar.layers, sidecar.build.get("memory", {})
+    return {
+        "engine": f"{sidecar.precision} for {sidecar.backend} {sidecar.tensorrt_version}",
+        "GPUs": f"compute capability {', '.join(sidecar.compute_capabilities)}",
+        "made from": f"{sidecar.onnx}, sha256 {sidecar.onnx_sha256[:16]}…",
+        "capacity": f"{sidecar.max_seq_len} tokens in {sidecar.capacity} slots, {sidecar.max_batch_size} sequences",
+        "profiles": "; ".join(f"{p.name}: batch {p.batch}, tokens {p.tokens}" for p in sidecar.profiles),
+        "flags": ", ".join(sidecar.flags),
+        "cache updates in place": str(layers.get("kv_cache_update")),
+        "fused attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s)",
+        "products": ", ".join(f"{count} in {product}" for product, count in layers.get("matmul", {}).items()),
+        "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
+        "memory": ", ".join(f"{name} {max(sizes)}" for name, sizes in memory.items()),
+        "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),
+        "smoke test": smoke_text(sidecar.smoke),
+    }

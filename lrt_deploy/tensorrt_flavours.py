@@ -1,0 +1,63 @@
+"""The two TensorRT libraries that engines are built and run with: full TensorRT, and TensorRT-RTX.
+
+They share one Python API under two module names, and their plans are foreign to each other. Exporters and runtime both
+load the library here, so that a missing one is reported in the same words. Knows nothing of graphs or engines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import EngineError
+
+
+@dataclass(frozen=True)
+class TensorRTFlavour:
+    """One library: the backend's name, its module, and what installs it."""
+
+    backend: str
+    module: str
+    extra: str
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module can be found; it is not imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def load(self) -> Any:  # noqa: ANN401 - neither library ships types
+        """The imported module; EngineError says what to install."""
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"the backend {self.backend} needs the Python module {error.name}, which is not installed; "
+                f"pip install '{self.extra}'"
+            ) from error
+        except Exception as error:  # a broken installation may raise anything
+            raise EngineError(
+                f"{self.module} is installed but cannot be loaded: {' '.join(str(error).split())}"
+            ) from error
+
+
+# Best first: what `auto` takes.
+FLAVOURS: dict[str, TensorRTFlavour] = {
+    "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "lrt-deploy[tensorrt]"),
+    "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "lrt-deploy[tensorrt-rtx]"),
+}
+
+
+def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
+    """The flavour asked for, or for `auto` the best that is installed; and why, as a clause for people."""
+    if requested in FLAVOURS:
+        return FLAVOURS[requested], "as asked for"
+    if requested != "auto":
+        raise EngineError(f"engines are built for {' or '.join(FLAVOURS)}, or auto; {requested!r} is none of them")
+    found = [flavour for flavour in FLAVOURS.values() if flavour.installed]
+    if not found:
+        extras = " or ".join(f"pip install '{flavour.extra}'" for flavour in FLAVOURS.values())
+        raise EngineError(f"neither {' nor '.join(f.module for f in FLAVOURS.values())} is installed here; {extras}")
+    missing = [name for name in FLAVOURS if name != found[0].backend and not FLAVOURS[name].installed]
+    return found[0], f"because {missing[0]} is not installed" if missing else "because both are installed"
