@@ -7,6 +7,7 @@ LRTDeployError
 ├── BundleError       a bundle that is incomplete, altered or of another format version
 ├── EngineError       a TensorRT engine that cannot be built or must not be used here
 ├── BackendError      a backend that is absent, failed, or produced non-finite numbers
+│   └── NonFiniteError    the last of these, with the rows that it happened in
 ├── StateError        a decode state used in a way it does not allow (capacity, batch, foreign state)
 ├── InputError        a prompt, token id, option or file content that cannot be used
 └── ParityError       a comparison that could not be made (a failed comparison is a result, not an error)
@@ -42,6 +43,14 @@ class EngineError(LRTDeployError):
 
 class BackendError(LRTDeployError):
     """A backend is absent, failed, or produced non-finite numbers."""
+
+
+class NonFiniteError(BackendError):
+    """Some rows' logits are not finite; `rows` says which."""
+
+    def __init__(self, message: str, rows: list[int]) -> None:
+        super().__init__(message)
+        self.rows = rows
 
 
 class StateError(LRTDeployError):

@@ -1,19 +1,27 @@
 """The seam between the decoder and whatever computes the graphs: two protocols, and the choice of a backend by name.
 
 A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
-two calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of).
+two calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of); and two
+that move cache entries, `read_slots` and `write_slots`, of which saving, forking and moving rows are made.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from lrt_deploy.errors import BackendError
+import numpy as np
+from numpy.typing import NDArray
+
+from lrt_deploy.errors import BackendError, NonFiniteError
 from lrt_deploy.interface import FloatArray, IntArray
 
 # Best first; `auto` takes the first that is present.
 BACKENDS: tuple[str, ...] = ("ort-cpu",)
+
+# Entries of one row in every cache, (G, n, D) each in the cache's own type, by the contract's names: `past_key_0`, ...
+SlotArrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -48,9 +56,10 @@ class StateBuffers(Protocol):
         """Replace the latent of some rows: rows (n), latent (n, C)."""
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
-        """Run one token per row at positions (B), advancing caches and latent; logits (B, V) if `head`.
+        """Run one token for each of the first rows, tokens and positions (n <= B); logits (n, V) if `head`.
 
-        The returned array is reused by the next call.
+        Advances caches and latent of these rows; the latent of the others is lost. The returned array is reused by
+        the next call.
         """
 
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -69,6 +78,12 @@ class StateBuffers(Protocol):
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as views or copies on the host."""
 
+    def read_slots(self, row: int, start: int, stop: int) -> SlotArrays:
+        """A row's entries in slots start to stop - 1 of every cache, as views or copies on the host."""
+
+    def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
+        """Put entries, as `read_slots` gives them, into a row's slots from `start` on."""
+
 
 class Backend(Protocol):
     """A loaded precision of a bundle."""
@@ -76,9 +91,22 @@ class Backend(Protocol):
     name: str
     precision: str
     detail: str  # what runs it, for people: provider, threads
+    state_dtype: str  # of the caches: float32, float16 or bfloat16
 
     def allocate(self, batch: int) -> StateBuffers:
         """Zeroed buffers for a state of this many sequences."""
+
+
+def check_finite(logits: FloatArray, lengths: IntArray, backend: Backend) -> None:
+    """Refuse logits (B, V) that no token may be chosen from; lengths (B) are those after the tokens just read."""
+    finite = np.isfinite(logits)
+    if not finite.all():
+        rows = np.flatnonzero(~finite.all(axis=1))
+        raise NonFiniteError(
+            f"{backend.name} in {backend.precision} produced {int((~finite).sum())} logits that are not finite, first "
+            f"in row {rows[0]} after {int(lengths[rows[0]])} tokens; no token was chosen from them",
+            rows.tolist(),
+        )
 
 
 def choose_backend(requested: str) -> str:

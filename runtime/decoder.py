@@ -5,7 +5,6 @@ It checks everything that comes in and every logit that goes out; the arithmetic
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -19,15 +18,18 @@ from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
-from lrt_deploy.manifest import TOKENIZER, Manifest, read_manifest, verify_files
+from lrt_deploy.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
 from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
-from .backend import Backend, choose_backend
+from .backend import Backend, check_finite, choose_backend
 from .generation import Event, Generation, generate
+from .origin import Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts
+from .rewind import unchanged_on_error
 from .state import DecodeState
+from .state_file import load_state
 
 
 class Decoder:
@@ -39,10 +41,12 @@ class Decoder:
         backend: Backend,
         tokenizer: Tokenizer | None,
         prefill_options: PrefillOptions | None = None,
+        bundle_sha256: str = "",
     ) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
         self.prefill_options = prefill_options or PrefillOptions()
         self._backend: Backend | None = backend
+        self._origin = Origin.of(backend, manifest, bundle_sha256)
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
 
@@ -75,20 +79,17 @@ class Decoder:
         rows = check_prompts(prompts, self.config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, self.config.memory)
         if state is None:
-            if len(rows) > self.manifest.max_batch_size:
-                raise InputError(
-                    f"{len(rows)} prompts were given; this bundle was exported for {self.manifest.max_batch_size}"
-                )
-            state = DecodeState(self._loaded.allocate(len(rows)), self.config, owner=self._loaded)
+            self._check_rows(len(rows), "prompts were given")
+            state = DecodeState(self._live_origin, len(rows))
         elif len(rows) != state.batch:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
         self._check(state, rows)
-        with _unchanged_on_error(state):
+        with unchanged_on_error(state, rows):
             logits, report = read_prompts(state, rows, request, self.prefill_options)
             self._accept(state, rows, logits)
-        state.prefill = report
+        state.finish_reading(report, sum(map(len, rows)))
         return state
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
@@ -96,11 +97,28 @@ class Decoder:
         ids = check_tokens(tokens, self.config.vocab_size, state.batch)
         rows = ids[:, None]  # (B, 1)
         self._check(state, rows)
-        with _unchanged_on_error(state):
+        with unchanged_on_error(state, rows):
             logits = state.buffers.decode(ids, state.lengths, head=True)
             assert logits is not None
+            state.history.write_step(state.lengths, state.buffers.latent[: state.batch])
             self._accept(state, rows, logits)
         return state.logits
+
+    def load_state(self, path: str | Path) -> DecodeState:
+        """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
+
+        Raises StateError for a file that is damaged, of a later format, or of another model or precision.
+        """
+        return load_state(Path(path), self._live_origin)
+
+    def adopt(self, state: DecodeState) -> DecodeState:
+        """A copy of another decoder's state, to be continued here: same model and precision, any backend."""
+        return state.copied_to(self._live_origin, range(state.batch))
+
+    def new_state(self, slots: int) -> DecodeState:
+        """A state without rows that has room for some; see `DecodeState.add`."""
+        self._check_rows(slots)
+        return DecodeState(self._live_origin, 0, slots)
 
     def generate(
         self,
@@ -151,6 +169,15 @@ class Decoder:
             raise BackendError("this decoder is closed; open the bundle again")
         return self._backend
 
+    @property
+    def _live_origin(self) -> Origin:
+        assert self._loaded is self._origin.backend
+        return self._origin
+
+    def _check_rows(self, rows: int, what: str = "slots were asked for") -> None:
+        if not 1 <= rows <= self.manifest.max_batch_size:
+            raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
+
     def _check(self, state: DecodeState, rows: Sequence[IntArray] | IntArray) -> None:
         """The state must be of this decoder and have room for the tokens."""
         if state.owner is not self._loaded:
@@ -164,24 +191,8 @@ class Decoder:
 
     def _accept(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
         """Advance the state, unless the numbers are not usable."""
-        if not np.isfinite(logits).all():
-            row, bad = int(np.argwhere(~np.isfinite(logits))[0, 0]), int((~np.isfinite(logits)).sum())
-            raise BackendError(
-                f"{self.backend} in {self.precision} produced {bad} logits that are not finite, first in row {row} "
-                f"after {int(state.lengths[row]) + len(rows[row])} tokens; no token was chosen from them"
-            )
+        check_finite(logits, state.lengths + np.array([len(row) for row in rows]), state.owner)
         state.advance(list(rows), logits)
-
-
-@contextlib.contextmanager
-def _unchanged_on_error(state: DecodeState) -> Iterator[None]:
-    """Put the latent back when a call fails; lengths have not moved, and cache slots beyond them do not count."""
-    before = state.buffers.latent.copy()
-    try:
-        yield
-    except BaseException:
-        state.buffers.set_latent(np.arange(state.batch), before)
-        raise
 
 
 def open_decoder(
@@ -208,7 +219,8 @@ def open_decoder(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
-    return Decoder(manifest, _load_backend(name, folder, manifest, chosen, threads), tokenizer, prefill_options)
+    loaded = _load_backend(name, folder, manifest, chosen, threads)
+    return Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
 
 
 def choose_precision(manifest: Manifest, requested: str | None) -> str:

@@ -42,7 +42,7 @@ class SweepOptions:
 class Reading:
     """One row, read: what follows from it and what it cost."""
 
-    latent: FloatArray  # (C) after the last token
+    latents: FloatArray  # (n, C) after each token
     logits: FloatArray  # (V) after the last token
     computed: int  # token positions computed
     residual: float  # bound on the latent's error over all positions, max abs; 0 where exact by construction
@@ -57,6 +57,7 @@ def read_row(
     Leaves `buffers.latent` to the caller.
     """
     latent, computed, residual, fallback = buffers.latent[row].copy(), 0, 0.0, None
+    latents: list[FloatArray] = []
     chunks = np.array_split(tokens, -(-len(tokens) // options.chunk_tokens))
     start = past
     for chunk in chunks:
@@ -64,26 +65,28 @@ def read_row(
         if not sweeps.converge(tolerance):
             fallback = fallback or f"at token {start + sweeps.exact}: the iteration {sweeps.verdict}"
             sweeps.finish_stepwise()
+        latents.append(sweeps.latents[1:])
         latent, computed = sweeps.latents[-1], computed + sweeps.computed
         residual, start = max(residual, sweeps.residual), start + len(chunk)
-    return Reading(latent, sweeps.logits, computed, residual, fallback)
+    return Reading(np.concatenate(latents), sweeps.logits, computed, residual, fallback)
 
 
 def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> Reading:
     """One parallel pass with zero memory: exact for a model without memory, and not the model as trained otherwise."""
-    computed, start = len(tokens), past
+    computed, start, latents = len(tokens), past, []
     for chunk in np.array_split(tokens, -(-len(tokens) // options.chunk_tokens)):
         sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], SweepOptions(stride=1))
         sweeps.sweep()
+        latents.append(sweeps.latents[1:])
         start += len(chunk)
-    return Reading(sweeps.latents[-1], sweeps.logits, computed, 0.0, None)
+    return Reading(np.concatenate(latents), sweeps.logits, computed, 0.0, None)
 
 
 def read_row_stepwise(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> Reading:
     """One row token by token, beside rows that are read otherwise."""
     sweeps = Sweeps(buffers, row, tokens, past, buffers.latent[row], SweepOptions())
     sweeps.finish_stepwise()
-    return Reading(sweeps.latents[-1], sweeps.logits, sweeps.computed, 0.0, None)
+    return Reading(sweeps.latents[1:], sweeps.logits, sweeps.computed, 0.0, None)
 
 
 class Sweeps:

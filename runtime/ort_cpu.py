@@ -7,6 +7,7 @@ All that a call needs is bound once per shape; a decode step writes a few intege
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
 from lrt_deploy.precisions import base_dtype
 
-from .backend import Block
+from .backend import Block, SlotArrays
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
 _ONE_THREAD_BYTES = 64 * 2**20
@@ -32,7 +33,7 @@ _KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, wi
 class OrtCpuBackend:
     """A session on the CPU provider. `threads` None: one for small models, else ORT's choice (all physical cores)."""
 
-    name = "ort-cpu"
+    name, state_dtype = "ort-cpu", "float32"
 
     def __init__(
         self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS
@@ -89,7 +90,9 @@ class OrtCpuBuffers:
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
         self._end = np.zeros(1, np.int64)
         self._slot_positions = np.arange(self.capacity)
-        self._decodes = {(head, turn): self._decode_call(head, turn) for head in (False, True) for turn in (0, 1)}
+        self._decodes: dict[tuple[int, bool, int], _Call] = {}
+        for head, turn in ((True, 0), (True, 1), (False, 0), (False, 1)):  # others when rows have left
+            self._decode_call(batch, head, turn)
         self._reads: dict[tuple[int, int, int], _Call] = {}
 
     @property
@@ -104,8 +107,8 @@ class OrtCpuBuffers:
             self._latents[self._turn][rows, 0] = latent
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
-        """Run one token per row, bound in advance for both turns of the latent."""
-        call = self._decodes[head, self._turn]
+        """Run one token for each of the first rows; bindings are kept per number of rows."""
+        call = self._decode_call(len(tokens), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
         call.write_index[:] = positions
@@ -139,6 +142,15 @@ class OrtCpuBuffers:
         keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
         return _as_float32(keys[:, :, :length]), _as_float32(values[:, :, :length])
 
+    def read_slots(self, row: int, start: int, stop: int) -> SlotArrays:
+        """Views (G, stop - start, D) of a row's entries in every cache, by the names of the contract."""
+        return {name: cache[row, :, start:stop] for name, cache in self._caches.items()}
+
+    def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
+        """Put entries into a row's slots from `start` on."""
+        for name, cache in self._caches.items():
+            cache[row, :, start : start + entries[name].shape[1]] = entries[name]
+
     def _look_back(self, oldest: int, end: int, ordered: int | None = None) -> None:
         """Set the live windows for queries from position `oldest` on; none may begin among slots out of order."""
         for window, start in self._starts.items():
@@ -152,9 +164,13 @@ class OrtCpuBuffers:
         except Exception as error:
             raise BackendError(f"ONNX Runtime failed: {error}") from error
 
-    def _decode_call(self, head: bool, turn: int) -> _Call:
-        """One token for all rows, from the latent `turn` to the other one."""
-        return self._bind(slice(0, self.batch), int(head), self._latents[turn], self._latents[1 - turn])
+    def _decode_call(self, rows: int, head: bool, turn: int) -> _Call:
+        """One token for each of the first `rows` rows, from the latent `turn` to the other one."""
+        key = (rows, head, turn)
+        if key not in self._decodes:
+            before, after = self._latents[turn][:rows], self._latents[1 - turn][:rows]
+            self._decodes[key] = self._bind(slice(0, rows), int(head), before, after)
+        return self._decodes[key]
 
     def _read_call(self, row: int, count: int, logit_rows: int) -> _Call:
         """`count` tokens of one row, between two latent arrays of their own; the last few are kept."""

@@ -55,6 +55,11 @@ class PrefillRequest:
             )
         return cls(policy, float(tolerance))
 
+    @property
+    def allowed_error(self) -> float:
+        """The largest error of the latent that this request puts up with."""
+        return {"stepwise": 0.0, "zero": math.inf}.get(self.policy, self.tolerance)
+
 
 def read_prompts(
     state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
@@ -69,7 +74,9 @@ def read_prompts(
     else:
         numbered = enumerate(zip(rows, ways, strict=True))
         readings = [_read_row(state, i, row, way, request, options) for i, (row, way) in numbered]
-        state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latent for reading in readings]))
+        for i, reading in enumerate(readings):
+            state.history.write_row(i, int(state.lengths[i]), reading.latents)
+        state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latents[-1] for reading in readings]))
         logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
     if request.policy == "auto":
         report = replace(report, stepwise_below=options.stepwise_below)
@@ -91,10 +98,12 @@ def read_stepwise(
     padded = np.stack(
         [np.concatenate([np.repeat(row[:1], start), row]) for row, start in zip(rows, starts, strict=True)]
     )
-    carried = buffers.latent.copy()
+    carried = buffers.latent[: state.batch].copy()
     logits: FloatArray | None = None
     for t in range(steps):
-        logits = buffers.decode(padded[:, t], past + np.maximum(0, t - starts), head=t == steps - 1)
+        positions = past + np.maximum(0, t - starts)
+        logits = buffers.decode(padded[:, t], positions, head=t == steps - 1)
+        state.history.write_step(positions, buffers.latent[: state.batch])
         waiting = np.flatnonzero(t < starts)
         if waiting.size:
             buffers.set_latent(waiting, carried[waiting])

@@ -1,0 +1,213 @@
+"""Decode states as files: one safetensors file with the live part of every row, its history, and where it came from.
+
+    metadata   format, format_version, model_sha256, bundle_sha256, precision, state_dtype, backend, book, sha256
+    N.tokens   (n) int64                     N.latents   (n, C) float32, what each token left
+    N.past_key_L, N.past_value_L             (G, n, D) in the caches' own type; bfloat16 as its 16 bits
+    N.logits   (V) float32, if known         N.kept.M    (V) float32, logits after M tokens
+
+N is the row. `book` is JSON: lengths and the few numbers beside the tensors. `sha256` covers everything else, so a
+damaged file is found out whatever is damaged. A file is checked as a whole before a state is made of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
+import numpy as np
+import safetensors
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from lrt_deploy.errors import StateError
+from lrt_deploy.interface import IntArray, PrefillReport
+
+from .atomic_file import written_whole
+from .origin import Identity, Origin
+from .state import DecodeState
+
+FORMAT, FORMAT_VERSION = "lrt-deploy decode state", 1
+
+_IDENTITY = ("model_sha256", "precision", "state_dtype", "bundle_sha256")
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def save_state(state: DecodeState, path: Path) -> None:
+    """Write a state to a file, in place of an older one only when it is whole."""
+    arrays: Arrays = {}
+    for row in range(state.batch):
+        arrays |= {f"{row}.{name}": array for name, array in state.export_row(row).items()}
+    arrays = {name: _storable(array) for name, array in arrays.items()}
+    metadata = _metadata(state, path)
+    metadata["sha256"] = _digest(metadata, arrays)
+    try:
+        with written_whole(path) as partial:
+            save_file(arrays, partial, metadata)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StateError(f"the state could not be saved to {path}: {error}") from error
+
+
+def load_state(path: Path, origin: Origin) -> DecodeState:
+    """The state in a file, on this decoder; raises StateError with the reason why it cannot be used."""
+    file = read_file(path)
+    if why := origin.identity.why_not(file.identity):
+        raise StateError(f"{path} cannot be used here: {why}")
+    lengths = file.lengths
+    if len(lengths) > origin.max_batch_size or max(lengths) > origin.capacity:
+        raise StateError(
+            f"{path} holds {len(lengths)} sequence(s) of up to {max(lengths)} tokens; this decoder takes "
+            f"{origin.max_batch_size} of {origin.capacity}"
+        )
+    state = DecodeState(origin, len(lengths))
+    _check_arrays(file, state)
+    for row, length in enumerate(lengths):
+        state.import_row(row, length, file.row(row))
+    for name in ("prefill", "read_within", "computed_tokens", "extra"):
+        setattr(state, name, file.book[name])
+    return state
+
+
+@dataclass(frozen=True)
+class StateFile:
+    """The content of an intact file."""
+
+    path: Path
+    identity: Identity
+    book: dict[str, Any]
+    arrays: Arrays
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        lengths: list[int] = self.book["lengths"]
+        return lengths
+
+    def row(self, row: int) -> Arrays:
+        """The arrays of one row by their own names, caches in their own type."""
+        found = {n.partition(".")[2]: a for n, a in self.arrays.items() if n.startswith(f"{row}.")}
+        dtype = np.dtype(self.identity.state_dtype)
+        return {name: array.view(dtype) if name.startswith("past_") else array for name, array in found.items()}
+
+
+def read_file(path: Path) -> StateFile:
+    """Read and check a file as far as that goes without a decoder; StateError says what is wrong with it."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            metadata, arrays = check_format(path, file.metadata()), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StateError(f"{path} is not a whole state file: {error}") from error
+    if metadata.pop("sha256", None) != _digest(metadata, arrays):
+        raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
+    try:
+        return StateFile(path, Identity(*(metadata[name] for name in _IDENTITY)), _parse_book(metadata["book"]), arrays)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise StateError(f"{path} is not of the state format {FORMAT_VERSION}: {error!r}") from error
+
+
+def read_tokens(path: Path) -> IntArray:
+    """The tokens of the first row, without reading or checking the rest."""
+    try:
+        with safetensors.safe_open(path, framework="np") as file:
+            check_format(path, file.metadata())
+            tokens: IntArray = file.get_tensor("0.tokens")
+            return tokens
+    except (OSError, safetensors.SafetensorError) as error:
+        raise StateError(f"{path} is not a whole state file: {error}") from error
+
+
+def check_format(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
+    """The metadata, if they are those of a state in the format that this version reads."""
+    found = dict(metadata or {})
+    if found.get("format") != FORMAT:
+        raise StateError(f"{path} is a safetensors file, but not a {FORMAT}; expected what DecodeState.save writes")
+    if (version := found.get("format_version")) != str(FORMAT_VERSION):
+        raise StateError(
+            f"{path} has the state format {version}, this lrt-deploy reads {FORMAT_VERSION}; load it with the "
+            "lrt-deploy that saved it, or read its tokens again"
+        )
+    return found
+
+
+def _parse_book(text: str) -> dict[str, Any]:
+    """The numbers beside the tensors, in their types."""
+    book: dict[str, Any] = json.loads(text)
+    lengths = [int(length) for length in book["lengths"]]
+    if not lengths or min(lengths) < 0:
+        raise ValueError(f"lengths {lengths[:5]}")
+    numbers = {"read_within": float(book["read_within"]), "computed_tokens": int(book["computed_tokens"])}
+    return numbers | {"lengths": lengths, "prefill": PrefillReport(**book["prefill"]), "extra": dict(book["extra"])}
+
+
+def _metadata(state: DecodeState, path: Path) -> dict[str, str]:
+    identity = state.origin.identity
+    try:
+        book = {
+            "lengths": state.lengths.tolist(),
+            "prefill": state.prefill.to_dict(),
+            "read_within": state.read_within,
+            "computed_tokens": state.computed_tokens,
+            "extra": state.extra,
+        }
+        text = json.dumps(book, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StateError(f"the state could not be saved to {path}: its `extra` is not JSON: {error}") from error
+    return {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "model_sha256": identity.model_sha256,
+        "bundle_sha256": identity.bundle_sha256,
+        "precision": identity.precision,
+        "state_dtype": identity.state_dtype,
+        "backend": state.owner.name,
+        "book": text,
+    }
+
+
+def _digest(metadata: Mapping[str, str], arrays: Arrays) -> str:
+    """Over all metadata but the digest, and the name, type, shape and bytes of every array."""
+    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _storable(array: NDArray[Any]) -> NDArray[Any]:
+    """Contiguous, and of a type that the file format's reader for numpy knows."""
+    array = np.ascontiguousarray(array)
+    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+
+
+def _check_arrays(file: StateFile, state: DecodeState) -> None:
+    """A file may match its checksum and still not be a state of this model: somebody may have made it so."""
+    if strays := sorted({name.partition(".")[0] for name in file.arrays} - {str(row) for row in range(state.batch)}):
+        raise StateError(f"{file.path} has arrays of a row {strays[0]!r}, expected {state.batch} row(s)")
+    for row, length in enumerate(file.lengths):
+        found = file.row(row)
+        logits = ((state.origin.config.vocab_size,), "float32")
+        expected = state.row_shapes(length) | {n: logits for n in found if n == "logits" or _kept_after(n, length)}
+        for name in expected.keys() | found.keys():
+            shape = (found[name].shape, str(found[name].dtype)) if name in found else "missing"
+            if shape != expected.get(name):
+                raise StateError(
+                    f"{file.path}: {row}.{name} is {shape}, expected {expected.get(name, 'no such array')}"
+                )
+        for name, array in found.items():
+            if array.dtype.kind != "i" and not np.isfinite(array.astype(np.float32)).all():
+                raise StateError(f"{file.path}: {row}.{name} holds numbers that are not finite; no token follows")
+        tokens, vocabulary = found["tokens"], state.origin.config.vocab_size
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise StateError(f"{file.path}: {row}.tokens holds ids outside 0 to {vocabulary - 1}")
+
+
+def _kept_after(name: str, length: int) -> bool:
+    """Whether an array is the logits after one of the first tokens."""
+    number = name.removeprefix("kept.")
+    return name.startswith("kept.") and number.isdecimal() and 1 <= int(number) <= length

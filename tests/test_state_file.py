@@ -1,0 +1,287 @@
+"""Saved states: the same numbers in another process, and every file that is not one refused by name and reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import lrt_deploy
+from lrt_deploy.errors import StateError
+from lrt_deploy.runtime import state_file
+from lrt_deploy.runtime.state_file import load_state, read_file
+
+NAME = "padded_vocab"
+RNG = np.random.default_rng(6)
+LONG, SHORT = (RNG.integers(0, 250, n).tolist() for n in (40, 7))
+STEPS = [[3, 4], [5, 6], [7, 8]]
+
+
+@pytest.fixture
+def decoder(decoder_of):
+    return decoder_of(NAME)
+
+
+@pytest.fixture
+def saved(decoder, tmp_path):
+    """A state and its file."""
+    state = decoder.prefill([LONG, SHORT], policy="fixed-point", tolerance=1e-4)
+    decoder.step(state, [1, 2])
+    state.extra = {"turns": [1, 2], "name": "ü"}
+    state.save(tmp_path / "one.state")
+    return state, tmp_path / "one.state"
+
+
+CONTINUE = """
+import sys, numpy as np, lrt_deploy
+bundle, path, out = sys.argv[1:]
+with lrt_deploy.open_decoder(bundle) as decoder:
+    state = decoder.load_state(path)
+    found = [state.logits] + [decoder.step(state, tokens) for tokens in ([3, 4], [5, 6], [7, 8])]
+    state.rewind([len(state.tokens[0]) - 4, len(state.tokens[1]) - 4])  # back into what was saved
+    np.savez(out, logits=np.stack(found + [state.logits]), latent=state.latent if state.latent is not None else 0)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", [NAME, "mr_gqa_SSSL", "baseline_ve", "trained"])
+def test_another_process_continues_to_the_bit(name, decoder_of, export_once, tmp_path):
+    decoder = decoder_of(name)
+    state = decoder.prefill([LONG, SHORT], policy="fixed-point", tolerance=1e-4)
+    at_prompt = state.logits
+    first = decoder.step(state, [1, 2])
+    state.save(tmp_path / "one.state")
+    expected = [first] + [decoder.step(state, tokens) for tokens in STEPS] + [at_prompt]
+    out = tmp_path / "found.npz"
+    run = subprocess.run(
+        [sys.executable, "-c", CONTINUE, export_once(name), tmp_path / "one.state", out], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    found = np.load(out)
+    assert np.array_equal(found["logits"], np.stack(expected))
+    assert not np.array_equal(found["logits"], np.stack(expected[::-1]))
+    state.rewind([len(LONG), len(SHORT)])
+    assert state.latent is None or np.array_equal(found["latent"], state.latent)
+
+
+def test_a_loaded_state_is_the_saved_one(decoder, saved):
+    state, path = saved
+    loaded = decoder.load_state(str(path))
+    for name in ("tokens", "extra", "prefill", "read_within", "computed_tokens", "num_bytes"):
+        assert getattr(loaded, name) == getattr(state, name), name
+    assert loaded.extra is not state.extra
+    for layer in range(decoder.config.n_layer):
+        for ours, theirs in zip(loaded.cache(layer), state.cache(layer), strict=True):
+            for row, length in enumerate(state.lengths):
+                assert np.array_equal(ours[row, :, :length], theirs[row, :, :length])
+
+
+def test_a_rewound_state_is_saved_without_its_logits_and_finds_them_again(decoder, tmp_path):
+    state = decoder.prefill([LONG])
+    expected = decoder.step(state, [1])
+    decoder.step(state, [2])
+    state.rewind(len(LONG) + 1)
+    state.save(tmp_path / "one.state")
+    assert "0.logits" not in read_file(tmp_path / "one.state").arrays
+    assert np.array_equal(decoder.load_state(tmp_path / "one.state").logits, expected)
+
+
+def test_size_follows_the_tokens_and_not_the_capacity(decoder, tmp_path):
+    sizes = {}
+    for count in (10, 20, 40, 80):
+        decoder.prefill([(LONG + LONG)[:count]], policy="stepwise").save(tmp_path / "one.state")
+        sizes[count] = (tmp_path / "one.state").stat().st_size
+    per_token = decoder.prefill([SHORT]).bytes_per_token
+    for few, many in ((10, 20), (20, 40), (40, 80)):
+        assert abs(sizes[many] - sizes[few] - (many - few) * per_token) < 100  # the header names numbers by digits
+
+
+def test_a_state_for_a_larger_capacity_fits_where_its_tokens_do(decoder, export_once, tmp_path):
+    decoder.prefill([LONG]).save(tmp_path / "long.state")
+    decoder.prefill([[1]] * 3).save(tmp_path / "rows.state")
+    with lrt_deploy.open_decoder(export_once(NAME), max_seq_len=len(LONG)) as small:
+        assert small.load_state(tmp_path / "long.state").lengths.tolist() == [len(LONG)]
+    with lrt_deploy.open_decoder(export_once(NAME), max_seq_len=len(LONG) - 1) as small:
+        refused(small, tmp_path / "long.state", r"1 sequence\(s\) of up to 40 tokens; this decoder takes 8 of 39")
+
+
+# Files that are not what they should be
+
+
+def refused(decoder, path, words):
+    with pytest.raises(StateError, match=words) as caught:
+        decoder.load_state(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\x00" * 100, b"not a state", b"\xff" * 8, b"\x10" + b"\x00" * 7 + b"{" * 16]
+)
+def test_what_is_no_safetensors_file_is_refused(decoder, tmp_path, content):
+    (path := tmp_path / "x.state").write_bytes(content)
+    refused(decoder, path, "is not a whole state file")
+
+
+def test_a_file_that_is_not_there_or_a_folder_is_refused(decoder, tmp_path):
+    refused(decoder, tmp_path / "nowhere.state", "is not a whole state file.*[Nn]o such file")
+    refused(decoder, tmp_path, "is not a whole state file")
+
+
+def test_a_file_cut_anywhere_is_refused(decoder, saved, tmp_path):
+    whole = saved[1].read_bytes()
+    path = tmp_path / "cut.state"
+    for length in np.linspace(0, len(whole) - 1, 40).astype(int):
+        path.write_bytes(whole[:length])
+        refused(decoder, path, "is not a whole state file")
+    path.write_bytes(whole + b"\x00")
+    refused(decoder, path, "is not a whole state file")
+
+
+def test_a_changed_byte_anywhere_is_refused(decoder, saved, tmp_path):
+    whole = bytearray(saved[1].read_bytes())
+    path = tmp_path / "changed.state"
+    for where in [*RNG.integers(8, len(whole), 60).tolist(), 9, 40, len(whole) - 1]:
+        altered = bytearray(whole)
+        altered[where] ^= 0x04
+        path.write_bytes(altered)
+        refused(decoder, path, "state")
+    path.write_bytes(whole)
+    decoder.load_state(path)
+
+
+def rewrite(path, change, arrays=None):
+    """The file with other metadata or arrays and a checksum that is right for them."""
+    with safe_open(path, framework="np") as file:
+        metadata, found = dict(file.metadata()), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    change(metadata, found)
+    metadata.pop("sha256", None)
+    metadata["sha256"] = state_file._digest(metadata, found)
+    save_file(found, path, metadata)
+
+
+def book(**fields):
+    return lambda metadata, arrays: metadata.update(book=json.dumps(json.loads(metadata["book"]) | fields))
+
+
+MISFITS = [
+    (lambda m, a: m.update(format="another"), "is a safetensors file, but not a lrt-deploy decode state"),
+    (lambda m, a: m.clear(), "is a safetensors file, but not"),
+    (lambda m, a: m.update(format_version="2"), "has the state format 2, this lrt-deploy reads 1"),
+    (lambda m, a: m.pop("format_version"), "has the state format None"),
+    (lambda m, a: m.update(model_sha256="0" * 64), "is of another model .*000000000000"),
+    (lambda m, a: m.update(precision="fp16"), "is of fp16 with float32 caches, expected fp32 with float32"),
+    (lambda m, a: m.update(state_dtype="float16"), "is of fp32 with float16 caches, expected fp32 with float32"),
+    (lambda m, a: m.pop("precision"), "is not of the state format 1"),
+    (lambda m, a: m.update(book="[]"), "is not of the state format 1"),
+    (lambda m, a: m.update(book="{"), "is not of the state format 1"),
+    (book(lengths=[]), "is not of the state format 1"),
+    (book(lengths=[-1, 8]), "is not of the state format 1"),
+    (book(lengths=[41, 9]), "1.latents is .*expected"),
+    (book(lengths=[41]), "arrays of a row '1', expected 1 row"),
+    (book(lengths=[1] * 9), "9 sequence"),
+    (book(prefill={"speed": 1}), "is not of the state format 1"),
+    (book(read_within="much"), "is not of the state format 1"),
+    (lambda m, a: a.pop("0.past_key_0"), "0.past_key_0 is missing"),
+    (lambda m, a: a.update({"0.past_key_0": a["0.past_key_0"][:, :-1].copy()}), "0.past_key_0 is"),
+    (lambda m, a: a.update({"0.latents": a["0.latents"].astype(np.float64)}), "0.latents is .*float64"),
+    (lambda m, a: a.update({"0.secret": np.zeros(1)}), "0.secret is .*expected no such array"),
+    (lambda m, a: a.update({"0.kept.99": np.zeros(300, np.float32)}), "0.kept.99 is"),
+    (lambda m, a: a.update({"7.tokens": np.zeros(1)}), "a row '7', expected 2 row"),
+    (
+        lambda m, a: a["1.past_value_1"].__setitem__((0, 0, 0), np.nan),
+        "1.past_value_1 holds numbers that are not finite",
+    ),
+    (lambda m, a: a["0.latents"].__setitem__((3, 2), np.inf), "0.latents holds numbers that are not finite"),
+    (lambda m, a: a["0.logits"].__setitem__(5, np.nan), "0.logits holds numbers that are not finite"),
+    (lambda m, a: a["0.tokens"].__setitem__(0, 300), "0.tokens holds ids outside 0 to 299"),
+    (lambda m, a: a["0.tokens"].__setitem__(0, -1), "0.tokens holds ids outside"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), MISFITS, ids=[words[:40] for _, words in MISFITS])
+def test_a_whole_file_that_does_not_fit_is_refused(decoder, saved, change, words):
+    rewrite(saved[1], change)
+    refused(decoder, saved[1], words)
+
+
+def test_the_same_rewriting_without_a_change_is_accepted(decoder, saved):
+    rewrite(saved[1], lambda metadata, arrays: None)
+    assert decoder.load_state(saved[1]).tokens == saved[0].tokens
+
+
+def test_a_state_of_another_model_says_so(decoder_of, saved):
+    refused(decoder_of("gate32"), saved[1], "another model")
+
+
+def test_bfloat16_caches_come_back_as_they_were(decoder, saved, monkeypatch):
+    """No backend here runs bfloat16; the file must hold it all the same."""
+    import ml_dtypes
+
+    array = RNG.normal(size=(2, 3, 4)).astype(ml_dtypes.bfloat16)
+    stored = state_file._storable(array)
+    assert stored.dtype == np.uint16
+    assert np.array_equal(stored.view(np.dtype("bfloat16")), array)
+
+
+# Saving
+
+
+@pytest.mark.parametrize("extra", [{"a": {1, 2}}, {"a": np.zeros(2)}], ids=["set", "array"])
+def test_what_is_not_json_is_not_saved_and_leaves_the_old_file(decoder, saved, extra):
+    state, path = saved
+    before = path.read_bytes()
+    state.extra = extra
+    with pytest.raises(StateError, match="`extra` is not JSON"):
+        state.save(path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_is_not_there_is_named(decoder, tmp_path):
+    with pytest.raises(StateError, match=r"could not be saved to .*nowhere"):
+        decoder.prefill([SHORT]).save(tmp_path / "nowhere" / "x.state")
+
+
+def test_an_error_while_saving_leaves_the_old_file(decoder, saved, monkeypatch):
+    _, path = saved
+    before = path.read_bytes()
+
+    def half(arrays, partial, metadata):
+        partial.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_file, "save_file", half)
+    with pytest.raises(StateError, match="No space left"):
+        decoder.prefill([SHORT]).save(path)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+SAVE_FOREVER = """
+import sys, lrt_deploy
+bundle, path = sys.argv[1:]
+with lrt_deploy.open_decoder(bundle) as decoder:
+    states = [decoder.prefill([[token] * 100]) for token in (1, 2)]
+    while True:
+        for state in states:
+            state.save(path)
+            print("saved", flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_a_process_killed_while_saving_leaves_a_whole_file(decoder, export_once, tmp_path):
+    path = tmp_path / "one.state"
+    command = [sys.executable, "-c", SAVE_FOREVER, export_once(NAME), path]
+    for delay in (0.0, 0.003, 0.011):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "saved\n"
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        assert load_state(path, decoder._origin).tokens[0] in ([1] * 100, [2] * 100)
