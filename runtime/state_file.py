@@ -193,7 +193,7 @@ def _check_arrays(file: StateFile, state: DecodeState) -> None:
         found = file.row(row)
         logits = ((state.origin.config.vocab_size,), "float32")
         expected = state.row_shapes(length) | {n: logits for n in found if n == "logits" or _kept_after(n, length)}
-        for name in expected.keys() | found.keys():
+        for name in sorted(expected.keys() | found.keys()):
             shape = (found[name].shape, str(found[name].dtype)) if name in found else "missing"
             if shape != expected.get(name):
                 raise StateError(
