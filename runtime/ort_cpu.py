@@ -33,13 +33,14 @@ _KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, wi
 class OrtCpuBackend:
     """A session on the CPU provider. `threads` None: one for small models, else ORT's choice (all physical cores)."""
 
-    name, state_dtype = "ort-cpu", "float32"
+    name = "ort-cpu"
 
     def __init__(
         self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS
     ) -> None:
         self.config, self.precision, self.capacity = manifest.model, precision, manifest.max_seq_len
         self.dtype = _state_dtype(manifest, precision)
+        self.state_dtype = str(self.dtype)
         graph = folder / graph_path(precision, "prefill", "windowed")
         if threads is None and (graph.parent / WEIGHTS).stat().st_size < _ONE_THREAD_BYTES:
             threads = 1
