@@ -21,8 +21,12 @@ ALLOWED_OPS = frozenset(
 )
 
 
+STAGE_DOMAIN = "lrt_deploy"  # of the nodes by which `trace` says where a value of `stages` is
+
+
 def clean(model: ir.Model) -> None:
     """Run all passes in place."""
+    name_stages(model)
     share_norm_scales(model.graph)
     freeze_reshapes(model.graph)
     square_by_product(model.graph)
@@ -30,6 +34,26 @@ def clean(model: ir.Model) -> None:
         cleanup(model)
     forget_origin(model)
     check_ops(model.graph)
+
+
+def name_stages(model: ir.Model) -> None:
+    """Give the values that the model marked the names of `stages`, and remove the marks.
+
+    A value marked twice (a memory projection that all layers share) keeps its first name.
+    """
+    graph, named = model.graph, set()
+    for node in [node for node in graph if node.domain == STAGE_DOMAIN]:
+        source, result = node.inputs[0], node.outputs[0]
+        assert source is not None
+        producer = source.producer()
+        result.replace_all_uses_with(source)
+        graph.remove(node, safe=True)
+        if producer is not None and source not in named:
+            source.name = node.attributes["stage"].as_string()
+            named.add(source)
+            if len(producer.outputs) == 1:
+                producer.name = source.name
+    model.opset_imports.pop(STAGE_DOMAIN, None)
 
 
 def share_norm_scales(graph: ir.Graph) -> None:

@@ -22,6 +22,8 @@ from lrt_deploy.contract import OPSET, graph_inputs, graph_outputs
 from lrt_deploy.errors import ExportError
 from lrt_deploy.model import LRT
 
+from .passes import STAGE_DOMAIN
+
 # Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
 _BATCH, _TOKENS, _CAPACITY, _ROWS = 2, 3, 16, 5
 _PREFIX = "model."  # what ExplicitState puts before every parameter name
@@ -43,6 +45,12 @@ class OnnxCacheOps:
             dtype=past.dtype,
             shape=past.shape,
             version=OPSET,
+        )
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """A node that does nothing but carry the name to `passes.name_stages`, which removes it."""
+        return torch.onnx.ops.symbolic(
+            f"{STAGE_DOMAIN}::Stage", [x], {"stage": stage}, dtype=x.dtype, shape=x.shape, version=1
         )
 
 

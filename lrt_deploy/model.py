@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import stages
 from .config import LOGIT_SOFTCAP, RMS_NORM_EPS, ROPE_BASE, LRTConfig
 
 
@@ -30,6 +31,9 @@ class CacheOps(Protocol):
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
         """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Return x as it is: the value that `stages` knows by this name. For who wants to see it, or to name it."""
 
 
 class TorchCacheOps:
@@ -46,6 +50,10 @@ class TorchCacheOps:
         offsets = torch.arange(update.shape[2], device=update.device)
         slots = (write_index[:, None] + offsets)[:, None, :, None].expand_as(update)  # (B, G, T, D)
         return past.scatter(2, slots, update)
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Nobody looks."""
+        return x
 
 
 class Block(nn.Module):
@@ -141,16 +149,18 @@ class LRT(nn.Module):
 
     def _run(self, input_ids: Tensor, position_ids: Tensor, past_latent: Tensor, slots: Tensor, write: _Write) -> _Pair:
         config = self.config
-        x = x0 = norm(F.embedding(input_ids, self.wte).to(self.lm_head.dtype))  # (B, T, C)
+        x = norm(F.embedding(input_ids, self.wte).to(self.lm_head.dtype))  # (B, T, C)
+        x = x0 = self.ops.mark(x, stages.EMBEDDED)
         masks = {w: visible(position_ids, slots, w) for w in sorted(set(config.windows))}  # (B, 1, T, S)
         memory_k, memory_v = self._memory(past_latent)
         embeds = self._value_embeds(input_ids)
         latent = x
         for i, window in enumerate(config.windows):
-            x = self._mix(i, x, x0, past_latent)
+            x = self._mark(i, "mixed", self._mix(i, x, x0, past_latent))
             pair = (memory_k[i], memory_v[i]) if memory_k else None
-            x = x + self._attend(i, norm(x), pair, embeds.get(i), position_ids, masks[window], write)
-            x = x + self._mlp(i, norm(x))
+            a = self._mark(i, "normed", norm(x))
+            x = x + self._attend(i, a, pair, embeds.get(i), position_ids, masks[window], write)
+            x = x + self._mlp(i, self._mark(i, "mlp_normed", norm(x)))
             if i == config.source_layer:
                 latent = norm(x)
         hidden = latent if config.source_layer == config.n_layer - 1 else norm(x)
@@ -196,39 +206,48 @@ class LRT(nn.Module):
         write: _Write,
     ) -> Tensor:
         config, block = self.config, self._block(i)
-        heads = (a @ block.qkv).unflatten(-1, (-1, config.head_dim))  # (B, T, H + 2G, D)
+        heads = self._mark(i, "heads", a @ block.qkv).unflatten(-1, (-1, config.head_dim))  # (B, T, H + 2G, D)
         q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=-2)
-        k, v = self._gated(block, a, k, v, memory, embed)
+        k, v = self._gated(i, a, k, v, memory, embed)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
-        q = norm(self.ops.rotary(q, self.cos, self.sin, position_ids))
-        k = norm(self.ops.rotary(k, self.cos, self.sin, position_ids))
+        q = self._mark(i, "queries", norm(self.ops.rotary(q, self.cos, self.sin, position_ids)))
+        k = self._mark(i, "keys", norm(self.ops.rotary(k, self.cos, self.sin, position_ids)))
         k, v = write(i, k, v)  # (B, G, S, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=config.n_kv_head != config.n_head)
-        return y.transpose(1, 2).flatten(2) @ block.attention_out  # (B, T, C)
+        y = self._mark(i, "attention", y)  # (B, H, T, D)
+        return self._mark(i, "attended", y.transpose(1, 2).flatten(2) @ block.attention_out)  # (B, T, C)
 
     def _gated(
-        self, block: Block, a: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, embed: Tensor | None
+        self, i: int, a: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, embed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Mix memory and value embedding into k and v, one gate in (0, 2) per kv head and source."""
+        block = self._block(i)
         if block.gate is None:
             return k, v
         # 2 sigmoid(z), spelled so that small gates keep their relative precision: QK norm scales a k made of small
         # gates up again, and with it the absolute error of 1e-7 that ORT's Sigmoid has (logits 5e-5 off, not 1.5e-5).
         raw = a[..., : self.config.gate_channels] @ block.gate  # (B, T, 3G or G)
-        gate = (2 / (1 + torch.exp(-raw))).unsqueeze(-1)  # (B, T, 3G or G, 1)
+        gate = self._mark(i, "gates", 2 / (1 + torch.exp(-raw))).unsqueeze(-1)  # (B, T, 3G or G, 1)
+        if embed is not None:
+            embed = self._mark(i, "value_embeds", embed)
         if not self.config.memory:
             return k, v if embed is None else v + gate * embed
         local, feedback, embedded = gate.chunk(3, dim=-2)  # each (B, T, G, 1)
         k, v = local * k, local * v
         if memory is not None:
-            k, v = k + feedback * memory[0], v + feedback * memory[1]
+            memory_k, memory_v = self._mark(i, "memory_keys", memory[0]), self._mark(i, "memory_values", memory[1])
+            k, v = k + feedback * memory_k, v + feedback * memory_v
         if embed is not None:
             v = v + embedded * embed
-        return k, v
+        return self._mark(i, "gated_keys", k), self._mark(i, "gated_values", v)
 
     def _mlp(self, i: int, a: Tensor) -> Tensor:
         block = self._block(i)
-        return F.relu(a @ block.mlp_in).square() @ block.mlp_out
+        hidden = self._mark(i, "mlp_hidden", F.relu(a @ block.mlp_in).square())  # (B, T, 4C)
+        return self._mark(i, "mlp", hidden @ block.mlp_out)
+
+    def _mark(self, i: int, stage: str, x: Tensor) -> Tensor:
+        return self.ops.mark(x, stages.of_layer(i, stage))
 
     def _block(self, i: int) -> Block:
         block = self.blocks[i]

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import stages
 from .config import LRTConfig
 from .errors import InputError
 from .interface import FloatArray, IntArray, PrefillPolicy
 from .model import LRT, TorchCacheOps
 from .prompts import check_prompts, check_tokens
+from .stages import StepInput
 
 
 class InPlaceCacheOps(TorchCacheOps):
@@ -26,6 +28,18 @@ class InPlaceCacheOps(TorchCacheOps):
         start = int(write_index[0])
         past[:, :, start : start + update.shape[2]] = update
         return past
+
+
+class RecordingCacheOps(InPlaceCacheOps):
+    """Keeps every stage that the model marks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Remember and pass on; of a value that several layers share, every name."""
+        self.seen[stage] = x
+        return x
 
 
 @dataclass
@@ -105,6 +119,28 @@ class ReferenceDecoder:
         state.carried, state.next_logits = step.latent, self._model.logits(step.hidden)[:, 0]
         state.length = end
         return state.logits
+
+    @torch.inference_mode()
+    def observe(self, step: StepInput) -> dict[str, FloatArray]:
+        """The stages of one step from a state given in full; see `stages.Observer`."""
+        keys, values = ([self._with_room(cache) for cache in caches] for caches in (step.keys, step.values))
+        ids, position = torch.tensor([[step.token]]), torch.tensor([[step.position]])
+        latent = torch.from_numpy(step.latent).to(self._dtype)[None, None]
+        plain, recording = self._model.ops, RecordingCacheOps()
+        self._model.ops = recording
+        try:
+            result = self._model(ids, position, latent, keys, values, position[:, 0])
+        finally:
+            self._model.ops = plain
+        seen = recording.seen | {stages.LOGITS: self._model.logits(result.hidden)}
+        if self.config.memory:
+            seen[stages.LATENT] = result.latent
+        return {name: value.float().numpy() for name, value in seen.items()}
+
+    def _with_room(self, cache: FloatArray) -> Tensor:
+        """(G, P, D) -> (1, G, P + 1, D), its last slot free."""
+        past = torch.from_numpy(cache).to(self._dtype)
+        return torch.cat([past, past.new_zeros(past.shape[0], 1, past.shape[2])], dim=1)[None]
 
     def _empty(self, batch: int) -> ReferenceState:
         config = self.config

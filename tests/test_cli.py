@@ -326,6 +326,12 @@ def test_parity_with_other_weights_fails_with_exit_code_1(bundle, tmp_path):
     assert "max abs logit error" in result.stderr and "error: " not in result.stderr
     fields = json.loads(run(*command, "--json").stdout)
     assert (fields["passed"], fields["checkpoint_matches"]) == (False, False)
+    result = run(*command, "--bisect")
+    verdict, place = result.stdout.splitlines()
+    assert result.exit_code == 1 and verdict.startswith("FAIL")
+    assert place.startswith("begins at position 0 in blocks.1.mlp_hidden (")
+    found = json.loads(run(*command, "--bisect", "--json").stdout)["bisect"]
+    assert (found["kind"], found["layer"], found["tensor"]) == ("stage", 1, "blocks.1.mlp_hidden")
 
 
 def test_parity_with_another_architecture_names_the_fields(bundle):

@@ -13,8 +13,11 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
+    from lrt_deploy.bisect import Bisection
     from lrt_deploy.checkpoint import Checkpoint
+    from lrt_deploy.contract import Flavour
     from lrt_deploy.parity import ParityReport
+    from lrt_deploy.reference import ReferenceDecoder
     from lrt_deploy.runtime.decoder import Decoder
 
 STEPS = 128
@@ -37,6 +40,9 @@ def parity(
     steps: Annotated[
         int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
     ] = None,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
+    ] = False,
     float64: Annotated[
         bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
     ] = False,
@@ -56,14 +62,29 @@ def parity(
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
         count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
         rollout = (ids, count, {"prefill": prefill, "tolerance": tolerance})
-        report = compare(decoder, open_same_model(decoder, checkpoint, step), rollout, float64, json)
-    if json:
-        output.document(report.to_dict())
-    else:
-        output.answer(report.verdict)
-        output.table(rows(report.to_dict()))
+        opened = open_same_model(decoder, checkpoint, step)
+        with output.progress(json) as progress:
+            progress("loading the checkpoint", 0, 0)
+            reference = open_reference(decoder, opened, float64)
+            report = compare(reference, decoder, opened, rollout, progress)
+            found = bisected(bundle, reference, decoder, report) if bisect else None
+    show(report, found, json)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def show(report: ParityReport, found: Bisection | None, json: bool) -> None:
+    """The document, or the verdict with the place of the fault, and a table."""
+    fields = report.to_dict()
+    if found is not None:
+        fields["bisect"] = found.to_dict()
+    if json:
+        output.document(fields)
+        return
+    output.answer(report.verdict)
+    if found is not None:
+        output.answer(found.line)
+    output.table(rows(fields))
 
 
 def default_prompt(decoder: Decoder) -> list[int]:
@@ -91,30 +112,51 @@ def open_same_model(decoder: Decoder, path: Path, step: int | None) -> Checkpoin
     return opened
 
 
-def compare(
-    decoder: Decoder, opened: Checkpoint, rollout: tuple[list[int], int, dict[str, Any]], float64: bool, quiet: bool
-) -> ParityReport:
-    """The comparison itself, with its progress shown: prompt, steps, and how prefill is checked."""
-    from lrt_deploy import parity as library
+def open_reference(decoder: Decoder, opened: Checkpoint, float64: bool) -> ReferenceDecoder:
+    """The checkpoint's model in PyTorch, with the decoder's capacity."""
     from lrt_deploy.reference import ReferenceDecoder
+
+    make = ReferenceDecoder.in_float64 if float64 else ReferenceDecoder
+    return make(opened.model(decoder.max_seq_len), decoder.max_seq_len)
+
+
+def compare(
+    reference: ReferenceDecoder,
+    decoder: Decoder,
+    opened: Checkpoint,
+    rollout: tuple[list[int], int, dict[str, Any]],
+    progress: output.Progress,
+) -> ParityReport:
+    """The comparison itself: prompt, steps, and how prefill is checked."""
+    from lrt_deploy import parity as library
 
     prompt, steps, reading = rollout
     origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}
-    with output.progress(quiet) as progress:
-        progress("loading the checkpoint", 0, 0)
-        make = ReferenceDecoder.in_float64 if float64 else ReferenceDecoder
-        reference = make(opened.model(decoder.max_seq_len), decoder.max_seq_len)
-        return library.compare(
-            reference,
-            decoder,
-            prompt,
-            steps,
-            precision=decoder.precision,
-            checkpoint_matches=opened.sha256 == origin.get("sha256"),
-            backend=decoder.backend,
-            progress=progress,
-            **reading,
-        )
+    return library.compare(
+        reference,
+        decoder,
+        prompt,
+        steps,
+        precision=decoder.precision,
+        checkpoint_matches=opened.sha256 == origin.get("sha256"),
+        backend=decoder.backend,
+        progress=progress,
+        **reading,
+    )
+
+
+def bisected(bundle: Path, reference: ReferenceDecoder, decoder: Decoder, report: ParityReport) -> Bisection:
+    """Where a difference begins, seen in the graph that the backend runs: on a CPU the windowed one."""
+    from lrt_deploy import stages
+    from lrt_deploy.bisect import bisect
+    from lrt_deploy.exporters.probe import probed
+    from lrt_deploy.manifest import graph_path
+    from lrt_deploy.runtime.ort_probe import OrtProbe
+
+    flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
+    graph = probed(bundle / graph_path(decoder.precision, "prefill", flavour), stages.in_order(decoder.config))
+    probe = OrtProbe(graph.model, graph.folder, decoder.config)
+    return bisect(reference, decoder, probe, report, graph.origins)
 
 
 def rows(fields: dict[str, Any]) -> dict[str, str]:
