@@ -18,9 +18,9 @@ from typing import Any
 
 from lrt_deploy.engine_sidecar import Profile, Range
 from lrt_deploy.errors import EngineError
-from lrt_deploy.tensorrt_flavours import TensorRTFlavour
+from lrt_deploy.tensorrt_flavours import TensorRTFlavour, collecting_logger
 
-from .tensorrt_log import BuildLog, Progress, logger, progress_monitor
+from .tensorrt_log import BuildLog, Progress, progress_monitor
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Plan:
 def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network."""
     trt, log = flavour.load(), BuildLog()
-    quiet = logger(trt, log)
+    quiet = collecting_logger(trt, log.take)
     builder = trt.Builder(quiet)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, quiet)

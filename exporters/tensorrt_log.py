@@ -1,7 +1,7 @@
 """What TensorRT says while it parses and builds: its messages collected, its progress handed on.
 
-TensorRT wants objects of its own base classes, and which library is loaded is known only at run time; so the classes
-are made when they are needed. Nothing is printed.
+TensorRT wants objects of its own base classes, and which library is loaded is known only at run time; so the monitor's
+class is made when it is needed. Nothing is printed.
 """
 
 from __future__ import annotations
@@ -43,19 +43,6 @@ class BuildLog:
     def last_words(self) -> str:
         """The errors in one line, for a message."""
         return "; ".join(self.errors[:4]) or "it gave no reason"
-
-
-def logger(trt: Any, log: BuildLog) -> Any:  # noqa: ANN401 - a class of a library chosen at run time
-    """A TensorRT logger that fills `log`."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401
-            log.take(severity.name, msg)
-
-    return Logger()
 
 
 def progress_monitor(trt: Any, progress: Progress) -> Any:  # noqa: ANN401 - a class of a library chosen at run time

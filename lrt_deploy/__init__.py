@@ -107,6 +107,7 @@ def open_decoder(
     max_seq_len: int | None = None,
     verify: bool = False,
     prefill_options: PrefillOptions | None = None,
+    cuda_graph: bool = True,
 ) -> Decoder:
     """Open a bundle for decoding; see `lrt_deploy.runtime.decoder.open_decoder`."""
     from .runtime.decoder import open_decoder as open_
@@ -119,4 +120,5 @@ def open_decoder(
         max_seq_len=max_seq_len,
         verify=verify,
         prefill_options=prefill_options,
+        cuda_graph=cuda_graph,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,5 +60,19 @@ def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
     if not found:
         extras = " or ".join(f"pip install '{flavour.extra}'" for flavour in FLAVOURS.values())
         raise EngineError(f"neither {' nor '.join(f.module for f in FLAVOURS.values())} is installed here; {extras}")
-    missing = [name for name in FLAVOURS if name != found[0].backend and not FLAVOURS[name].installed]
-    return found[0], f"because {missing[0]} is not installed" if missing else "because both are installed"
+    if found[0].backend == "tensorrt":
+        return found[0], "because it is installed"
+    return found[0], "because tensorrt is not installed"
+
+
+def collecting_logger(trt: Any, take: Callable[[str, str], None]) -> Any:  # noqa: ANN401
+    """A TensorRT logger that hands on severity and text. Its base class is the loaded library's, hence made here."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401
+            take(severity.name, msg)
+
+    return Logger()

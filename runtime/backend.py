@@ -1,4 +1,4 @@
-"""The seam between the decoder and whatever computes the graphs: two protocols, and the choice of a backend by name.
+"""The seam between the decoder and whatever computes the graphs: two protocols. Which backend is taken: `choice`.
 
 A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
 two calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of); and two
@@ -14,11 +14,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.errors import BackendError, NonFiniteError
+from lrt_deploy.errors import NonFiniteError
 from lrt_deploy.interface import FloatArray, IntArray
 
-# Best first; `auto` takes the first that is present.
-BACKENDS: tuple[str, ...] = ("ort-cpu",)
+
+@dataclass(frozen=True)
+class BlockLimits:
+    """What blocks a backend reads: how many tokens at most, and whether slots must be in the order of positions."""
+
+    tokens: int | None = None
+    in_order: bool = False
+
 
 # Entries of one row in every cache, (G, n, D) each in the cache's own type, by the contract's names: `past_key_0`, ...
 SlotArrays = dict[str, NDArray[Any]]
@@ -91,6 +97,7 @@ class Backend(Protocol):
     name: str
     precision: str
     detail: str  # what runs it, for people: provider, threads
+    blocks: BlockLimits
     state_dtype: str  # of the caches: float32, float16 or bfloat16
 
     def allocate(self, batch: int) -> StateBuffers:
@@ -107,12 +114,3 @@ def check_finite(logits: FloatArray, lengths: IntArray, backend: Backend) -> Non
             f"in row {rows[0]} after {int(lengths[rows[0]])} tokens; no token was chosen from them",
             rows.tolist(),
         )
-
-
-def choose_backend(requested: str) -> str:
-    """Resolve `auto`; refuse a name that this version does not have."""
-    if requested == "auto":
-        return BACKENDS[0]
-    if requested not in BACKENDS:
-        raise BackendError(f"there is no backend {requested!r}; this version has {', '.join(BACKENDS)} and auto")
-    return requested

@@ -19,11 +19,12 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
 from lrt_deploy.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
-from lrt_deploy.precisions import PRECISIONS, base_dtype
+from lrt_deploy.precisions import base_dtype
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
-from .backend import Backend, check_finite, choose_backend
+from .backend import Backend, check_finite
+from .choice import Choice, choose
 from .generation import Event, Generation, generate
 from .origin import Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts
@@ -49,6 +50,7 @@ class Decoder:
         self._origin = Origin.of(backend, manifest, bundle_sha256)
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
+        self.backend_reason = "given"  # why this backend runs, for people; `open_decoder` knows
 
     @property
     def config(self) -> LRTConfig:
@@ -87,7 +89,7 @@ class Decoder:
             )
         self._check(state, rows)
         with unchanged_on_error(state, rows):
-            logits, report = read_prompts(state, rows, request, self.prefill_options)
+            logits, report = read_prompts(state, rows, request, self.prefill_options.within(self._loaded.blocks))
             self._accept(state, rows, logits)
         state.finish_reading(report, sum(map(len, rows)))
         return state
@@ -204,33 +206,28 @@ def open_decoder(
     max_seq_len: int | None = None,
     verify: bool = False,
     prefill_options: PrefillOptions | None = None,
+    cuda_graph: bool = True,
 ) -> Decoder:
-    """Open a bundle for decoding; `precision` None takes the only or most precise one.
+    """Open a bundle for decoding; `precision` None takes the only or most precise one that the backend can run.
 
     `max_seq_len` lowers the capacity, and with it the memory of every state. `verify` hashes all files again.
     `prefill_options` pins how prompts are read: the length from which `auto` iterates, strides and chunks.
-    Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there.
+    `cuda_graph` False keeps a TensorRT backend from running its decode step as a CUDA graph.
+    Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there, EngineError for
+    an engine that is not there or must not be used here.
     """
-    folder, name = Path(bundle), choose_backend(backend)
+    folder = Path(bundle)
     manifest = limit_capacity(read_manifest(folder), max_seq_len)
     verify_files(folder, manifest, force=verify)
-    chosen = choose_precision(manifest, precision)
-    check_contract(folder, manifest, chosen)
+    choice = choose(folder, manifest, backend, precision)
+    check_contract(folder, manifest, choice.precision)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
-    loaded = _load_backend(name, folder, manifest, chosen, threads)
-    return Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
-
-
-def choose_precision(manifest: Manifest, requested: str | None) -> str:
-    """The precision asked for, or the most precise one in the bundle."""
-    if requested is None:
-        return min(manifest.precisions, key=PRECISIONS.index)
-    if requested not in manifest.precisions:
-        held = ", ".join(manifest.precisions)
-        raise BundleError(f"this bundle holds {held}, not {requested}; export it with --precision {requested}")
-    return requested
+    loaded = _load_backend(choice, folder, manifest, threads, cuda_graph)
+    decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
+    decoder.backend_reason = choice.reason
+    return decoder
 
 
 def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
@@ -256,8 +253,12 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
 
 
-def _load_backend(name: str, folder: Path, manifest: Manifest, precision: str, threads: int | None) -> Backend:
-    assert name == "ort-cpu"
-    from .ort_cpu import OrtCpuBackend
+def _load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
+    name, precision, _ = choice
+    if name == "ort-cpu":
+        from .ort_cpu import OrtCpuBackend
 
-    return OrtCpuBackend(folder, manifest, precision, threads)
+        return OrtCpuBackend(folder, manifest, precision, threads)
+    from .tensorrt_backend import TensorRTBackend
+
+    return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

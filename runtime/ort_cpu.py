@@ -22,7 +22,7 @@ from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
 from lrt_deploy.precisions import base_dtype
 
-from .backend import Block, SlotArrays
+from .backend import Block, BlockLimits, SlotArrays
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
 _ONE_THREAD_BYTES = 64 * 2**20
@@ -34,6 +34,7 @@ class OrtCpuBackend:
     """A session on the CPU provider. `threads` None: one for small models, else ORT's choice (all physical cores)."""
 
     name = "ort-cpu"
+    blocks = BlockLimits()
 
     def __init__(
         self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS

@@ -17,6 +17,7 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
 
+from .backend import BlockLimits
 from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
 from .state import DecodeState
 
@@ -29,6 +30,17 @@ class PrefillOptions:
 
     stepwise_below: int = 64
     sweeps: SweepOptions = field(default_factory=SweepOptions)
+    note: str | None = None  # what the backend does not allow, for the report
+
+    def within(self, limits: BlockLimits) -> PrefillOptions:
+        """These options as far as a backend can follow them."""
+        options, sweeps = self, self.sweeps
+        if limits.tokens is not None:
+            sweeps = replace(sweeps, chunk_tokens=min(sweeps.chunk_tokens, limits.tokens))
+        if limits.in_order:
+            sweeps = replace(sweeps, stride=1)
+            options = replace(options, note="iterated with stride 1, the only one on this backend")
+        return replace(options, sweeps=sweeps)
 
 
 @dataclass(frozen=True)
@@ -78,6 +90,8 @@ def read_prompts(
             state.history.write_row(i, int(state.lengths[i]), reading.latents)
         state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latents[-1] for reading in readings]))
         logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
+        if report.policy == "fixed-point" and state.latent is not None:
+            report = replace(report, note=options.note)
     if request.policy == "auto":
         report = replace(report, stepwise_below=options.stepwise_below)
     return logits, report

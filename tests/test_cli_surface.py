@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
+from lrt_deploy.gpu import Gpu
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 VERBS = ("export", "build", "generate", "chat", "parity", "eval", "bench", "inspect", "doctor")
@@ -189,10 +190,14 @@ def test_doctor_says_no_when_nothing_can_run(monkeypatch):
     assert run("doctor").stdout == "no backend can run here\n"
 
 
-def test_a_library_that_works_but_is_not_run_yet_is_reported_and_not_available():
-    found = doctor.report_backend("tensorrt", doctor.Found("11.4", True, "tensorrt 11.4 can be imported"), known=False)
-    assert not found.available and found.version == "11.4"
-    assert "does not run it yet" in found.reason and "11.4" in found.reason
+def test_a_library_without_the_gpu_that_it_needs_is_reported_and_not_available():
+    library = doctor.Found("11.4", True, "tensorrt 11.4 can be imported")
+    found = doctor.report_backend("tensorrt", library, (None, "no GPU: none counted"))
+    assert (found.available, found.version) == (False, "11.4")
+    assert "can be imported" in found.reason and "no GPU" in found.reason
+    assert doctor.report_backend("tensorrt", library, (Gpu("H100", (9, 0)), "H100")).available
+    assert doctor.report_backend("ort-cpu", library, None).available
+    assert not doctor.report_backend("ort-cpu", doctor.Found(None, False, "broken"), None).available
 
 
 # inspect

@@ -5,11 +5,14 @@ Where a GPU is present the plan is run at once and held against ONNX Runtime on 
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options, output
+from .smoke import smoke_test
 
 if TYPE_CHECKING:
     from lrt_deploy.engine_sidecar import EngineSidecar
@@ -32,7 +35,7 @@ def build(
 ) -> None:
     """Build a TensorRT engine from a bundle, after proving that its network is what the precision promises."""
     from lrt_deploy import build_engine
-    from lrt_deploy.engine_sidecar import PLAN, engine_folder
+    from lrt_deploy.engine_sidecar import PLAN, engine_folder, write_sidecar
     from lrt_deploy.tensorrt_flavours import choose_flavour
 
     flavour, reason = choose_flavour(backend)
@@ -46,7 +49,17 @@ def build(
             force=force,
             progress=progress,
         )
-    plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
+        plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
+        smoke = smoke_test(bundle, sidecar.backend, sidecar.precision, progress)
+        sidecar = dataclasses.replace(sidecar, smoke=smoke)
+        write_sidecar(plan, sidecar)
+    show(plan, sidecar, json)
+    if smoke["ran"] and not smoke["passed"]:
+        raise typer.Exit(1)
+
+
+def show(plan: Path, sidecar: EngineSidecar, json: bool) -> None:
+    """The answer, and the table for people."""
     if json:
         output.document({"plan": str(plan)} | sidecar.to_dict())
         return

@@ -14,15 +14,17 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from . import options, output
 
+if TYPE_CHECKING:
+    from lrt_deploy.gpu import Gpu
+
 PACKAGES = ("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir", "tensorrt", "tensorrt-rtx")
 _ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
-_NOT_YET = "this version of lrt-deploy does not run it yet"
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,10 @@ class Found:
 
 def doctor(json: options.Json = False, debug: options.Debug = False) -> None:
     """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
-    from lrt_deploy.runtime.backend import BACKENDS
+    from lrt_deploy.gpu import find_gpu
 
-    backends = [report_backend(name, probe(), name in BACKENDS) for name, probe in PROBES.items()]
+    gpu = find_gpu()
+    backends = [report_backend(name, probe(), None if name == "ort-cpu" else gpu) for name, probe in PROBES.items()]
     facts = environment()
     usable = [backend.name for backend in backends if backend.available]
     if json:
@@ -61,10 +64,12 @@ def doctor(json: options.Json = False, debug: options.Debug = False) -> None:
         raise typer.Exit(1)
 
 
-def report_backend(name: str, found: Found, known: bool) -> BackendReport:
-    """Available means both: the library works, and this version of lrt-deploy runs it."""
-    reason = found.text if known else f"{_NOT_YET}; {found.text}"
-    return BackendReport(name, known and found.works, found.version, reason)
+def report_backend(name: str, found: Found, gpu: tuple[Gpu | None, str] | None) -> BackendReport:
+    """Available means both: the library works, and there is the GPU that it needs (`gpu` None: it needs none)."""
+    if gpu is None:
+        return BackendReport(name, found.works, found.version, found.text)
+    device, reason = gpu
+    return BackendReport(name, found.works and device is not None, found.version, f"{found.text}; {reason}")
 
 
 def probe_ort(provider: str) -> Found:

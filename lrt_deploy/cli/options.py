@@ -15,6 +15,8 @@ import typer
 
 from lrt_deploy.errors import InputError
 
+from . import output
+
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
 
@@ -80,7 +82,7 @@ class Runner:
         """The opened decoder; `auto` is answered with what was taken."""
         from lrt_deploy import open_decoder
 
-        return open_decoder(
+        decoder = open_decoder(
             bundle,
             self.backend,
             self.precision,
@@ -88,6 +90,9 @@ class Runner:
             max_seq_len=self.max_seq_len,
             verify=self.verify,
         )
+        if self.backend == "auto":
+            output.say(f"backend {decoder.backend} in {decoder.precision}: {decoder.backend_reason}")
+        return decoder
 
 
 @dataclass(frozen=True)

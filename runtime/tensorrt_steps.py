@@ -1,0 +1,203 @@
+"""The two calls of an engine, bound to memory: a decode step for n rows of a state, and a prefill block of one row.
+
+A decode step is bound once and then only run. Its first run is a real step and at the same time the warm-up that
+TensorRT asks for; from the second run of a turn on it is a CUDA graph. Capturing records and runs nothing, so no step
+happens twice; and if one did, it would change nothing, because a step reads one latent and writes the other, and its
+cache slot counts only once the step is done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.engine_sidecar import DECODE, PREFILL
+from lrt_deploy.interface import FloatArray, IntArray
+
+from .cuda_device import Arena, Array, Device
+from .tensorrt_engine import Context, Engine
+
+_ALIGNMENT = 256  # of every address that TensorRT is given
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all steps of a backend share."""
+
+    engine: Engine
+    device: Device
+    config: LRTConfig
+    dtype: np.dtype[Any]  # of caches and latent
+    cuda_graph: bool
+
+    @property
+    def latent_bytes(self) -> int:
+        """Of one token's latent."""
+        return self.config.n_embd * self.dtype.itemsize
+
+    @property
+    def cache_row_bytes(self) -> int:
+        """Of one sequence in one cache."""
+        slots = self.engine.sidecar.capacity
+        return self.config.n_kv_head * slots * self.config.head_dim * self.dtype.itemsize
+
+
+@dataclass
+class _Inputs:
+    """The small integer inputs, in one piece of pinned memory with a twin on the device, copied together."""
+
+    device: Device
+    host: Array  # (4, stride) int64: ids, positions, write index, last index
+    address: int
+
+    @classmethod
+    def make(cls, arena: Arena, count: int) -> _Inputs:
+        """Room for `count` numbers each."""
+        stride, device = -(-count * 8 // _ALIGNMENT) * _ALIGNMENT // 8, arena.device
+        return cls(device, device.pinned((4, stride), np.dtype(np.int64)), arena.allocate(4 * stride * 8))
+
+    def bind(self, context: Context) -> None:
+        """Tell the context where they lie."""
+        for index, name in enumerate(("input_ids", "position_ids", "write_index", "last_index")):
+            context.bind(name, self.address + index * self.host.strides[0])
+
+    def send(self) -> None:
+        """Enqueue the copy to the device."""
+        self.device.copy_in(self.address, self.host)
+
+
+class DecodeStep:
+    """One token for each of the first `rows` rows of a state."""
+
+    def __init__(self, memory: StateMemory, rows: int) -> None:
+        setup, self._arena, self._latents = memory.setup, memory.arena, memory.latents
+        config, device = setup.config, setup.device
+        self._setup, self._device, self.rows = setup, device, rows
+        self._inputs = _Inputs.make(memory.arena, rows)
+        self._logits_address = memory.arena.allocate(rows * config.vocab_size * 4)
+        self._logits: FloatArray = device.pinned((rows, config.vocab_size), np.dtype(np.float32))
+        # The latent that each turn leaves, fetched with the logits: it is as small as they are, and often asked for.
+        self._fetched = [device.pinned((rows, config.n_embd), setup.dtype) for _ in memory.latents]
+        self._context = setup.engine.context(DECODE, device.stream)
+        self._bind(memory.caches)
+        self._warm = False
+        self._graphs: dict[int, Any] = {}
+
+    def run(self, turn: int, tokens: IntArray, positions: IntArray) -> tuple[FloatArray, Array]:
+        """From the latent `turn` to the other one; logits (n, V) and the new latent (n, C), reused by later calls."""
+        self._inputs.host[:3, : self.rows] = tokens, positions, positions
+        if not (self._warm and self._setup.cuda_graph):
+            self._enqueue(turn)
+        else:
+            if turn not in self._graphs:
+                self._graphs[turn] = self._arena.capture(lambda: self._enqueue(turn))
+            self._device.launch(self._graphs[turn])
+        self._device.synchronize()
+        self._warm = True
+        return self._logits, self._fetched[1 - turn]
+
+    def _bind(self, caches: dict[tuple[str, str], int]) -> None:
+        setup, context, rows = self._setup, self._context, self.rows
+        set_shapes(setup, context, rows, 1)
+        self._inputs.bind(context)
+        context.bind("logits", self._logits_address)
+        bind_caches(context, caches)
+        self._bind_latents(0)
+        context.ready()
+
+    def _bind_latents(self, turn: int) -> None:
+        if self._setup.config.memory:
+            self._context.bind("past_latent", self._latents[turn])
+            self._context.bind("present_latent", self._latents[1 - turn])
+
+    def _enqueue(self, turn: int) -> None:
+        self._inputs.send()
+        self._bind_latents(turn)
+        self._context.enqueue(self._device.stream)
+        self._device.copy_out(self._logits, self._logits_address)
+        if self._setup.config.memory:
+            self._device.copy_out(self._fetched[1 - turn], self._latents[1 - turn])
+
+
+class PrefillStep:
+    """Up to a chunk of tokens of one row of any state; shared by all states of a backend."""
+
+    def __init__(self, setup: Setup, arena: Arena) -> None:
+        config, device = setup.config, setup.device
+        self._setup, self._device = setup, device
+        self.chunk_tokens = setup.engine.sidecar.profile(PREFILL)[1].tokens[2]
+        self._inputs = _Inputs.make(arena, self.chunk_tokens)
+        self._latents = [arena.allocate(self.chunk_tokens * setup.latent_bytes) for _ in range(2)]
+        self._host_latents = device.pinned((self.chunk_tokens, config.n_embd), setup.dtype)
+        self._logits_address = arena.allocate(config.vocab_size * 4)
+        self._logits: FloatArray = device.pinned((config.vocab_size,), np.dtype(np.float32))
+        self._context = setup.engine.context(PREFILL, device.stream)
+        self._inputs.bind(self._context)
+        self._context.bind("logits", self._logits_address)
+        if config.memory:
+            self._context.bind("past_latent", self._latents[0])
+            self._context.bind("present_latent", self._latents[1])
+
+    def run(
+        self, caches: dict[tuple[str, str], int], ids: IntArray, positions: IntArray, slot: int, latents: FloatArray
+    ) -> tuple[FloatArray, FloatArray]:
+        """Tokens (n) into slots from `slot` on; the latent of each (n, C) and the logits (V) after the last."""
+        count, host = len(ids), self._inputs.host
+        host[0, :count], host[1, :count], host[2, 0], host[3, 0] = ids, positions, slot, count - 1
+        self._inputs.send()
+        set_shapes(self._setup, self._context, 1, count)
+        bind_caches(self._context, caches)
+        self._context.ready()
+        fetched = self._host_latents[:count]
+        if self._setup.config.memory:
+            fetched[...] = latents
+            self._device.copy_in(self._latents[0], fetched)
+        self._context.enqueue(self._device.stream)
+        self._device.copy_out(self._logits, self._logits_address)
+        if self._setup.config.memory:
+            self._device.copy_out(fetched, self._latents[1])
+        self._device.synchronize()
+        return (fetched.astype(np.float32) if self._setup.config.memory else latents), self._logits
+
+
+@dataclass
+class StateMemory:
+    """Device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C)."""
+
+    setup: Setup
+    arena: Arena
+    caches: dict[tuple[str, str], int] = field(default_factory=dict)  # by the names of (past, present)
+    latents: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def make(cls, setup: Setup, batch: int) -> StateMemory:
+        """All of it zeroed."""
+        memory = cls(setup, Arena(setup.device))
+        allocate = memory.arena.allocate
+        for pair in setup.engine.sidecar.state:
+            if pair["in_place"]:
+                memory.caches[pair["past"], pair["present"]] = allocate(batch * setup.cache_row_bytes)
+        size = batch * setup.latent_bytes
+        memory.latents = (allocate(size), allocate(size))
+        return memory
+
+    def row(self, row: int) -> dict[tuple[str, str], int]:
+        """The caches of one row."""
+        return {names: address + row * self.setup.cache_row_bytes for names, address in self.caches.items()}
+
+
+def set_shapes(setup: Setup, context: Context, rows: int, tokens: int) -> None:
+    """Shapes of all inputs, from the sidecar's, for `rows` rows of `tokens` tokens."""
+    sizes = {"batch": rows, "tokens": tokens}
+    for spec in setup.engine.sidecar.inputs:
+        context.shape(spec["name"], tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec["shape"]))
+
+
+def bind_caches(context: Context, caches: dict[tuple[str, str], int]) -> None:
+    """A cache goes in and comes out at the same address: that is what updates it in place."""
+    for (past, present), address in caches.items():
+        context.bind(past, address)
+        context.bind(present, address)

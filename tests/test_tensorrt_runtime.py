@@ -1,0 +1,676 @@
+"""The TensorRT backend on a fake engine that computes with ONNX Runtime and enforces TensorRT's rules.
+
+No GPU is here, so what can be tested is our side: that everything is bound before it is run, a cache at one address for
+in and out, shapes inside the chosen profile, copies waited for, graphs captured only after a first run, and every step
+run exactly once. The fake refuses what TensorRT refuses, and does nothing before the stream is waited for, so a missing
+synchronization shows as wrong numbers. What it computes is the bundle's own graph: its tokens must be ort-cpu's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+from importlib.machinery import ModuleSpec
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from typer.testing import CliRunner
+
+import lrt_deploy
+from lrt_deploy import contract
+from lrt_deploy.cli.app import app
+from lrt_deploy.cli.smoke import smoke_test
+from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
+from lrt_deploy.errors import BackendError, EngineError
+from lrt_deploy.gpu import Gpu
+from lrt_deploy.manifest import graph_path, read_manifest
+from lrt_deploy.runtime import choice, tensorrt_backend
+from lrt_deploy.runtime.cuda_device import Arena
+from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.prefill import PrefillOptions
+from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
+from lrt_deploy.runtime.tensorrt_engine import open_engine
+
+GOLDEN = "mr_gqa_SSSL"
+GPU = Gpu("Fake 8000", (8, 9))
+VERSION = "1.7.1.116"
+MAGIC = b"fake plan"
+PROMPT = [5, 9, 2, 77, 31, 200, 4, 18, 6, 42, 42, 7]
+
+
+class HostDevice:
+    """`Device` in host memory. Work is queued and done in `synchronize`, as a stream would at the latest."""
+
+    stream = 7
+
+    def __init__(self):
+        self.memory, self.queue, self.recording = {}, [], None
+        self.launches = 0
+
+    def allocate(self, count_bytes):
+        raw = np.zeros(count_bytes + 256, np.uint8)
+        start = -raw.ctypes.data % 256
+        self.memory[raw.ctypes.data + start] = raw[start : start + count_bytes]
+        return raw.ctypes.data + start
+
+    def free(self, address):
+        del self.memory[address]
+
+    def pinned(self, shape, dtype):
+        return np.zeros(shape, dtype)
+
+    def at(self, address, count_bytes):
+        """The bytes at an address, which must lie inside one allocation."""
+        for start, block in self.memory.items():
+            if start <= address and address + count_bytes <= start + block.size:
+                return block[address - start : address - start + count_bytes]
+        raise AssertionError(f"{count_bytes} bytes at {address} are not allocated")
+
+    def enqueue(self, work):
+        (self.queue if self.recording is None else self.recording).append(work)
+
+    def copy_in(self, address, array):
+        assert array.flags.c_contiguous
+        source = array.reshape(-1).view(np.uint8)
+        self.enqueue(lambda: self.at(address, source.size).__setitem__(slice(None), source))
+
+    def copy_out(self, array, address):
+        assert array.flags.c_contiguous
+        target = array.reshape(-1).view(np.uint8)
+        self.enqueue(lambda: target.__setitem__(slice(None), self.at(address, target.size)))
+
+    def copy_rows_in(self, address, pitch, array):
+        for index, row in enumerate(array):
+            self.copy_in(address + index * pitch, row)
+
+    def copy_rows_out(self, array, address, pitch):
+        for index, row in enumerate(array):
+            self.copy_out(row, address + index * pitch)
+
+    def synchronize(self):
+        assert self.recording is None, "waiting for a stream breaks a capture"
+        while self.queue:
+            self.queue.pop(0)()
+
+    def capture(self, enqueue):
+        assert not self.queue, "capture starts on an idle stream"
+        self.recording = []
+        try:
+            enqueue()
+            return self.recording
+        finally:
+            self.recording = None
+
+    def launch(self, graph):
+        self.launches += 1
+        self.queue += graph
+
+    def forget(self, graph):
+        graph.clear()
+
+
+class FakeContext:
+    """An execution context that answers False, and says why, wherever TensorRT would."""
+
+    def __init__(self, engine):
+        self.engine, self.profile, self.shapes, self.addresses = engine, None, {}, {}
+        self.ran_with = None  # shapes of the last real run: capture needs one
+
+    def refuse(self, reason):
+        self.engine.logger.log(SimpleNamespace(name="ERROR"), reason)
+        return False
+
+    def set_optimization_profile_async(self, index, stream):
+        if not 0 <= index < self.engine.num_optimization_profiles:
+            return self.refuse(f"there is no profile {index}")
+        self.profile, self.shapes = index, {}
+        return True
+
+    def set_input_shape(self, name, shape):
+        smallest, largest = self.engine.limits(name, self.profile)
+        if len(shape) != len(smallest) or not all(
+            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
+        ):
+            return self.refuse(f"{name} {shape} is not within {smallest} and {largest}")
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name, address):
+        if name not in self.engine.names or address <= 0 or address % 256:
+            return self.refuse(f"{name} cannot lie at {address}")
+        self.addresses[name] = address
+        return True
+
+    def infer_shapes(self):
+        return [spec["name"] for spec in self.engine.sidecar.inputs if spec["name"] not in self.shapes]
+
+    def is_stream_capturable(self, stream):
+        return True
+
+    def execute_async_v3(self, stream):
+        engine, device = self.engine, self.engine.device
+        unbound = [name for name in engine.names if name not in self.addresses]
+        if unbound or self.infer_shapes():
+            return self.refuse(f"not specified: {unbound or self.infer_shapes()}")
+        for pair in engine.sidecar.state:
+            same = self.addresses[pair["past"]] == self.addresses[pair["present"]]
+            if same != pair["in_place"]:
+                return self.refuse(f"{pair['past']} and {pair['present']} {'' if same else 'do not '}share an address")
+        if device.recording is not None and self.ran_with != self.shapes:
+            return self.refuse("a capture needs a run with the same shapes before it")
+        self.ran_with = dict(self.shapes)
+        shapes, addresses = dict(self.shapes), dict(self.addresses)
+        device.enqueue(lambda: engine.compute(shapes, addresses))
+        return True
+
+
+class FakeEngine:
+    """What `ICudaEngine` tells, from the sidecar; computes with ONNX Runtime on the bundle's graph."""
+
+    def __init__(self, bundle, sidecar, device, logger):
+        self.sidecar, self.device, self.logger = sidecar, device, logger
+        self.names = [spec["name"] for spec in (*sidecar.inputs, *sidecar.outputs)]
+        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(sidecar.profiles)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = 1, 3
+        self.session = ort.InferenceSession(str(bundle / sidecar.onnx), options, providers=["CPUExecutionProvider"])
+        self.runs, self.contexts = [], []
+        self.aliased = {pair["present"]: pair["past"] for pair in sidecar.state if pair["in_place"]}
+
+    def get_tensor_name(self, index):
+        return self.names[index]
+
+    def get_tensor_profile_shape(self, name, index):
+        smallest, largest = self.limits(name, index)
+        return smallest, smallest, largest
+
+    def get_aliased_input_tensor(self, name):
+        return self.aliased.get(name)
+
+    def create_runtime_config(self):
+        return SimpleNamespace()
+
+    def create_execution_context(self, config=None):
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+    def limits(self, name, index):
+        profile = self.sidecar.profiles[index]
+        shape = next(spec["shape"] for spec in self.sidecar.inputs if spec["name"] == name)
+        ranges = {"batch": profile.batch, "tokens": profile.tokens}
+        return tuple(tuple(ranges[d][w] if isinstance(d, str) else d for d in shape) for w in (0, 2))
+
+    def compute(self, shapes, addresses):
+        self.runs.append(shapes["input_ids"])
+        batch, tokens = shapes["input_ids"]
+        sizes = {"batch": batch, "tokens": tokens}
+
+        def view(spec):
+            shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec["shape"])
+            dtype = np.dtype(spec["dtype"])
+            data = self.device.at(addresses[spec["name"]], int(np.prod(shape)) * dtype.itemsize)
+            return data.view(dtype).reshape(shape)
+
+        outputs = [spec["name"] for spec in self.sidecar.outputs]
+        found = self.session.run(outputs, {spec["name"]: view(spec).copy() for spec in self.sidecar.inputs})
+        for spec, value in zip(self.sidecar.outputs, found, strict=True):
+            view(spec)[...] = value
+
+
+def fake_library(bundle, device):
+    """A module in TensorRT's place."""
+
+    class Runtime:
+        def __init__(self, logger):
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, data):
+            if data != MAGIC:
+                self.logger.log(SimpleNamespace(name="ERROR"), "magic tag does not match")
+                return None
+            folder = engine_folder(bundle, "tensorrt-rtx", "fp32")
+            return FakeEngine(bundle, read_sidecar(folder / PLAN), device, self.logger)
+
+    class Logger:
+        pass
+
+    strategy = SimpleNamespace(EAGER="eager")
+    return SimpleNamespace(
+        __version__=VERSION,
+        __spec__=ModuleSpec("tensorrt_rtx", None),
+        Runtime=Runtime,
+        ILogger=Logger,
+        DynamicShapesKernelSpecializationStrategy=strategy,
+    )
+
+
+def sidecar_for(bundle, chunk_tokens=32, capacity=128):
+    """What `build` would have written for the fp32 graph."""
+    manifest, graph = read_manifest(bundle), graph_path("fp32", "prefill", "full")
+    config, sizes = manifest.model, {"capacity": capacity, "rows": 1}
+
+    def described(specs):
+        return tuple(
+            {"name": s.name, "dtype": s.dtype, "shape": [sizes.get(dim, dim) for dim in s.shape]} for s in specs
+        )
+
+    return EngineSidecar(
+        backend="tensorrt-rtx",
+        precision="fp32",
+        plan_sha256=hashlib.sha256(MAGIC).hexdigest(),
+        plan_bytes=len(MAGIC),
+        onnx=graph,
+        onnx_sha256=manifest.files[graph].sha256,
+        weights_sha256=manifest.files["graphs/fp32/weights.bin"].sha256,
+        tensorrt_version=VERSION,
+        compute_capabilities=("8.0+",),
+        profiles=(
+            lrt_deploy.engine_sidecar.Profile("decode", (1, 1, manifest.max_batch_size), (1, 1, 1)),
+            lrt_deploy.engine_sidecar.Profile("prefill", (1, 1, 1), (1, 16, chunk_tokens)),
+        ),
+        flags=("STRONGLY_TYPED",),
+        capacity=capacity,
+        max_seq_len=manifest.max_seq_len,
+        max_batch_size=manifest.max_batch_size,
+        inputs=described(contract.graph_inputs(config, "full")),
+        outputs=described(contract.graph_outputs(config)),
+        state=tuple(pair.to_dict() for pair in contract.state_pairs(config)),
+        layers={},
+        build={},
+    )
+
+
+@pytest.fixture(scope="module")
+def bundle(export_once, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fake") / "bundle"
+    shutil.copytree(export_once(GOLDEN), folder)
+    put_engine(folder)
+    return folder
+
+
+def put_engine(folder, **changes):
+    plan = engine_folder(folder, "tensorrt-rtx", "fp32") / PLAN
+    plan.parent.mkdir(parents=True, exist_ok=True)
+    plan.write_bytes(MAGIC)
+    write_sidecar(plan, dataclasses.replace(sidecar_for(folder), **changes))
+    return plan
+
+
+@pytest.fixture
+def device():
+    return HostDevice()
+
+
+@pytest.fixture
+def open_fake(bundle, device, monkeypatch):
+    """(cuda_graph, prefill options) -> decoder on the fake engine, and the engine."""
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
+
+    def open_(cuda_graph=True, options=None):
+        manifest = read_manifest(bundle)
+        engine = open_engine(bundle, manifest, "tensorrt-rtx", "fp32", GPU)
+        decoder = Decoder(manifest, TensorRTBackend(engine, device, manifest, cuda_graph), None, options)
+        return decoder, engine.engine
+
+    return open_
+
+
+def tokens_of(decoder, prompts, steps, policy="stepwise"):
+    """Greedy tokens, and the logits of every step."""
+    state, tokens, logits = decoder.prefill(prompts, policy=policy), [], []
+    for _ in range(steps):
+        logits.append(state.logits)
+        tokens.append(state.logits.argmax(-1).tolist())
+        decoder.step(state, tokens[-1])
+    return tokens, np.stack(logits), state
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("policy", ["stepwise", "fixed-point", "zero"])
+def test_tokens_are_those_of_ort_cpu(open_fake, decoder_of, tolerances, policy):
+    decoder, engine = open_fake()
+    plain = PrefillOptions().within(decoder._backend.blocks)
+    expected = Decoder(decoder.manifest, decoder_of(GOLDEN)._backend, None, plain)
+    prompts = [PROMPT, PROMPT[3:8]]
+    found, reference = (tokens_of(d, prompts, 20, policy) for d in (decoder, expected))
+    assert found[0] == reference[0]
+    assert np.abs(found[1] - reference[1]).max() <= 2 * tolerances.logits
+    assert np.abs(found[2].latent - reference[2].latent).max() <= 2 * tolerances.latent
+    length = int(found[2].lengths.min())
+    for layer in range(decoder.config.n_layer):
+        for one, other in zip(found[2].cache(layer), reference[2].cache(layer), strict=True):
+            assert np.abs(one[:, :, :length] - other[:, :, :length]).max() <= 2 * tolerances.cache
+    assert {shape for shape in engine.runs if shape[1] == 1 and shape[0] == 2}
+
+
+def test_a_wrong_weight_would_show(open_fake, decoder_of, monkeypatch, tolerances):
+    """The twin: the same comparison with one latent disturbed."""
+    decoder, _ = open_fake()
+    expected = tokens_of(decoder_of(GOLDEN), [PROMPT], 5)[1]
+    state = decoder.prefill([PROMPT], policy="stepwise")
+    state.buffers.set_latent(np.array([0]), state.latent * 1.01)
+    decoder.step(state, [int(state.logits.argmax())])
+    assert np.abs(state.logits - expected[1]).max() > 2 * tolerances.logits
+
+
+def test_with_and_without_a_cuda_graph_every_bit_is_equal(open_fake, device):
+    with_graph, without = (tokens_of(open_fake(graph)[0], [PROMPT, PROMPT[:4]], 16) for graph in (True, False))
+    assert device.launches > 20
+    assert with_graph[0] == without[0] and np.array_equal(with_graph[1], without[1])
+    assert np.array_equal(with_graph[2].latent, without[2].latent)
+    for layer in range(4):
+        for one, other in zip(with_graph[2].cache(layer), without[2].cache(layer), strict=True):
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_every_step_runs_exactly_once_also_while_capturing(open_fake, device, cuda_graph):
+    decoder, engine = open_fake(cuda_graph)
+    state = decoder.prefill([PROMPT], policy="stepwise")
+    for step in range(5):
+        before = len(engine.runs)
+        decoder.step(state, [step])
+        assert len(engine.runs) == before + 1
+    assert len(engine.runs) == len(PROMPT) + 5
+    # The very first step warms up and is not captured; then one graph for each turn of the latent.
+    assert device.launches == (len(PROMPT) + 5 - 1 if cuda_graph else 0)
+    assert len(engine.contexts) == 2  # one for prefill, one for decoding one row
+
+
+def test_rows_that_leave_take_their_own_context(open_fake, decoder_of):
+    decoder, engine = open_fake()
+    state = decoder.prefill([PROMPT, PROMPT[:5]], policy="stepwise")
+    logits = state.buffers.decode(np.array([3]), state.lengths[:1], head=True)
+    assert logits.shape == (1, decoder.config.vocab_size)
+    assert engine.runs[-1] == (1, 1) and len(engine.contexts) == 3
+    expected = decoder_of(GOLDEN).prefill([PROMPT], policy="stepwise")
+    decoder_of(GOLDEN).step(expected, [3])
+    assert np.abs(logits - expected.logits).max() < 1e-4
+
+
+def test_a_long_prompt_is_read_in_blocks_the_profile_allows_and_in_order(open_fake, decoder_of, tolerances):
+    decoder, engine = open_fake()
+    prompt = [(7 * i) % 300 for i in range(100)]
+    state = decoder.prefill([prompt], policy="fixed-point", tolerance=1e-3)
+    blocks = [shape[1] for shape in engine.runs]
+    assert max(blocks) <= 32 and 25 in blocks  # 100 tokens in four chunks
+    assert state.prefill.note is None or "stride 1" in state.prefill.note or "finished" in state.prefill.note
+    expected = decoder_of(GOLDEN).prefill([prompt], policy="stepwise")
+    assert np.abs(state.latent - expected.latent).max() <= 1e-3
+
+
+def test_the_report_says_that_the_iteration_was_plain(open_fake):
+    decoder, _ = open_fake()
+    state = decoder.prefill([PROMPT * 2], policy="fixed-point", tolerance=0.5)
+    assert state.prefill.policy == "fixed-point"
+    assert "stride 1" in state.prefill.note
+
+
+def test_a_second_row_is_read_into_its_own_caches(open_fake, decoder_of):
+    decoder, _ = open_fake()
+    state = decoder.prefill([PROMPT, PROMPT[::-1]], policy="zero")
+    expected = decoder_of(GOLDEN).prefill([PROMPT, PROMPT[::-1]], policy="zero")
+    for layer in range(4):
+        for one, other in zip(state.cache(layer), expected.cache(layer), strict=True):
+            assert np.abs(one - other).max() < 1e-4
+    assert np.abs(state.cache(0)[0][0] - state.cache(0)[0][1]).max() > 0.1
+
+
+def test_entries_can_be_taken_out_and_put_back(open_fake):
+    decoder, _ = open_fake()
+    state = decoder.prefill([PROMPT, PROMPT[::-1]], policy="zero")
+    buffers = state.buffers
+    entries = buffers.read_slots(1, 2, 9)
+    assert entries["past_key_0"].shape == (2, 7, 16)
+    assert np.array_equal(entries["past_value_3"], state.cache(3)[1][1, :, 2:9])
+    buffers.write_slots(0, 2, entries)
+    assert np.array_equal(state.cache(3)[1][0, :, 2:9], entries["past_value_3"])
+    twin = state.fork()
+    assert np.array_equal(twin.cache(1)[0], state.cache(1)[0]) and np.array_equal(twin.latent, state.latent)
+
+
+def test_out_of_order_slots_are_refused(open_fake):
+    decoder, _ = open_fake()
+    buffers = decoder._backend.allocate(1)
+    buffers.reorder(0, 0, np.arange(4), move=True)
+    with pytest.raises(BackendError, match="order of positions"):
+        buffers.reorder(0, 0, np.array([0, 2, 1, 3]), move=False)
+
+
+def test_a_model_without_memory_runs_too(export_once, decoder_of, device, monkeypatch, tmp_path):
+    folder = tmp_path / "bundle"
+    shutil.copytree(export_once("baseline_ve"), folder)
+    put_engine(folder)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device))
+    manifest = read_manifest(folder)
+    engine = open_engine(folder, manifest, "tensorrt-rtx", "fp32", GPU)
+    decoder = Decoder(manifest, TensorRTBackend(engine, device, manifest), None)
+    for policy in ("stepwise", "fixed-point"):
+        assert tokens_of(decoder, [PROMPT], 8, policy)[0] == tokens_of(decoder_of("baseline_ve"), [PROMPT], 8)[0]
+
+
+def test_memory_is_given_back_with_the_state(open_fake, device):
+    decoder, _ = open_fake()
+    before = len(device.memory)
+    state = decoder.prefill([PROMPT], policy="stepwise")
+    assert len(device.memory) > before + 8
+    del state
+    assert len(device.memory) == before
+    arena = Arena(device)
+    arena.allocate(10)
+    arena.release()
+    assert len(device.memory) == before
+
+
+# The fake enforces what TensorRT does: each rule has a caller that breaks it
+
+
+def context_of(open_fake):
+    return open_fake()[0]._backend.setup.engine.context("decode", 7)
+
+
+def test_the_fake_refuses_what_tensorrt_refuses(open_fake, device):
+    context = context_of(open_fake)
+    with pytest.raises(BackendError, match=r"setting input_ids to the shape \(9, 1\).*is not within"):
+        context.shape("input_ids", (9, 1))
+    with pytest.raises(BackendError, match="setting input_ids"):
+        context.shape("input_ids", (1, 2))  # decoding is one token
+    with pytest.raises(BackendError, match=r"binding logits.*cannot lie at 12"):
+        context.bind("logits", 12)
+    with pytest.raises(BackendError, match="inferring shapes: input_ids"):
+        context.ready()
+    with pytest.raises(BackendError, match=r"running the engine.*not specified"):
+        context.enqueue(7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda step: step._context.bind("present_key_1", step._context.context.addresses["past_key_2"]),
+            "do not share",
+        ),
+        (lambda step: step._context.context.shapes.pop("write_index"), "not specified"),
+        (lambda step: step._context.context.addresses.pop("present_value_0"), "not specified"),
+    ],
+)
+def test_a_binding_that_goes_wrong_is_an_error_and_leaves_the_state(open_fake, change, message):
+    decoder, _ = open_fake(cuda_graph=False)
+    state = decoder.prefill([PROMPT], policy="stepwise")
+    lengths, latent = state.lengths, state.latent
+    change(state.buffers._steps[1])
+    with pytest.raises(BackendError, match=message):
+        decoder.step(state, [1])
+    assert np.array_equal(state.lengths, lengths) and np.array_equal(state.latent, latent)
+
+
+def test_a_capture_without_a_run_before_it_fails(open_fake):
+    decoder, _ = open_fake()
+    state = decoder.prefill([PROMPT[:1]], policy="stepwise")
+    state.buffers._steps[1]._context.context.ran_with = None
+    with pytest.raises(BackendError, match="a capture needs a run"):
+        decoder.step(state, [1])
+
+
+# What must not be used
+
+
+def refused(bundle, monkeypatch, gpu=GPU, library=None, **changes):
+    plan = put_engine(bundle, **changes)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library or fake_library(bundle, HostDevice()))
+    try:
+        with pytest.raises(EngineError) as caught:
+            open_engine(bundle, read_manifest(bundle), "tensorrt-rtx", "fp32", gpu)
+    finally:
+        put_engine(bundle)
+    message = str(caught.value)
+    assert str(plan) in message
+    assert f"lrt-deploy build {bundle} --backend tensorrt-rtx --precision fp32 --force" in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tensorrt_version": "1.6.0"}, "made for tensorrt-rtx version 1.6.0, and here it is 1.7.1.116"),
+        ({"onnx_sha256": "0" * 64}, "made for SHA-256 of graphs/fp32/prefill.onnx 0000"),
+        ({"weights_sha256": "0" * 64}, "made for SHA-256 of graphs/fp32/weights.bin 0000"),
+        ({"backend": "tensorrt"}, "backend and precision"),
+        ({"precision": "fp16"}, "backend and precision"),
+        ({"compute_capabilities": ("9.0",)}, "compute capability 9.0, and Fake 8000 has 8.9"),
+        ({"compute_capabilities": ("9.0+",)}, "compute capability 9.0+, and Fake 8000 has 8.9"),
+        ({"max_seq_len": 64}, "it holds 64 tokens and 8 sequences, the bundle 128 and 8"),
+        ({"max_batch_size": 2}, "it holds 128 tokens and 2 sequences"),
+        ({"plan_bytes": 10}, "has 9 bytes, its sidecar says 10: truncated or altered"),
+        ({"plan_sha256": "0" * 64}, "does not match its sidecar's SHA-256"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused_with_the_command(bundle, monkeypatch, changes, message):
+    assert message in refused(bundle, monkeypatch, **changes)
+
+
+def test_an_older_gpu_is_refused(bundle, monkeypatch):
+    assert "Old has 7.5" in refused(bundle, monkeypatch, gpu=Gpu("Old", (7, 5)))
+
+
+def test_what_the_library_cannot_read_is_refused_with_its_words(bundle, monkeypatch):
+    library = fake_library(bundle, HostDevice())
+    monkeypatch.setattr(library.Runtime, "deserialize_cuda_engine", lambda self, data: None)
+    assert "cannot read it: it gave no reason" in refused(bundle, monkeypatch, library=library)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda engine: engine.names.remove("logits"), "its inputs and outputs are"),
+        (lambda engine: setattr(engine, "num_optimization_profiles", 1), "it has 1 profiles"),
+        (lambda engine: engine.aliased.pop("present_key_1"), "would copy past_key_1 to present_key_1"),
+        (lambda engine: setattr(engine, "limits", lambda name, index: ((1, 1), (4, 1))), "its profile decode takes"),
+    ],
+)
+def test_an_engine_that_contradicts_its_sidecar_is_refused(bundle, monkeypatch, spoil, message):
+    library = fake_library(bundle, HostDevice())
+    original = library.Runtime.deserialize_cuda_engine
+
+    def spoiled(self, data):
+        engine = original(self, data)
+        spoil(engine)
+        engine.num_io_tensors = len(engine.names)
+        return engine
+
+    monkeypatch.setattr(library.Runtime, "deserialize_cuda_engine", spoiled)
+    assert message in refused(bundle, monkeypatch, library=library)
+
+
+def test_the_engine_that_fits_is_not_refused(open_fake):
+    assert open_fake()[1].num_optimization_profiles == 2
+
+
+def test_a_bundle_without_the_engine_names_the_command(bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="11.4"))
+    with pytest.raises(EngineError, match=r"has no engine for tensorrt in fp32; build it with `lrt-deploy build"):
+        open_engine(bundle, read_manifest(bundle), "tensorrt", "fp32", GPU)
+
+
+def test_without_a_gpu_the_backend_says_so(bundle, monkeypatch):
+    monkeypatch.setattr(tensorrt_backend, "find_gpu", lambda: (None, "no GPU: none counted"))
+    with pytest.raises(BackendError, match=r"tensorrt-rtx needs an NVIDIA GPU: no GPU: none counted; take .* ort-cpu"):
+        lrt_deploy.open_decoder(bundle, backend="tensorrt-rtx")
+
+
+# Which backend is taken
+
+
+def test_auto_takes_the_best_that_is_present_and_says_why(bundle, monkeypatch):
+    manifest = read_manifest(bundle)
+    monkeypatch.setattr(choice, "find_gpu", lambda: (None, "no GPU: none counted"))
+    found = choice.choose(bundle, manifest, "auto", None)
+    assert found[:2] == ("ort-cpu", "fp32")
+    assert "not tensorrt-rtx: " in found.reason and "not ort-cuda: no GPU: none counted" in found.reason
+    monkeypatch.setattr(choice, "find_gpu", lambda: (GPU, "Fake 8000"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "tensorrt" or None)
+    found = choice.choose(bundle, manifest, "auto", None)
+    assert found[:2] == ("tensorrt-rtx", "fp32") and "not tensorrt: tensorrt is not installed" in found.reason
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
+    assert "not tensorrt: no engine is built for it" in choice.choose(bundle, manifest, "auto", None).reason
+    with lrt_deploy.open_decoder(bundle, backend="ort-cpu") as decoder:
+        assert decoder.backend_reason == "as asked for"
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
+    with pytest.raises(BackendError, match="this version has tensorrt, tensorrt-rtx, ort-cuda, ort-cpu and auto"):
+        lrt_deploy.open_decoder(bundle, backend="tpu")
+
+
+# The smoke test after a build
+
+
+@pytest.fixture
+def with_gpu(monkeypatch, bundle, device):
+    """As if there were a GPU: the fake library, and a device in host memory."""
+    for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.choice", "lrt_deploy.runtime.tensorrt_backend"):
+        monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
+    monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+
+
+def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    assert found["ran"] and found["passed"], found
+    assert found["gpu"] == "Fake 8000" and found["beside"] == "ort-cpu in fp32"
+    assert found["max_abs_logit_error"] < 1e-4
+
+
+def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
+    original = FakeEngine.compute
+
+    def compute(self, shapes, addresses):
+        original(self, shapes, addresses)
+        self.device.at(addresses["present_latent"], 64)[3] ^= 1  # an exponent bit of one number
+
+    monkeypatch.setattr(FakeEngine, "compute", compute)
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    assert found["ran"] and not found["passed"] and found["verdict"]
+
+
+def test_an_engine_that_fails_to_run_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: self.refuse("an illegal address"))
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    assert found["ran"] and not found["passed"] and "an illegal address" in found["verdict"]
+
+
+def test_the_command_line_opens_the_engine_by_name_or_by_auto(bundle, with_gpu):
+    for backend in ("tensorrt-rtx", "auto"):
+        arguments = ["generate", str(bundle), "--tokens", "5,9,2", "--max-new-tokens", "4", "--backend", backend]
+        result = CliRunner().invoke(app, [*arguments, "--ignore-stop-tokens", "--json"])
+        assert result.exit_code == 0, result.stderr
+        fields = json.loads(result.stdout)
+        assert (fields["backend"], fields["precision"], len(fields["tokens"])) == ("tensorrt-rtx", "fp32", 4)
+    assert "backend tensorrt-rtx in fp32: the best that is present; not tensorrt: " in result.stderr
