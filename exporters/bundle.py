@@ -119,7 +119,7 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
         for flavour in contract.FLAVOURS:
             derived = lower(stored, base_dtype(precision, flavour))
             if flavour == "windowed":
-                derived = flavours.windowed(derived, checkpoint.config)
+                derived = flavours.windowed(derived, checkpoint.config, capacity)
             for phase, make in (("prefill", ir.Model.clone), ("decode_step", flavours.decode_step)):
                 final = make(derived)
                 flavours.describe(final, checkpoint.config, flavour, precision)

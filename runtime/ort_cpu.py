@@ -1,8 +1,9 @@
 """ONNX Runtime on the CPU: one session on the windowed prefill graph serves prefill and decode.
 
-Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. The
-latent goes in and out through two small arrays that swap roles (every layer reads it, so it cannot be overwritten).
-All that a call needs is bound once per shape; a decode step writes a few integers and runs.
+Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. They
+hold little more than the tokens so far, since attention reads all of their slots, and are replaced by larger ones
+every ROOM_STEP tokens. The latent goes in and out through two small arrays that swap roles (every layer reads it, so
+it cannot be overwritten). All that a call needs is bound once per shape; a decode step writes a few integers and runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from .backend import Block, BlockLimits, SlotArrays
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
 _ONE_THREAD_BYTES = 64 * 2**20
 _LOG_ERRORS = 3
+# Slots by which caches grow. More: attention reads more empty slots. Fewer: copying into larger arrays costs more.
+ROOM_STEP = 128
+_NO_POSITION = np.iinfo(np.int64).max  # of a slot that no token may see
 _KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, with and without head
 
 
@@ -82,7 +86,8 @@ class OrtCpuBuffers:
         self._session, self._config = backend.session, config
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         self._dtype = backend.dtype
-        shape = (batch, config.n_kv_head, self.capacity, config.head_dim)
+        self._room = 0  # slots that the caches have
+        shape = (batch, config.n_kv_head, self._room, config.head_dim)
         self._caches = {
             pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
         }
@@ -92,10 +97,7 @@ class OrtCpuBuffers:
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
         self._end = np.zeros(1, np.int64)
         self._slot_positions = np.arange(self.capacity)
-        self._decodes: dict[tuple[int, bool, int], _Call] = {}
-        for head, turn in ((True, 0), (True, 1), (False, 0), (False, 1)):  # others when rows have left
-            self._decode_call(batch, head, turn)
-        self._reads: dict[tuple[int, int, int], _Call] = {}
+        self._make_room(1)
 
     @property
     def latent(self) -> FloatArray:
@@ -108,19 +110,37 @@ class OrtCpuBuffers:
         if self._config.memory:
             self._latents[self._turn][rows, 0] = latent
 
+    def _make_room(self, end: int) -> None:
+        """Have slots up to `end`. Larger caches take the place of the old ones, and nothing is bound to them yet."""
+        if end <= self._room:
+            return
+        old, self._room = self._room, min(-(-end // ROOM_STEP) * ROOM_STEP, self.capacity)
+        for name, cache in self._caches.items():
+            larger = np.zeros((*cache.shape[:2], self._room, cache.shape[3]), cache.dtype)
+            larger[:, :, :old] = cache
+            self._caches[name] = larger  # one at a time: the old one can go
+        self._seen_positions = np.full(self._room, _NO_POSITION)
+        self._decodes: dict[tuple[int, bool, int], _Call] = {}
+        for head, turn in ((True, 0), (True, 1), (False, 0), (False, 1)):  # others when rows have left
+            self._decode_call(self.batch, head, turn)
+        self._reads: dict[tuple[int, int, int], _Call] = {}
+
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
+        end = int(positions.max()) + 1
+        self._make_room(end)
         call = self._decode_call(len(tokens), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
         call.write_index[:] = positions
-        self._look_back(int(positions.min()), int(positions.max()) + 1)
+        self._look_back(int(positions.min()), end)
         self._run(call)
         self._turn = 1 - self._turn
         return call.logits[:, 0] if head else None
 
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row; bindings are kept per row and block length."""
+        self._make_room(max(block.end, block.slot + len(block.tokens)))
         call = self._read_call(block.row, len(block.tokens), int(block.head))
         call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
         if self._config.memory:
@@ -150,15 +170,23 @@ class OrtCpuBuffers:
 
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries into a row's slots from `start` on."""
+        self._make_room(
+            start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
+        )
         for name, cache in self._caches.items():
             cache[row, :, start : start + entries[name].shape[1]] = entries[name]
 
     def _look_back(self, oldest: int, end: int, ordered: int | None = None) -> None:
-        """Set the live windows for queries from position `oldest` on; none may begin among slots out of order."""
+        """Set what queries from position `oldest` on may see: slots below `end`, and where windows begin.
+
+        No window may begin among slots out of order, which begin at `ordered`.
+        """
         for window, start in self._starts.items():
             first = max(0, oldest - window)
             start[0] = first if ordered is None else min(first, ordered)
         self._end[0] = end
+        self._seen_positions[:end] = self._slot_positions[:end]
+        self._seen_positions[end:] = _NO_POSITION
 
     def _run(self, call: _Call) -> None:
         try:
@@ -202,7 +230,7 @@ class OrtCpuBuffers:
             "write_index": call.write_index,
             "last_index": np.full((batch, logit_rows), count - 1, np.int64),
             contract.WINDOW_END: self._end,
-            contract.SLOT_POSITIONS: self._slot_positions,
+            contract.SLOT_POSITIONS: self._seen_positions,
         } | {contract.window_start(window): start for window, start in self._starts.items()}
         outputs: dict[str, NDArray[Any]] = {"logits": call.logits}
         if self._config.memory:

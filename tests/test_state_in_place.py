@@ -12,7 +12,7 @@ import pytest
 
 from lrt_deploy import contract
 from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
+from lrt_deploy.runtime.ort_cpu import ROOM_STEP, OrtCpuBackend
 
 pytestmark = pytest.mark.slow  # for the exports
 
@@ -115,23 +115,28 @@ def test_the_latent_swaps_between_two_places(buffers):
     assert places[0] != places[1]
 
 
-def test_a_step_allocates_no_array(buffers):
+def test_a_step_allocates_an_array_only_where_the_caches_grow(buffers):
     tokens, positions = np.array([1, 2]), np.array([0, 0])
 
-    def peak(action):
+    def peak(action, steps=50):
         action()
         tracemalloc.start()
-        for _ in range(50):
+        for _ in range(steps):
             positions[:] += 1
             action()
         _, top = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         return top
 
-    a_cache = caches(buffers)[0]
-    assert a_cache.nbytes > 2**17
+    before = caches(buffers)
+    assert before[0].shape[2] == ROOM_STEP and before[0].nbytes >= 2**15
     assert peak(lambda: buffers.decode(tokens, positions, head=True)) < 2**14  # a few small Python objects
-    assert peak(lambda: a_cache.copy()) > 2**17
+    positions[:] = ROOM_STEP - 10
+    assert peak(lambda: buffers.decode(tokens, positions, head=True), steps=20) > sum(a.nbytes for a in before)
+    grown = caches(buffers)
+    assert grown[0].shape[2] == 2 * ROOM_STEP
+    kept = slice(0, ROOM_STEP - 10)
+    assert all(np.array_equal(new[:, :, kept], old[:, :, kept]) for new, old in zip(grown, before, strict=True))
 
 
 def test_state_pairs_that_are_in_place_are_the_caches(export_once):
