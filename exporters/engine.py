@@ -24,6 +24,7 @@ from lrt_deploy.engine_sidecar import (
     PREFILL,
     EngineSidecar,
     Profile,
+    cache_capacity,
     engine_folder,
     write_sidecar,
 )
@@ -34,7 +35,7 @@ from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
 
 from .atomic_folder import made_whole
 from .tensorrt_builder import Parsed, Plan, build, parse
-from .tensorrt_graph import cache_capacity, tensorrt_copy
+from .tensorrt_graph import tensorrt_copy
 from .tensorrt_log import Progress
 from .tensorrt_proof import DTYPES, promise_of, prove
 

@@ -13,15 +13,6 @@ import onnx_ir as ir
 
 from lrt_deploy.errors import EngineError
 
-# A row of a cache must start on this boundary, so that one row can be bound alone. 128 slots of at least two numbers
-# of two bytes always end there.
-_SLOTS = 128
-
-
-def cache_capacity(max_seq_len: int) -> int:
-    """Cache slots for sequences of up to `max_seq_len` tokens; those beyond are masked and never written."""
-    return -(-max_seq_len // _SLOTS) * _SLOTS
-
 
 def tensorrt_copy(graph: Path, capacity: int) -> bytes:
     """The edited graph as ONNX bytes; it names its weights file as the original does."""

@@ -26,6 +26,10 @@ SIDECAR_FORMAT = 1
 ENGINES, PLAN = "engines", "lrt.plan"
 DECODE, PREFILL = "decode", "prefill"
 
+# A row of a cache must start on TensorRT's boundary of 256 bytes, so that one row can be bound alone. 128 slots of at
+# least two numbers of two bytes always end there.
+_SLOTS = 128
+
 Range = tuple[int, int, int]  # smallest, typical, largest
 
 
@@ -79,6 +83,11 @@ class EngineSidecar:
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
         return {"format_version": SIDECAR_FORMAT} | dataclasses.asdict(self)
+
+
+def cache_capacity(max_seq_len: int) -> int:
+    """Cache slots on a GPU for sequences of up to `max_seq_len` tokens; those beyond are masked and never written."""
+    return -(-max_seq_len // _SLOTS) * _SLOTS
 
 
 def engine_folder(bundle: Path, backend: str, precision: str) -> Path:

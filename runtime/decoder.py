@@ -259,6 +259,10 @@ def _load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int
         from .ort_cpu import OrtCpuBackend
 
         return OrtCpuBackend(folder, manifest, precision, threads)
+    if name == "ort-cuda":
+        from .ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend.open(folder, manifest, precision)
     from .tensorrt_backend import TensorRTBackend
 
     return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

@@ -1,46 +1,53 @@
-"""TensorRT and TensorRT-RTX: an engine of the bundle, with the whole state on the GPU.
+"""TensorRT and TensorRT-RTX: an engine of the bundle on the current GPU, with the whole state in its memory.
 
-Caches and latent live in device memory that the engine updates in place; logits and the latent, a few kilobytes, come
-back after each step. Decoding runs as a CUDA graph. Slots are kept in the order of positions, because the engine's mask
-knows no other, so prompts are iterated plainly (see `fixed_point`).
+Decoding runs as a CUDA graph. Prompts are iterated plainly, because an engine's mask wants slots in the order of
+positions (see `fixed_point`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from lrt_deploy import contract
+from lrt_deploy.engine_sidecar import PREFILL
 from lrt_deploy.errors import BackendError
 from lrt_deploy.gpu import find_gpu
-from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.precisions import base_dtype
 
-from .backend import Block, BlockLimits, SlotArrays
-from .cuda_device import Arena, Array, CudaDevice, Device
+from .backend import BlockLimits
+from .cuda_device import Arena, CudaDevice, Device
+from .device_buffers import DeviceBuffers
+from .device_steps import PrefillStep, Setup
 from .tensorrt_engine import Engine, open_engine
-from .tensorrt_steps import DecodeStep, PrefillStep, Setup, StateMemory
 
 
 class TensorRTBackend:
-    """An opened engine on a device; `device` and `engine` are given by tests alone."""
+    """An opened engine on a device; see `open`."""
 
     def __init__(self, engine: Engine, device: Device, manifest: Manifest, cuda_graph: bool = True) -> None:
-        sidecar = engine.sidecar
-        self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
-        base = base_dtype(sidecar.precision, "full")
+        sidecar, base = engine.sidecar, base_dtype(engine.sidecar.precision, "full")
         dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
+        self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
         self.state_dtype = dtype.name
-        self.setup = Setup(engine, device, manifest.model, dtype, cuda_graph)
+        self.setup = Setup(
+            runner=engine,
+            device=device,
+            config=manifest.model,
+            dtype=dtype,
+            inputs=sidecar.inputs,
+            state=sidecar.state,
+            capacity=sidecar.capacity,
+            chunk_tokens=sidecar.profile(PREFILL)[1].tokens[2],
+            cuda_graph=cuda_graph,
+        )
         arena = Arena(device)
-        self.prefill = PrefillStep(self.setup, arena)
         weakref.finalize(self, arena.release).atexit = False
-        self.blocks = BlockLimits(self.prefill.chunk_tokens, in_order=True)
+        self.prefill = PrefillStep(self.setup, arena)
+        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True)
         graph = "decoding as a CUDA graph" if cuda_graph else "no CUDA graph"
         self.detail = f"{sidecar.backend} {sidecar.tensorrt_version}, {sidecar.precision} engine, {graph}"
 
@@ -57,106 +64,6 @@ class TensorRTBackend:
         opened.detail += f", {gpu.name}"
         return opened
 
-    def allocate(self, batch: int) -> TensorRTBuffers:
+    def allocate(self, batch: int) -> DeviceBuffers:
         """Zeroed device memory for a state of this many sequences."""
-        return TensorRTBuffers(self, batch)
-
-
-class TensorRTBuffers:
-    """The state of B sequences on the device. See `backend.StateBuffers`."""
-
-    def __init__(self, backend: TensorRTBackend, batch: int) -> None:
-        setup = backend.setup
-        self._setup, self._device, self._prefill = setup, setup.device, backend.prefill
-        self.batch, self.capacity, self.layers = batch, backend.capacity, setup.config.n_layer
-        self._memory = StateMemory.make(setup, batch)
-        self._steps: dict[int, DecodeStep] = {}
-        self._turn = 0  # which of the two latents is the current one
-        # What the device holds as the current latent, known here without asking it.
-        self._latent = np.zeros((batch, setup.config.n_embd), np.float32)
-        weakref.finalize(self, self._memory.arena.release).atexit = False
-
-    @property
-    def latent(self) -> FloatArray:
-        """(B, C), a copy on the host; (B, 0) for a model without memory."""
-        return self._latent.copy() if self._setup.config.memory else self._latent[:, :0]
-
-    def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
-        """Replace the latent of some rows: rows (n), latent (n, C)."""
-        if not self._setup.config.memory:
-            return
-        values = np.ascontiguousarray(latent.astype(self._setup.dtype))
-        for row, value in zip(rows, values, strict=True):
-            self._device.copy_in(self._memory.latents[self._turn] + int(row) * self._setup.latent_bytes, value)
-        self._device.synchronize()
-        self._latent[rows] = values
-
-    def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
-        """Run one token for each of the first rows; a step is bound per number of rows. The head always runs."""
-        rows = len(tokens)
-        if rows not in self._steps:
-            self._steps[rows] = DecodeStep(self._memory, rows)
-        logits, latent = self._steps[rows].run(self._turn, tokens, positions)
-        if self._setup.config.memory:
-            self._turn = 1 - self._turn
-            self._latent[:rows] = latent
-        return logits if head else None
-
-    def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Run a block of one row, whose slots must be in the order of its positions."""
-        if not np.array_equal(block.positions, block.slot + np.arange(len(block.tokens))):
-            raise BackendError("this backend keeps cache slots in the order of positions, and a block does not")
-        caches = self._memory.row(block.row)
-        found, logits = self._prefill.run(caches, block.tokens, block.positions, block.slot, latents)
-        return found, logits if block.head else logits[:0]
-
-    def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
-        """Only the order of positions is possible here."""
-        if not np.array_equal(order, np.arange(len(order))):
-            raise BackendError("this backend keeps cache slots in the order of positions; read with stride 1")
-
-    def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
-        """Keys and values (B, G, length, D) of a layer, as copies on the host."""
-        rows = [self.read_slots(row, 0, length, (layer,)) for row in range(self.batch)]
-        names = contract.past_key(layer), contract.past_value(layer)
-        keys, values = (np.stack([row[name] for row in rows]).astype(np.float32) for name in names)
-        return keys, values
-
-    def read_slots(self, row: int, start: int, stop: int, layers: tuple[int, ...] | None = None) -> SlotArrays:
-        """Copies (G, n, D) of a row's entries in slots start to stop - 1, by the names of the contract."""
-        entries = {}
-        for name, address in self._row_caches(row, layers).items():
-            entries[name] = self._empty_slots(stop - start)
-            self._device.copy_rows_out(_as_rows(entries[name]), address + start * self._slot_bytes, self._head_bytes)
-        self._device.synchronize()
-        return entries
-
-    def write_slots(self, row: int, start: int, entries: Mapping[str, Array]) -> None:
-        """Put entries into a row's slots from `start` on."""
-        for name, address in self._row_caches(row, None).items():
-            values = np.ascontiguousarray(entries[name].astype(self._setup.dtype, copy=False))
-            self._device.copy_rows_in(address + start * self._slot_bytes, self._head_bytes, _as_rows(values))
-        self._device.synchronize()
-
-    def _row_caches(self, row: int, layers: tuple[int, ...] | None) -> dict[str, int]:
-        wanted = range(self.layers) if layers is None else layers
-        names = {name(layer) for layer in wanted for name in (contract.past_key, contract.past_value)}
-        return {past: address for (past, _), address in self._memory.row(row).items() if past in names}
-
-    def _empty_slots(self, count: int) -> Array:
-        config = self._setup.config
-        return np.empty((config.n_kv_head, count, config.head_dim), self._setup.dtype)  # (G, n, D)
-
-    @property
-    def _slot_bytes(self) -> int:
-        return self._setup.config.head_dim * self._setup.dtype.itemsize
-
-    @property
-    def _head_bytes(self) -> int:
-        """From one head's slots to the next one's."""
-        return self._setup.engine.sidecar.capacity * self._slot_bytes
-
-
-def _as_rows(array: Array) -> Array:
-    """(G, n, D) as (G, bytes), without a copy."""
-    return array.reshape(array.shape[0], array[0].size).view(np.uint8)
+        return DeviceBuffers(self.setup, self.prefill, batch, self.capacity)

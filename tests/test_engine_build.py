@@ -20,12 +20,12 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.cli.app import app
-from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_sidecar, sidecar_path
+from lrt_deploy.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import BuildOptions, profiles
 from lrt_deploy.exporters.engine import build_engine as build
 from lrt_deploy.exporters.tensorrt_builder import parse
-from lrt_deploy.exporters.tensorrt_graph import cache_capacity, tensorrt_copy
+from lrt_deploy.exporters.tensorrt_graph import tensorrt_copy
 from lrt_deploy.exporters.tensorrt_log import BuildLog
 from lrt_deploy.exporters.tensorrt_proof import Product, matrices, promise_of, prove
 from lrt_deploy.manifest import graph_path, read_manifest, write_manifest

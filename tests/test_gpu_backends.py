@@ -1,9 +1,9 @@
-"""The TensorRT backend on a fake engine that computes with ONNX Runtime and enforces TensorRT's rules.
+"""The backends on a GPU, without one: TensorRT on a fake engine that enforces its rules, ONNX Runtime on the host.
 
-No GPU is here, so what can be tested is our side: that everything is bound before it is run, a cache at one address for
-in and out, shapes inside the chosen profile, copies waited for, graphs captured only after a first run, and every step
-run exactly once. The fake refuses what TensorRT refuses, and does nothing before the stream is waited for, so a missing
-synchronization shows as wrong numbers. What it computes is the bundle's own graph: its tokens must be ort-cpu's.
+What can be tested is our side: that everything is bound before it is run, a cache at one address for in and out, shapes
+inside the chosen profile, copies waited for, graphs captured only after a first run, and every step run exactly once.
+The fake refuses what TensorRT refuses, and does nothing before the stream is waited for, so a missing synchronization
+shows as wrong numbers. What it computes is the bundle's own graph, by ONNX Runtime: its tokens must be ort-cpu's.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.cli.smoke import smoke_test
 from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
 from lrt_deploy.errors import BackendError, EngineError
-from lrt_deploy.gpu import Gpu
+from lrt_deploy.gpu import Gpu, find_gpu
 from lrt_deploy.manifest import graph_path, read_manifest
-from lrt_deploy.runtime import choice, tensorrt_backend
+from lrt_deploy.runtime import choice, ort_cuda, tensorrt_backend
 from lrt_deploy.runtime.cuda_device import Arena
 from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
 from lrt_deploy.runtime.tensorrt_engine import open_engine
@@ -112,6 +113,13 @@ class HostDevice:
 
     def forget(self, graph):
         graph.clear()
+
+
+class EagerDevice(HostDevice):
+    """The same for ONNX Runtime, which computes at once: so does everything else."""
+
+    def enqueue(self, work):
+        work()
 
 
 class FakeContext:
@@ -291,6 +299,17 @@ def bundle(export_once, tmp_path_factory):
     shutil.copytree(export_once(GOLDEN), folder)
     put_engine(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def halves(make_once, golden_of):
+    """The golden in fp32 and fp16."""
+    source = golden_of(GOLDEN).folder
+
+    def make(folder):
+        lrt_deploy.export_bundle(source, folder, precision=("fp32", "fp16"), max_seq_len=128)
+
+    return make_once("gpu_halves", make)
 
 
 def put_engine(folder, **changes):
@@ -473,7 +492,7 @@ def test_memory_is_given_back_with_the_state(open_fake, device):
 
 
 def context_of(open_fake):
-    return open_fake()[0]._backend.setup.engine.context("decode", 7)
+    return open_fake()[0]._backend.setup.runner.context("decode", 7)
 
 
 def test_the_fake_refuses_what_tensorrt_refuses(open_fake, device):
@@ -674,3 +693,79 @@ def test_the_command_line_opens_the_engine_by_name_or_by_auto(bundle, with_gpu):
         fields = json.loads(result.stdout)
         assert (fields["backend"], fields["precision"], len(fields["tokens"])) == ("tensorrt-rtx", "fp32", 4)
     assert "backend tensorrt-rtx in fp32: the best that is present; not tensorrt: " in result.stderr
+
+
+# ONNX Runtime on a GPU: the same code, with memory and kernels on the host
+
+
+@pytest.fixture
+def ort_on_host(bundle):
+    manifest, device = read_manifest(bundle), EagerDevice()
+    return Decoder(manifest, OrtCudaBackend(bundle, manifest, "fp32", device, kind="cpu"), None)
+
+
+@pytest.mark.parametrize("policy", ["stepwise", "fixed-point", "zero"])
+def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tolerances, policy):
+    plain = PrefillOptions().within(ort_on_host._backend.blocks)
+    expected = Decoder(ort_on_host.manifest, decoder_of(GOLDEN)._backend, None, plain)
+    found, reference = (tokens_of(d, [PROMPT, PROMPT[3:8]], 20, policy) for d in (ort_on_host, expected))
+    assert found[0] == reference[0]
+    assert np.abs(found[1] - reference[1]).max() <= 2 * tolerances.logits
+    assert np.abs(found[2].latent - reference[2].latent).max() <= 2 * tolerances.latent
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_ort_updates_its_caches_in_place(bundle, capfd, monkeypatch, elsewhere):
+    """ONNX Runtime warns when TensorScatter has to copy a cache, as it does in the twin."""
+    monkeypatch.setattr(ort_cuda, "_LOG_LEVEL", 2)
+    manifest, device = read_manifest(bundle), EagerDevice()
+    backend = OrtCudaBackend(bundle, manifest, "fp32", device, kind="cpu")
+    buffers = backend.allocate(1)
+    buffers.decode(np.array([1]), np.array([0]), head=True)
+    if elsewhere:
+        buffers._steps[1]._context.bind("present_key_1", device.allocate(backend.setup.cache_row_bytes))
+    buffers.decode(np.array([1]), np.array([1]), head=True)
+    assert ("in-place optimization not activated" in capfd.readouterr().err) == elsewhere
+
+
+def test_ort_runs_half_precision_states(halves, tolerances):
+    manifest, device = read_manifest(halves), EagerDevice()
+    decoder = Decoder(manifest, OrtCudaBackend(halves, manifest, "fp16", device, kind="cpu"), None)
+    with lrt_deploy.open_decoder(halves, precision="fp16") as expected:
+        found, reference = (tokens_of(d, [PROMPT], 12) for d in (decoder, expected))
+    assert found[2].buffers.read_slots(0, 0, 2)["past_key_0"].dtype == np.float16
+    assert np.abs(found[1] - reference[1]).max() < 0.1
+    assert found[0] == reference[0]
+
+
+def test_a_silent_fallback_to_the_cpu_is_refused(bundle):
+    """Here the provider is built in and cannot be loaded: ONNX Runtime would go on without it."""
+    graph = bundle / graph_path("fp32", "prefill", "full")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        pytest.skip("this ONNX Runtime was built without CUDA")
+    if find_gpu()[0] is not None:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(BackendError, match="could not load CUDAExecutionProvider and would run on CPUExecution"):
+        open_session(graph, "cuda", 0)
+
+
+def test_heavy_operators_on_another_provider_are_named(bundle):
+    session = open_session(bundle / graph_path("fp32", "prefill", "full"), "cpu", 0)
+    assert misplaced(session, "CPUExecutionProvider") == {}
+    found = misplaced(session, "CUDAExecutionProvider")
+    assert found["Attention", "CPUExecutionProvider"] == 4 and found["TensorScatter", "CPUExecutionProvider"] == 8
+
+
+def test_ort_cuda_refuses_what_it_would_not_run_as_asked(bundle, monkeypatch):
+    manifest = read_manifest(bundle)
+    monkeypatch.setattr(ort_cuda, "find_gpu", lambda: (None, "no GPU: none counted"))
+    with pytest.raises(BackendError, match="ort-cuda needs an NVIDIA GPU"):
+        lrt_deploy.open_decoder(bundle, backend="ort-cuda")
+    with pytest.raises(BackendError, match=r"ort-cuda does not run int8.*take fp32"):
+        OrtCudaBackend.open(bundle, manifest, "int8")
+
+
+def test_a_context_of_ort_wants_everything_bound(ort_on_host):
+    context = ort_on_host._backend.setup.runner.context("decode", 0)
+    with pytest.raises(BackendError, match="input_ids has no shape or no address"):
+        context.enqueue(0)

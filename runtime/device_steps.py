@@ -1,4 +1,6 @@
-"""The two calls of an engine, bound to memory: a decode step for n rows of a state, and a prefill block of one row.
+"""The two calls of a graph on a GPU, bound to device memory: a decode step for n rows of a state, a block of one row.
+
+What runs the graph is behind `Context`: a TensorRT engine or an ONNX Runtime session.
 
 A decode step is bound once and then only run. Its first run is a real step and at the same time the warm-up that
 TensorRT asks for; from the second run of a turn on it is a CUDA graph. Capturing records and runs nothing, so no step
@@ -8,8 +10,9 @@ cache slot counts only once the step is done.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,19 +21,48 @@ from lrt_deploy.engine_sidecar import DECODE, PREFILL
 from lrt_deploy.interface import FloatArray, IntArray
 
 from .cuda_device import Arena, Array, Device
-from .tensorrt_engine import Context, Engine
+
+Specs = Sequence[Mapping[str, Any]]  # name, dtype and shape of each input or output; a free dimension has its name
+Caches = dict[tuple[str, str], int]  # addresses by the names of (past, present)
 
 _ALIGNMENT = 256  # of every address that TensorRT is given
+
+
+class Context(Protocol):
+    """One way to run the graph, with shapes and addresses that stay until they are set anew."""
+
+    def shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Set the shape of an input."""
+
+    def bind(self, name: str, address: int) -> None:
+        """Set where an input or output lies."""
+
+    def ready(self) -> None:
+        """Every shape is set; raises BackendError where one is missing."""
+
+    def enqueue(self, stream: int) -> None:
+        """Run once, on the stream."""
+
+
+class Runner(Protocol):
+    """Makes contexts for `decode` (one token for each row) or `prefill` (a block of one row)."""
+
+    def context(self, profile: str, stream: int) -> Context:
+        """A new one, with working memory of its own."""
 
 
 @dataclass(frozen=True)
 class Setup:
     """What all steps of a backend share."""
 
-    engine: Engine
+    runner: Runner
     device: Device
     config: LRTConfig
     dtype: np.dtype[Any]  # of caches and latent
+    inputs: Specs
+    state: Specs  # the pairs of the contract
+    capacity: int  # cache slots
+    chunk_tokens: int  # of one block, at most
     cuda_graph: bool
 
     @property
@@ -41,8 +73,7 @@ class Setup:
     @property
     def cache_row_bytes(self) -> int:
         """Of one sequence in one cache."""
-        slots = self.engine.sidecar.capacity
-        return self.config.n_kv_head * slots * self.config.head_dim * self.dtype.itemsize
+        return self.config.n_kv_head * self.capacity * self.config.head_dim * self.dtype.itemsize
 
 
 @dataclass
@@ -81,7 +112,7 @@ class DecodeStep:
         self._logits: FloatArray = device.pinned((rows, config.vocab_size), np.dtype(np.float32))
         # The latent that each turn leaves, fetched with the logits: it is as small as they are, and often asked for.
         self._fetched = [device.pinned((rows, config.n_embd), setup.dtype) for _ in memory.latents]
-        self._context = setup.engine.context(DECODE, device.stream)
+        self._context = setup.runner.context(DECODE, device.stream)
         self._bind(memory.caches)
         self._warm = False
         self._graphs: dict[int, Any] = {}
@@ -99,7 +130,7 @@ class DecodeStep:
         self._warm = True
         return self._logits, self._fetched[1 - turn]
 
-    def _bind(self, caches: dict[tuple[str, str], int]) -> None:
+    def _bind(self, caches: Caches) -> None:
         setup, context, rows = self._setup, self._context, self.rows
         set_shapes(setup, context, rows, 1)
         self._inputs.bind(context)
@@ -128,13 +159,13 @@ class PrefillStep:
     def __init__(self, setup: Setup, arena: Arena) -> None:
         config, device = setup.config, setup.device
         self._setup, self._device = setup, device
-        self.chunk_tokens = setup.engine.sidecar.profile(PREFILL)[1].tokens[2]
+        self.chunk_tokens = setup.chunk_tokens
         self._inputs = _Inputs.make(arena, self.chunk_tokens)
         self._latents = [arena.allocate(self.chunk_tokens * setup.latent_bytes) for _ in range(2)]
         self._host_latents = device.pinned((self.chunk_tokens, config.n_embd), setup.dtype)
         self._logits_address = arena.allocate(config.vocab_size * 4)
         self._logits: FloatArray = device.pinned((config.vocab_size,), np.dtype(np.float32))
-        self._context = setup.engine.context(PREFILL, device.stream)
+        self._context = setup.runner.context(PREFILL, device.stream)
         self._inputs.bind(self._context)
         self._context.bind("logits", self._logits_address)
         if config.memory:
@@ -142,7 +173,7 @@ class PrefillStep:
             self._context.bind("present_latent", self._latents[1])
 
     def run(
-        self, caches: dict[tuple[str, str], int], ids: IntArray, positions: IntArray, slot: int, latents: FloatArray
+        self, caches: Caches, ids: IntArray, positions: IntArray, slot: int, latents: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
         """Tokens (n) into slots from `slot` on; the latent of each (n, C) and the logits (V) after the last."""
         count, host = len(ids), self._inputs.host
@@ -169,7 +200,7 @@ class StateMemory:
 
     setup: Setup
     arena: Arena
-    caches: dict[tuple[str, str], int] = field(default_factory=dict)  # by the names of (past, present)
+    caches: Caches = field(default_factory=dict)
     latents: tuple[int, int] = (0, 0)
 
     @classmethod
@@ -177,26 +208,26 @@ class StateMemory:
         """All of it zeroed."""
         memory = cls(setup, Arena(setup.device))
         allocate = memory.arena.allocate
-        for pair in setup.engine.sidecar.state:
+        for pair in setup.state:
             if pair["in_place"]:
                 memory.caches[pair["past"], pair["present"]] = allocate(batch * setup.cache_row_bytes)
         size = batch * setup.latent_bytes
         memory.latents = (allocate(size), allocate(size))
         return memory
 
-    def row(self, row: int) -> dict[tuple[str, str], int]:
+    def row(self, row: int) -> Caches:
         """The caches of one row."""
         return {names: address + row * self.setup.cache_row_bytes for names, address in self.caches.items()}
 
 
 def set_shapes(setup: Setup, context: Context, rows: int, tokens: int) -> None:
-    """Shapes of all inputs, from the sidecar's, for `rows` rows of `tokens` tokens."""
-    sizes = {"batch": rows, "tokens": tokens}
-    for spec in setup.engine.sidecar.inputs:
+    """Shapes of all inputs for `rows` rows of `tokens` tokens, each with one row of logits."""
+    sizes = {"batch": rows, "tokens": tokens, "rows": 1, "capacity": setup.capacity}
+    for spec in setup.inputs:
         context.shape(spec["name"], tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec["shape"]))
 
 
-def bind_caches(context: Context, caches: dict[tuple[str, str], int]) -> None:
+def bind_caches(context: Context, caches: Caches) -> None:
     """A cache goes in and comes out at the same address: that is what updates it in place."""
     for (past, present), address in caches.items():
         context.bind(past, address)
