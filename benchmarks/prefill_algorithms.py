@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 700])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", default="", help="leave out algorithms whose name does not contain this")
     parser.add_argument("--calibrate", type=int, metavar="N")
     parser.add_argument("--out", type=Path)
@@ -352,7 +353,7 @@ def main() -> None:
     report: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         bundle, tokens = (args.bundle, None) if args.bundle else default_bundle(Path(temporary))
-        with lrt_deploy.open_decoder(bundle, threads=1) as decoder:
+        with lrt_deploy.open_decoder(bundle, threads=args.threads) as decoder:
             tokens = text_tokens(decoder, 4096) if tokens is None else tokens
             if args.calibrate:
                 report["calibration"] = calibrate(decoder, tokens, args.calibrate)
