@@ -23,7 +23,7 @@ from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 
 from . import traffic
 from .decoder import Decoder
-from .fixed_point import SweepOptions, Sweeps
+from .fixed_point import PLAIN, SweepOptions, Sweeps
 from .state import DecodeState
 
 Progress = Callable[[str, int, int], None]
@@ -126,7 +126,7 @@ def variants(decoder: Decoder) -> list[Variant]:
     return [
         Variant("stepwise", "stepwise"),
         Variant("fixed-point", f"interleaved, stride {default.stride}", default),
-        Variant("fixed-point", "plain", dataclasses.replace(default, stride=1)),
+        Variant("fixed-point", "plain", PLAIN),
         Variant("zero", "one pass with zero memory"),
     ]
 
@@ -230,7 +230,7 @@ def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progr
     exact.finish_stepwise()
     points: list[dict[str, Any]] = []
     default = decoder.prefill_options.sweeps
-    for sweeps in (dataclasses.replace(default, stride=1), default):
+    for sweeps in (PLAIN, default):
         progress(f"sweeping over {len(ids)} tokens with stride {sweeps.stride}", 0, 0)
         points += _converge(_sweeps(state, ids, sweeps), exact.latents)
     return points

@@ -32,10 +32,14 @@ from .backend import Block, StateBuffers
 class SweepOptions:
     """How a chunk is iterated; the defaults are the measured best (docs/numerics.md)."""
 
-    stride: int = 8
-    chunk_tokens: int = 512
+    stride: int = 2
+    chunk_tokens: int = 128
     max_sweeps: int = 16
     min_block_tokens: int = 8
+
+
+# The plain iteration, to compare with: whole parallel passes, in chunks that only bound memory.
+PLAIN = SweepOptions(stride=1, chunk_tokens=512)
 
 
 @dataclass
@@ -62,6 +66,7 @@ def read_row(
     start = past
     for chunk in chunks:
         sweeps = Sweeps(buffers, row, chunk, start, latent, options)
+        sweeps.head = chunk is chunks[-1]
         if not sweeps.converge(tolerance):
             fallback = fallback or f"at token {start + sweeps.exact}: the iteration {sweeps.verdict}"
             sweeps.finish_stepwise()
@@ -71,11 +76,11 @@ def read_row(
     return Reading(np.concatenate(latents), sweeps.logits, computed, residual, fallback)
 
 
-def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> Reading:
+def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> Reading:
     """One parallel pass with zero memory: exact for a model without memory, and not the model as trained otherwise."""
     computed, start, latents = len(tokens), past, []
-    for chunk in np.array_split(tokens, -(-len(tokens) // options.chunk_tokens)):
-        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], SweepOptions(stride=1))
+    for chunk in np.array_split(tokens, -(-len(tokens) // PLAIN.chunk_tokens)):
+        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], PLAIN)
         sweeps.sweep()
         latents.append(sweeps.latents[1:])
         start += len(chunk)
@@ -104,7 +109,8 @@ class Sweeps:
         # Row i is m for token i, so row i + 1 is what token i leaves: the shift of the recurrence costs no copy.
         self.latents = np.zeros((count + 1, carried.shape[0]), np.float32)  # (T + 1, C)
         self.latents[0] = carried
-        self.logits: FloatArray = np.zeros(0, np.float32)  # (V)
+        self.head = True  # whether the logits after the chunk's last token are wanted
+        self.logits: FloatArray = np.zeros(0, np.float32)  # (V), or (0) without head
         self.done = self.computed = 0
         self.latent_changes: list[float] = []
         self.cache_changes: list[float] = []
@@ -133,7 +139,13 @@ class Sweeps:
             live = self.slots[index + 1] if self.done == 0 else end
             last = members[-1] == len(self.tokens) - 1
             block = Block(
-                self.row, self.tokens[members], self.start + members, self.slots[index], live, self.start, last
+                self.row,
+                self.tokens[members],
+                self.start + members,
+                self.slots[index],
+                live,
+                self.start,
+                head=last and self.head,
             )
             before = self._first_block_cache() if index == 0 and self.done else None
             latents, logits = self.buffers.read(block, self.latents[members])
@@ -156,7 +168,13 @@ class Sweeps:
             position = self.start + i
             last = i == len(self.tokens) - 1
             block = Block(
-                self.row, self.tokens[i : i + 1], np.array([position]), position, position + 1, position, last
+                self.row,
+                self.tokens[i : i + 1],
+                np.array([position]),
+                position,
+                position + 1,
+                position,
+                last and self.head,
             )
             latents, logits = self.buffers.read(block, self.latents[i : i + 1])
             self.latents[i + 1] = latents[0]

@@ -150,7 +150,7 @@ def _read_row(
 ) -> Reading:
     past = int(state.lengths[index])
     if way == "zero" or state.latent is None:
-        return read_row_once(state.buffers, index, row, past, options.sweeps)
+        return read_row_once(state.buffers, index, row, past)
     if way == "stepwise":
         return read_row_stepwise(state.buffers, index, row, past)
     return read_row(state.buffers, index, row, past, request.tolerance, options.sweeps)

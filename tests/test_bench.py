@@ -19,6 +19,7 @@ import lrt_deploy
 from lrt_deploy.cli.app import app
 from lrt_deploy.manifest import FileRecord, read_manifest
 from lrt_deploy.runtime import benchmark, plots, traffic
+from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
 
@@ -96,7 +97,11 @@ def test_the_environment_says_what_ran_where(document):
 def test_every_policy_is_compared_at_every_length_that_fits(document):
     rows = document["prefill"]
     assert document["prefill_lengths_left_out"] == [4096]
-    expected = [("stepwise", "stepwise"), ("fixed-point", "interleaved, stride 8"), ("fixed-point", "plain")]
+    expected = [
+        ("stepwise", "stepwise"),
+        ("fixed-point", f"interleaved, stride {SweepOptions().stride}"),
+        ("fixed-point", "plain"),
+    ]
     expected.append(("zero", "one pass with zero memory"))
     for length in (16, 64):
         found = [row for row in rows if row["tokens"] == length]
@@ -128,7 +133,7 @@ def test_errors_fall_sweep_by_sweep_and_faster_when_interleaved(document):
         assert all(later < 1.05 * earlier for earlier, later in pairwise(errors) if earlier > 1e-4)
         assert all(a["seconds"] < b["seconds"] for a, b in pairwise(curve))
     plain, interleaved = curves
-    assert interleaved[4]["max_abs_latent_error"] < plain[4]["max_abs_latent_error"]
+    assert len(interleaved) < len(plain)  # both end at the same error
 
 
 def test_convergence_leaves_the_slots_in_order(decoder_of):

@@ -239,15 +239,15 @@ def test_a_memory_too_weak_to_measure_is_no_reason_to_fall_back(bundle_of, tmp_p
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_sweep_to_numbers_that_are_not_finite_is_never_certified(decoder_with, monkeypatch, value):
     decoder, calls = decoder_with("short"), []
-    sweeps = Sweeps(
-        decoder._backend.allocate(1), 0, np.array(prompt(1, 100)), 0, np.zeros(32, np.float32), SweepOptions()
-    )
+    ids, zeros, options = np.array(prompt(1, 100)), np.zeros(32, np.float32), SweepOptions(stride=8)
+    sweeps = Sweeps(decoder._backend.allocate(1), 0, ids, 0, zeros, options)
     original = sweeps.buffers.read
 
     def spoiled(block, latents):
         calls.append(block)
         found, logits = original(block, latents)
-        return (np.full_like(found, value), logits) if len(calls) == 28 else (found, logits)
+        in_fourth_sweep = len(calls) == 28
+        return (np.full_like(found, value), logits) if in_fourth_sweep else (found, logits)
 
     monkeypatch.setattr(sweeps.buffers, "read", spoiled)
     assert not sweeps.converge(1e-5)
