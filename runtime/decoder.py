@@ -27,7 +27,7 @@ from .backend import Backend, check_finite
 from .choice import Choice, choose
 from .generation import Event, Generation, generate
 from .origin import Origin
-from .prefill import PrefillOptions, PrefillRequest, read_prompts
+from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .rewind import unchanged_on_error
 from .state import DecodeState
 from .state_file import load_state
@@ -45,12 +45,21 @@ class Decoder:
         bundle_sha256: str = "",
     ) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
-        self.prefill_options = prefill_options or PrefillOptions()
         self._backend: Backend | None = backend
         self._origin = Origin.of(backend, manifest, bundle_sha256)
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
         self.backend_reason = "given"  # why this backend runs, for people; `open_decoder` knows
+        self.prefill_options = prefill_options or PrefillOptions()
+
+    @property
+    def prefill_options(self) -> PrefillOptions:
+        """How prompts are read, with everything settled."""
+        return self._prefill_options
+
+    @prefill_options.setter
+    def prefill_options(self, options: PrefillOptions) -> None:
+        self._prefill_options = settle(options, self.config)
 
     @property
     def config(self) -> LRTConfig:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
@@ -20,15 +21,19 @@ from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TO
 from .backend import BlockLimits
 from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
 from .state import DecodeState
+from .traffic import matrix_elements
 
 ZERO_NOTE = "zero memory: this is not the model as trained"
 
 
 @dataclass(frozen=True)
 class PrefillOptions:
-    """Settled once when a decoder is opened. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise."""
+    """Settled once when a decoder is opened. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise.
 
-    stepwise_below: int = 64
+    `stepwise_below` None: by the size of the model, see `settle`.
+    """
+
+    stepwise_below: int | None = None
     sweeps: SweepOptions = field(default_factory=SweepOptions)
     note: str | None = None  # what the backend does not allow, for the report
 
@@ -41,6 +46,22 @@ class PrefillOptions:
             sweeps = replace(sweeps, stride=1)
             options = replace(options, note="iterated with stride 1, the only one on this backend")
         return replace(options, sweeps=sweeps)
+
+
+# Where iterating starts to pay, measured with ort-cpu (benchmarks/README.md): weights that must come from memory for
+# every step make steps dear, and 24 tokens are read 1.7 x faster by iteration. Weights that stay in the processor's
+# cache make them cheap: neither way wins by more than a tenth at any length, so that a prompt is read stepwise, which
+# is exact, unless it is long.
+_CACHED_ELEMENTS = 8 * 2**20  # 32 MiB in float32
+_STEPWISE_BELOW_CACHED, _STEPWISE_BELOW = 256, 24
+
+
+def settle(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
+    """Options with a length for `auto`: a rule and no measurement, so that a bundle reads alike wherever it is opened."""
+    if options.stepwise_below is not None:
+        return options
+    cached = matrix_elements(config) <= _CACHED_ELEMENTS
+    return replace(options, stepwise_below=_STEPWISE_BELOW_CACHED if cached else _STEPWISE_BELOW)
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,7 @@ def _way(row: IntArray, state: DecodeState, request: PrefillRequest, options: Pr
         return "fixed-point"
     if request.tolerance < SMALLEST_PREFILL_TOLERANCE:
         return "stepwise"
+    assert options.stepwise_below is not None  # settled
     return "stepwise" if request.policy == "auto" and len(row) < options.stepwise_below else "fixed-point"
 
 

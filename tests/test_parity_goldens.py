@@ -17,7 +17,7 @@ slow = pytest.mark.slow
 GOLDEN = "mr_gqa_SSSL"
 
 
-def run(decoder, reference, prompt, steps, checkpoint_matches=None):
+def run(decoder, reference, prompt, steps, checkpoint_matches=None, prefill="auto"):
     return compare(
         reference,
         decoder,
@@ -26,6 +26,7 @@ def run(decoder, reference, prompt, steps, checkpoint_matches=None):
         precision="fp32",
         checkpoint_matches=checkpoint_matches,
         backend="ort-cpu",
+        prefill=prefill,
     )
 
 
@@ -125,7 +126,7 @@ def test_a_plain_model_passes(golden_of, decoder_of):
 @slow
 def test_a_long_prompt_is_read_by_iteration_and_checked_beside_the_rollout(checkpoint, golden, decoder_of):
     prompt, continuation = golden.greedy_runs()[0]
-    report = run(decoder_of(GOLDEN), reference_of(checkpoint), prompt + continuation, 8)
+    report = run(decoder_of(GOLDEN), reference_of(checkpoint), prompt + continuation, 8, prefill="fixed-point")
     assert report.passed, report.verdict
     assert report.prefill.policy == "fixed-point"
     assert report.prefill.passes > 1

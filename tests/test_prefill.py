@@ -5,6 +5,7 @@ The trained models are read at lengths up to 2.7 x `sequence_len`; the random go
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime import fixed_point
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
-from lrt_deploy.runtime.prefill import PrefillOptions
+from lrt_deploy.runtime.prefill import PrefillOptions, settle
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, FP32, SMALLEST_PREFILL_TOLERANCE
 
 slow = pytest.mark.slow
@@ -250,7 +251,8 @@ def stubborn(export_model):
 
     config = LRTConfig(32, 64, 2, 2, 1, 32, "SL")
     bundle = export_model("prefill-stubborn", lambda: random_model(config, seed=1, memory_scale=5.0), max_seq_len=200)
-    with lrt_deploy.open_decoder(bundle) as decoder:
+    options = PrefillOptions(stepwise_below=64, sweeps=SweepOptions(stride=8, chunk_tokens=512))  # one chunk
+    with lrt_deploy.open_decoder(bundle, prefill_options=options) as decoder:
         yield decoder
 
 
@@ -291,15 +293,22 @@ def decoder(random_decoder):
     return random_decoder("mr_gqa_SSSL")
 
 
-@pytest.mark.parametrize(("length", "policy"), [(63, "stepwise"), (64, "fixed-point")])
+@pytest.mark.parametrize(("length", "policy"), [(255, "stepwise"), (256, "fixed-point")])
 def test_auto_goes_by_length_and_records_the_threshold(truths, trained, length, policy):
     """On a model that contracts, so that nothing falls back."""
     with lrt_deploy.open_decoder(trained[0]) as decoder:
         state = decoder.prefill([trained[1][:length]])
         again = decoder.prefill([trained[1][:length]], policy=policy)
-    assert (state.prefill.policy, state.prefill.stepwise_below) == (policy, 64)
+    assert (state.prefill.policy, state.prefill.stepwise_below) == (policy, 256)
     assert again.prefill.stepwise_below is None  # nothing was chosen
     assert np.array_equal(state.logits, again.logits)
+
+
+def test_the_threshold_of_auto_goes_by_the_size_of_the_model():
+    small = LRTConfig(64, vocab_size=64, n_layer=4, n_head=4, n_kv_head=4, n_embd=256)
+    large = dataclasses.replace(small, n_layer=12)
+    assert [settle(PrefillOptions(), config).stepwise_below for config in (small, large)] == [256, 24]
+    assert settle(PrefillOptions(stepwise_below=7), large).stepwise_below == 7
 
 
 def test_the_threshold_of_auto_can_be_pinned(decoder, monkeypatch):
