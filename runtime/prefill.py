@@ -57,7 +57,7 @@ _STEPWISE_BELOW_CACHED, _STEPWISE_BELOW = 256, 24
 
 
 def settle(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
-    """Options with a length for `auto`: a rule and no measurement, so that a bundle reads alike wherever it is opened."""
+    """Options with a length for `auto`: a rule, no measurement, so that a bundle reads alike wherever it is opened."""
     if options.stepwise_below is not None:
         return options
     cached = matrix_elements(config) <= _CACHED_ELEMENTS
