@@ -17,7 +17,7 @@ slow = pytest.mark.slow
 GOLDEN = "mr_gqa_SSSL"
 
 
-def run(decoder, reference, prompt, steps, checkpoint_matches=None, prefill="auto"):
+def run(decoder, reference, prompt, steps, checkpoint_matches=None, **reading):
     return compare(
         reference,
         decoder,
@@ -26,7 +26,7 @@ def run(decoder, reference, prompt, steps, checkpoint_matches=None, prefill="aut
         precision="fp32",
         checkpoint_matches=checkpoint_matches,
         backend="ort-cpu",
-        prefill=prefill,
+        **reading,
     )
 
 
@@ -126,7 +126,8 @@ def test_a_plain_model_passes(golden_of, decoder_of):
 @slow
 def test_a_long_prompt_is_read_by_iteration_and_checked_beside_the_rollout(checkpoint, golden, decoder_of):
     prompt, continuation = golden.greedy_runs()[0]
-    report = run(decoder_of(GOLDEN), reference_of(checkpoint), prompt + continuation, 8, prefill="fixed-point")
+    reading = {"prefill": "fixed-point", "tolerance": 0.1}  # a random model contracts badly
+    report = run(decoder_of(GOLDEN), reference_of(checkpoint), prompt + continuation, 8, **reading)
     assert report.passed, report.verdict
     assert report.prefill.policy == "fixed-point"
     assert report.prefill.passes > 1
