@@ -12,7 +12,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class Parsed:
     builder: Any
     network: Any
     parser: Any
-    log: BuildLog = field(default_factory=BuildLog)
+    log: BuildLog
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Plan:
 def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network."""
     trt, log = flavour.load(), BuildLog()
-    quiet = collecting_logger(trt, log.take)
-    builder = trt.Builder(quiet)
+    logger = collecting_logger(trt, log.take)
+    builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, quiet)
+    parser = trt.OnnxParser(network, logger)
     if not parser.parse(model, path=str(weights_beside)):
         raise EngineError(
             f"{flavour.backend} {trt.__version__} cannot parse {weights_beside}: {'; '.join(_parser_errors(parser))}"

@@ -2,9 +2,10 @@
 
 A plan cannot be inspected without a GPU, and the worst failure in the field is silent: FP16 was asked for, FP32 was
 built. What can be inspected everywhere is the network that the parser made, from which TensorRT, being strongly typed,
-builds without changing types. The promise follows from the model configuration and the precision alone, never from the
-graph: 2L cache updates on the network's own inputs and outputs, L attentions each under the mask of its window, every
-weight matrix multiplied exactly once and in the promised type, norms and logits in float32.
+builds without changing types. The promise follows from the model configuration, the precision and the matrices that
+the manifest says are kept precise, never from the graph: 2L cache updates on the network's own inputs and outputs, L
+attentions each under the mask of its window, every weight matrix multiplied exactly once and in the promised type,
+norms and logits in float32.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lrt_deploy.precisions import base_dtype
 
 # TensorRT's names of types, in those of the contract.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT4": "int4", "INT64": "int64"}
+_QUANTIZED = {"int8": ("int8", "int8"), "int8-weight-only": ("int8", None), "int4-weight-only": ("int4", None)}
 _MASK = 3  # position among the inputs of an attention layer: query, key, value, mask
 # What may stand between a weight and the product that uses it.
 _CARRIERS = ("SHUFFLE", "CAST", "DEQUANTIZE", "IDENTITY", "UNSQUEEZE", "SQUEEZE")
@@ -64,9 +66,16 @@ def matrices(config: LRTConfig) -> list[str]:
 
 
 def promise_of(manifest: Manifest, precision: str) -> Promise:
-    """What a precision of this bundle promises TensorRT."""
+    """What a precision of this bundle promises TensorRT; the manifest says which matrices it keeps precise."""
     config, base = manifest.model, base_dtype(precision, "full")
-    return Promise(precision, config, base, {name: Product(base) for name in matrices(config)})
+    details = manifest.precision_details.get(precision, {})
+    kept, wide = set(details.get("keep_high", ())), set(details.get("multiplied_in_float32", ()))
+    quantized = _QUANTIZED.get(precision, (None, None))
+    products = {}
+    for name in matrices(config):
+        plain = name in kept or name in wide
+        products[name] = Product("float32" if name in wide else base, *((None, None) if plain else quantized))
+    return Promise(precision, config, base, products)
 
 
 def prove(trt: Any, network: Any, promise: Promise) -> dict[str, Any]:  # noqa: ANN401 - TensorRT ships no types

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +66,28 @@ def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
     return found[0], "because tensorrt is not installed"
 
 
+_LOGGERS: dict[Any, Any] = {}  # by the library's base class
+
+
 def collecting_logger(trt: Any, take: Callable[[str, str], None]) -> Any:  # noqa: ANN401
-    """A TensorRT logger that hands on severity and text. Its base class is the loaded library's, hence made here."""
+    """The process's logger of a library, which from now on hands severity and text to `take` as well.
+
+    TensorRT keeps the first logger that it is given and ignores all others, so there is one, and many who listen.
+    `take` is a bound method and does not keep its object alive. The base class is the library's, hence the class here.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.takers: list[weakref.WeakMethod[Callable[[str, str], None]]] = []
 
         def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401
-            take(severity.name, msg)
+            self.takers = [taker for taker in self.takers if taker() is not None]
+            for taker in self.takers:
+                if (heard := taker()) is not None:
+                    heard(severity.name, msg)
 
-    return Logger()
+    if trt.ILogger not in _LOGGERS:
+        _LOGGERS[trt.ILogger] = Logger()
+    _LOGGERS[trt.ILogger].takers.append(weakref.WeakMethod(take))
+    return _LOGGERS[trt.ILogger]

@@ -7,7 +7,7 @@ output lives in which input's memory. Every refusal names the command that build
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,22 @@ from lrt_deploy.tensorrt_flavours import FLAVOURS, collecting_logger
 
 
 @dataclass
+class Errors:
+    """What TensorRT has said went wrong."""
+
+    said: list[str] = field(default_factory=list)
+
+    def take(self, severity: str, text: str) -> None:
+        """Keep an error."""
+        if severity in ("ERROR", "INTERNAL_ERROR"):
+            self.said.append(" ".join(text.split()))
+
+    def last_words(self) -> str:
+        """The latest, in one line."""
+        return "; ".join(self.said[-3:]) or "it gave no reason"
+
+
+@dataclass
 class Engine:
     """A deserialized plan, what it was made from, and what must live as long as it does."""
 
@@ -34,7 +50,7 @@ class Engine:
     runtime: Any
     engine: Any
     sidecar: EngineSidecar
-    messages: list[str]
+    errors: Errors
 
     def context(self, profile: str, stream: int) -> Context:
         """A new execution context on one of the profiles; each has its own working memory."""
@@ -82,8 +98,8 @@ class Context:
     def expect(self, done: object, what: str) -> None:
         """BackendError with TensorRT's last words unless `done`."""
         if not done:
-            said = "; ".join(self.engine.messages[-3:]) or "it gave no reason"
-            raise BackendError(f"{self.engine.sidecar.backend} failed while {what}: {said}")
+            words = self.engine.errors.last_words()
+            raise BackendError(f"{self.engine.sidecar.backend} failed while {what}: {words}")
 
 
 def open_engine(bundle: Path, manifest: Manifest, backend: str, precision: str, gpu: Gpu) -> Engine:
@@ -131,17 +147,12 @@ def find_misfit(
 
 
 def _deserialize(trt: Any, plan: Path, sidecar: EngineSidecar) -> Engine:  # noqa: ANN401
-    messages: list[str] = []
-
-    def take(severity: str, text: str) -> None:
-        if severity in ("ERROR", "INTERNAL_ERROR"):
-            messages.append(" ".join(text.split()))
-
-    runtime = trt.Runtime(collecting_logger(trt, take))
+    errors = Errors()
+    runtime = trt.Runtime(collecting_logger(trt, errors.take))
     engine = runtime.deserialize_cuda_engine(plan.read_bytes())
     if engine is None:
-        raise EngineError(f"{sidecar.backend} cannot read it: {'; '.join(messages[:3]) or 'it gave no reason'}")
-    return Engine(trt, runtime, engine, sidecar, messages)
+        raise EngineError(f"{sidecar.backend} cannot read it: {errors.last_words()}")
+    return Engine(trt, runtime, engine, sidecar, errors)
 
 
 def find_io_misfit(opened: Engine) -> str | None:

@@ -275,6 +275,16 @@ def test_the_log_keeps_each_message_once_and_the_memory_figures():
     assert log.last_words() == "no device" and BuildLog().last_words()
 
 
+def test_every_build_of_a_process_hears_its_own_messages(bundle):
+    """TensorRT keeps the first logger of a process for good."""
+    heard = []
+    for _ in range(2):
+        _network, parsed = network_of(bundle)
+        parsed.builder.logger.log(RTX.load().ILogger.ERROR, "listen")
+        heard.append(parsed.log.errors)
+    assert heard == [["listen"], ["listen"]]
+
+
 # The sidecar
 
 
