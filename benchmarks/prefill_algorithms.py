@@ -221,18 +221,18 @@ def algorithms(lab: Lab) -> Iterator[tuple[str, Callable[[float], Result]]]:
     yield "plain, Anderson depth 1", chunked(Anderson, 1)
     if lab.cheap is not None:
         yield f"plain, first {INT8_PASSES} passes INT8", chunked(EarlyInt8, 1)
-        for stride, chunk in ((8, 10**9), (8, 256), (8, 128), (4, 256), (4, 128)):
+        for stride, chunk in ((8, 10**9), (8, 256), (4, 256), (4, 128), (2, 128)):
             where = f", chunks of {chunk}" if chunk < len(lab.ids) else ""
             yield f"stride {stride}{where}, first {INT8_PASSES} passes INT8", chunked(EarlyInt8, stride, chunk)
     for stride in (2, 4, 8, 16, 32):
         yield f"stride {stride}", chunked(Sweeps, stride)
     for stride in (4, 8, 16):
         yield f"stride {stride}, first pass parallel with zero memory", chunked(ZeroFirst, stride)
-    for chunk in (64, 128, 256, 512, 1024):
+    for chunk in (64, 128, 256, 512):
         if chunk < len(lab.ids):
             yield f"plain, chunks of {chunk}", chunked(Sweeps, 1, chunk)
-            yield f"stride 4, chunks of {chunk}", chunked(Sweeps, 4, chunk)
-            yield f"stride 8, chunks of {chunk}", chunked(Sweeps, 8, chunk)
+            for stride in (2, 4, 8):
+                yield f"stride {stride}, chunks of {chunk}", chunked(Sweeps, stride, chunk)
     for window in (64, 128, 256):
         yield f"plain, active window of {window}", partial(read_active_window, lab, window)
 
