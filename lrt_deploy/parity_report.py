@@ -184,7 +184,7 @@ class ParityReport:
         fields = dataclasses.asdict(self)
         fields["positions"] = _columns(fields.pop("points"))
         fields["free_running"]["positions"] = _columns(fields["free_running"].pop("points"))
-        result: dict[str, Any] = _as_json(fields)
+        result: dict[str, Any] = as_json(fields)
         return result
 
 
@@ -192,10 +192,10 @@ def _columns(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     return {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
 
 
-def _as_json(value: Any) -> Any:  # noqa: ANN401 - any JSON type
+def as_json(value: Any) -> Any:  # noqa: ANN401 - any JSON type
     """JSON has no number for what is not finite."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

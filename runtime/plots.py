@@ -23,7 +23,7 @@ _STYLES = {
     "interleaved": ("#0072b2", "o"),
     "one pass": ("#8a8a8a", "D"),
 }
-_INK, _GRID = "#333333", "#dddddd"
+INK, GRID = "#333333", "#dddddd"
 
 
 def available() -> bool:
@@ -48,7 +48,7 @@ def plot_prefill(
 
     figure = Figure(figsize=(10.5, 4.4), dpi=160, layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=11, color=_INK)
+    figure.suptitle(title, fontsize=11, color=INK)
     _draw_times(left, prefill)
     _draw_errors(right, convergence)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,13 +72,11 @@ def _draw_errors(axes: Axes, convergence: Sequence[dict[str, Any]]) -> None:
         points = [point for point in convergence if point["algorithm"] == algorithm]
         _line(axes, algorithm, [p["passes"] for p in points], [p["max_abs_latent_error"] for p in points])
     if not convergence:
-        axes.text(0.5, 0.5, "nothing was iterated", ha="center", va="center", transform=axes.transAxes, color=_INK)
+        axes.text(0.5, 0.5, "nothing was iterated", ha="center", va="center", transform=axes.transAxes, color=INK)
         axes.set_axis_off()
         return
     axes.set_yscale("log")
-    axes.axhline(
-        DEFAULT_PREFILL_TOLERANCE, color=_INK, linewidth=1, linestyle=(0, (4, 3)), label="tolerance by default"
-    )
+    axes.axhline(DEFAULT_PREFILL_TOLERANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="tolerance by default")
     most = max(int(point["passes"]) for point in convergence)
     axes.set_xticks(range(1, most + 1, 1 if most <= 12 else 2))
     tokens = convergence[0]["tokens"]
@@ -86,20 +84,20 @@ def _draw_errors(axes: Axes, convergence: Sequence[dict[str, Any]]) -> None:
 
 
 def _line(axes: Axes, algorithm: str, x: Sequence[float], y: Sequence[float]) -> None:
-    color, marker = next((style for name, style in _STYLES.items() if algorithm.startswith(name)), (_INK, "o"))
+    color, marker = next((style for name, style in _STYLES.items() if algorithm.startswith(name)), (INK, "o"))
     axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=algorithm)
 
 
 def _dress(axes: Axes, title: str, across: str, up: str) -> None:
     """Title, labels with units, a light grid, no box."""
-    axes.set_title(title, loc="left", fontsize=10, color=_INK)
-    axes.set_xlabel(across, color=_INK)
-    axes.set_ylabel(up, color=_INK)
-    axes.grid(visible=True, which="major", color=_GRID, linewidth=0.7)
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_INK, labelsize=9)
+    axes.tick_params(colors=INK, labelsize=9)
     axes.legend(fontsize=9, frameon=False)
 
 

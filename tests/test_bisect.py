@@ -319,15 +319,20 @@ def test_a_fault_of_the_state_is_named_though_no_layer_is_at_fault(
     assert all(stage.error <= STAGE_ERROR for stage in result.stages)
 
 
-def test_a_call_with_wrong_bounds_is_neither_a_layer_nor_the_state(reference, decoder_of, export_once, monkeypatch):
+def test_a_call_with_a_wrong_mask_is_neither_a_layer_nor_the_state(reference, decoder_of, export_once, monkeypatch):
     decoder = decoder_of(GOLDEN)
-    state = decoder.prefill([[1]])
-    monkeypatch.setattr(
-        type(state.buffers), "_look_back", lambda self, oldest, end, ordered=None: self._end.fill(max(1, end - 1))
-    )
+    buffers = type(decoder.prefill([[1]]).buffers)
+    right = buffers._look_back
+
+    def without_the_first_slot(self, oldest, end, ordered=None):
+        right(self, oldest, end, ordered)
+        if end > 3:
+            self._seen_positions[0] = 10**9
+
+    monkeypatch.setattr(buffers, "_look_back", without_the_first_slot)
     report, result = found(reference, decoder, export_once(GOLDEN))
     assert not report.passed
-    assert result.kind == "call"
+    assert (result.kind, result.position) == ("call", 3)
     assert "look at what else it is called with" in result.line
 
 

@@ -6,6 +6,7 @@ One export serves the whole module. What needs no bundle (help, doctor, errors i
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 import shutil
@@ -332,6 +333,20 @@ def test_parity_with_other_weights_fails_with_exit_code_1(bundle, tmp_path):
     assert place.startswith("begins at position 0 in blocks.1.mlp_hidden (")
     found = json.loads(run(*command, "--bisect", "--json").stdout)["bisect"]
     assert (found["kind"], found["layer"], found["tensor"]) == ("stage", 1, "blocks.1.mlp_hidden")
+
+
+def test_parity_writes_a_report_where_asked_and_says_where(bundle, tmp_path):
+    fields = answer(
+        "parity", bundle, "--checkpoint", GOLDEN, "--steps", 8, "--report-dir", tmp_path / "new" / "reports"
+    )
+    page = Path(fields["report"])
+    assert page == tmp_path / "new" / "reports" / "parity-ort-cpu-fp32.html"
+    assert sorted(path.suffix for path in page.parent.iterdir()) == [".html", ".json", ".png"]
+    stored = json.loads(page.with_suffix(".json").read_text())
+    assert (stored["verdict"], stored["positions"]) == (fields["verdict"], fields["positions"])
+    assert stored["verdict"].partition(" ")[2] in html.unescape(page.read_text())
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert not (bundle / "reports").exists()
 
 
 def test_parity_with_another_architecture_names_the_fields(bundle):

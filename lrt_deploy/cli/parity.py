@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lrt_deploy.parity_report import as_json
+
 from . import options, output
 
 if TYPE_CHECKING:
@@ -43,6 +45,12 @@ def parity(
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
     ] = False,
+    write_report: Annotated[
+        bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")
+    ] = False,
+    report_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)
+    ] = None,
     float64: Annotated[
         bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
     ] = False,
@@ -68,22 +76,33 @@ def parity(
             reference = open_reference(decoder, opened, float64)
             report = compare(reference, decoder, opened, rollout, progress)
             found = bisected(bundle, reference, decoder, report) if bisect else None
-    show(report, found, json)
+    fields = document(report, found)
+    if write_report or report_dir is not None:
+        from .report_files import write_reports
+
+        folder = bundle / "reports" if report_dir is None else report_dir
+        fields["report"] = str(write_reports(folder, bundle.resolve().name, fields))
+    show(fields, json)
     if not report.passed:
         raise typer.Exit(1)
 
 
-def show(report: ParityReport, found: Bisection | None, json: bool) -> None:
-    """The document, or the verdict with the place of the fault, and a table."""
+def document(report: ParityReport, found: Bisection | None) -> dict[str, Any]:
+    """The JSON fields."""
     fields = report.to_dict()
     if found is not None:
-        fields["bisect"] = found.to_dict()
+        fields["bisect"] = as_json(found.to_dict())
+    return fields
+
+
+def show(fields: dict[str, Any], json: bool) -> None:
+    """The document, or the verdict with the place of the fault, and a table."""
     if json:
         output.document(fields)
         return
-    output.answer(report.verdict)
-    if found is not None:
-        output.answer(found.line)
+    output.answer(fields["verdict"])
+    if "bisect" in fields:
+        output.answer(fields["bisect"]["line"])
     output.table(rows(fields))
 
 

@@ -1,0 +1,55 @@
+"""Where `parity --report` puts things: a page, its picture and its numbers, in the bundle's `reports/` or elsewhere.
+
+Runs of other precisions on the same prompt that lie in the folder stand beside the new one in its page.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lrt_deploy.precisions import PRECISIONS
+
+from . import output
+
+
+def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
+    """Write `parity-BACKEND-PRECISION` as .json, .html and, where matplotlib is installed, .png; returns the page."""
+    from lrt_deploy.html_report import page
+    from lrt_deploy.runtime import parity_plots, plots
+    from lrt_deploy.runtime.atomic_file import written_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"parity-{fields['backend']}-{fields['precision']}"
+    title = f"Parity of {bundle}: {fields['backend']}, {fields['precision']}"
+    with written_whole(folder / f"{name}.json") as path:
+        path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    others = comparable(folder, fields)
+    with written_whole(folder / f"{name}.html") as path:
+        path.write_text(page(title, fields, others), encoding="utf-8")
+    if not plots.available():
+        output.say("no pictures beside the page: matplotlib is not installed (pip install 'lrt-deploy[bench]')")
+        return folder / f"{name}.html"
+    with written_whole(folder / f"{name}.png") as path:
+        parity_plots.plot_parity(path, fields, title)
+    if len(others) > 1:
+        with written_whole(folder / "parity-precisions.png") as path:
+            parity_plots.plot_precisions(path, others, f"Parity of {bundle} by precision")
+    return folder / f"{name}.html"
+
+
+def comparable(folder: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stored runs over the same prompt and as many steps, from the most precise on."""
+    found = []
+    for path in sorted(folder.glob("parity-*.json")):
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            same = all(other[name] == fields[name] for name in ("prompt_tokens", "steps"))
+            prompt = fields["prompt_tokens"]
+            if same and other["tokens"][:prompt] == fields["tokens"][:prompt] and other["precision"] in PRECISIONS:
+                found.append(other)
+        except (ValueError, KeyError, TypeError):
+            output.say(f"{path} is not a report of this version and was left out")
+    return sorted(found, key=lambda other: (PRECISIONS.index(other["precision"]), other["backend"]))
