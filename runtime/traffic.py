@@ -28,8 +28,8 @@ from lrt_deploy.weights import weight_sources
 from .backend import StateBuffers
 
 TABLES = ("wte", "value_embeds")
-_MATRIX_ITEM_BYTES = {"fp32": 4}
-_STATE_ITEM_BYTES = 4
+# Of one matrix element. Scales of quantized matrices, and the few that are kept more precise, are left out.
+_MATRIX_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int8-weight-only": 1, "int4-weight-only": 0.5}
 _TRIAD_BLOCK = 2**14  # float64: the intermediate product stays in the fastest caches
 _TRIAD_ROUNDS = 5
 _SMALLEST_TRIAD_BYTES, _LARGEST_TRIAD_BYTES = 2**27, 2**29
@@ -58,21 +58,21 @@ def weight_bytes_per_step(manifest: Manifest, precision: str) -> int:
     by the size of the weights file. The same for every batch.
     """
     config, sources = manifest.model, weight_sources(manifest.model)
-    matrices = matrix_elements(config) * _MATRIX_ITEM_BYTES[precision]
+    matrices = int(matrix_elements(config) * _MATRIX_ITEM_BYTES[precision])
     shapes = [shape for name in TABLES if name in sources for shape in sources[name].shapes]
     stored = manifest.files[f"graphs/{precision}/{WEIGHTS}"].bytes
     item = 4 if stored >= matrices + 4 * sum(map(math.prod, shapes)) else 2
     return matrices + item * sum(width for _, width in shapes)
 
 
-def state_bytes_per_step(config: LRTConfig, context: int) -> int:
+def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
     """Bytes of one sequence's state that a step reads on top of `context` tokens: live windows of K and V, the latent.
 
     The token's own key and value are written and not counted: they are in cache when they are read.
     """
     live = sum(min(context, window) for window in config.windows)
     latent = config.n_embd if config.memory else 0
-    return _STATE_ITEM_BYTES * (2 * live * config.kv_dim + latent)
+    return item_bytes * (2 * live * config.kv_dim + latent)
 
 
 @dataclass(frozen=True)
