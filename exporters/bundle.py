@@ -7,23 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx_ir as ir
+from typing import Any
 
 from lrt_deploy import contract, manifest
 from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.manifest import Manifest
+from lrt_deploy.model import LRT
 from lrt_deploy.precisions import PRECISIONS, base_dtype
-from lrt_deploy.tokenizer import SourceTokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.weights import matrix_shapes
 
-from . import flavours, passes, weights_file
+from . import passes
 from .atomic_folder import made_whole
-from .lower import lower, narrow
+from .calibration import Calibration, calibrate
+from .calibration_text import calibration_rows
+from .plan import make_plan, needs_calibration
+from .precision_graphs import write_precision
 from .trace import trace
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
@@ -40,6 +43,8 @@ class ExportOptions:
     tokenizer: Path | None = None
     step: int | None = None
     force: bool = False
+    calibration: Path | None = None
+    keep_high: tuple[str, ...] | None = None
 
 
 def export_bundle(
@@ -58,12 +63,12 @@ def export_bundle(
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
     with made_whole(target, options.force) as folder:
-        _write_graphs(opened, capacity, options, folder, progress)
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
+        details = _write_graphs(opened, capacity, options, folder, progress)
         progress("hashing", 0, 0)
-        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer))
+        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, details))
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -104,38 +109,46 @@ def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokeniz
     return None
 
 
-def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> None:
-    """Trace once; every precision is derived from that graph, whose weights all of them read in place."""
+def _write_graphs(
+    checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress
+) -> dict[str, Any]:
+    """Trace once; every precision is derived from that graph. Returns each precision's details for the manifest."""
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
+    details: dict[str, Any] = {}
+    seen = None
+    if needs_calibration(options.precisions):
+        seen, details["calibration"] = _calibrate(model, options.calibration, capacity, folder, say)
     say("tracing", 0, 0)
     traced = trace(model)
     passes.clean(traced)
-    for precision in options.precisions:
-        out = folder / "graphs" / precision
-        out.mkdir(parents=True)
-        stored = _stored(traced, precision)
-        weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {precision} weights"))
-        for flavour in contract.FLAVOURS:
-            derived = lower(stored, base_dtype(precision, flavour))
-            if flavour == "windowed":
-                derived = flavours.windowed(derived, checkpoint.config, capacity)
-            for phase, make in (("prefill", ir.Model.clone), ("decode_step", flavours.decode_step)):
-                final = make(derived)
-                flavours.describe(final, checkpoint.config, flavour, precision)
-                ir.save(final, folder / manifest.graph_path(precision, phase, flavour))
+    matrices = matrix_shapes(checkpoint.config)
+    plans = [make_plan(precision, matrices, options.keep_high, seen) for precision in options.precisions]
+    for plan in plans:
+        operations = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
+        details[plan.precision] = {**plan.details, "operations": operations}
+    return details
 
 
-def _stored(traced: ir.Model, precision: str) -> ir.Model:
-    """A copy of the traced graph with its weights as this precision stores them."""
-    model = traced.clone()
-    if precision != "fp32":
-        narrow(model, base_dtype(precision, "full"))
-    return model
+def _calibrate(
+    model: LRT, text: Path | None, capacity: int, folder: Path, say: Progress
+) -> tuple[Calibration, dict[str, Any]]:
+    """Roll the reference out over the calibration text; returns what was seen, and what it was seen on."""
+    has_tokenizer = (folder / manifest.TOKENIZER).is_dir()
+    tokenizer = Tokenizer.open(folder / manifest.TOKENIZER) if has_tokenizer else None
+    rows = calibration_rows(text, tokenizer, model.config.vocab_size, capacity)
+    say(f"calibrating on {rows.source}", 0, 0)
+    seen = calibrate(model, rows.tokens, say)
+    about = {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
+    return seen, about
 
 
 def _manifest(
-    checkpoint: Checkpoint, options: ExportOptions, capacity: int, tokenizer: SourceTokenizer | None
+    checkpoint: Checkpoint,
+    options: ExportOptions,
+    capacity: int,
+    tokenizer: SourceTokenizer | None,
+    details: dict[str, Any],
 ) -> Manifest:
     config = checkpoint.config
     packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")
@@ -150,6 +163,7 @@ def _manifest(
             for precision in options.precisions
         },
         tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
+        precision_details=details,
         provenance={
             "checkpoint": {
                 "file": checkpoint.model_file.name,

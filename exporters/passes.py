@@ -14,9 +14,9 @@ from lrt_deploy.errors import ExportError
 # What a graph may consist of. An op beyond this list means that the trace took a path nobody has measured.
 ALLOWED_OPS = frozenset(
     """
-    Add And Attention Cast Concat Div Exp Expand Gather GatherElements GreaterOrEqual LessOrEqual MatMul Mul Neg
-    RMSNormalization Range Reciprocal Relu Reshape RotaryEmbedding Shape Slice Split Squeeze Sub Tanh TensorScatter
-    Transpose Unsqueeze
+    Add And Attention Cast Concat DequantizeLinear Div Exp Expand Gather GatherElements GreaterOrEqual LessOrEqual
+    MatMul Mul Neg QuantizeLinear RMSNormalization Range Reciprocal Relu Reshape RotaryEmbedding Shape Slice Split
+    Squeeze Sub Tanh TensorScatter Transpose Unsqueeze
     """.split()  # noqa: SIM905 - a list of names reads better as text
 )
 

@@ -31,9 +31,7 @@ def externalize(model: ir.Model, path: Path, progress: Progress = lambda done, t
         for value, tensor in large:
             file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
             offset = file.tell()
-            content = (
-                np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)
-            )  # bfloat16 has no buffer of its own
+            content = _bytes_of(tensor)
             for start in range(0, content.size, _CHUNK_BYTES):
                 done += file.write(content[start : start + _CHUNK_BYTES].data)
                 progress(done, total)
@@ -42,3 +40,10 @@ def externalize(model: ir.Model, path: Path, progress: Progress = lambda done, t
                 path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
             )
         return file.tell()
+
+
+def _bytes_of(tensor: ir.TensorProtocol) -> np.ndarray:
+    """The content as bytes, without a copy where it has whole bytes; bfloat16 has no buffer of its own."""
+    if tensor.dtype.bitwidth < 8:
+        return np.frombuffer(tensor.tobytes(), np.uint8)
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8)

@@ -56,23 +56,35 @@ def export_bundle(
     tokenizer: str | Path | None = None,
     step: int | None = None,
     force: bool = False,
+    calibration: str | Path | None = None,
+    keep_high: Sequence[str] | None = None,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
     """Export a checkpoint folder to a bundle folder and return the manifest.
 
     `max_seq_len` defaults to the model's `sequence_len` and may be up to 10 times that. `tokenizer` is a folder with
     `tokenizer.pkl` or `tokenizer.json` (default: beside the checkpoint). `step` picks one of several saved steps
-    (default: the last). `force` replaces an existing bundle. `progress` is called with (what, done, total), in bytes
+    (default: the last). `force` replaces an existing bundle. `calibration` is a text file on which ranges and int8
+    activations are measured (default: a short one shipped with the package); `keep_high` names matrices that stay
+    precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized precisions; empty:
+    none). `progress` is called with (what, done, total), in bytes
     or 0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
     """
     from .exporters.bundle import ExportOptions
     from .exporters.bundle import export_bundle as export
 
     precisions = (precision,) if isinstance(precision, str) else tuple(precision)
-    folder = None if tokenizer is None else Path(tokenizer)
-    return export(
-        checkpoint, bundle, ExportOptions(precisions, max_seq_len, max_batch_size, folder, step, force), progress
+    options = ExportOptions(
+        precisions=precisions,
+        max_seq_len=max_seq_len,
+        max_batch_size=max_batch_size,
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+        step=step,
+        force=force,
+        calibration=None if calibration is None else Path(calibration),
+        keep_high=None if keep_high is None else tuple(keep_high),
     )
+    return export(checkpoint, bundle, options, progress)
 
 
 def build_engine(

@@ -81,6 +81,11 @@ SMALLEST_PREFILL_TOLERANCE = 1e-5
 DEFAULT_PREFILL_TOLERANCE = 1e-2
 
 
+# The largest number of float16, and the share of it that calibration may see. A factor of 4 is left for other text.
+FLOAT16_LARGEST = 65504.0
+FLOAT16_RANGE_USED = 0.25
+
+
 def limits(precision: str) -> ParityLimits:
     """The limits of a precision; ParityError where none were measured."""
     if precision != "fp32":

@@ -50,6 +50,16 @@ def weight_sources(config: LRTConfig) -> dict[str, Source]:
     return sources
 
 
+def matrix_shapes(config: LRTConfig) -> dict[str, tuple[int, int]]:
+    """Parameter name -> (rows, columns) of every matrix that a step multiplies by; tables are not among them."""
+    sources = weight_sources(config)
+    return {
+        name: (source.shapes[0][1], sum(shape[0] for shape in source.shapes))
+        for name, source in sources.items()
+        if source.transposed
+    }
+
+
 def _block_sources(config: LRTConfig, i: int) -> dict[str, Source]:
     width, kv = config.n_embd, config.kv_dim
     attention, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"

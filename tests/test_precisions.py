@@ -12,9 +12,18 @@ import pytest
 import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.errors import BackendError, ExportError
+from lrt_deploy.exporters import promises
+from lrt_deploy.exporters.calibration import calibrate
+from lrt_deploy.exporters.calibration_text import SHIPPED, calibration_rows
+from lrt_deploy.exporters.histogram import Histogram
 from lrt_deploy.exporters.lower import lower, narrow
+from lrt_deploy.exporters.plan import make_plan
+from lrt_deploy.exporters.quantize import FORMATS, quantized, weight_scales
 from lrt_deploy.manifest import graph_path, read_manifest
 from lrt_deploy.precisions import PRECISIONS, base_dtype
+from lrt_deploy.reference import ReferenceDecoder
+from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.weights import matrix_shapes
 
 pytestmark = pytest.mark.slow  # for the export
 
@@ -28,7 +37,7 @@ def bundle(make_once, root):
     source = root / "demo" / "checkpoint"
 
     def make(folder):
-        lrt_deploy.export_bundle(source, folder, precision=("fp32", *HALVES), max_seq_len=256)
+        lrt_deploy.export_bundle(source, folder, precision=PRECISIONS, max_seq_len=256)
 
     return make_once("precisions", make)
 
@@ -42,7 +51,7 @@ def load(bundle):
 
 
 @pytest.mark.parametrize("flavour", contract.FLAVOURS)
-@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_inputs_and_outputs_have_the_types_of_the_contract(bundle, load, precision, flavour):
     model, config = load(precision, flavour), read_manifest(bundle).model
     dtype = base_dtype(precision, flavour)
@@ -69,7 +78,7 @@ def test_what_is_heavy_is_in_the_base_type_and_the_rest_in_float32(load, precisi
             assert found in (ir.DataType.FLOAT, ir.DataType.INT64), node.name
 
 
-@pytest.mark.parametrize("precision", HALVES)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_caches_are_written_and_attended_as_they_are(load, precision):
     """A Cast between a cache and its use would move the whole capacity every step."""
     for node in load(precision).graph:
@@ -77,8 +86,8 @@ def test_caches_are_written_and_attended_as_they_are(load, precision):
             assert not node.inputs[0].name.startswith(("past_key", "past_value", "present_key", "present_v"))
 
 
-@pytest.mark.parametrize("precision", HALVES)
-def test_half_precision_graphs_pass_the_full_check(bundle, precision):
+@pytest.mark.parametrize("precision", ("bf16", "int8", "int4-weight-only"))
+def test_graphs_pass_the_full_check(bundle, precision):
     for phase in ("prefill", "decode_step"):
         for flavour in contract.FLAVOURS:
             onnx.checker.check_model(str(bundle / graph_path(precision, phase, flavour)), full_check=True)
@@ -119,7 +128,7 @@ def test_the_most_precise_is_taken_where_none_is_asked_for(bundle):
 
 
 def test_bf16_is_refused_on_a_cpu_with_what_can_run(bundle):
-    with pytest.raises(BackendError, match=r"bfloat16.*fp32 or fp16"):
+    with pytest.raises(BackendError, match=r"bfloat16.*fp32 or fp16 or int8"):
         lrt_deploy.open_decoder(bundle, precision="bf16")
 
 
@@ -129,3 +138,181 @@ def test_fp16_decodes_with_a_float32_face(bundle):
         decoder.step(state, [6, 7])
         assert state.latent.dtype == state.logits.dtype == state.cache(0)[0].dtype == np.float32
         assert state.buffers._latents[0].dtype == np.float16
+
+
+# Quantized graphs.
+
+QUANTIZED_KINDS = {
+    "int8": "int8, {base}",
+    "int8-weight-only": "int8 weights, {base}",
+    "int4-weight-only": "int4 weights, {base}",
+}
+
+
+@pytest.mark.parametrize("flavour", contract.FLAVOURS)
+@pytest.mark.parametrize("precision", QUANTIZED_KINDS)
+def test_quantized_graphs_hold_what_the_manifest_says(bundle, load, precision, flavour):
+    manifest = read_manifest(bundle)
+    details, config, base = manifest.precision_details[precision], manifest.model, base_dtype(precision, flavour)
+    kept = [f"blocks.{layer}.gate" for layer in range(config.n_layer)]
+    assert details["keep_high"] == kept
+    found = promises.count(load(precision, flavour).graph)
+    assert found == details["operations"][flavour]
+    quantized = len(matrix_shapes(config)) - len(kept)
+    assert found["matmul"] == {base: len(kept), QUANTIZED_KINDS[precision].format(base=base): quantized}
+    assert found["attention"] == {base: config.n_layer}
+
+
+def test_a_graph_that_is_not_as_promised_is_refused(bundle, load):
+    config = read_manifest(bundle).model
+    expected = promises.promised(config, "fp16", "full", 0, 0)
+    promises.check(load("fp16").graph, expected, "this graph")
+    with pytest.raises(ExportError, match="27 in float16 as matmul, and has 27 in float32"):
+        promises.check(load("fp32").graph, expected, "this graph")
+    one_kept = promises.promised(config, "int8", "full", 6, 0)
+    with pytest.raises(ExportError, match="6 in float16, 21 in int8, float16"):
+        promises.check(load("int8").graph, one_kept, "this graph")
+
+
+@pytest.mark.parametrize("precision", QUANTIZED_KINDS)
+def test_both_flavours_read_the_same_integers_and_scales(load, precision):
+    full, windowed = (load(precision, flavour).graph.initializers for flavour in contract.FLAVOURS)
+    shared = {name for name in full if name.endswith(".scale") or name in ("lm_head", "memory_kv", "wte")}
+    assert {"lm_head.scale", "blocks.0.qkv.scale"} <= shared
+    for name in shared:
+        one, other = full[name].const_value, windowed[name].const_value
+        assert one.dtype == other.dtype and one.tobytes() == other.tobytes()
+        if isinstance(one, ir.ExternalTensor):
+            assert (one.offset, one.length) == (other.offset, other.length)
+
+
+def test_scales_are_float16_and_small_ones_clip_nothing():
+    weight = np.array([[1e-6, 3.0, 0.0], [-2e-6, -5.0, 0.0]], np.float32)
+    kind = FORMATS["int8"]
+    scales = weight_scales(weight, kind)
+    assert scales.dtype == np.float16 and (scales > 0).all()
+    integers = quantized(weight, scales, kind)
+    error = np.abs(integers * scales.astype(np.float32) - weight)
+    assert (error <= 0.51 * scales.astype(np.float32)).all()
+    assert np.abs(integers).max() <= 127
+
+
+def test_int4_blocks_are_better_than_rounding_to_the_largest():
+    weight = np.random.default_rng(0).standard_normal((64, 48)).astype(np.float32)
+    kind = FORMATS["int4-weight-only"]
+
+    def error(scales):
+        steps = np.repeat(scales.astype(np.float32), kind.block, axis=0)
+        return np.square(quantized(weight, scales, kind).astype(np.float32) * steps - weight).mean()
+
+    largest = (np.abs(weight.reshape(2, 32, 48)).max(axis=1) / 7).astype(np.float16)
+    assert error(weight_scales(weight, kind)) < 0.95 * error(largest)
+
+
+def test_a_histogram_finds_the_scale_that_costs_least():
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal(100_000).astype(np.float32)
+    values[:3] = 40.0  # outliers
+    seen = Histogram()
+    for part in np.array_split(values, 7):
+        seen.add(part)
+
+    def error(step):
+        return np.square(np.clip(np.rint(values / step), -127, 127) * step - values).mean()
+
+    steps = seen.largest * np.geomspace(0.02, 1, 200) / 127
+    assert error(seen.scale()) < 1.05 * min(error(step) for step in steps)
+    assert seen.largest == 40.0
+    assert error(seen.scale()) < 0.9 * error(40.0 / 127)
+    assert 0 < seen.clipped(0.02) < 0.02
+    with pytest.raises(ValueError, match="not finite"):
+        seen.add(np.array([np.nan], np.float32))
+
+
+# Calibration and what is decided from it.
+
+
+@pytest.fixture(scope="session")
+def plain(golden_of):
+    """A tiny model and rows of tokens."""
+    golden = golden_of("mr_gqa_SSSL")
+    return golden.model(), golden.ids.tolist()
+
+
+def test_calibration_sees_what_the_rollout_computes(plain):
+    model, rows = plain
+    seen = calibrate(model, rows)
+    assert set(seen.inputs) == set(seen.outputs) == set(matrix_shapes(model.config))
+    decoder = ReferenceDecoder(model, max_seq_len=len(rows[0]))
+    state, latents = decoder.prefill([row[:1] for row in rows]), []
+    for t in range(1, len(rows[0])):
+        latents.append(np.abs(state.latent).max())
+        decoder.step(state, [row[t] for row in rows])
+    assert seen.inputs["memory_kv"].largest == pytest.approx(max(latents))
+    assert seen.values == pytest.approx(max(float(v.abs().max()) for v in state.values))
+    # One step from an empty state sees no latent at all.
+    alone = calibrate(model, [[token] for row in rows for token in row])
+    assert alone.inputs["memory_kv"].largest == 0.0
+
+
+def test_what_float16_cannot_hold_is_multiplied_in_float32_or_refused(plain):
+    model, rows = plain
+    seen, matrices = calibrate(model, rows), matrix_shapes(model.config)
+    assert make_plan("fp16", matrices, None, seen).float32 == ()
+    seen.inputs["blocks.1.mlp_out"].largest = 20_000.0
+    plan = make_plan("fp16", matrices, None, seen)
+    assert plan.float32 == ("blocks.1.mlp_out",)
+    assert plan.details["multiplied_in_float32"] == ["blocks.1.mlp_out"]
+    assert "blocks.1.mlp_out" in make_plan("int8", matrices, None, seen).keep
+    assert make_plan("bf16", matrices, None, seen).float32 == ()
+    seen.values = 20_000.0
+    with pytest.raises(ExportError, match=r"fp16 needs value caches in float16.*2e\+04"):
+        make_plan("fp16", matrices, None, seen)
+    assert make_plan("bf16", matrices, None, seen).float32 == ()
+
+
+def test_matrices_are_kept_by_name_and_an_unknown_name_is_refused(plain):
+    matrices = matrix_shapes(plain[0].config)
+    for pattern, count in (("gate", 4), ("blocks.3.mlp_in", 1), ("blocks.0", 5), ("*qkv", 4), ("lm_head", 1)):
+        assert len(make_plan("int8-weight-only", matrices, [pattern], None).keep) == count
+    assert make_plan("int8-weight-only", matrices, [], None).keep == ()
+    with pytest.raises(ExportError, match=r"'head'.*lm_head"):
+        make_plan("int8-weight-only", matrices, ["head"], None)
+
+
+def test_a_matrix_that_does_not_divide_into_blocks_is_kept(plain):
+    matrices = {"lm_head": (48, 10), "blocks.0.qkv": (64, 10)}
+    assert make_plan("int4-weight-only", matrices, [], None).keep == ("lm_head",)
+
+
+def test_calibration_is_recorded_with_its_text(bundle):
+    details = read_manifest(bundle).precision_details
+    assert details["calibration"]["text"] == SHIPPED
+    assert len(details["calibration"]["sha256"]) == 64
+    assert set(details["int8"]["activation_scales"]) == set(matrix_shapes(read_manifest(bundle).model)) - set(
+        details["int8"]["keep_high"]
+    )
+    assert 50 < details["fp16"]["ranges"]["squared_relu"] < 1000
+
+
+def test_rows_without_a_tokenizer_are_made_up_and_say_so(tmp_path):
+    rows = calibration_rows(None, None, 100, 32)
+    assert len(rows.tokens) == 16 and {len(row) for row in rows.tokens} == {32}
+    assert "made up" in rows.source and rows.sha256 is None
+    with pytest.raises(ExportError, match="no tokenizer"):
+        calibration_rows(tmp_path / "text", None, 100, 32)
+
+
+def test_a_calibration_text_that_cannot_be_used_is_refused(bundle, tmp_path):
+    tokenizer = Tokenizer.open(bundle / "tokenizer")
+    with pytest.raises(ExportError, match="cannot read"):
+        calibration_rows(tmp_path / "absent", tokenizer, 100, 32)
+    (tmp_path / "empty").write_text("")
+    with pytest.raises(ExportError, match="0 tokens"):
+        calibration_rows(tmp_path / "empty", tokenizer, 100, 32)
+    (tmp_path / "latin").write_bytes(b"\xff\xfe")
+    with pytest.raises(ExportError, match="UTF-8"):
+        calibration_rows(tmp_path / "latin", tokenizer, 100, 32)
+    (tmp_path / "short").write_text("A short text.")
+    rows = calibration_rows(tmp_path / "short", tokenizer, 100, 32)
+    assert len(rows.tokens) >= 1 and rows.source == "short"

@@ -26,6 +26,14 @@ def export(
         int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
     ] = None,
     max_batch_size: Annotated[int, typer.Option(help="Sequences that can run together.")] = 8,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text on which ranges and int8 activations are measured; default: our own."),
+    ] = None,
+    keep_high: Annotated[
+        list[str] | None,
+        typer.Option(help="Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -44,6 +52,8 @@ def export(
             tokenizer=tokenizer,
             step=step,
             force=force,
+            calibration=calibration,
+            keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
             progress=progress,
         )
     seconds = time.perf_counter() - started
@@ -60,7 +70,23 @@ def summary(manifest: Manifest) -> dict[str, str]:
     return {
         "model": facts.model_line(manifest.model),
         "precisions": ", ".join(manifest.precisions),
+        **precision_rows(manifest),
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
         "prefill": ", ".join(manifest.prefill_policies),
         "tokenizer": f"{tokens} tokens" if tokens else "none: prompts must be token ids",
     }
+
+
+def precision_rows(manifest: Manifest) -> dict[str, str]:
+    """What was decided for each precision, and on which text it was calibrated."""
+    details, rows = manifest.precision_details, {}
+    if about := details.get("calibration"):
+        rows["calibrated on"] = f"{about['text']}, {about['rows']} rows of {about['row_tokens']} tokens"
+    for precision in manifest.precisions:
+        found = details.get(precision) or {}
+        for flavour, counts in (found.get("operations") or {}).items():
+            kinds = ", ".join(f"{number} in {kind}" for kind, number in counts["matmul"].items())
+            rows[f"{precision} {flavour}"] = f"matrix products: {kinds}"
+        if wide := found.get("multiplied_in_float32"):
+            rows[f"{precision} note"] = f"in float32, beyond what float16 can hold or kept so: {', '.join(wide)}"
+    return rows

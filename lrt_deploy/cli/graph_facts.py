@@ -29,6 +29,7 @@ def graph_fields(path: Path) -> dict[str, Any]:
         "outputs": [value_fields(value) for value in graph.output],
         "nodes": len(graph.node),
         "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
+        "computes": computes(model),
         "initializers": len(graph.initializer),
         "initializer_bytes": sum(tensor_bytes(tensor) for tensor in graph.initializer),
         "external_files": sorted(
@@ -37,6 +38,15 @@ def graph_fields(path: Path) -> dict[str, Any]:
         "contract": parse_metadata(path, metadata, "lrt_deploy.contract"),
         "model": parse_metadata(path, metadata, "lrt_deploy.model"),
     }
+
+
+def computes(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
+    """How many products, attentions and cache writes run in which type, counted as an export counts them."""
+    import onnx_ir as ir
+
+    from lrt_deploy.exporters.promises import count
+
+    return count(ir.serde.deserialize_model(model).graph)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

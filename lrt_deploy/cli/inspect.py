@@ -145,6 +145,7 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
     names = ("opset", "producer", "nodes", "operators", "initializers", "external_files")
     rows = {name: cell(fields[name]) for name in names}
     rows["initializers"] += f", {output.bytes_text(fields['initializer_bytes'])}"
+    rows |= {f"{operation} in": cell(counts) for operation, counts in fields["computes"].items() if counts}
     for way in ("input", "output"):
         rows |= {f"{way} {value['name']}": f"{value['dtype']} {value['dims']}" for value in fields[f"{way}s"]}
     contract = fields["contract"]

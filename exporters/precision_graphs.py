@@ -1,0 +1,68 @@
+"""Write the four graphs and the weights file of one precision, from the one traced graph and a plan.
+
+The order is the point: weights are stored (narrowed, quantized) in a float32 graph, which is written once; both
+flavours are then derived from it, each in its own base type, and so share every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lrt_deploy import contract, manifest
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.contract import Flavour
+from lrt_deploy.precisions import QUANTIZED, base_dtype
+
+from . import flavours, passes, promises, weights_file
+from .lower import lower, narrow
+from .plan import Plan
+from .quantize import FORMATS, quantize
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_precision(
+    traced: ir.Model, config: LRTConfig, capacity: int, plan: Plan, folder: Path, say: Progress
+) -> dict[str, promises.Counts]:
+    """Write graphs and weights below `folder`; returns what each flavour's graphs compute in."""
+    out = folder / "graphs" / plan.precision
+    out.mkdir(parents=True)
+    stored = store_weights(traced, plan)
+    weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {plan.precision} weights"))
+    operations: dict[str, promises.Counts] = {}
+    for flavour in contract.FLAVOURS:
+        derived = derive(stored, config, capacity, plan, flavour)
+        operations[flavour] = _check(derived, config, plan, flavour)
+        for phase, make in (("prefill", ir.Model.clone), ("decode_step", flavours.decode_step)):
+            final = make(derived)
+            flavours.describe(final, config, flavour, plan.precision)
+            ir.save(final, folder / manifest.graph_path(plan.precision, phase, flavour))
+    return operations
+
+
+def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
+    """A copy of the traced graph that still computes in float32, with its weights as the precision stores them."""
+    model = traced.clone()
+    if plan.precision in QUANTIZED:
+        quantize(model, FORMATS[plan.precision], plan.keep, plan.activation_scales)
+    if plan.precision != "fp32":
+        narrow(model, base_dtype(plan.precision, "full"), plan.float32)
+    return model
+
+
+def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavour: Flavour) -> ir.Model:
+    """The flavour's prefill graph in its base type."""
+    model = lower(stored, base_dtype(plan.precision, flavour), plan.float32)
+    if flavour == "windowed":
+        model = flavours.windowed(model, config, capacity)
+    passes.check_ops(model.graph)
+    return model
+
+
+def _check(model: ir.Model, config: LRTConfig, plan: Plan, flavour: Flavour) -> promises.Counts:
+    expected = promises.promised(config, plan.precision, flavour, len(plan.keep), len(plan.float32))
+    return promises.check(model.graph, expected, f"the {flavour} graph in {plan.precision}")

@@ -1,0 +1,132 @@
+"""Integer weights and activations as explicit Q/DQ around each MatMul, by a pass over the float32 graph.
+
+Weights are symmetric, without zero points; a scale is a float16 number, so that a float32 and a float16 graph use the
+very same numbers, and it is rounded before the weights are divided by it. Both read one file: int8 or int4 weights and
+float16 scales, which a float32 graph casts when it is loaded. The forms are those that ONNX Runtime fuses
+(MatMulIntegerToFloat, MatMulNBits) and TensorRT takes. Which matrices, and which activation scales: `plan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from .lower import cast, lazy, matrix_name, store
+from .passes import constant
+
+ACTIVATION_ZERO = "activation_zero_point"
+# Shares of the largest weight of a block that its int4 grid may end at; the one with the least squared error is taken.
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How matrices are stored: bits, rows of a block that share a scale (None: a whole column); int8 activations."""
+
+    bits: int
+    block: int | None
+    activations: bool
+
+    @property
+    def largest(self) -> int:
+        """The largest integer; the smallest is its negative."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def fits(self, rows: int) -> bool:
+        """Whether a matrix of so many rows can be cut into whole blocks."""
+        return self.block is None or rows % self.block == 0
+
+
+FORMATS = {
+    "int8": Format(bits=8, block=None, activations=True),
+    "int8-weight-only": Format(bits=8, block=None, activations=False),
+    "int4-weight-only": Format(bits=4, block=32, activations=False),
+}
+
+
+def quantize(model: ir.Model, kind: Format, keep: Collection[str], activation_scales: Mapping[str, float]) -> None:
+    """Quantize all products with matrices that are not in `keep`, in place."""
+    graph = model.graph
+    for node in list(graph):
+        name = matrix_name(node) if node.op_type == "MatMul" else None
+        if name is None or name in keep:
+            continue
+        node.replace_input_with(1, _dequantized_weight(graph, node.inputs[1], kind))
+        if kind.activations:
+            node.replace_input_with(0, _through_int8(graph, node.inputs[0], activation_scales[name]))
+    common.TopologicalSortPass()(model)
+
+
+def weight_scales(weight: Floats, kind: Format) -> npt.NDArray[np.float16]:
+    """(N) per column, or (K / block, N): float16, never so small that the largest weight would be clipped."""
+    blocks = weight[None] if kind.block is None else weight.reshape(-1, kind.block, weight.shape[1])  # (K/b, b, N)
+    largest = np.abs(blocks).max(axis=1)
+    if kind.bits == 4:
+        largest = largest * _best_share(blocks, largest, kind)
+    exact = largest / kind.largest
+    scales = exact.astype(np.float16)
+    # Below 6e-5 float16 has few digits left: round up there, and give an all-zero column any scale.
+    scales = np.where(scales < 0.999 * exact, np.nextafter(scales, np.float16(np.inf)), scales)
+    scales = np.where(scales == 0, np.float16(1), scales)
+    return scales[0] if kind.block is None else scales
+
+
+def quantized(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
+    """The integers (K, N)."""
+    steps = scales.astype(np.float32)
+    if kind.block is not None:
+        steps = np.repeat(steps, kind.block, axis=0)
+    integers = np.clip(np.rint(weight / steps), -kind.largest, kind.largest)
+    result: npt.NDArray[np.generic] = integers.astype(ml_dtypes.int4 if kind.bits == 4 else np.int8)
+    return result
+
+
+def _best_share(blocks: Floats, largest: Floats, kind: Format) -> Floats:
+    """(K / block, N): what share of its largest weight each block's grid should span."""
+    best, least = np.ones_like(largest), np.full_like(largest, np.inf)
+    for share in _INT4_SHARES:
+        steps = np.maximum(largest * share / kind.largest, np.finfo(np.float32).tiny)[:, None]
+        errors = ((np.clip(np.rint(blocks / steps), -kind.largest, kind.largest) * steps - blocks) ** 2).sum(axis=1)
+        best, least = np.where(errors < least, share, best).astype(np.float32), np.minimum(errors, least)
+    return best
+
+
+def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format) -> ir.Value:
+    """DequantizeLinear on the initializer, which from here on holds integers."""
+    assert weight is not None and weight.const_value is not None
+    scales = weight_scales(weight.const_value.numpy(), kind)
+    scale = cast(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
+    dtype = ir.DataType.INT4 if kind.bits == 4 else ir.DataType.INT8
+    store(weight, lazy(weight, dtype, partial(quantized, scales=scales, kind=kind)))
+    attributes = {"axis": 1} if kind.block is None else {"axis": 0, "block_size": kind.block}
+    result = _like(weight, f"{weight.name}.dequantized", ir.DataType.FLOAT)
+    graph.append(ir.node("DequantizeLinear", [weight, scale], attributes, outputs=[result], name=result.name))
+    return result
+
+
+def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
+    """Quantize and dequantize an activation (B, T, K); products that share it share the pair."""
+    assert x is not None
+    for user in x.consumers():
+        if user.op_type == "QuantizeLinear":
+            return next(iter(user.outputs[0].consumers())).outputs[0]
+    scale = cast(graph, constant(graph, f"{x.name}.scale", np.array(step, np.float16)), ir.DataType.FLOAT)
+    zero = constant(graph, ACTIVATION_ZERO, np.array(0, np.int8))
+    integers = _like(x, f"{x.name}.int8", ir.DataType.INT8)
+    result = _like(x, f"{x.name}.dequantized", ir.DataType.FLOAT)
+    graph.append(ir.node("QuantizeLinear", [x, scale, zero], outputs=[integers], name=integers.name))
+    graph.append(ir.node("DequantizeLinear", [integers, scale, zero], outputs=[result], name=result.name))
+    return result
+
+
+def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
