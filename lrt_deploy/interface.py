@@ -28,7 +28,8 @@ class PrefillReport:
 
     `policy` is what ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory pass
     included; `residual` is the certified bound on the error of the latent (max abs), None where nothing was iterated.
-    `stepwise_below` is the prompt length from which `auto` iterates, where `auto` was asked for.
+    `stepwise_below` is the prompt length from which `auto` iterates, where `auto` was asked for. `reused_tokens` of the
+    prompts were found in a state or a cache and not computed.
     """
 
     policy: str
@@ -36,6 +37,7 @@ class PrefillReport:
     residual: float | None = None
     note: str | None = None
     stepwise_below: int | None = None
+    reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON fields that scripts rely on."""

@@ -7,27 +7,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
+from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
 from lrt_deploy.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
-from lrt_deploy.precisions import base_dtype
 from lrt_deploy.prompts import check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
 from .backend import Backend, check_finite
-from .choice import Choice, choose
+from .choice import choose
 from .generation import Event, Generation, generate
+from .opening import check_contract, limit_capacity, load_backend
 from .origin import Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
+from .prefix import reused, rewind_to_prefix
 from .rewind import unchanged_on_error
 from .state import DecodeState
 from .state_file import load_state
@@ -78,8 +77,12 @@ class Decoder:
         state: DecodeState | None = None,
         policy: PrefillPolicy = "auto",
         tolerance: float | None = None,
+        reuse: bool = False,
     ) -> DecodeState:
         """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
+
+        With `reuse`, the prompts are whole sequences: `state` is first rewound to the tokens that it shares with them,
+        and only the rest is read (see `prefix`). An error then leaves it at the shared tokens.
 
         `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance`
         of that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the
@@ -96,24 +99,37 @@ class Decoder:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        self._check(state, rows)
+        self._check(state, rows, np.zeros_like(state.lengths) if reuse else state.lengths)
+        shared = rewind_to_prefix(state, rows, request) if reuse else [0] * len(rows)
+        rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
+        if any(map(len, rest)):
+            self._read(state, rest, request)
+        else:
+            state.prefill = dataclasses.replace(state.prefill, passes=0.0, note=None)
+        if reuse:
+            state.prefill = reused(state.prefill, shared, rows)
+        return state
+
+    def _read(self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> None:
         with unchanged_on_error(state, rows):
             logits, report = read_prompts(state, rows, request, self.prefill_options.within(self._loaded.blocks))
             self._accept(state, rows, logits)
         state.finish_reading(report, sum(map(len, rows)))
-        return state
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
-        ids = check_tokens(tokens, self.config.vocab_size, state.batch)
+        self.advance(state, check_tokens(tokens, self.config.vocab_size, state.batch))
+        return state.logits
+
+    def advance(self, state: DecodeState, ids: IntArray) -> None:
+        """`step` for ids (B) that were checked, or chosen by this decoder."""
         rows = ids[:, None]  # (B, 1)
-        self._check(state, rows)
+        self._check(state, rows, state.lengths)
         with unchanged_on_error(state, rows):
             logits = state.buffers.decode(ids, state.lengths, head=True)
             assert logits is not None
             state.history.write_step(state.lengths, state.buffers.latent[: state.batch])
             self._accept(state, rows, logits)
-        return state.logits
 
     def load_state(self, path: str | Path) -> DecodeState:
         """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
@@ -133,7 +149,7 @@ class Decoder:
 
     def generate(
         self,
-        prompt: str | Sequence[int],
+        prompt: str | Sequence[int] | None,
         max_new_tokens: int = 64,
         *,
         state: DecodeState | None = None,
@@ -141,17 +157,22 @@ class Decoder:
         stop_strings: Sequence[str] = (),
         policy: PrefillPolicy = "auto",
         tolerance: float | None = None,
+        reuse: bool = False,
         **sampling: float | int | None,
     ) -> Iterator[Event]:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
 
-        `state` continues an existing state of one sequence. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
+        `state` continues an existing state of one sequence; without a prompt (None) from where it stands, with `reuse`
+        as in `prefill`. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
         """
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
-        ids = self._prompt_ids(prompt)
+        if prompt is None:
+            return generate(self, options, lambda: self._standing(state))
+        ids = self.prompt_ids(prompt)
         check_prompts([ids], self.config.vocab_size)
-        return generate(self, options, lambda: self.prefill([ids], state=state, policy=policy, tolerance=tolerance))
+        reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance, "reuse": reuse and state is not None}
+        return generate(self, options, lambda: self.prefill([ids], state=state, **reading))
 
     def close(self) -> None:
         """Let go of the weights, which stay in memory as long as a state of this decoder does."""
@@ -165,7 +186,8 @@ class Decoder:
     ) -> None:
         self.close()
 
-    def _prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+    def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
+        """Token ids as given, or those of a text with `<|bos|>` in front."""
         if not isinstance(prompt, str):
             return list(prompt)
         if self.tokenizer is None:
@@ -173,6 +195,12 @@ class Decoder:
                 "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
             )
         return self.tokenizer.encode_prompt(prompt)
+
+    def _standing(self, state: DecodeState | None) -> DecodeState:
+        if state is None or state.batch != 1:
+            raise InputError("without a prompt there must be a state of one sequence to continue")
+        self._check(state, np.zeros((1, 0), np.int64), state.lengths)
+        return state
 
     @property
     def _loaded(self) -> Backend:
@@ -189,11 +217,11 @@ class Decoder:
         if not 1 <= rows <= self.manifest.max_batch_size:
             raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
 
-    def _check(self, state: DecodeState, rows: Sequence[IntArray] | IntArray) -> None:
-        """The state must be of this decoder and have room for the tokens."""
+    def _check(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, lengths: IntArray) -> None:
+        """The state must be of this decoder and have room for the tokens after those that stay."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
-        for index, (length, row) in enumerate(zip(state.lengths, rows, strict=True)):
+        for index, (length, row) in enumerate(zip(lengths, rows, strict=True)):
             if length + len(row) > state.capacity:
                 raise StateError(
                     f"sequence {index} holds {length} tokens and {len(row)} more do not fit its capacity of "
@@ -233,45 +261,7 @@ def open_decoder(
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1")
     tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
-    loaded = _load_backend(choice, folder, manifest, threads, cuda_graph)
+    loaded = load_backend(choice, folder, manifest, threads, cuda_graph)
     decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
     decoder.backend_reason = choice.reason
     return decoder
-
-
-def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
-    """The graphs must have the inputs and outputs that this version binds."""
-    for flavour in contract.FLAVOURS:
-        expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour))
-        if manifest.contracts.get(precision, {}).get(flavour) != expected:
-            made_by = manifest.provenance.get("versions", {}).get("lrt-deploy", "an unknown version")
-            raise BundleError(
-                f"{folder}: its {flavour} graphs in {precision} have another contract than this lrt-deploy "
-                f"{version('lrt-deploy')} binds (they were made by {made_by}); export the bundle again"
-            )
-
-
-def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
-    """The manifest with a lower capacity."""
-    if max_seq_len is None:
-        return manifest
-    if not 1 <= max_seq_len <= manifest.max_seq_len:
-        raise InputError(
-            f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
-        )
-    return dataclasses.replace(manifest, max_seq_len=max_seq_len)
-
-
-def _load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
-    name, precision, _ = choice
-    if name == "ort-cpu":
-        from .ort_cpu import OrtCpuBackend
-
-        return OrtCpuBackend(folder, manifest, precision, threads)
-    if name == "ort-cuda":
-        from .ort_cuda import OrtCudaBackend
-
-        return OrtCudaBackend.open(folder, manifest, precision)
-    from .tensorrt_backend import TensorRTBackend
-
-    return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

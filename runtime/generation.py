@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import PrefillReport
+from lrt_deploy.interface import FloatArray, PrefillReport
 from lrt_deploy.text_stream import TextStream
 from lrt_deploy.tokenizer import Tokenizer
 
@@ -72,23 +72,49 @@ class Generation:
         return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options))
 
 
-def generate(decoder: Decoder, options: Generation, read: Callable[[], DecodeState]) -> Iterator[Event]:
-    """Read the prompt, then yield events until something stops it."""
-    state = read()
-    history, made = state.tokens[0], 0
-    while True:
-        token = options.sampler.choose(state.logits[0], history)
-        made += 1
-        history.append(token)
+class Continuation:
+    """One sequence that is being continued: chooses its tokens, turns them to text, and knows when it ends.
+
+    Knows nothing of where logits come from: a state of its own, or a row in a batch.
+    """
+
+    def __init__(self, options: Generation, tokens: Sequence[int]) -> None:
+        self.options, self.history, self.made = options, list(tokens), 0
+
+    def choose(self, logits: FloatArray) -> int:
+        """The next token, from logits (V)."""
+        return self.options.sampler.choose(logits, self.history)
+
+    @property
+    def takes_the_largest(self) -> bool:
+        """Whether `choose` is nothing but the largest logit, so that a batch may do it for all rows at once."""
+        sampling = self.options.sampler.options
+        return sampling.temperature == 0 and sampling.repetition_penalty == 1
+
+    def take(self, token: int, prefill: PrefillReport, full: bool) -> Event:
+        """The event of a chosen token; `full` says that the state has no room for it."""
+        options = self.options
+        self.made += 1
+        self.history.append(token)
         text, reason = _outcome(token, options)
-        if reason is None and made == options.max_new_tokens:
+        if reason is None and self.made == options.max_new_tokens:
             reason = "length"
-        if reason is None and state.lengths[0] == state.capacity:
+        if reason is None and full:
             reason = "capacity"
         if reason is not None and reason != "stop_string" and options.stream:
             text += options.stream.finish()
-        yield Event(token, text, reason, state.prefill)
-        if reason is not None:
+        return Event(token, text, reason, prefill)
+
+
+def generate(decoder: Decoder, options: Generation, read: Callable[[], DecodeState]) -> Iterator[Event]:
+    """Read the prompt, then yield events until something stops it."""
+    state = read()
+    continuation = Continuation(options, state.tokens[0])
+    while True:
+        token = continuation.choose(state.logits[0])
+        event = continuation.take(token, state.prefill, full=bool(state.lengths[0] == state.capacity))
+        yield event
+        if event.finish_reason is not None:
             return
         decoder.step(state, [token])
 

@@ -101,7 +101,7 @@ def read_prompts(
 
     The lengths of the state are left to the caller, who advances it when the logits are found good.
     """
-    ways = [_way(row, state, request, options) for row in rows]
+    ways = [way_of(row, state.latent is not None, request, options) for row in rows]
     if all(way == "stepwise" for way in ways):
         logits, report = read_stepwise(state, rows, _stepwise_note(request))
     else:
@@ -146,11 +146,11 @@ def read_stepwise(
     return logits, PrefillReport("stepwise", passes=steps * len(rows) / int(counts.sum()), note=note)
 
 
-def _way(row: IntArray, state: DecodeState, request: PrefillRequest, options: PrefillOptions) -> str:
+def way_of(row: IntArray, memory: bool, request: PrefillRequest, options: PrefillOptions) -> str:
     """How one row is read, by its own length alone."""
     if request.policy in ("stepwise", "zero"):
         return request.policy
-    if state.latent is None:  # without memory one parallel pass is exact
+    if not memory:  # without memory one parallel pass is exact
         return "fixed-point"
     if request.tolerance < SMALLEST_PREFILL_TOLERANCE:
         return "stepwise"

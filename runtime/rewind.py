@@ -33,13 +33,15 @@ def rewind(state: DecodeState, lengths: int | Sequence[int]) -> None:
             raise StateError(f"sequence {row} holds {held} tokens and cannot be rewound to {length!r}")
     for row, length in enumerate(wanted):
         state.truncate(row, int(length))
+    if not any(wanted):
+        state.read_within = 0.0
 
 
-def recompute_logits(state: DecodeState) -> None:
+def recompute_logits(state: DecodeState, wanted: Sequence[int]) -> None:
     """Run every row's last token once more, from the latent before it, and put caches and latent back."""
-    if empty := np.flatnonzero(state.lengths == 0).tolist():
+    if empty := [row for row in wanted if state.length(row) == 0]:
         raise StateError(f"sequence {empty[0]} holds no token yet, so no logits follow; read a prompt first")
-    buffers, rows, last = state.buffers, np.arange(state.batch), state.lengths - 1
+    buffers, rows, last = state.buffers, np.arange(state.batch), np.maximum(state.lengths - 1, 0)
     latent = buffers.latent[: state.batch].copy()
     entries = [
         {name: array.copy() for name, array in buffers.read_slots(row, at, at + 1).items()}

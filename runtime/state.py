@@ -74,11 +74,16 @@ class DecodeState:
     @property
     def logits(self) -> FloatArray:
         """(B, V) float32, for each row's next token, a copy. After a rewind they are computed when first asked for."""
-        if not self._current[: self._batch].all():
+        return self.logits_of(range(self._batch))
+
+    def logits_of(self, rows: Sequence[int]) -> FloatArray:
+        """(n, V) the logits of some rows, a copy."""
+        rows = list(rows)
+        if not self._current[rows].all():
             from .rewind import recompute_logits
 
-            recompute_logits(self)
-        return self._logits[: self._batch].copy()
+            recompute_logits(self, rows)
+        return self._logits[rows]
 
     @property
     def latent(self) -> FloatArray | None:
@@ -98,10 +103,18 @@ class DecodeState:
         """The tokens of each row so far, copies."""
         return [list(row) for row in self._tokens[: self._batch]]
 
+    def row_tokens(self, row: int) -> list[int]:
+        """The tokens of one row, a copy."""
+        return list(self._tokens[row])
+
+    def length(self, row: int) -> int:
+        """Tokens of one row."""
+        return int(self._lengths[row])
+
     @property
     def last_tokens(self) -> IntArray:
-        """(B) the last token of each row."""
-        return np.array([row[-1] for row in self._tokens[: self._batch]], np.int64)
+        """(B) the last token of each row; 0 for a row without tokens."""
+        return np.array([row[-1] if row else 0 for row in self._tokens[: self._batch]], np.int64)
 
     @property
     def num_bytes(self) -> int:
@@ -253,7 +266,7 @@ class DecodeState:
 
     def set_logits(self, logits: FloatArray) -> None:
         """Fill in the logits (B, V) of rows that lack them."""
-        missing = np.flatnonzero(~self._current[: self._batch])
+        missing = np.flatnonzero(~self._current[: self._batch] & (self.lengths > 0))
         self._logits[missing], self._current[missing] = logits[missing], True
 
     def _known(self, row: int) -> int:

@@ -1,0 +1,54 @@
+"""What stands between a bundle and a decoder: the contract that must hold, the capacity, the backend that is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.metadata import version
+from pathlib import Path
+
+from lrt_deploy import contract
+from lrt_deploy.errors import BundleError, InputError
+from lrt_deploy.manifest import Manifest
+from lrt_deploy.precisions import base_dtype
+
+from .backend import Backend
+from .choice import Choice
+
+
+def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
+    """The graphs must have the inputs and outputs that this version binds."""
+    for flavour in contract.FLAVOURS:
+        expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour))
+        if manifest.contracts.get(precision, {}).get(flavour) != expected:
+            made_by = manifest.provenance.get("versions", {}).get("lrt-deploy", "an unknown version")
+            raise BundleError(
+                f"{folder}: its {flavour} graphs in {precision} have another contract than this lrt-deploy "
+                f"{version('lrt-deploy')} binds (they were made by {made_by}); export the bundle again"
+            )
+
+
+def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
+    """The manifest with a lower capacity."""
+    if max_seq_len is None:
+        return manifest
+    if not 1 <= max_seq_len <= manifest.max_seq_len:
+        raise InputError(
+            f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
+        )
+    return dataclasses.replace(manifest, max_seq_len=max_seq_len)
+
+
+def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
+    """The weights, on the backend that was chosen."""
+    name, precision, _ = choice
+    if name == "ort-cpu":
+        from .ort_cpu import OrtCpuBackend
+
+        return OrtCpuBackend(folder, manifest, precision, threads)
+    if name == "ort-cuda":
+        from .ort_cuda import OrtCudaBackend
+
+        return OrtCudaBackend.open(folder, manifest, precision)
+    from .tensorrt_backend import TensorRTBackend
+
+    return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)
