@@ -77,6 +77,7 @@ class Runner:
     max_seq_len: int | None
     threads: int | None
     verify: bool
+    cuda_graph: bool = True
 
     def open(self, bundle: Path) -> Decoder:
         """The opened decoder; `auto` is answered with what was taken."""
@@ -89,6 +90,7 @@ class Runner:
             threads=self.threads,
             max_seq_len=self.max_seq_len,
             verify=self.verify,
+            cuda_graph=self.cuda_graph,
         )
         if self.backend == "auto":
             output.say(f"backend {decoder.backend} in {decoder.precision}: {decoder.backend_reason}")

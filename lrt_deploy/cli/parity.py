@@ -5,6 +5,7 @@ What is measured and what is tolerated is `lrt_deploy.parity`'s; here only the t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +13,7 @@ import typer
 
 from lrt_deploy.parity_report import as_json
 
-from . import options, output
+from . import checks, options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.bisect import Bisection
@@ -35,12 +36,22 @@ _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
 
 def parity(
     bundle: options.BundlePath,
-    checkpoint: Annotated[Path, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
+    ] = None,
     step: Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")] = None,
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
     steps: Annotated[
         int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
+    ] = None,
+    check: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Check the decoder against itself: fixed-point-vs-stepwise, chunked-vs-whole, batch-vs-alone, "
+            "restored-vs-straight, cuda-graph, or all; repeatable, needs no checkpoint.",
+        ),
     ] = None,
     bisect: Annotated[
         bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
@@ -66,25 +77,52 @@ def parity(
 ) -> None:
     """Compare a bundle with its checkpoint over a rollout. Exits with 1 if they differ by more than is tolerated."""
     chosen = options.one_prompt(prompt, tokens)
-    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+    if checkpoint is None and not check:
+        raise typer.BadParameter("give --checkpoint to compare with, or --check to compare the bundle with itself")
+    runner = options.Runner(backend, precision, max_seq_len, threads, verify)
+    with runner.open(bundle) as decoder:
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
-        count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
-        rollout = (ids, count, {"prefill": prefill, "tolerance": tolerance})
-        opened = open_same_model(decoder, checkpoint, step)
-        with output.progress(json) as progress:
-            progress("loading the checkpoint", 0, 0)
-            reference = open_reference(decoder, opened, float64)
-            report = compare(reference, decoder, opened, rollout, progress)
-            found = bisected(bundle, reference, decoder, report) if bisect else None
-    fields = document(report, found)
-    if write_report or report_dir is not None:
-        from .report_files import write_reports
-
-        folder = bundle / "reports" if report_dir is None else report_dir
-        fields["report"] = str(write_reports(folder, bundle.resolve().name, fields))
-    show(fields, json)
-    if not report.passed:
+        checked = checks.run_checks(bundle, decoder, runner, check, ids, tolerance) if check else []
+        fields = checks.document(decoder, checked)
+        if checkpoint is not None:
+            count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps
+            run = Run(checkpoint, step, ids, count, {"prefill": prefill, "tolerance": tolerance}, float64, bisect)
+            with output.progress(json) as progress:
+                fields = against_checkpoint(bundle, decoder, run, progress)
+    if checkpoint is not None and (write_report or report_dir is not None):
+        fields["report"] = write_page(bundle, report_dir, fields)
+    show(checks.joined(fields, checked), json)
+    if not fields["passed"]:
         raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is compared with what, over which tokens."""
+
+    checkpoint: Path
+    step: int | None
+    prompt: list[int]
+    steps: int
+    reading: dict[str, Any]
+    float64: bool
+    bisect: bool
+
+
+def against_checkpoint(bundle: Path, decoder: Decoder, run: Run, progress: output.Progress) -> dict[str, Any]:
+    """The JSON fields of the comparison, and of the search for its fault if one is wanted."""
+    opened = open_same_model(decoder, run.checkpoint, run.step)
+    progress("loading the checkpoint", 0, 0)
+    reference = open_reference(decoder, opened, run.float64)
+    report = compare(reference, decoder, opened, (run.prompt, run.steps, run.reading), progress)
+    return document(report, bisected(bundle, reference, decoder, report) if run.bisect else None)
+
+
+def write_page(bundle: Path, folder: Path | None, fields: dict[str, Any]) -> str:
+    """Where the page went."""
+    from .report_files import write_reports
+
+    return str(write_reports(bundle / "reports" if folder is None else folder, bundle.resolve().name, fields))
 
 
 def document(report: ParityReport, found: Bisection | None) -> dict[str, Any]:
@@ -99,6 +137,10 @@ def show(fields: dict[str, Any], json: bool) -> None:
     """The document, or the verdict with the place of the fault, and a table."""
     if json:
         output.document(fields)
+        return
+    for check in fields["checks"]:
+        output.answer(check["line"])
+    if "max_kl" not in fields:  # checks alone
         return
     output.answer(fields["verdict"])
     if "bisect" in fields:
