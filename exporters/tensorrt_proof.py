@@ -20,6 +20,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.precisions import base_dtype
+from lrt_deploy.weights import matrix_shapes
 
 # TensorRT's names of types, in those of the contract.
 DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT4": "int4", "INT64": "int64"}
@@ -55,16 +56,6 @@ class Promise:
     products: dict[str, Product]
 
 
-def matrices(config: LRTConfig) -> list[str]:
-    """Names of all weights that the graph multiplies by, as the reference model has them."""
-    names = ["memory_kv"] if config.memory_projection_count else []
-    for layer in range(config.n_layer):
-        names += [f"blocks.{layer}.{part}" for part in ("qkv", "attention_out", "mlp_in", "mlp_out")]
-        if config.memory or layer in config.value_embed_layers:
-            names.append(f"blocks.{layer}.gate")
-    return [*names, "lm_head"]
-
-
 def promise_of(manifest: Manifest, precision: str) -> Promise:
     """What a precision of this bundle promises TensorRT; the manifest says which matrices it keeps precise."""
     config, base = manifest.model, base_dtype(precision, "full")
@@ -72,7 +63,7 @@ def promise_of(manifest: Manifest, precision: str) -> Promise:
     kept, wide = set(details.get("keep_high", ())), set(details.get("multiplied_in_float32", ()))
     quantized = _QUANTIZED.get(precision, (None, None))
     products = {}
-    for name in matrices(config):
+    for name in matrix_shapes(config):
         plain = name in kept or name in wide
         products[name] = Product("float32" if name in wide else base, *((None, None) if plain else quantized))
     return Promise(precision, config, base, products)

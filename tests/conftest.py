@@ -172,6 +172,25 @@ def export_once(make_once, golden_of):
 
 
 @pytest.fixture(scope="session")
+def in_every_precision(make_once, golden_of, root):
+    """Name of a golden, or `demo` -> bundle folder with all precisions, traced once. Tests must not change it."""
+
+    def export(name: str) -> Path:
+        import lrt_deploy
+        from lrt_deploy.precisions import PRECISIONS
+
+        source = root / "demo" / "checkpoint" if name == "demo" else golden_of(name).folder
+        capacity = 256 if name == "demo" else CAPACITY
+
+        def make(folder: Path) -> None:
+            lrt_deploy.export_bundle(source, folder, precision=PRECISIONS, max_seq_len=capacity)
+
+        return make_once("precisions" if name == "demo" else f"precisions-{name}", make)
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def export_model(make_once):
     """(name, model, options) -> bundle folder of a model that was made in a test; `model` is called when needed."""
 

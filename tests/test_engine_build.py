@@ -27,8 +27,9 @@ from lrt_deploy.exporters.engine import build_engine as build
 from lrt_deploy.exporters.tensorrt_builder import parse
 from lrt_deploy.exporters.tensorrt_graph import tensorrt_copy
 from lrt_deploy.exporters.tensorrt_log import BuildLog
-from lrt_deploy.exporters.tensorrt_proof import Product, matrices, promise_of, prove
+from lrt_deploy.exporters.tensorrt_proof import Product, promise_of, prove
 from lrt_deploy.manifest import graph_path, read_manifest, write_manifest
+from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.tensorrt_flavours import FLAVOURS, choose_flavour
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
@@ -114,7 +115,7 @@ def test_the_network_is_what_was_promised(built, manifest):
     layers, count = read_sidecar(built).layers, manifest.model.n_layer
     assert (layers["kv_cache_update"], layers["attention"]) == (2 * count, count)
     assert layers["attention_masks"] == 2
-    assert layers["matmul"] == {"float32": len(matrices(manifest.model))} and layers["quantized_matmul"] == 0
+    assert layers["matmul"] == {"float32": 22} and layers["quantized_matmul"] == 0
     assert set(layers["norms"]) == {"float32"}
 
 
@@ -166,6 +167,34 @@ def test_profiles_follow_the_bundle():
     assert [cache_capacity(count) for count in (1, 128, 129)] == [128, 128, 256]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
+@pytest.mark.parametrize("name", ["demo", GOLDEN])
+def test_every_precision_is_built_as_promised(in_every_precision, tmp_path, name, precision):
+    """The demo checkpoint (windows, heads without groups) and a golden with grouped heads, without a GPU."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(in_every_precision(name), folder)
+    sidecar = lrt_deploy.build_engine(folder, backend="tensorrt-rtx", precision=precision)
+    manifest, plan = read_manifest(folder), engine_folder(folder, "tensorrt-rtx", precision) / PLAN
+    layers, count, base = sidecar.layers, manifest.model.n_layer, base_dtype(precision, "full")
+    assert read_sidecar(plan) == sidecar and plan.stat().st_size == sidecar.plan_bytes
+    assert (layers["kv_cache_update"], layers["attention"], layers["attention_masks"]) == (2 * count, count, 2)
+    assert [profile.name for profile in sidecar.profiles] == ["decode", "prefill"]
+    total = 6 + 5 * (count - 1) + 1  # qkv, gate, output and two of the MLP in each layer; memory and head once
+    weights = {
+        "int8": "float16 with int8 weights and int8 activations",
+        "int8-weight-only": "float16 with int8 weights",
+        "int4-weight-only": "float16 with int4 weights",
+    }
+    kept = count if precision in weights else 0  # the gates
+    expected = {base: kept, weights[precision]: total - kept} if precision in weights else {base: total}
+    assert layers["matmul"] == expected
+    assert layers["quantized_matmul"] == (total - kept if precision in weights else 0)
+    assert set(layers["norms"]) == {"float32"}
+    assert {spec["dtype"] for spec in sidecar.inputs if spec["name"].startswith("past_")} == {base}
+    assert sidecar.outputs[0]["dtype"] == "float32"
+
+
 # The proof
 
 
@@ -180,6 +209,28 @@ def test_a_float32_graph_asked_for_as_fp16_fails_with_the_layers_named(bundle, m
         prove(RTX.load(), network, half)
     assert "keeps past_key_0 in float32, promised is float16" in str(caught.value)
     assert "and 22 more" in str(caught.value)  # 8 caches, 4 attentions and 22 products, 12 of them named
+
+
+@pytest.mark.slow
+def test_a_bundle_whose_fp16_graph_is_float32_builds_nothing(in_every_precision, tmp_path):
+    """End to end: a graph exported in float32 that lies where the fp16 one should, with all hashes right."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(in_every_precision(GOLDEN), folder)
+    for file in (graph_path("fp16", "prefill", "full"), "graphs/fp16/weights.bin"):
+        shutil.copy(folder / file.replace("fp16", "fp32"), folder / file)
+    write_manifest(folder, read_manifest(folder))
+    with pytest.raises(EngineError, match=r"not what fp16 promises.*past_key_0 in float32, promised is float16"):
+        lrt_deploy.build_engine(folder, backend="tensorrt-rtx", precision="fp16")
+    assert not engine_folder(folder, "tensorrt-rtx", "fp16").exists()
+
+
+def test_a_promise_of_other_numbers_fails(in_every_precision):
+    """The twin: quantized products held against another precision's promise."""
+    folder = in_every_precision(GOLDEN)
+    network, _keep = network_of(folder, precision="int8")
+    for other in ("int8-weight-only", "fp16"):
+        with pytest.raises(EngineError, match=r"\(blocks\.0\.qkv\) computes in float16 with int8 weights and int8 act"):
+            prove(RTX.load(), network, promise_of(read_manifest(folder), other))
 
 
 def test_a_bundle_whose_graph_multiplies_twice_by_one_weight_builds_nothing(bundle, tmp_path):

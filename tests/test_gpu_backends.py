@@ -301,17 +301,6 @@ def bundle(export_once, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def halves(make_once, golden_of):
-    """The golden in fp32 and fp16."""
-    source = golden_of(GOLDEN).folder
-
-    def make(folder):
-        lrt_deploy.export_bundle(source, folder, precision=("fp32", "fp16"), max_seq_len=128)
-
-    return make_once("gpu_halves", make)
-
-
 def put_engine(folder, **changes):
     plan = engine_folder(folder, "tensorrt-rtx", "fp32") / PLAN
     plan.parent.mkdir(parents=True, exist_ok=True)
@@ -728,7 +717,8 @@ def test_ort_updates_its_caches_in_place(bundle, capfd, monkeypatch, elsewhere):
     assert ("in-place optimization not activated" in capfd.readouterr().err) == elsewhere
 
 
-def test_ort_runs_half_precision_states(halves, tolerances):
+def test_ort_runs_half_precision_states(in_every_precision):
+    halves = in_every_precision(GOLDEN)
     manifest, device = read_manifest(halves), EagerDevice()
     decoder = Decoder(manifest, OrtCudaBackend(halves, manifest, "fp16", device, kind="cpu"), None)
     with lrt_deploy.open_decoder(halves, precision="fp16") as expected:

@@ -32,14 +32,9 @@ TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16
 
 
 @pytest.fixture(scope="session")
-def bundle(make_once, root):
+def bundle(in_every_precision):
     """The demo checkpoint in every precision, traced once."""
-    source = root / "demo" / "checkpoint"
-
-    def make(folder):
-        lrt_deploy.export_bundle(source, folder, precision=PRECISIONS, max_seq_len=256)
-
-    return make_once("precisions", make)
+    return in_every_precision("demo")
 
 
 @pytest.fixture
