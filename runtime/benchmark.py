@@ -123,9 +123,10 @@ def variants(decoder: Decoder) -> list[Variant]:
     default = decoder.prefill_options.sweeps
     if not decoder.config.memory:
         return [Variant("stepwise", "stepwise"), Variant("fixed-point", "one pass")]
+    interleaved = [Variant("fixed-point", f"interleaved, stride {default.stride}", default)]
     return [
         Variant("stepwise", "stepwise"),
-        Variant("fixed-point", f"interleaved, stride {default.stride}", default),
+        *(interleaved if default.stride > 1 else []),
         Variant("fixed-point", "plain", PLAIN),
         Variant("zero", "one pass with zero memory"),
     ]

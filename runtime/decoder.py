@@ -58,7 +58,7 @@ class Decoder:
 
     @prefill_options.setter
     def prefill_options(self, options: PrefillOptions) -> None:
-        self._prefill_options = settle(options, self.config)
+        self._prefill_options = settle(options, self.config).within(self._loaded.blocks)
 
     @property
     def config(self) -> LRTConfig:
@@ -112,7 +112,7 @@ class Decoder:
 
     def _read(self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> None:
         with unchanged_on_error(state, rows):
-            logits, report = read_prompts(state, rows, request, self.prefill_options.within(self._loaded.blocks))
+            logits, report = read_prompts(state, rows, request, self.prefill_options)
             self._accept(state, rows, logits)
         state.finish_reading(report, sum(map(len, rows)))
 

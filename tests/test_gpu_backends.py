@@ -26,10 +26,11 @@ from lrt_deploy import contract
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.smoke import smoke_test
 from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
-from lrt_deploy.errors import BackendError, EngineError
+from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.gpu import Gpu, find_gpu
 from lrt_deploy.manifest import graph_path, read_manifest
 from lrt_deploy.runtime import choice, ort_cuda, tensorrt_backend
+from lrt_deploy.runtime.benchmark import variants
 from lrt_deploy.runtime.cuda_device import Arena
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.ort_cuda import OrtCudaBackend, misplaced, open_session
@@ -421,6 +422,13 @@ def test_the_report_says_that_the_iteration_was_plain(open_fake):
     assert "stride 1" in state.prefill.note
 
 
+def test_the_options_of_the_decoder_are_those_that_the_backend_can_follow(open_fake):
+    decoder, _ = open_fake(options=PrefillOptions(stepwise_below=20))
+    options = decoder.prefill_options
+    assert (options.sweeps.stride, options.sweeps.chunk_tokens, options.stepwise_below) == (1, 32, 20)
+    assert [variant.algorithm for variant in variants(decoder)][1:3] == ["plain", "one pass with zero memory"]
+
+
 def test_a_second_row_is_read_into_its_own_caches(open_fake, decoder_of):
     decoder, _ = open_fake()
     state = decoder.prefill([PROMPT, PROMPT[::-1]], policy="zero")
@@ -666,6 +674,15 @@ def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
     monkeypatch.setattr(FakeEngine, "compute", compute)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found["ran"] and not found["passed"] and found["verdict"]
+
+
+def test_a_comparison_without_limits_is_no_failure(bundle, with_gpu, monkeypatch):
+    def none(precision):
+        raise ParityError(f"there are no limits for {precision}")
+
+    monkeypatch.setattr("lrt_deploy.parity.limits", none)
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    assert found == {"ran": False, "reason": "there are no limits for fp32"}
 
 
 def test_an_engine_that_fails_to_run_fails_the_smoke_test(bundle, with_gpu, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lrt_deploy.errors import LRTDeployError
+from lrt_deploy.errors import LRTDeployError, ParityError
 
 from .output import Progress
 
@@ -44,6 +44,8 @@ def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -
                 progress=progress,
             )
             beside = f"{reference.backend} in {reference.precision}"
+    except ParityError as error:  # a comparison that could not be made
+        return {"ran": False, "reason": str(error)}
     except LRTDeployError as error:
         return {"ran": True, "passed": False, "gpu": gpu.name, "verdict": str(error)}
     numbers = ("max_abs_logit_error", "max_abs_latent_error", "mean_kl", "top1_agreement")
