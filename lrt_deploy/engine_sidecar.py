@@ -11,6 +11,7 @@ here what they built, and the runtime refuses a plan whose sidecar does not fit.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import tempfile
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EngineError
-from .manifest import hash_file
 
 SIDECAR_FORMAT = 1
 ENGINES, PLAN = "engines", "lrt.plan"
@@ -134,8 +134,8 @@ def read_sidecar(plan: Path) -> EngineSidecar:
         raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
 
 
-def check_plan(plan: Path, sidecar: EngineSidecar, hashed: bool = True) -> None:
-    """The plan must be the file that the sidecar describes; EngineError for one that is missing, cut or changed."""
+def check_plan(plan: Path, sidecar: EngineSidecar) -> None:
+    """The plan must be there and as long as its sidecar says; EngineError for one that is missing or cut."""
     try:
         size = plan.stat().st_size
     except OSError as error:
@@ -145,11 +145,18 @@ def check_plan(plan: Path, sidecar: EngineSidecar, hashed: bool = True) -> None:
             f"{plan} has {size} bytes, its sidecar says {sidecar.plan_bytes}: truncated or altered; "
             "build the engine again with --force"
         )
-    if hashed and hash_file(plan) != sidecar.plan_sha256:
+
+
+def read_plan(plan: Path, sidecar: EngineSidecar) -> bytes:
+    """The plan's bytes, read once and hashed; EngineError for one that is not the one its sidecar describes."""
+    check_plan(plan, sidecar)
+    data = plan.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sidecar.plan_sha256:
         raise EngineError(
             f"{plan} does not match its sidecar's SHA-256: it was altered or is another plan; "
             "build the engine again with --force"
         )
+    return data
 
 
 def _parse(fields: Mapping[str, Any]) -> EngineSidecar:

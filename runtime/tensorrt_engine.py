@@ -15,8 +15,8 @@ from lrt_deploy.engine_sidecar import (
     PLAN,
     EngineSidecar,
     build_command,
-    check_plan,
     engine_folder,
+    read_plan,
     read_sidecar,
     runs_on,
 )
@@ -112,8 +112,7 @@ def open_engine(bundle: Path, manifest: Manifest, backend: str, precision: str, 
         sidecar = read_sidecar(plan)
         if misfit := find_misfit(sidecar, manifest, (backend, precision), str(trt.__version__), gpu):
             raise EngineError(misfit)
-        check_plan(plan, sidecar)
-        engine = _deserialize(trt, plan, sidecar)
+        engine = _deserialize(trt, read_plan(plan, sidecar), sidecar)
         if misfit := find_io_misfit(engine):
             raise EngineError(misfit)
     except EngineError as error:
@@ -146,10 +145,10 @@ def find_misfit(
     return None
 
 
-def _deserialize(trt: Any, plan: Path, sidecar: EngineSidecar) -> Engine:  # noqa: ANN401
+def _deserialize(trt: Any, plan: bytes, sidecar: EngineSidecar) -> Engine:  # noqa: ANN401
     errors = Errors()
     runtime = trt.Runtime(collecting_logger(trt, errors.take))
-    engine = runtime.deserialize_cuda_engine(plan.read_bytes())
+    engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise EngineError(f"{sidecar.backend} cannot read it: {errors.last_words()}")
     return Engine(trt, runtime, engine, sidecar, errors)

@@ -384,6 +384,7 @@ def test_build_and_inspect_answer_in_json_and_in_words(bundle, built):
     assert fields["smoke"]["ran"] is False and "no GPU" in fields["smoke"]["reason"]
     shown = run("inspect", built, "--verify", "--json")
     assert json.loads(shown.stdout) == {name: value for name, value in fields.items() if name != "plan"}
+    assert "fp32 for tensorrt-rtx" in run("inspect", bundle).stderr
     words = run("inspect", built)
     assert "is a TensorRT engine, fp32 for tensorrt-rtx" in words.stdout
     assert "4 under 2 mask(s)" in words.stderr and "not run here" in words.stderr

@@ -75,9 +75,25 @@ def inspect_bundle(path: Path, verify: bool) -> Findings:
     if verify:
         with output.progress(quiet=True) as progress:
             verify_files(path, manifest, force=True, progress=lambda done, total: progress("hashing", done, total))
-    rows = summary(manifest) | {"files": files_text(manifest)} | provenance_rows(manifest)
+    rows = (
+        summary(manifest) | {"engines": engines_text(path), "files": files_text(manifest)} | provenance_rows(manifest)
+    )
     fields = json_module.loads((path / MANIFEST).read_bytes())
     return fields, f"{path} is a bundle{', all files intact' if verify else ''}", rows
+
+
+def engines_text(bundle: Path) -> str:
+    """The engines beside the graphs, by name; a damaged one is named as such."""
+    from lrt_deploy.engine_sidecar import ENGINES, PLAN, read_sidecar
+
+    named = []
+    for plan in sorted(bundle.glob(f"{ENGINES}/*/{PLAN}")):
+        try:
+            sidecar = read_sidecar(plan)
+            named.append(f"{sidecar.precision} for {sidecar.backend} {sidecar.tensorrt_version}")
+        except LRTDeployError:
+            named.append(f"{plan.parent.name} (damaged)")
+    return ", ".join(named) or "none"
 
 
 def files_text(manifest: Manifest) -> str:
@@ -155,12 +171,12 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
 
 def inspect_plan(path: Path, verify: bool) -> Findings:
     """The sidecar of an engine, held against the plan by size, and with `verify` by hash; the plan itself is opaque."""
-    from lrt_deploy.engine_sidecar import check_plan, read_sidecar
+    from lrt_deploy.engine_sidecar import check_plan, read_plan, read_sidecar
 
     from .build import engine_rows
 
     sidecar = read_sidecar(path)
-    check_plan(path, sidecar, hashed=verify)
+    (read_plan if verify else check_plan)(path, sidecar)
     line = f"{path} is a TensorRT engine, {sidecar.precision} for {sidecar.backend}{', intact' if verify else ''}"
     return sidecar.to_dict(), line, engine_rows(sidecar)
 

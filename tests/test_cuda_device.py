@@ -1,0 +1,264 @@
+"""The GPU as the runtime uses it, on a CUDA runtime that keeps its memory on the host: no GPU is here."""
+
+from __future__ import annotations  # ruff: noqa: N802, N815 - the names are CUDA's
+
+import ctypes
+import gc
+import sys
+from types import ModuleType, SimpleNamespace
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import BackendError
+from lrt_deploy.gpu import find_gpu
+from lrt_deploy.runtime.cuda_device import Arena, CudaDevice
+from lrt_deploy.runtime.device_buffers import DeviceBuffers
+from lrt_deploy.runtime.device_steps import PrefillStep, Setup
+
+
+class FakeCuda(ModuleType):
+    """The calls of `cuda.bindings.runtime` that are used, done at once in host memory, or recorded while capturing."""
+
+    cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaError_t = SimpleNamespace(cudaSuccess=0)
+
+    def __init__(self):
+        super().__init__("cuda.bindings.runtime")
+        self.blocks, self.capturing, self.fails, self.destroyed = {}, None, None, []
+        self.devices = 1
+
+    def answer(self, name, *results):
+        return (35, *tuple(None for _ in results)) if self.fails == name else (0, *results)
+
+    def do(self, name, work):
+        if self.fails != name:
+            work() if self.capturing is None else self.capturing.append(work)
+        return self.answer(name)
+
+    def new_block(self, count):
+        block = (ctypes.c_byte * count)()
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def cudaGetErrorString(self, error):
+        return (0, b"out of luck")
+
+    def cudaGetDeviceCount(self):
+        return self.answer("cudaGetDeviceCount", self.devices)
+
+    def cudaGetDevice(self):
+        return (0, 0)
+
+    def cudaGetDeviceProperties(self, device):
+        return self.answer("cudaGetDeviceProperties", SimpleNamespace(name=b"Fake 8000", major=8, minor=9))
+
+    def cudaStreamCreateWithFlags(self, flags):
+        return self.answer("cudaStreamCreateWithFlags", 77)
+
+    def cudaMalloc(self, count):
+        return self.answer("cudaMalloc", self.new_block(count))
+
+    def cudaHostAlloc(self, count, flags):
+        return self.answer("cudaHostAlloc", self.new_block(count))
+
+    def cudaFree(self, address):
+        return self.answer("cudaFree") if self.blocks.pop(address) else (1,)
+
+    def cudaFreeHost(self, address):
+        return self.cudaFree(address)
+
+    def cudaMemsetAsync(self, address, value, count, stream):
+        return self.do("cudaMemsetAsync", lambda: ctypes.memset(address, value, count))
+
+    def cudaMemcpyAsync(self, target, source, count, kind, stream):
+        return self.do("cudaMemcpyAsync", lambda: ctypes.memmove(target, source, count))
+
+    def cudaMemcpy2DAsync(self, target, to, source, by, width, rows, kind, stream):
+        def work():
+            for row in range(rows):
+                ctypes.memmove(target + row * to, source + row * by, width)
+
+        return self.do("cudaMemcpy2DAsync", work)
+
+    def cudaStreamSynchronize(self, stream):
+        return self.answer("cudaStreamSynchronize")
+
+    def cudaStreamBeginCapture(self, stream, mode):
+        self.capturing = []
+        return self.answer("cudaStreamBeginCapture")
+
+    def cudaStreamEndCapture(self, stream):
+        recorded, self.capturing = self.capturing, None
+        return self.answer("cudaStreamEndCapture", recorded)
+
+    def cudaGraphInstantiate(self, graph, flags):
+        return self.answer("cudaGraphInstantiate", list(graph))
+
+    def cudaGraphDestroy(self, graph):
+        self.destroyed.append("template")
+        return self.answer("cudaGraphDestroy")
+
+    def cudaGraphExecDestroy(self, graph):
+        self.destroyed.append("graph")
+        return self.answer("cudaGraphExecDestroy")
+
+    def cudaGraphLaunch(self, graph, stream):
+        for work in graph:
+            work()
+        return self.answer("cudaGraphLaunch")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    fake = FakeCuda()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
+    return fake
+
+
+@pytest.fixture
+def device(cuda):
+    return CudaDevice()
+
+
+def test_memory_is_zeroed_copied_and_given_back(cuda, device):
+    arena = Arena(device)
+    address = arena.allocate(32)
+    found = np.ones(8, np.int32)
+    device.copy_out(found, address)
+    assert not found.any()
+    device.copy_in(address, np.arange(8, dtype=np.int32))
+    device.copy_out(found, address)
+    device.synchronize()
+    assert found.tolist() == list(range(8))
+    arena.release()
+    assert cuda.blocks == {}
+
+
+def test_rows_go_to_and_from_addresses_a_pitch_apart(device):
+    address = device.allocate(30)
+    device.copy_rows_in(address + 2, 10, np.arange(12, dtype=np.uint8).reshape(3, 4))
+    found, everything = np.zeros((3, 4), np.uint8), np.zeros(30, np.uint8)
+    device.copy_rows_out(found, address + 2, 10)
+    device.copy_out(everything, address)
+    assert found.tolist() == np.arange(12).reshape(3, 4).tolist()
+    assert everything[2:6].tolist() == [0, 1, 2, 3] and everything[12:16].tolist() == [4, 5, 6, 7]
+    assert not everything[6:12].any()
+
+
+def test_pinned_memory_lives_as_long_as_a_view_of_it(cuda, device):
+    array = device.pinned((2, 3), np.dtype(np.float32))
+    assert array.shape == (2, 3) and not array.any()
+    view = array[1]
+    del array
+    gc.collect()
+    view[:] = 4
+    assert len(cuda.blocks) == 1
+    del view
+    gc.collect()
+    assert cuda.blocks == {}
+
+
+def test_a_graph_is_recorded_without_running_and_runs_when_launched(cuda, device):
+    arena, source, found = Arena(device), np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
+    address = arena.allocate(16)
+
+    def enqueue():
+        device.copy_in(address, source)
+        device.copy_out(found, address)
+
+    graph = arena.capture(enqueue)
+    assert not found.any() and cuda.destroyed == ["template"]
+    source[:] = 9  # a launch reads what is there then
+    device.launch(graph)
+    assert found.tolist() == [9] * 4
+    arena.release()
+    assert cuda.destroyed == ["template", "graph"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_usable(cuda, device):
+    def enqueue():
+        raise BackendError("no")
+
+    with pytest.raises(BackendError, match="no"):
+        device.capture(enqueue)
+    assert cuda.capturing is None
+
+
+@pytest.mark.parametrize(
+    ("call", "act", "message"),
+    [
+        ("cudaMalloc", lambda device: device.allocate(10), "CUDA failed while allocating 10 bytes: out of luck"),
+        ("cudaHostAlloc", lambda device: device.pinned((1,), np.dtype(np.int8)), "pinning host memory"),
+        ("cudaMemcpyAsync", lambda device: device.copy_in(1, np.zeros(3, np.uint8)), "copying 3 bytes"),
+        ("cudaStreamSynchronize", lambda device: device.synchronize(), "running on the GPU: out of luck"),
+        ("cudaStreamEndCapture", lambda device: device.capture(lambda: None), "capturing a CUDA graph"),
+        ("cudaGraphLaunch", lambda device: device.launch([]), "launching a CUDA graph"),
+    ],
+)
+def test_every_failure_is_named(cuda, device, call, act, message):
+    cuda.fails = call
+    with pytest.raises(BackendError, match=message):
+        act(device)
+
+
+def test_a_gpu_is_found_or_its_absence_explained(cuda, monkeypatch):
+    gpu, words = find_gpu()
+    assert (gpu.name, gpu.compute_capability, gpu.capability_text) == ("Fake 8000", (8, 9), "8.9")
+    assert words == "Fake 8000, compute capability 8.9"
+    cuda.fails = "cudaGetDeviceProperties"
+    assert find_gpu() == (None, "no usable GPU: out of luck")
+    cuda.fails = "cudaGetDeviceCount"
+    assert find_gpu() == (None, "no GPU: out of luck")
+    cuda.fails, cuda.devices = None, 0
+    assert find_gpu() == (None, "no GPU: CUDA counts 0 devices")
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    gpu, words = find_gpu()
+    assert gpu is None and "is not installed" in words
+    with pytest.raises(BackendError, match="pip install cuda-bindings"):
+        CudaDevice()
+
+
+class Idle:
+    """A graph that does nothing."""
+
+    def context(self, profile, stream):
+        return self
+
+    def shape(self, name, shape):
+        pass
+
+    bind = shape
+
+    def ready(self):
+        pass
+
+    def enqueue(self, stream):
+        pass
+
+
+def test_a_state_in_bfloat16_shows_float32_and_keeps_its_entries(device):
+    config = LRTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=8)
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    pairs = [
+        {"past": f"past_{kind}_{i}", "present": f"present_{kind}_{i}", "in_place": True}
+        for kind in ("key", "value")
+        for i in range(2)
+    ]
+    setup = Setup(Idle(), device, config, dtype, [], pairs, capacity=128, chunk_tokens=16, cuda_graph=True)
+    buffers = DeviceBuffers(setup, PrefillStep(setup, Arena(device)), 2, 32)
+    buffers.set_latent(np.array([1]), np.full((1, 8), 1.003, np.float32))
+    assert buffers.latent.dtype == np.float32
+    assert buffers.latent[1].tolist() == [1.0] * 8 and not buffers.latent[0].any()
+    entries = {pair["past"]: np.arange(24).reshape(2, 3, 4).astype(dtype) for pair in pairs}
+    buffers.write_slots(1, 5, entries)
+    found = buffers.read_slots(1, 5, 8)
+    assert all(np.array_equal(found[name], entries[name]) and found[name].dtype == dtype for name in entries)
+    keys, values = buffers.cache(1, 9)
+    assert keys.shape == values.shape == (2, 2, 9, 4) and keys.dtype == np.float32
+    assert np.array_equal(keys[1, :, 5:8], np.arange(24).reshape(2, 3, 4)) and not keys[0].any()
+    assert {name: array.shape for name, array in buffers.read_slots(0, 0, 0).items()}["past_key_0"] == (2, 0, 4)
