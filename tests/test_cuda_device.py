@@ -1,6 +1,8 @@
 """The GPU as the runtime uses it, on a CUDA runtime that keeps its memory on the host: no GPU is here."""
 
-from __future__ import annotations  # ruff: noqa: N802, N815 - the names are CUDA's
+# ruff: noqa: N802, N815 - the names are CUDA's
+
+from __future__ import annotations
 
 import ctypes
 import gc
