@@ -18,6 +18,7 @@ import numpy as np
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.engine_sidecar import DECODE, PREFILL
+from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
 
 from .cuda_device import Arena, Array, Device
@@ -124,11 +125,17 @@ class DecodeStep:
             self._enqueue(turn)
         else:
             if turn not in self._graphs:
-                self._graphs[turn] = self._arena.capture(lambda: self._enqueue(turn))
+                self._graphs[turn] = self._capture(turn)
             self._device.launch(self._graphs[turn])
         self._device.synchronize()
         self._warm = True
         return self._logits, self._fetched[1 - turn]
+
+    def _capture(self, turn: int) -> Any:  # noqa: ANN401 - the device's handle
+        try:
+            return self._arena.capture(lambda: self._enqueue(turn))
+        except BackendError as error:
+            raise BackendError(f"{error}; open_decoder(..., cuda_graph=False) decodes without a CUDA graph") from error
 
     def _bind(self, caches: Caches) -> None:
         setup, context, rows = self._setup, self._context, self.rows

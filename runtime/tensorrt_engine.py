@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.engine_sidecar import (
+    DECODE,
     PLAN,
     EngineSidecar,
     build_command,
@@ -55,9 +56,9 @@ class Engine:
     def context(self, profile: str, stream: int) -> Context:
         """A new execution context on one of the profiles; each has its own working memory."""
         index, _ = self.sidecar.profile(profile)
-        if self.sidecar.backend == "tensorrt-rtx":
-            # Compile kernels for a shape when it is first run. By default that happens in the background, and a CUDA
-            # graph would keep the slower kernels that stood in meanwhile.
+        if self.sidecar.backend == "tensorrt-rtx" and profile == DECODE:
+            # Compile kernels for the shape when it is first run. By default that happens in the background, and a CUDA
+            # graph would keep the slower kernels that stood in meanwhile. Prompts have many lengths and no graph.
             config = self.engine.create_runtime_config()
             config.dynamic_shapes_kernel_specialization_strategy = (
                 self.trt.DynamicShapesKernelSpecializationStrategy.EAGER

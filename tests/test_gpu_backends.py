@@ -206,6 +206,7 @@ class FakeEngine:
 
     def create_execution_context(self, config=None):
         self.contexts.append(FakeContext(self))
+        self.contexts[-1].config = config
         return self.contexts[-1]
 
     def limits(self, name, index):
@@ -390,7 +391,8 @@ def test_every_step_runs_exactly_once_also_while_capturing(open_fake, device, cu
     assert len(engine.runs) == len(PROMPT) + 5
     # The very first step warms up and is not captured; then one graph for each turn of the latent.
     assert device.launches == (len(PROMPT) + 5 - 1 if cuda_graph else 0)
-    assert len(engine.contexts) == 2  # one for prefill, one for decoding one row
+    prefill, decode = engine.contexts  # the latter for one row
+    assert prefill.config is None and decode.config.dynamic_shapes_kernel_specialization_strategy == "eager"
 
 
 def test_rows_that_leave_take_their_own_context(open_fake, decoder_of):
@@ -531,7 +533,7 @@ def test_a_capture_without_a_run_before_it_fails(open_fake):
     decoder, _ = open_fake()
     state = decoder.prefill([PROMPT[:1]], policy="stepwise")
     state.buffers._steps[1]._context.context.ran_with = None
-    with pytest.raises(BackendError, match="a capture needs a run"):
+    with pytest.raises(BackendError, match=r"a capture needs a run.*cuda_graph=False"):
         decoder.step(state, [1])
 
 
