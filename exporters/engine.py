@@ -63,6 +63,7 @@ class _Job:
     precision: str
     capacity: int
     profiles: tuple[Profile, ...]
+    compute_capabilities: tuple[str, ...]
 
     @property
     def graph(self) -> str:
@@ -111,10 +112,11 @@ def _job(folder: Path, options: BuildOptions) -> _Job:
     if options.chunk_tokens < 1:
         raise EngineError(f"chunk_tokens is {options.chunk_tokens}, expected at least 1")
     flavour, _ = choose_flavour(options.backend)
-    flavour.load()  # what is missing is said before anything is hashed
+    flavour.load()  # what is missing here is said before anything is hashed
     shapes = profiles(manifest.max_seq_len, manifest.max_batch_size, options.chunk_tokens)
     capacity = cache_capacity(manifest.max_seq_len)
-    return _Job(folder, manifest, flavour, _precision(manifest, options.precision), capacity, shapes)
+    precision = _precision(manifest, options.precision)
+    return _Job(folder, manifest, flavour, precision, capacity, shapes, _compute_capabilities(flavour))
 
 
 def _precision(manifest: Manifest, requested: str | None) -> str:
@@ -152,7 +154,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
         onnx_sha256=files[job.graph].sha256,
         weights_sha256=files[f"graphs/{job.precision}/{WEIGHTS}"].sha256,
         tensorrt_version=str(parsed.trt.__version__),
-        compute_capabilities=_compute_capabilities(job.flavour),
+        compute_capabilities=job.compute_capabilities,
         profiles=job.profiles,
         flags=plan.flags,
         capacity=job.capacity,

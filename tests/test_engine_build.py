@@ -125,7 +125,7 @@ def test_an_existing_engine_is_kept_unless_forced_and_nothing_is_left_behind(bun
         lrt_deploy.build_engine(bundle, backend="tensorrt-rtx")
     assert built.read_bytes() == before
     assert {path.name for path in built.parent.iterdir()} == {PLAN, f"{PLAN}.json"}
-    assert [path.name for path in built.parent.parent.iterdir()] == ["tensorrt-rtx-fp32"]
+    assert not list(built.parent.parent.glob(".*"))
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,40 @@ def test_a_library_that_is_missing_is_named_with_what_installs_it(bundle, monkey
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match=r"lrt-deploy\[tensorrt\]"):
         build(bundle, BuildOptions("tensorrt"))
+
+
+AS_FULL_TENSORRT = """
+import sys, types
+from importlib.machinery import ModuleSpec
+import tensorrt_rtx
+alias = types.ModuleType("tensorrt")
+alias.__dict__.update({name: thing for name, thing in vars(tensorrt_rtx).items() if not name.startswith("__")})
+alias.__version__, alias.__spec__ = "11.4.0", ModuleSpec("tensorrt", None)
+sys.modules["tensorrt"] = alias
+import lrt_deploy
+from lrt_deploy.exporters import engine
+from lrt_deploy.gpu import Gpu
+if sys.argv[2] == "gpu":
+    engine.find_gpu = lambda: (Gpu("Fake H100", (9, 0)), "Fake H100")
+lrt_deploy.build_engine(sys.argv[1], backend="auto")
+"""
+
+
+@pytest.mark.slow
+def test_full_tensorrt_takes_its_own_way_through_the_builder(bundle):
+    """TensorRT-RTX under the other name: a plan for the GPU at hand, kernel times kept, none of it without a GPU."""
+    engines = bundle / "engines"
+    for gpu, expected in (("none", 1), ("gpu", 0)):
+        command = [sys.executable, "-c", AS_FULL_TENSORRT, str(bundle), gpu]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+        assert result.returncode == expected, result.stderr
+        if gpu == "none":
+            assert "tensorrt builds for the GPU that it runs on, and here is no GPU" in result.stderr
+            assert not (engines / "tensorrt-fp32").exists()
+    sidecar = read_sidecar(engines / "tensorrt-fp32" / PLAN)
+    assert (sidecar.backend, sidecar.tensorrt_version) == ("tensorrt", "11.4.0")
+    assert sidecar.compute_capabilities == ("9.0",) and sidecar.layers["kv_cache_update"] == 8
+    assert (engines / "tensorrt.timing").is_file()
 
 
 def test_auto_takes_full_tensorrt_where_it_is_installed(monkeypatch):
