@@ -24,7 +24,7 @@ from .backend import Backend, check_finite
 from .choice import choose
 from .generation import Event, Generation, generate
 from .opening import check_contract, limit_capacity, load_backend
-from .origin import Origin
+from .origin import Identity, Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, rewind_to_prefix
 from .rewind import unchanged_on_error
@@ -64,6 +64,11 @@ class Decoder:
     def config(self) -> LRTConfig:
         """The model that is run."""
         return self.manifest.model
+
+    @property
+    def identity(self) -> Identity:
+        """What the numbers of this decoder's states depend on."""
+        return self._origin.identity
 
     @property
     def max_seq_len(self) -> int:
