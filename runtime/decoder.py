@@ -226,17 +226,25 @@ class Decoder:
         """The state must be of this decoder and have room for the tokens after those that stay."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
-        for index, (length, row) in enumerate(zip(lengths, rows, strict=True)):
-            if length + len(row) > state.capacity:
-                raise StateError(
-                    f"sequence {index} holds {length} tokens and {len(row)} more do not fit its capacity of "
-                    f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
-                )
+        counts = counted(rows)
+        if (beyond := np.flatnonzero(lengths + counts > state.capacity)).size:
+            index = int(beyond[0])
+            raise StateError(
+                f"sequence {index} holds {lengths[index]} tokens and {counts[index]} more do not fit its capacity of "
+                f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+            )
 
     def _accept(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
         """Advance the state, unless the numbers are not usable."""
-        check_finite(logits, state.lengths + np.array([len(row) for row in rows]), state.owner)
-        state.advance(list(rows), logits)
+        check_finite(logits, state.lengths + counted(rows), state.owner)
+        state.advance(rows, logits)
+
+
+def counted(rows: Sequence[IntArray] | IntArray) -> IntArray:
+    """(B) tokens in each row."""
+    if isinstance(rows, np.ndarray):
+        return np.full(rows.shape[0], rows.shape[1])
+    return np.array([len(row) for row in rows])
 
 
 def open_decoder(

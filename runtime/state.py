@@ -238,11 +238,12 @@ class DecodeState:
 
         save_state(self, Path(path))
 
-    def advance(self, rows: Sequence[IntArray], logits: FloatArray) -> None:
+    def advance(self, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
         """Record that these tokens (one array per row) were read and led to `logits` (B, V); for the decoder."""
-        for row, tokens in enumerate(rows):
-            self._tokens[row].extend(tokens.tolist())
-            self._lengths[row] += len(tokens)
+        read = rows.tolist() if isinstance(rows, np.ndarray) else [row.tolist() for row in rows]
+        for tokens, more in zip(self._tokens, read, strict=False):  # slots without a row are left alone
+            tokens.extend(more)
+        self._lengths[: self._batch] += [len(more) for more in read]
         self._logits[: self._batch] = logits
         self._current[: self._batch] = True
         self.computed_tokens += self._batch

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy.cli.app import app
-from lrt_deploy.cli.chat import Conversation
+from lrt_deploy.cli.conversation import Conversation
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
 ASSISTANT_END = "<|assistant_end|>"
@@ -103,7 +103,7 @@ def test_an_answer_is_closed_exactly_once_however_it_ended(tokenizer, last):
     closed = [65, 66, end] if last is None else [65, end]
     history = talk.with_message("you")
     assert history == [*opened, *closed, *tokenizer.render_chat(user("you"))[1:]]
-    assert talk.unread(history)[0] == closed[1]
+    assert history[talk.fed] == closed[1]
 
 
 def test_sampling_is_repeatable_and_differs_from_turn_to_turn(bundle):
@@ -148,3 +148,95 @@ def test_input_that_is_not_text_is_refused(bundle):
     result = CliRunner().invoke(app, ["chat", str(bundle)], input=b"\xff\xfe\n")
     assert result.exit_code == 1
     assert "error: the input is not text" in result.stderr
+
+
+# Operations on the chat's state
+
+SHORT_ANSWERS = ("--max-new-tokens", 6, "--ignore-stop-tokens")
+
+
+def test_a_rewound_chat_goes_on_as_if_the_turn_had_not_been(bundle):
+    plain = turns(bundle, "hi\nyou\n", *SHORT_ANSWERS)
+    rewound = turns(bundle, "hi\nand they\n/rewind\nyou\n", *SHORT_ANSWERS)
+    assert [rewound[0], rewound[2]["tokens"]] == [plain[0], plain[1]["tokens"]]
+    assert rewound[1]["tokens"] != rewound[2]["tokens"]
+    twice = turns(bundle, "hi\nand they\nand we\n/rewind 2\nyou\n", *SHORT_ANSWERS)
+    assert twice[3]["tokens"] == plain[1]["tokens"]
+    anew = turns(bundle, "no\nno\n/rewind 2\nhi\nyou\n", *SHORT_ANSWERS)
+    assert [turn["tokens"] for turn in anew[2:]] == [turn["tokens"] for turn in plain]
+
+
+def test_a_rewind_after_a_stop_token_does_too(bundle):
+    """Whatever token ended the answer: what is rewound to is the moment after it was chosen."""
+    options = ("--temperature", 5, "--seed", 3, "--max-new-tokens", 40)
+    plain, rewound = (turns(bundle, text, *options) for text in ("hi\n/rewind\nhi\n", "hi\nyou\n/rewind 2\nhi\n"))
+    assert plain[0]["tokens"] == rewound[0]["tokens"]
+    first = turns(bundle, "hi\nyou\n/rewind\nyou\n", "--max-new-tokens", 40)
+    assert first[1]["tokens"] == first[2]["tokens"]
+
+
+def test_a_saved_chat_is_loaded_and_rewound_by_another_one(bundle, tmp_path):
+    path = tmp_path / "chat.state"
+    plain = turns(bundle, "hi\nyou\nwe\n", *SHORT_ANSWERS)
+    turns(bundle, f"hi\nyou\n/save {path}\n", *SHORT_ANSWERS)
+    (resumed,) = turns(bundle, f"/load {path}\nwe\n", *SHORT_ANSWERS)
+    assert resumed["tokens"] == plain[2]["tokens"]
+    assert resumed["prefill"]["reused_tokens"] > 20
+    (rewound,) = turns(bundle, f"/load {path}\n/rewind\nyou\n", *SHORT_ANSWERS)
+    assert rewound["tokens"] == plain[1]["tokens"]
+    (beside,) = turns(bundle, f"/load {tmp_path / 'nowhere'}\nhi\n", *SHORT_ANSWERS)
+    assert beside["tokens"] == plain[0]["tokens"]
+
+
+def test_a_fork_and_its_origin_go_their_own_ways(bundle):
+    plain, other = turns(bundle, "hi\nyou\n", *SHORT_ANSWERS), turns(bundle, "hi\nthey\nus\n", *SHORT_ANSWERS)
+    forked = turns(bundle, "hi\n/fork b\nthey\n/switch main\nyou\n/switch b\nus\n", *SHORT_ANSWERS)
+    assert [turn["tokens"] for turn in forked] == [turn["tokens"] for turn in (plain[0], other[1], plain[1], other[2])]
+
+
+def test_a_turn_costs_its_new_tokens_only(bundle):
+    text = "hi\n/stats\nyou\n/stats\nwe\n/stats\n/rewind\n/stats\n"
+    result = chat(bundle, text, *SHORT_ANSWERS, "--prefill", "stepwise")
+    stats = [line for line in result.stderr.splitlines() if "token positions computed" in line]
+    assert len(stats) == 4 and all("(1 passes)" in line for line in stats[:3])
+    fed, computed = int(stats[3].split()[0]), int(stats[2].split()[0])
+    assert fed < computed and f"{computed} token positions computed" in stats[3]  # a rewind computes nothing
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("/rewind", "0 turn(s) to take back, 1 were asked for"),
+        ("/rewind many", "/rewind: invalid literal"),
+        ("/save x", "no chat to save yet"),
+        ("/save", "a file name is missing"),
+        ("/load", "a file name is missing"),
+        ("/fork", "a name is missing"),
+        ("/fork main", "there is a chat main already"),
+        ("/switch b", "there is no chat 'b'; there are main"),
+    ],
+)
+def test_a_command_that_cannot_be_obeyed_says_why_and_the_chat_goes_on(bundle, command, words):
+    result = chat(bundle, f"{command}\nhi\n", *SHORT_ANSWERS)
+    assert words in result.stderr
+    assert result.stdout.rstrip("\n") == turns(bundle, "hi\n", *SHORT_ANSWERS)[0]["assistant"].rstrip("\n")
+
+
+def test_a_state_that_is_no_chat_is_not_loaded(bundle, tmp_path):
+    with lrt_deploy.open_decoder(bundle) as decoder:
+        decoder.prefill([[1, 2, 3]]).save(tmp_path / "x.state")
+    assert "holds a state, but no chat" in chat(bundle, f"/load {tmp_path / 'x.state'}\n").stderr
+
+
+def test_a_prompt_cache_serves_chats_and_generations(bundle, tmp_path):
+    text = f"{'a long beginning ' * 3}\nyou\n"
+    options = (*SHORT_ANSWERS, "--prefill", "stepwise")
+    plain = turns(bundle, text, *options)
+    for reused in (False, True):
+        cached = turns(bundle, text, *options, "--prompt-cache", tmp_path)
+        assert [turn["tokens"] for turn in cached] == [turn["tokens"] for turn in plain]
+        assert (cached[0]["prefill"]["reused_tokens"] > 0) is reused
+    command = ["generate", str(bundle), "--tokens", ",".join(["7"] * 30), "--json", "--prompt-cache", str(tmp_path)]
+    first, again = (json.loads(CliRunner().invoke(app, command).stdout) for _ in range(2))
+    assert first["tokens"] == again["tokens"]
+    assert (first["prefill"]["reused_tokens"], again["prefill"]["reused_tokens"]) == (0, 30)

@@ -1,30 +1,31 @@
 """`lrt-deploy chat`: a conversation on stdin and stdout that never reads a token twice.
 
-One state lives through all turns. A turn feeds only what the state has not seen: the last token of the answer before
-(chosen but not fed), the closing `<|assistant_end|>`, and the new message in the chat form. There is no history of
-texts: the state is the history, and `/reset` begins another.
+One message a line. What a line that begins with `/` does to the chat is here; what a chat is, in `conversation`.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrt_deploy.errors import InputError
+from lrt_deploy.errors import InputError, LRTDeployError
 
 from . import options, output
-from .generate import Answer
+from .conversation import Conversation
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
-    from lrt_deploy.runtime.state import DecodeState
     from lrt_deploy.tokenizer import Tokenizer
 
-_HELP = "/reset begins anew, /stats tells how full the context is, /quit ends (so does the end of the input)"
+_HELP = (
+    "/reset begins anew; /rewind [N] takes turns back; /fork NAME goes on in a copy, /switch NAME in another; "
+    "/save FILE and /load FILE; /stats tells how full the context is and what it cost; /quit ends (so does the end of "
+    "the input)"
+)
 
 
 def chat(
@@ -41,6 +42,7 @@ def chat(
     ignore_stop_tokens: options.IgnoreStopTokens = False,
     prefill: options.Prefill = "auto",
     tolerance: options.Tolerance = None,
+    prompt_cache: options.PromptCacheFolder = None,
     backend: options.Backend = "ort-cpu",
     precision: options.Precision = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -56,8 +58,10 @@ def chat(
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
         conversation = Conversation(decoder, chat_tokenizer(decoder), system, sampling, reading)
+        conversation.cache = options.open_prompt_cache(prompt_cache)
+        branches = Branches({"main": conversation})
         output.say(f"{decoder.backend}, {decoder.precision}, {decoder.max_seq_len} tokens; /help lists the commands")
-        turns = [turn for line in messages(echo=not json) if (turn := conversation.take(line, not json))]
+        turns = [turn for line in messages(echo=not json) if (turn := branches.take(line, not json))]
     if json:
         output.document({"turns": turns, "backend": decoder.backend, "precision": decoder.precision})
 
@@ -103,96 +107,80 @@ def _enable_line_editing() -> None:
 
 
 @dataclass
-class Conversation:
-    """The state of a chat and every token of it, fed or not."""
+class Branches:
+    """Chats that share a beginning, by name; the first is `main`. Obeys commands and passes messages on."""
 
-    decoder: Decoder
-    tokenizer: Tokenizer
-    system: str | None
-    sampling: options.Sampling
-    reading: dict[str, Any]  # policy and tolerance of prefill
-    history: list[int] = field(default_factory=list)
-    state: DecodeState | None = None
-    count: int = 0
+    chats: dict[str, Conversation]
+    current: str = "main"
+
+    @property
+    def chat(self) -> Conversation:
+        """The chat that is talked to."""
+        return self.chats[self.current]
 
     def take(self, line: str, echo: bool) -> dict[str, Any] | None:
         """Obey a command, or answer a message and return its turn."""
         command = line.strip()
-        if command == "/reset":
-            self.history, self.state = [], None
-            output.say("a new chat begins")
-        elif command == "/stats":
-            output.say(f"{self.fed} of {self.decoder.max_seq_len} tokens in the state")
-        elif command == "/help":
-            output.say(_HELP)
-        elif command.startswith("/") and command[1:].isalpha():
-            output.say(f"there is no command {command}; {_HELP}")
-        else:
-            return self.answer(line, echo)
+        if not (command.startswith("/") and command[1:].split(maxsplit=1)[:1] and command[1:].split()[0].isalpha()):
+            return self.chat.answer(line, echo)
+        name, _, argument = command[1:].partition(" ")
+        action = getattr(self, f"do_{name}", None)
+        if action is None:
+            output.say(f"there is no command /{name}; {_HELP}")
+            return None
+        try:
+            output.say(action(argument.strip()))
+        except (LRTDeployError, ValueError) as error:
+            output.say(f"/{name}: {error}")
         return None
 
-    @property
-    def fed(self) -> int:
-        """Tokens in the state."""
-        return 0 if self.state is None else int(self.state.lengths[0])
+    def do_help(self, argument: str) -> str:
+        """The commands."""
+        return _HELP
 
-    def answer(self, message: str, echo: bool) -> dict[str, Any]:
-        """One turn; a message that does not fit is told so and leaves the chat as it was."""
-        history = self.with_message(message)
-        if len(history) > self.decoder.max_seq_len:
-            return self.refuse(message, len(history))
-        unread = self.unread(history)
-        self.count += 1
-        arguments = self.reading | self.sampling.arguments(self.count)
-        events = self.decoder.generate(unread, state=self.state, **arguments)
-        answer = Answer()
-        for event in answer.timed(events):
-            if echo:
-                output.stream(event.text)
-        if echo:
-            output.stream("\n")
-        self.history = history + answer.tokens
-        if answer.prefill and answer.prefill.note:
-            output.say(f"prefill: {answer.prefill.note}")
-        if answer.finish_reason == "capacity":
-            output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {self.way_on}")
-        return self.turn(message, answer)
+    def do_reset(self, argument: str) -> str:
+        """Begin anew."""
+        self.chat.reset()
+        return "a new chat begins"
 
-    def with_message(self, message: str) -> list[int]:
-        """The history with the last answer closed and a message opened for the next."""
-        from lrt_deploy.chat_form import ASSISTANT_END, BOS
+    def do_stats(self, argument: str) -> str:
+        """How full the context is, and what the chat has cost."""
+        others = ", ".join(name for name in self.chats if name != self.current)
+        return self.chat.stats() + (f"; this is {self.current}, beside {others}" if others else "")
 
-        if not self.history:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return self.tokenizer.render_chat([*system, {"role": "user", "content": message}])
-        end, bos = (self.tokenizer.special_tokens[name] for name in (ASSISTANT_END, BOS))
-        history = self.history[:-1] if self.history[-1] in (end, bos) and len(self.history) > self.fed else self.history
-        return [*history, end, *self.tokenizer.render_chat([{"role": "user", "content": message}])[1:]]
+    def do_rewind(self, argument: str) -> str:
+        """Take back turns."""
+        turns = int(argument or 1)
+        self.chat.rewind(turns)
+        return f"{turns} turn(s) taken back, {len(self.chat.turns)} left"
 
-    def unread(self, history: list[int]) -> list[int]:
-        """What the state has not been fed; a new chat's state begins with its first token, `<|bos|>`."""
-        if self.state is None:
-            self.state = self.decoder.prefill([history[:1]])
-        return history[self.fed :]
+    def do_save(self, argument: str) -> str:
+        """Write the chat to a file."""
+        self.chat.save(_needed(argument, "a file name"))
+        return f"saved to {argument}: {self.chat.stats()}"
 
-    def refuse(self, message: str, needed: int) -> dict[str, Any]:
-        """Say that the context is full and how to go on."""
-        limit = self.decoder.max_seq_len
-        output.say(f"no room for this message: the chat would have {needed} tokens of at most {limit}; {self.way_on}")
-        return self.turn(message, Answer(finish_reason="capacity"))
+    def do_load(self, argument: str) -> str:
+        """Take a chat from a file, in place of this one."""
+        self.chat.load(_needed(argument, "a file name"))
+        return f"loaded from {argument}: {self.chat.stats()}"
 
-    @property
-    def way_on(self) -> str:
-        """What to do about a full context."""
-        return "/reset begins anew; for more room, export with a larger --max-seq-len"
+    def do_fork(self, argument: str) -> str:
+        """Go on in a copy of this chat."""
+        if _needed(argument, "a name") in self.chats:
+            raise InputError(f"there is a chat {argument} already; /switch {argument} goes there")
+        self.chats[argument], left = self.chat.branch(), self.current
+        self.current = argument
+        return f"now in {argument}; /switch {left} goes back"
 
-    @staticmethod
-    def turn(message: str, answer: Answer) -> dict[str, Any]:
-        """The JSON fields of one turn."""
-        return {
-            "user": message,
-            "assistant": answer.text,
-            "finish_reason": answer.finish_reason,
-            "tokens": answer.tokens,
-            "prefill": answer.prefill.to_dict() if answer.prefill else None,
-        }
+    def do_switch(self, argument: str) -> str:
+        """Go to another branch."""
+        if argument not in self.chats:
+            raise InputError(f"there is no chat {argument!r}; there are {', '.join(self.chats)}")
+        self.current = argument
+        return f"now in {argument}: {self.chat.stats()}"
+
+
+def _needed(argument: str, what: str) -> str:
+    if not argument:
+        raise InputError(f"{what} is missing")
+    return argument

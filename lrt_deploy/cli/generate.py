@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -38,6 +39,7 @@ def generate(
     ignore_stop_tokens: options.IgnoreStopTokens = False,
     prefill: options.Prefill = "auto",
     tolerance: options.Tolerance = None,
+    prompt_cache: options.PromptCacheFolder = None,
     backend: options.Backend = "ort-cpu",
     precision: options.Precision = None,
     max_seq_len: options.MaxSeqLen = None,
@@ -57,7 +59,7 @@ def generate(
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
-        for event in answer.timed(decoder.generate(ids, **reading, **sampling.arguments())):
+        for event in answer.timed(events(decoder, ids, prompt_cache, reading, sampling)):
             if not json:
                 output.stream(event.text if decoder.tokenizer else f"{event.token} ")
         report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
@@ -68,6 +70,18 @@ def generate(
         output.say(summary(report))
         if note := report["prefill"]["note"]:
             output.say(f"prefill: {note}")
+
+
+def events(
+    decoder: Decoder, ids: list[int], prompt_cache: Path | None, reading: dict[str, Any], sampling: options.Sampling
+) -> Iterator[Event]:
+    """Read the prompt, through a cache if there is one, and generate."""
+    cache = options.open_prompt_cache(prompt_cache)
+    if cache is None:
+        yield from decoder.generate(ids, **reading, **sampling.arguments())
+    else:
+        state = cache.prefill(decoder, ids, **reading)
+        yield from decoder.generate(None, state=state, **sampling.arguments())
 
 
 @dataclass

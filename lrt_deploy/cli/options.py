@@ -19,6 +19,7 @@ from . import output
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
+    from lrt_deploy.runtime.prompt_cache import PromptCache
 
 _SAMPLING, _RUN = "How tokens are chosen", "What runs it"
 
@@ -43,6 +44,15 @@ Prefill = Annotated[
 Tolerance = Annotated[
     float | None,
     typer.Option(help="Largest error of the latent that an iterated prefill may leave.", rich_help_panel=_RUN),
+]
+PromptCacheFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt-cache",
+        metavar="DIR",
+        help="Keep what was read of prompts in this folder, and reuse it; other processes may share it.",
+        rich_help_panel=_RUN,
+    ),
 ]
 
 Prompt = Annotated[str | None, typer.Option(help="Prompt text; <|bos|> is put in front.")]
@@ -115,6 +125,15 @@ class Sampling:
             "stop_ids": [] if self.ignore_stop_tokens else None,
             "seed": self.seed if self.seed is None else self.seed + turn,
         }
+
+
+def open_prompt_cache(folder: Path | None) -> PromptCache | None:
+    """The cache in a folder, if one was named."""
+    if folder is None:
+        return None
+    from lrt_deploy.runtime.prompt_cache import PromptCache
+
+    return PromptCache(folder)
 
 
 def one_prompt(prompt: str | None, tokens: str | None, file: str | None = None) -> str | list[int] | None:

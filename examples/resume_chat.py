@@ -1,0 +1,39 @@
+"""Leave a chat in one process and go on with it in another: the state is a file, and nothing is read twice.
+
+python examples/resume_chat.py BUNDLE chat.state "Say something about lists."
+python examples/resume_chat.py BUNDLE chat.state "And about tuples?"      # tomorrow, in another process
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import lrt_deploy
+from lrt_deploy.chat_form import ASSISTANT_END
+
+
+def main(bundle: str, file: str, message: str) -> None:
+    """One turn: load what there is, read only the message, answer, save."""
+    with lrt_deploy.open_decoder(bundle) as decoder:
+        assert decoder.tokenizer is not None
+        opened = decoder.tokenizer.render_chat([{"role": "user", "content": message}])
+        if Path(file).exists():
+            state = decoder.load_state(file)
+            decoder.prefill([opened[1:]], state=state)  # without <|bos|>: the chat has begun
+        else:
+            state = decoder.prefill([opened])
+        read = int(state.lengths[0])
+        for event in decoder.generate(None, 48, state=state):
+            print(event.text, end="", flush=True)
+        print()
+        # Close the answer: what was chosen last is not fed yet.
+        end = decoder.tokenizer.special_tokens[ASSISTANT_END]
+        closing = [end] if event.finish_reason == "stop_token" else [event.token, end]
+        decoder.prefill([closing], state=state)
+        state.save(file)
+        print(f"{read} tokens with the message, {state.lengths[0]} saved, {state.num_bytes} bytes", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,155 @@
+"""A conversation: one state through all turns, and every token of it, fed or not.
+
+A turn feeds only what the state has not seen: what was chosen but not fed, the closing `<|assistant_end|>`, and the new
+message in the chat form. Going back a turn, branching, saving and loading are operations on the state; where turns
+begin is kept in its `extra`, so that a saved chat can be loaded and rewound. Tool tokens are ordinary output here:
+what stands between them is text, and nothing is ever run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lrt_deploy.errors import StateError
+
+from . import options, output
+from .generate import Answer
+
+if TYPE_CHECKING:
+    from lrt_deploy.runtime.decoder import Decoder
+    from lrt_deploy.runtime.generation import Event
+    from lrt_deploy.runtime.prompt_cache import PromptCache
+    from lrt_deploy.runtime.state import DecodeState
+    from lrt_deploy.tokenizer import Tokenizer
+
+WAY_ON = "/reset begins anew, /rewind takes turns back; for more room, export with a larger --max-seq-len"
+
+
+@dataclass
+class Conversation:
+    """The state of a chat, its tokens, and where its turns begin in them."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    system: str | None
+    sampling: options.Sampling
+    reading: dict[str, Any]  # policy and tolerance of prefill
+    history: list[int] = field(default_factory=list)
+    state: DecodeState | None = None
+    turns: list[int] = field(default_factory=list)  # tokens of the history before each turn
+    cache: PromptCache | None = None
+    count: int = 0
+
+    @property
+    def fed(self) -> int:
+        """Tokens in the state."""
+        return 0 if self.state is None else int(self.state.lengths[0])
+
+    def answer(self, message: str, echo: bool) -> dict[str, Any]:
+        """One turn; a message that does not fit is told so and leaves the chat as it was."""
+        history = self.with_message(message)
+        if len(history) > self.decoder.max_seq_len:
+            return self.refuse(message, len(history))
+        self.count += 1
+        begun = len(self.history)
+        answer = Answer()
+        for event in answer.timed(self.events(history)):
+            if echo:
+                output.stream(event.text)
+        if echo:
+            output.stream("\n")
+        self.history, self.turns = history + answer.tokens, [*self.turns, begun]
+        if answer.prefill and answer.prefill.note:
+            output.say(f"prefill: {answer.prefill.note}")
+        if answer.finish_reason == "capacity":
+            output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {WAY_ON}")
+        return self.turn(message, answer)
+
+    def events(self, history: list[int]) -> Iterator[Event]:
+        """Read what the state lacks of the history, then generate."""
+        arguments = self.sampling.arguments(self.count)
+        if self.state is None and self.cache is not None:
+            self.state = self.cache.prefill(self.decoder, history, **self.reading)
+            yield from self.decoder.generate(None, state=self.state, **arguments)
+            return
+        if self.state is None:
+            self.state = self.decoder.prefill([history[:1]])
+        yield from self.decoder.generate(history, state=self.state, reuse=True, **self.reading, **arguments)
+
+    def with_message(self, message: str) -> list[int]:
+        """The history with the last answer closed and a message opened for the next."""
+        from lrt_deploy.chat_form import ASSISTANT_END, BOS
+
+        if not self.history:
+            system = [] if self.system is None else [{"role": "system", "content": self.system}]
+            return self.tokenizer.render_chat([*system, {"role": "user", "content": message}])
+        end, bos = (self.tokenizer.special_tokens[name] for name in (ASSISTANT_END, BOS))
+        history = self.history[:-1] if self.history[-1] in (end, bos) and len(self.history) > self.fed else self.history
+        return [*history, end, *self.tokenizer.render_chat([{"role": "user", "content": message}])[1:]]
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.history, self.state, self.turns = [], None, []
+
+    def rewind(self, turns: int) -> None:
+        """Take back the last turns; the state follows when the next message is read."""
+        if not 1 <= turns <= len(self.turns):
+            raise StateError(f"this chat has {len(self.turns)} turn(s) to take back, {turns} were asked for")
+        begun = self.turns[-turns]
+        self.history, self.turns = self.history[:begun], self.turns[:-turns]
+        if begun == 0:
+            self.reset()
+        elif self.state is not None:
+            self.state.rewind(min(begun - 1, self.fed))  # the answer's last token was not fed then
+
+    def save(self, path: str) -> None:
+        """Write the chat to a file."""
+        if self.state is None:
+            raise StateError("there is no chat to save yet")
+        self.state.extra = {"history": self.history, "turns": self.turns}
+        self.state.save(path)
+
+    def load(self, path: str) -> None:
+        """Take a chat from a file, in place of this one."""
+        state = self.decoder.load_state(path)
+        history, turns = state.extra.get("history"), state.extra.get("turns")
+        fits = isinstance(history, list) and isinstance(turns, list) and all(type(t) is int for t in history + turns)
+        if not fits or state.batch != 1 or history[: int(state.lengths[0])] != state.tokens[0]:
+            raise StateError(f"{path} holds a state, but no chat; expected a file of /save")
+        self.history, self.turns, self.state = history, turns, state
+
+    def branch(self) -> Conversation:
+        """A chat that goes on from here by itself."""
+        state = None if self.state is None else self.state.fork()
+        return Conversation(
+            self.decoder, self.tokenizer, self.system, self.sampling, self.reading, list(self.history), state,
+            list(self.turns), self.cache, self.count,
+        )  # fmt: skip
+
+    def stats(self) -> str:
+        """How full the context is and what the chat has cost."""
+        text = f"{self.fed} of {self.decoder.max_seq_len} tokens in the state"
+        if self.state is None:
+            return text
+        computed, size = self.state.computed_tokens, output.bytes_text(self.state.num_bytes)
+        passes = computed / max(1, self.fed)
+        return f"{text}, {size}; {len(self.turns)} turns, {computed} token positions computed ({passes:.3g} passes)"
+
+    def refuse(self, message: str, needed: int) -> dict[str, Any]:
+        """Say that the context is full and how to go on."""
+        limit = self.decoder.max_seq_len
+        output.say(f"no room for this message: the chat would have {needed} tokens of at most {limit}; {WAY_ON}")
+        return self.turn(message, Answer(finish_reason="capacity"))
+
+    @staticmethod
+    def turn(message: str, answer: Answer) -> dict[str, Any]:
+        """The JSON fields of one turn."""
+        return {
+            "user": message,
+            "assistant": answer.text,
+            "finish_reason": answer.finish_reason,
+            "tokens": answer.tokens,
+            "prefill": answer.prefill.to_dict() if answer.prefill else None,
+        }

@@ -1,0 +1,55 @@
+"""The examples that work on states run as their docstrings say, on a tiny bundle, and do what they claim."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import lrt_deploy
+
+
+@pytest.fixture(scope="module")
+def bundle(export_once):
+    return export_once("mr_gqa_SSSL")
+
+
+def run(root, name, *arguments, **options):
+    command = [sys.executable, root / "examples" / name, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_a_chat_is_resumed_in_another_process(root, bundle, tmp_path):
+    first = run(root, "resume_chat.py", bundle, tmp_path / "chat.state", "hi")
+    second = run(root, "resume_chat.py", bundle, tmp_path / "chat.state", "and")
+    read = [int(result.stderr.split()[0]) for result in (first, second)]
+    saved = int(first.stderr.split("with the message, ")[1].split()[0])
+    assert saved < read[1] and read[0] < saved
+    with lrt_deploy.open_decoder(bundle) as decoder:  # the second answer follows from all of the first process's tokens
+        (history,) = decoder.load_state(tmp_path / "chat.state").tokens
+        events = list(decoder.generate(history[: read[1]], 48))
+    assert "".join(event.text for event in events) + "\n" == second.stdout
+
+
+def test_n_best_ranks_distinct_continuations(root, bundle):
+    lines = run(root, "n_best.py", bundle, "abc", 5).stdout.splitlines()
+    scores = [float(line.split()[0]) for line in lines]
+    assert len(set(lines)) == 5 and scores == sorted(scores, reverse=True)
+
+
+def test_the_batch_server_answers_each_request_as_if_alone(root, bundle):
+    requests = [{"prompt": text, "max_new_tokens": n} for text, n in (("ab", 5), ("c", 9), ("def", 3))]
+    lines = [json.dumps(request) for request in requests]
+    lines += ["nonsense", '{"prompt": []}', '{"prompt": "a", "speed": 1}']
+    output = run(root, "batch_server.py", bundle, input="\n".join(lines)).stdout
+    found = [json.loads(line) for line in output.splitlines()]
+    assert sum("error" in entry for entry in found) == 3
+    with lrt_deploy.open_decoder(bundle) as decoder:
+        for number, request in enumerate(requests):
+            tokens = [entry["token"] for entry in found if entry.get("request") == number and "token" in entry]
+            alone = decoder.generate(request["prompt"], request["max_new_tokens"], policy="stepwise")
+            assert tokens == [event.token for event in alone]
