@@ -114,7 +114,8 @@ class Conversation:
     def load(self, path: str) -> None:
         """Take a chat from a file, in place of this one."""
         state = self.decoder.load_state(path)
-        history, turns = state.extra.get("history"), state.extra.get("turns")
+        history: Any = state.extra.get("history")
+        turns: Any = state.extra.get("turns")
         fits = isinstance(history, list) and isinstance(turns, list) and all(type(t) is int for t in history + turns)
         if not fits or state.batch != 1 or history[: int(state.lengths[0])] != state.tokens[0]:
             raise StateError(f"{path} holds a state, but no chat; expected a file of /save")
