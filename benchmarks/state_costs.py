@@ -25,6 +25,8 @@ from lrt_deploy.runtime.decoder import Decoder
 
 TOKENS = (10, 100, 500, 1000)
 REQUESTS, SLOTS, ROUNDS = 64, 8, 3
+# Tokens of prompts and of answers: from, up to.
+MIXES = {"short": ((8, 64), (16, 96)), "longer": ((8, 160), (16, 128))}
 NEAR_TIE = 2e-4  # see tolerances: two float32 logits this close may change places
 
 
@@ -33,15 +35,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--text", required=True, help="a text of a few thousand tokens")
+    parser.add_argument("--threads", type=int)
     options = parser.parse_args()
-    with lrt_deploy.open_decoder(options.bundle) as decoder:
+    with lrt_deploy.open_decoder(options.bundle, threads=options.threads) as decoder:
         assert decoder.tokenizer is not None
         ids = decoder.tokenizer.encode_prompt(Path(options.text).read_text(encoding="utf-8"))
         report = {
             "backend": decoder.backend_detail,
             "operations": operations(decoder, ids),
             "chat": chat(decoder, ids),
-            "batch": batch(decoder, ids),
+            "batch": {name: batch(decoder, ids, *mix) for name, mix in MIXES.items()},
         }
     json.dump(report, sys.stdout, indent=2)
 
@@ -93,13 +96,13 @@ def chat(decoder: Decoder, ids: list[int]) -> list[dict[str, Any]]:
     return turns
 
 
-def batch(decoder: Decoder, ids: list[int]) -> dict[str, Any]:
+def batch(decoder: Decoder, ids: list[int], prompts: tuple[int, int], answers: tuple[int, int]) -> dict[str, Any]:
     """64 requests of mixed lengths on 8 slots against one at a time, alternating; the best round of each."""
     random = np.random.default_rng(0)
     requests = []
     for _ in range(REQUESTS):
-        start, length = random.integers(0, len(ids) - 200), random.integers(8, 160)
-        requests.append(([ids[0], *ids[start : start + length]], int(random.integers(16, 128))))
+        start, length = random.integers(0, len(ids) - prompts[1]), random.integers(*prompts)
+        requests.append(([ids[0], *ids[start : start + length]], int(random.integers(*answers))))
     runs: dict[str, Callable[[], list[list[int]]]] = {
         "one at a time, auto": lambda: alone(decoder, requests, "auto"),
         "one at a time, stepwise": lambda: alone(decoder, requests, "stepwise"),

@@ -221,7 +221,29 @@ def test_a_state_of_another_model_says_so(decoder_of, saved):
     refused(decoder_of("gate32"), saved[1], "another model")
 
 
-def test_bfloat16_caches_come_back_as_they_were(decoder, saved, monkeypatch):
+@pytest.mark.slow  # for the export
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-weight-only"])
+def test_every_precision_is_saved_in_its_own_type_and_continues_to_the_bit(precision, in_every_precision, tmp_path):
+    bundle, path = in_every_precision("mr_gqa_SSSL"), tmp_path / "one.state"
+    with lrt_deploy.open_decoder(bundle, precision=precision) as decoder:
+        state = decoder.prefill([LONG, SHORT])
+        decoder.step(state, [1, 2])
+        state.save(path)
+        assert str(read_file(path).row(0)["past_key_0"].dtype) == decoder.identity.state_dtype
+        loaded, twin, expected = decoder.load_state(path), state.fork(), state.logits
+        for tokens in STEPS:
+            expected = decoder.step(state, tokens)
+            assert np.array_equal(decoder.step(loaded, tokens), expected)
+            assert np.array_equal(decoder.step(twin, tokens), expected)
+        twin.rewind([len(LONG) + 2, len(SHORT) + 2])
+        decoder.step(twin, STEPS[1])
+        assert np.array_equal(decoder.step(twin, STEPS[2]), expected)
+        assert not np.array_equal(decoder.step(twin, STEPS[2]), expected)
+    with lrt_deploy.open_decoder(bundle, precision="fp32") as other:
+        refused(other, path, "of another model|expected fp32")
+
+
+def test_bfloat16_caches_come_back_as_they_were():
     """No backend here runs bfloat16; the file must hold it all the same."""
     import ml_dtypes
 
