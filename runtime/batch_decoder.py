@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -99,13 +99,22 @@ class BatchDecoder:
             yield from self.step()
 
     def step(self) -> list[BatchEvent]:
-        """Choose a token for every row whose logits are there, fill the slots, and feed all rows."""
-        events = [event for lane in self._lanes for event in lane.choose()]
+        """Choose a token for every row whose logits are there, fill the slots, and feed all rows.
+
+        Raises what a backend raises; then nothing is lost, and the next step goes on from there.
+        """
+        for lane in self._lanes:
+            lane.choose()
         while self._queue and (lane := max(self._lanes, key=lambda lane: lane.room)).room:
-            events += lane.join(self._queue.popleft())
+            lane.join(self._queue.popleft())
         if self._threads is None:
-            return events + self._lanes[0].feed()
-        return events + [event for fed in self._threads.map(Lane.feed, self._lanes) for event in fed]
+            self._lanes[0].feed()
+        else:
+            feeding = [self._threads.submit(lane.feed) for lane in self._lanes]
+            wait(feeding)
+            for fed in feeding:
+                fed.result()
+        return [event for lane in self._lanes for event in lane.take_events()]
 
     def close(self) -> None:
         """End the threads."""

@@ -6,7 +6,6 @@ Every step feeds one token to every row: its own last token, or the next one of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -48,7 +47,7 @@ class Request:
     state: DecodeState | None = None  # where it starts from, if not from a prompt
     prefill: PrefillReport | None = None
     continuation: Continuation | None = None
-    token: int | None = None  # chosen, to be fed next
+    token: int | None = None  # chosen and not yet fed
 
 
 class Lane:
@@ -57,6 +56,7 @@ class Lane:
     def __init__(self, decoder: Decoder, slots: int) -> None:
         self.decoder, self.state = decoder, decoder.new_state(slots)
         self.requests: list[Request] = []
+        self._events: list[BatchEvent] = []  # kept until they are taken, also when a backend fails in between
         self._reader: DecodeState | None = None
 
     @property
@@ -64,11 +64,25 @@ class Lane:
         """Free rows."""
         return self.state.slots - len(self.requests)
 
-    def choose(self) -> list[BatchEvent]:
-        """Choose a token for every row whose prompt is read; rows that end leave."""
-        return self._choose(range(len(self.requests)))
+    def take_events(self) -> list[BatchEvent]:
+        """What has happened since the last call."""
+        events, self._events = self._events, []
+        return events
 
-    def join(self, request: Request) -> list[BatchEvent]:
+    def choose(self) -> None:
+        """Choose a token for every row whose logits are there; rows that end leave."""
+        ready = [row for row, request in enumerate(self.requests) if not request.unread and request.token is None]
+        if not ready:
+            return
+        logits = self.state.logits_of(ready)
+        largest = logits.argmax(axis=1).tolist()
+        events = [self._take(row, logits[i], largest[i]) for i, row in enumerate(ready)]
+        for row, event in zip(reversed(ready), reversed(events), strict=True):  # the last row moves into the gap
+            if event.last:
+                self.leave(row)
+        self._events += events
+
+    def join(self, request: Request) -> None:
         """Give a request a row; one whose logits are there chooses at once."""
         ids = np.array(request.unread, np.int64)
         options, reading = self.decoder.prefill_options, request.reading
@@ -77,34 +91,34 @@ class Lane:
             request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
             self.state.add()
             self.requests.append(request)
-            return []
+            return
         try:
             source = self._read(ids, reading) if request.state is None else request.state
             self.state.add(source)
         except LRTDeployError as error:
-            return [BatchEvent(request.number, error=error)]
+            self._events.append(BatchEvent(request.number, error=error))
+            return
         request.prefill, request.state = source.prefill, None
         request.unread.clear()
         self.requests.append(request)
-        return self._choose([len(self.requests) - 1])
+        self.choose()
 
-    def feed(self) -> list[BatchEvent]:
+    def feed(self) -> None:
         """One decode step for all rows; rows with unusable numbers leave, and the others are stepped without them."""
-        events: list[BatchEvent] = []
         while self.requests:
             tokens = [request.unread[0] if request.unread else request.token for request in self.requests]
             try:
                 self.decoder.advance(self.state, np.array(tokens, np.int64))
             except NonFiniteError as error:
                 for row in reversed(error.rows):
-                    events.append(BatchEvent(self.requests[row].number, error=error))
+                    self._events.append(BatchEvent(self.requests[row].number, error=error))
                     self.leave(row)
                 continue
             for request in self.requests:
                 if request.unread:
                     request.unread.popleft()
-            break
-        return events
+                request.token = None
+            return
 
     def leave(self, row: int) -> None:
         """Free a row."""
@@ -112,18 +126,6 @@ class Lane:
         last = self.requests.pop()
         if row < len(self.requests):
             self.requests[row] = last
-
-    def _choose(self, rows: Sequence[int]) -> list[BatchEvent]:
-        ready = [row for row in rows if not self.requests[row].unread]
-        if not ready:
-            return []
-        logits = self.state.logits_of(ready)
-        largest = logits.argmax(axis=1).tolist()
-        events = [self._take(row, logits[i], largest[i]) for i, row in enumerate(ready)]
-        for row, event in zip(reversed(ready), reversed(events), strict=True):  # the last row moves into the gap
-            if event.last:
-                self.leave(row)
-        return events
 
     def _take(self, row: int, logits: FloatArray, largest: int) -> BatchEvent:
         request = self.requests[row]
