@@ -226,6 +226,8 @@ class Decoder:
         """The state must be of this decoder and have room for the tokens after those that stay."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
+        if state.batch == 0:
+            raise StateError("this state has no rows; add one first")
         counts = counted(rows)
         if (beyond := np.flatnonzero(lengths + counts > state.capacity)).size:
             index = int(beyond[0])

@@ -238,6 +238,11 @@ def test_rows_join_and_leave_between_steps(decoder, tolerances):
         assert np.abs(state.logits[1 - row] - alone.logits[0]).max() > tolerances.logits
 
 
+def test_a_state_without_rows_is_not_stepped(one):
+    with pytest.raises(StateError, match="no rows"):
+        one.step(one.new_state(2), [])
+
+
 def test_an_empty_row_is_fed_from_its_first_token(one, tolerances):
     state = one.new_state(2)
     state.add(one.prefill([LONG]))
