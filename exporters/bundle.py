@@ -45,6 +45,7 @@ class ExportOptions:
     force: bool = False
     calibration: Path | None = None
     keep_high: tuple[str, ...] | None = None
+    compensate: bool = False
 
 
 def export_bundle(
@@ -118,7 +119,7 @@ def _write_graphs(
     details: dict[str, Any] = {}
     seen = None
     if needs_calibration(options.precisions):
-        seen, details["calibration"] = _calibrate(model, options.calibration, capacity, folder, say)
+        seen, details["calibration"] = _calibrate(model, options, capacity, folder, say)
     say("tracing", 0, 0)
     traced = trace(model)
     passes.clean(traced)
@@ -131,14 +132,14 @@ def _write_graphs(
 
 
 def _calibrate(
-    model: LRT, text: Path | None, capacity: int, folder: Path, say: Progress
+    model: LRT, options: ExportOptions, capacity: int, folder: Path, say: Progress
 ) -> tuple[Calibration, dict[str, Any]]:
     """Roll the reference out over the calibration text; returns what was seen, and what it was seen on."""
     has_tokenizer = (folder / manifest.TOKENIZER).is_dir()
     tokenizer = Tokenizer.open(folder / manifest.TOKENIZER) if has_tokenizer else None
-    rows = calibration_rows(text, tokenizer, model.config.vocab_size, capacity)
+    rows = calibration_rows(options.calibration, tokenizer, model.config.vocab_size, capacity)
     say(f"calibrating on {rows.source}", 0, 0)
-    seen = calibrate(model, rows.tokens, say)
+    seen = calibrate(model, rows.tokens, say, moments=options.compensate)
     about = {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
     return seen, about
 

@@ -20,6 +20,7 @@ from lrt_deploy.errors import ExportError
 from lrt_deploy.model import LRT
 from lrt_deploy.reference import ReferenceDecoder
 
+from .compensate import Doubles
 from .histogram import Histogram
 
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -38,6 +39,8 @@ class Calibration:
     outputs: dict[str, float] = field(default_factory=dict)
     residual: float = 0.0
     values: float = 0.0
+    # (K, K) of each matrix's inputs; only where asked for: a matrix as large as its inputs are wide, for each.
+    moments: dict[str, Doubles] = field(default_factory=dict)
 
     @property
     def squared_relu(self) -> float:
@@ -49,8 +52,11 @@ def calibrate(
     model: LRT,
     rows: Sequence[Sequence[int]],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    moments: bool = False,
 ) -> Calibration:
     """Decode rows of token ids (of one length) together, from an empty state, and watch.
+
+    `moments`: add up the second moments of all inputs too.
 
     Raises ExportError where the model itself produces numbers that are not finite.
     """
@@ -58,7 +64,7 @@ def calibrate(
     found = Calibration(len(rows), length)
     decoder = ReferenceDecoder(model, max_seq_len=length)
     try:
-        with _Watch(model, found):
+        with _Watch(model, found, moments):
             state = decoder.prefill([row[:1] for row in rows])
             for t in range(1, length):
                 decoder.step(state, [row[t] for row in rows])
@@ -72,10 +78,10 @@ def calibrate(
 class _Watch(TorchFunctionMode):
     """Sees every product with a matrix of the model and every norm of its width."""
 
-    def __init__(self, model: LRT, found: Calibration) -> None:
+    def __init__(self, model: LRT, found: Calibration, moments: bool) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.width, self.found = model.config.n_embd, found
+        self.width, self.found, self.moments = model.config.n_embd, found, moments
 
     def __torch_function__(
         self,
@@ -94,6 +100,9 @@ class _Watch(TorchFunctionMode):
     def see(self, name: str, x: torch.Tensor, product: torch.Tensor) -> None:
         largest = float(product.abs().max())
         self.found.outputs[name] = max(self.found.outputs.get(name, 0.0), largest)
+        if self.moments:
+            rows = x.reshape(-1, x.shape[-1]).double().numpy()
+            self.found.moments[name] = self.found.moments.get(name, 0.0) + rows.T @ rows
         try:
             self.found.inputs.setdefault(name, Histogram()).add(x.numpy())
         except ValueError as error:

@@ -18,6 +18,7 @@ from lrt_deploy.precisions import base_dtype
 from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibration import Calibration
+from .compensate import Doubles
 from .quantize import FORMATS
 
 # Measured (docs/precisions.md): gates are 1% of the weights, and the most sensitive of them.
@@ -33,6 +34,8 @@ class Plan:
     float32: tuple[str, ...] = ()
     activation_scales: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
+    # Second moments of the inputs, of matrices whose rounding is to be compensated; see `compensate`.
+    moments: Mapping[str, Doubles] = field(default_factory=dict)
 
 
 def needs_calibration(precisions: Sequence[str]) -> bool:
@@ -65,7 +68,11 @@ def make_plan(
         scales = {name: seen.inputs[name].scale() for name in matrices if name not in keep}
         clipped = {name: seen.inputs[name].clipped(scale) for name, scale in scales.items()}
         details |= {"activation_scales": scales, "clipped_shares": clipped}
-    return Plan(precision, keep, tuple(wide), scales, details | _ranges(seen, wide))
+    moments: dict[str, Doubles] = {}
+    if kind.bits == 4 and seen is not None:
+        moments = {name: moment for name, moment in seen.moments.items() if name not in keep}
+        details["compensated"] = bool(moments)
+    return Plan(precision, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
 
 
 def _matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:

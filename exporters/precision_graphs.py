@@ -18,6 +18,7 @@ from lrt_deploy.contract import Flavour
 from lrt_deploy.precisions import QUANTIZED, base_dtype
 
 from . import flavours, passes, promises, weights_file
+from .compensate import compensated
 from .lower import lower, narrow
 from .plan import Plan
 from .quantize import FORMATS, quantize
@@ -48,7 +49,13 @@ def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
     """A copy of the traced graph that still computes in float32, with its weights as the precision stores them."""
     model = traced.clone()
     if plan.precision in QUANTIZED:
-        quantize(model, FORMATS[plan.precision], plan.keep, plan.activation_scales)
+        kind = FORMATS[plan.precision]
+        stored = {
+            name: compensated(value.const_value.numpy(), plan.moments[name], kind)
+            for name, value in model.graph.initializers.items()
+            if name in plan.moments and value.const_value is not None
+        }
+        quantize(model, kind, plan.keep, plan.activation_scales, stored)
     if plan.precision != "fp32":
         narrow(model, base_dtype(plan.precision, "full"), plan.float32)
     return model

@@ -8,7 +8,7 @@ float16 scales, which a float32 graph casts when it is loaded. The forms are tho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +26,7 @@ ACTIVATION_ZERO = "activation_zero_point"
 _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 Floats = npt.NDArray[np.float32]
+Stored = tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]  # scales, integers
 
 
 @dataclass(frozen=True)
@@ -53,25 +54,34 @@ FORMATS = {
 }
 
 
-def quantize(model: ir.Model, kind: Format, keep: Collection[str], activation_scales: Mapping[str, float]) -> None:
-    """Quantize all products with matrices that are not in `keep`, in place."""
+def quantize(
+    model: ir.Model,
+    kind: Format,
+    keep: Collection[str],
+    activation_scales: Mapping[str, float],
+    stored: Mapping[str, Stored] | None = None,
+) -> None:
+    """Quantize all products with matrices that are not in `keep`, in place; `stored` ones are rounded already."""
     graph = model.graph
     for node in list(graph):
         name = matrix_name(node) if node.op_type == "MatMul" else None
         if name is None or name in keep:
             continue
-        node.replace_input_with(1, _dequantized_weight(graph, node.inputs[1], kind))
+        node.replace_input_with(1, _dequantized_weight(graph, node.inputs[1], kind, (stored or {}).get(name)))
         if kind.activations:
             node.replace_input_with(0, _through_int8(graph, node.inputs[0], activation_scales[name]))
     common.TopologicalSortPass()(model)
 
 
-def weight_scales(weight: Floats, kind: Format) -> npt.NDArray[np.float16]:
-    """(N) per column, or (K / block, N): float16, never so small that the largest weight would be clipped."""
+def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> npt.NDArray[np.float16]:
+    """(N) per column, or (K / block, N): float16, never so small that the largest weight would be clipped.
+
+    An int4 grid may end below it, at one of these `shares` of it; (1.0,) is plain rounding to nearest.
+    """
     blocks = weight[None] if kind.block is None else weight.reshape(-1, kind.block, weight.shape[1])  # (K/b, b, N)
     largest = np.abs(blocks).max(axis=1)
     if kind.bits == 4:
-        largest = largest * _best_share(blocks, largest, kind)
+        largest = largest * _best_share(blocks, largest, kind, shares)
     exact = largest / kind.largest
     scales = exact.astype(np.float16)
     # Below 6e-5 float16 has few digits left: round up there, and give an all-zero column any scale.
@@ -90,23 +100,41 @@ def quantized(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> 
     return result
 
 
-def _best_share(blocks: Floats, largest: Floats, kind: Format) -> Floats:
+def rounded(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> Floats:
+    """The matrix (K, N) that a graph multiplies by when it is stored so."""
+    scales = weight_scales(weight, kind, shares)
+    return dequantized(scales, quantized(weight, scales, kind), kind)
+
+
+def dequantized(scales: npt.NDArray[np.float16], integers: npt.NDArray[np.generic], kind: Format) -> Floats:
+    """(K, N) float32 of scales and integers."""
+    steps = scales.astype(np.float32)
+    if kind.block is not None:
+        steps = np.repeat(steps, kind.block, axis=0)
+    result: Floats = integers.astype(np.float32) * steps
+    return result
+
+
+def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[float]) -> Floats:
     """(K / block, N): what share of its largest weight each block's grid should span."""
     best, least = np.ones_like(largest), np.full_like(largest, np.inf)
-    for share in _INT4_SHARES:
+    for share in shares:
         steps = np.maximum(largest * share / kind.largest, np.finfo(np.float32).tiny)[:, None]
         errors = ((np.clip(np.rint(blocks / steps), -kind.largest, kind.largest) * steps - blocks) ** 2).sum(axis=1)
         best, least = np.where(errors < least, share, best).astype(np.float32), np.minimum(errors, least)
     return best
 
 
-def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format) -> ir.Value:
+def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, stored: Stored | None) -> ir.Value:
     """DequantizeLinear on the initializer, which from here on holds integers."""
     assert weight is not None and weight.const_value is not None
-    scales = weight_scales(weight.const_value.numpy(), kind)
+    scales = weight_scales(weight.const_value.numpy(), kind) if stored is None else stored[0]
     scale = cast(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
     dtype = ir.DataType.INT4 if kind.bits == 4 else ir.DataType.INT8
-    store(weight, lazy(weight, dtype, partial(quantized, scales=scales, kind=kind)))
+    if stored is None:
+        store(weight, lazy(weight, dtype, partial(quantized, scales=scales, kind=kind)))
+    else:
+        store(weight, ir.tensor(stored[1], dtype=dtype, name=weight.name))
     attributes = {"axis": 1} if kind.block is None else {"axis": 0, "block_size": kind.block}
     result = _like(weight, f"{weight.name}.dequantized", ir.DataType.FLOAT)
     graph.append(ir.node("DequantizeLinear", [weight, scale], attributes, outputs=[result], name=result.name))

@@ -58,6 +58,7 @@ def export_bundle(
     force: bool = False,
     calibration: str | Path | None = None,
     keep_high: Sequence[str] | None = None,
+    compensate: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
     """Export a checkpoint folder to a bundle folder and return the manifest.
@@ -67,7 +68,8 @@ def export_bundle(
     (default: the last). `force` replaces an existing bundle. `calibration` is a text file on which ranges and int8
     activations are measured (default: a short one shipped with the package); `keep_high` names matrices that stay
     precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized precisions; empty:
-    none). `progress` is called with (what, done, total), in bytes
+    none). `compensate` rounds int4 weights so that later rows make up for the error of earlier ones, on the
+    calibration text. `progress` is called with (what, done, total), in bytes
     or 0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
     """
     from .exporters.bundle import ExportOptions
@@ -83,6 +85,7 @@ def export_bundle(
         force=force,
         calibration=None if calibration is None else Path(calibration),
         keep_high=None if keep_high is None else tuple(keep_high),
+        compensate=compensate,
     )
     return export(checkpoint, bundle, options, progress)
 

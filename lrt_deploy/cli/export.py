@@ -34,6 +34,9 @@ def export(
         list[str] | None,
         typer.Option(help="Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all."),
     ] = None,
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -54,6 +57,7 @@ def export(
             force=force,
             calibration=calibration,
             keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
+            compensate=compensate,
             progress=progress,
         )
     seconds = time.perf_counter() - started

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lrt_deploy.parity_report import as_json
 
-from . import checks, options, output
+from . import budget, checks, options, output
+from . import parity_options as own
+from .parity_options import STEPS
 
 if TYPE_CHECKING:
     from lrt_deploy.bisect import Bisection
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from lrt_deploy.reference import ReferenceDecoder
     from lrt_deploy.runtime.decoder import Decoder
 
-STEPS = 128
 # Long enough that iterating it says something.
 PROMPT = (
     "The river rose in the night, and by morning the lower meadows were under water. Two men in a boat went from house "
@@ -36,35 +37,18 @@ _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
 
 def parity(
     bundle: options.BundlePath,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")] = None,
+    checkpoint: own.Checkpoint = None,
+    step: own.CheckpointStep = None,
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
-    steps: Annotated[
-        int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
-    ] = None,
-    check: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="Check the decoder against itself: fixed-point-vs-stepwise, chunked-vs-whole, batch-vs-alone, "
-            "restored-vs-straight, cuda-graph, or all; repeatable, needs no checkpoint.",
-        ),
-    ] = None,
-    bisect: Annotated[
-        bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
-    ] = False,
-    write_report: Annotated[
-        bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")
-    ] = False,
-    report_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)
-    ] = None,
-    float64: Annotated[
-        bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
-    ] = False,
+    steps: own.Steps = None,
+    check: own.Check = None,
+    bisect: own.Bisect = False,
+    fit_budget: own.FitBudget = None,
+    calibration: own.CalibrationText = None,
+    write_report: own.Report = False,
+    report_dir: own.ReportDir = None,
+    float64: own.Float64 = False,
     prefill: options.Prefill = "fixed-point",
     tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
@@ -77,10 +61,16 @@ def parity(
 ) -> None:
     """Compare a bundle with its checkpoint over a rollout. Exits with 1 if they differ by more than is tolerated."""
     chosen = options.one_prompt(prompt, tokens)
-    if checkpoint is None and not check:
+    if checkpoint is None and (not check or fit_budget is not None):
         raise typer.BadParameter("give --checkpoint to compare with, or --check to compare the bundle with itself")
     runner = options.Runner(backend, precision, max_seq_len, threads, verify)
     with runner.open(bundle) as decoder:
+        if checkpoint is not None and fit_budget is not None:
+            opened = open_same_model(decoder, checkpoint, step)
+            with output.progress(json) as progress:
+                fields = budget.fitted(decoder, opened, fit_budget, calibration, progress)
+            budget.show(fields, json)
+            raise typer.Exit(0 if fields["passed"] else 1)
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
         checked = checks.run_checks(bundle, decoder, runner, check, ids, tolerance) if check else []
         fields = checks.document(decoder, checked)

@@ -1,0 +1,132 @@
+"""Precisions side by side on a golden, as a table and a picture: KL, equal first choices, divergence, bits per byte.
+
+Rollouts of 256 greedy steps from each of the golden's prompts against the PyTorch reference in float32, on ONNX
+Runtime's CPU provider; bits per byte of the golden's rows. Two more rows: INT4 with every matrix quantized, and with
+those kept precise that `parity --fit-budget` names for a KL budget, both exported and measured like the others.
+
+    python benchmarks/precision_table.py GOLDEN_FOLDER --budget KL [--steps 256] [--work FOLDER] [--picture FILE.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lrt_deploy
+from lrt_deploy.checkpoint import open_checkpoint
+from lrt_deploy.evaluation import evaluate
+from lrt_deploy.exporters.budget import Fit, fit_budget
+from lrt_deploy.exporters.calibration_text import calibration_rows
+from lrt_deploy.reference import ReferenceDecoder
+from lrt_deploy.rollout import Reading, roll_out
+from lrt_deploy.runtime.parity_plots import plot_precisions
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
+INT4 = "int4-weight-only"
+CAPACITY = 384
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A checkpoint and the data it is measured on."""
+
+    folder: Path
+    arrays: dict[str, Any]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """All prompts of greedy runs."""
+        return [self.arrays[name].tolist() for name in sorted(self.arrays) if name.startswith("prompt")]
+
+
+def measure(golden: Golden, bundle: Path, precision: str, steps: int, label: str) -> dict[str, Any]:
+    """One row of the table."""
+    model = open_checkpoint(golden.folder).model(CAPACITY)
+    reference = ReferenceDecoder(model, CAPACITY)
+    with lrt_deploy.open_decoder(bundle, precision=precision, threads=1) as decoder:
+        rollouts = [
+            roll_out(reference, decoder, prompt, steps, Reading(), lambda *progress: None) for prompt in golden.prompts
+        ]
+        arrays = golden.arrays
+        bits = evaluate(decoder, arrays["bpb_x"], arrays["bpb_y"], arrays["token_bytes"], batch_size=8).bits_per_byte
+    points = [point for rollout in rollouts for point in rollout.points]
+    parts = [next((i for i, point in enumerate(rollout.choices) if not point.same_top1), None) for rollout in rollouts]
+    return {
+        "precision": label,
+        "mean_kl": sum(point.kl for point in points) / len(points),
+        "max_kl": max(point.kl for point in points),
+        "top1_agreement": sum(point.same_top1 for point in points) / len(points),
+        "first_divergence": parts,
+        "bits_per_byte": bits,
+        "weight_bytes": (bundle / "graphs" / precision / "weights.bin").stat().st_size,
+    }
+
+
+def fitted(golden: Golden, bundle: Path, budget: float) -> Fit:
+    """The list for the budget, searched on the calibration text."""
+    from lrt_deploy.tokenizer import Tokenizer
+
+    model = open_checkpoint(golden.folder).model(CAPACITY)
+    rows = calibration_rows(None, Tokenizer.open(bundle / "tokenizer"), model.config.vocab_size, CAPACITY)
+    return fit_budget(model, INT4, budget, rows.tokens)
+
+
+def show(rows: list[dict[str, Any]], steps: int) -> None:
+    """The table in Markdown."""
+    print(
+        f"\n| precision | mean KL | largest KL | same first choice | parts at, of {steps} | bits per byte | weights |"
+    )
+    print("| --- | ---: | ---: | ---: | --- | ---: | ---: |")
+    for row in rows:
+        parts = ", ".join("never" if at is None else str(at) for at in row["first_divergence"])
+        kl = f"{row['mean_kl']:.1e} | {row['max_kl']:.1e} | {row['top1_agreement']:.1%}"
+        rest = f"{parts} | {row['bits_per_byte']:.4f} | {row['weight_bytes'] / 1e6:.1f} MB"
+        print(f"| {row['precision']} | {kl} | {rest} |")
+
+
+def main() -> None:
+    """Export, fit, measure, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golden", type=Path)
+    parser.add_argument("--budget", type=float, required=True)
+    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--work", type=Path, help="folder for bundles, kept; default: a temporary one")
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args()
+    with np.load(args.golden / "golden.npz") as file:
+        golden = Golden(args.golden, dict(file))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        every = work / "every"
+        plain = work / "plain"
+        if not every.exists():
+            lrt_deploy.export_bundle(args.golden, every, precision=PRECISIONS, max_seq_len=CAPACITY)
+            lrt_deploy.export_bundle(args.golden, plain, precision=INT4, max_seq_len=CAPACITY, keep_high=())
+        rows = [measure(golden, every, precision, args.steps, precision) for precision in PRECISIONS]
+        rows.append(measure(golden, plain, INT4, args.steps, f"{INT4}, all quantized"))
+        fit = fitted(golden, every, args.budget)
+        print(fit.line)
+        best = work / "fitted"
+        lrt_deploy.export_bundle(
+            args.golden,
+            best,
+            precision=INT4,
+            max_seq_len=CAPACITY,
+            keep_high=fit.keep_high,
+            compensate=fit.compensated,
+            force=True,
+        )
+        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, fitted"))
+    show(rows, args.steps)
+    print(f"\nINT4: {rows[-2]['mean_kl'] / rows[-1]['mean_kl']:.2f} times less KL with the fitted list")
+    if args.picture:
+        plot_precisions(args.picture, rows, f"Precisions on a trained model, {args.steps} steps from each prompt")
+
+
+if __name__ == "__main__":
+    main()

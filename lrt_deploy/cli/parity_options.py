@@ -1,0 +1,39 @@
+"""The options of `parity` alone, each declared once; what several verbs share is in `options`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+STEPS = 128
+
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
+]
+CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")]
+Steps = Annotated[
+    int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
+]
+Check = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME",
+        help="Check the decoder against itself: fixed-point-vs-stepwise, chunked-vs-whole, batch-vs-alone, "
+        "restored-vs-straight, cuda-graph, or all; repeatable, needs no checkpoint.",
+    ),
+]
+Bisect = Annotated[bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")]
+FitBudget = Annotated[
+    float | None,
+    typer.Option(metavar="KL", help="Find the matrices to keep precise for this mean KL, instead of comparing."),
+]
+CalibrationText = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The text for --fit-budget; default: our own.", show_default=False)
+]
+Report = Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")]
+ReportDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)]
+Float64 = Annotated[
+    bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
+]
