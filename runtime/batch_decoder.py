@@ -74,7 +74,7 @@ class BatchDecoder:
         Without a prompt it continues a copy of `state`, of one sequence: n times the same one for n continuations.
         """
         options = Generation.of(self.decoder.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
-        reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory)
+        reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
         if (prompt is None) == (state is None):
             raise InputError("a request starts from a prompt or from a state, and needs exactly one of the two")
         request = Request(self._submitted, options, reading)

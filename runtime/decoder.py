@@ -96,7 +96,7 @@ class Decoder:
         StateError for a prompt beyond the capacity.
         """
         rows = check_prompts(prompts, self.config.vocab_size)
-        request = PrefillRequest.of(policy, tolerance, self.config.memory)
+        request = PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)
         if state is None:
             self._check_rows(len(rows), "prompts were given")
             state = DecodeState(self._live_origin, len(rows))

@@ -36,6 +36,7 @@ class SweepOptions:
     chunk_tokens: int = 128
     max_sweeps: int = 16
     min_block_tokens: int = 8
+    noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: by how much passes differ at the fixed point
 
 
 # The plain iteration, to compare with: whole parallel passes, in chunks that only bound memory.
@@ -191,8 +192,11 @@ class Sweeps:
         if self.done and self.exact == len(self.tokens):
             self.residual = 0.0
             return True
-        self.residual = error_bound(self.latent_changes)
-        return self.residual <= tolerance and error_bound(self.cache_changes) <= CACHE_TOLERANCE_RATIO * tolerance
+        noise = self.options.noise
+        self.residual = error_bound(self.latent_changes, noise)
+        return (
+            self.residual <= tolerance and error_bound(self.cache_changes, noise) <= CACHE_TOLERANCE_RATIO * tolerance
+        )
 
     def _hopeless(self, tolerance: float) -> bool:
         """Whether the measured contraction cannot reach the tolerance within the allowed sweeps."""
@@ -202,7 +206,10 @@ class Sweeps:
             return True
         if len(changes) < 3:
             return False
-        q = contraction(changes)
+        if max(changes[-2:]) <= self.options.noise:
+            self.verdict = f"is down to its noise of {self.options.noise:.0e}, too much for {tolerance:.0e}"
+            return True
+        q = contraction(changes, self.options.noise)
         allowed = self.options.max_sweeps - self.done
         if q < 1 and changes[-1] * q**allowed <= tolerance:
             return False
@@ -216,25 +223,26 @@ class Sweeps:
 CACHE_TOLERANCE_RATIO = 5.0
 LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
 LEAST_FIRST_RATIO, LEAST_RATIO = 0.25, 0.12
+CLEAR_CHANGE = 2.0  # the first change is 5 to 8: it stands above the noise of every precision
 
 
-def contraction(changes: Sequence[float]) -> float:
+def contraction(changes: Sequence[float], noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
     """The largest of the last three ratios of successive changes that stand above rounding noise.
 
     Where all changes before the last are noise, memory is too weak for a ratio: 1/2 is then on the safe side.
     """
-    ratios = [b / a for a, b in itertools.pairwise(changes) if a > 20 * FLOAT32_RESIDUAL_NOISE]
+    ratios = [b / a for a, b in itertools.pairwise(changes) if a > min(20 * noise, CLEAR_CHANGE)]
     return max(ratios[-3:], default=0.5 if len(changes) > 1 else math.inf)
 
 
-def error_bound(changes: Sequence[float]) -> float:
+def error_bound(changes: Sequence[float], noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
     """Bound the error after the last of several changes that shrink by q each: 2 * change * q / (1 - q)^2, plus noise.
 
     A geometric series gives q / (1 - q); the other 1 / (1 - q) and the 2 pay for q being measured, not known. Ratios
     below LEAST_RATIO are not believed, one alone even less. How far the true error stayed below: docs/numerics.md.
     """
-    q = max(contraction(changes), LEAST_FIRST_RATIO if len(changes) < 3 else LEAST_RATIO)
-    return 2 * changes[-1] * q / (1 - q) ** 2 + FLOAT32_RESIDUAL_NOISE if q < 1 else math.inf
+    q = max(contraction(changes, noise), LEAST_FIRST_RATIO if len(changes) < 3 else LEAST_RATIO)
+    return 2 * changes[-1] * q / (1 - q) ** 2 + noise if q < 1 else math.inf
 
 
 def _largest_change(before: Sequence[FloatArray], after: Sequence[FloatArray]) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
-from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
+from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 
 from .backend import BlockLimits
 from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
@@ -70,10 +70,13 @@ class PrefillRequest:
 
     policy: PrefillPolicy = "auto"
     tolerance: float = DEFAULT_PREFILL_TOLERANCE
+    precision: str = "fp32"
 
     @classmethod
-    def of(cls, policy: PrefillPolicy, tolerance: float | None, memory: bool) -> PrefillRequest:
-        """Check a policy and a tolerance (None: the default) for a model with or without memory."""
+    def of(
+        cls, policy: PrefillPolicy, tolerance: float | None, memory: bool, precision: str = "fp32"
+    ) -> PrefillRequest:
+        """Check a policy and a tolerance (None: the precision's default) for a model with or without memory."""
         if policy not in PREFILL_POLICIES:
             raise InputError(f"prefill policy is {policy!r}, expected one of {', '.join(PREFILL_POLICIES)}")
         if policy == "zero" and not memory:
@@ -81,12 +84,17 @@ class PrefillRequest:
                 "prefill policy zero is for models with memory; this one has none, any other policy is exact"
             )
         if tolerance is None:
-            return cls(policy)
+            return cls(policy, prefill_limits(precision).default, precision)
         if not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
             raise InputError(
                 f"tolerance is {tolerance!r}, expected a number from 0 on: the largest error of the latent"
             )
-        return cls(policy, float(tolerance))
+        return cls(policy, float(tolerance), precision)
+
+    @property
+    def limits(self) -> PrefillLimits:
+        """What the precision can certify."""
+        return prefill_limits(self.precision)
 
     @property
     def allowed_error(self) -> float:
@@ -152,17 +160,17 @@ def way_of(row: IntArray, memory: bool, request: PrefillRequest, options: Prefil
         return request.policy
     if not memory:  # without memory one parallel pass is exact
         return "fixed-point"
-    if request.tolerance < SMALLEST_PREFILL_TOLERANCE:
+    if request.tolerance < request.limits.smallest:
         return "stepwise"
     assert options.stepwise_below is not None  # settled
     return "stepwise" if request.policy == "auto" and len(row) < options.stepwise_below else "fixed-point"
 
 
 def _stepwise_note(request: PrefillRequest) -> str | None:
-    if request.policy == "stepwise" or request.tolerance >= SMALLEST_PREFILL_TOLERANCE:
+    if request.policy == "stepwise" or request.tolerance >= request.limits.smallest:
         return None
     return (
-        f"read stepwise: float32 certifies no tolerance below {SMALLEST_PREFILL_TOLERANCE:.0e}, "
+        f"read stepwise: {request.precision} certifies no tolerance below {request.limits.smallest:.0e}, "
         f"and {request.tolerance:.0e} was asked for"
     )
 
@@ -175,7 +183,8 @@ def _read_row(
         return read_row_once(state.buffers, index, row, past)
     if way == "stepwise":
         return read_row_stepwise(state.buffers, index, row, past)
-    return read_row(state.buffers, index, row, past, request.tolerance, options.sweeps)
+    sweeps = replace(options.sweeps, noise=request.limits.noise)
+    return read_row(state.buffers, index, row, past, request.tolerance, sweeps)
 
 
 def _report(rows: Sequence[IntArray], readings: Sequence[Reading], request: PrefillRequest) -> PrefillReport:

@@ -377,7 +377,7 @@ def test_a_prefill_that_fails_does_not_end_the_rollout():
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"precision": "int8"}, "int8"),
+        ({"precision": "fp64"}, "fp64"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": STEPS + 1}, "8 tokens, and the decoder holds 7"),
         ({"reference": Fake(max_seq_len=6)}, "7 tokens, and the reference holds 6"),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import torch
 
 import lrt_deploy
 from lrt_deploy import contract
-from lrt_deploy.errors import BackendError, ExportError
+from lrt_deploy.cli.parity import PROMPT
+from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.exporters import promises
 from lrt_deploy.exporters.calibration import calibrate
 from lrt_deploy.exporters.calibration_text import SHIPPED, calibration_rows
@@ -20,9 +23,11 @@ from lrt_deploy.exporters.lower import lower, narrow
 from lrt_deploy.exporters.plan import make_plan
 from lrt_deploy.exporters.quantize import FORMATS, quantized, weight_scales
 from lrt_deploy.manifest import graph_path, read_manifest
+from lrt_deploy.parity import compare
 from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.tolerances import limits, prefill_limits
 from lrt_deploy.weights import matrix_shapes
 
 pytestmark = pytest.mark.slow  # for the export
@@ -311,3 +316,53 @@ def test_a_calibration_text_that_cannot_be_used_is_refused(bundle, tmp_path):
     (tmp_path / "short").write_text("A short text.")
     rows = calibration_rows(tmp_path / "short", tokenizer, 100, 32)
     assert len(rows.tokens) >= 1 and rows.source == "short"
+
+
+# How well they decode.
+
+RUNNABLE = tuple(precision for precision in PRECISIONS if base_dtype(precision, "windowed") != "bfloat16")
+
+
+@pytest.fixture(scope="session")
+def demo(root):
+    """The demo checkpoint's model and a text."""
+    from lrt_deploy.checkpoint import open_checkpoint
+
+    return open_checkpoint(root / "demo" / "checkpoint").model(256), PROMPT
+
+
+def judged(bundle, model, prompt, precision):
+    with lrt_deploy.open_decoder(bundle, precision=precision) as decoder:
+        ids = decoder.tokenizer.encode_prompt(prompt)[:90]
+        reference = ReferenceDecoder(model, max_seq_len=256)
+        about = {"precision": precision, "checkpoint_matches": None, "backend": decoder.backend}
+        return compare(reference, decoder, ids, 60, prefill="fixed-point", **about)
+
+
+@pytest.mark.parametrize("precision", RUNNABLE)
+def test_a_precision_decodes_within_its_limits_and_another_model_does_not(bundle, demo, precision):
+    model, prompt = demo
+    report = judged(bundle, model, prompt, precision)
+    assert report.passed, report.verdict
+    assert report.prefill.policy == "fixed-point", report.prefill.note
+    wrong = copy.deepcopy(model)
+    wrong.memory_kv.data = torch.zeros_like(wrong.memory_kv)  # the memory forgotten
+    assert not judged(bundle, wrong, prompt, precision).passed
+
+
+def test_precisions_are_ordered_by_their_limits():
+    found = [limits(precision) for precision in PRECISIONS]
+    assert found[0].mean_kl < found[1].mean_kl < found[2].mean_kl
+    assert limits("int8-weight-only").mean_kl < limits("int8").mean_kl
+    with pytest.raises(ParityError, match="fp64"):
+        limits("fp64")
+    for precision in PRECISIONS:
+        bounds = prefill_limits(precision)
+        assert 2 * bounds.noise <= bounds.smallest * 1.05 and bounds.smallest <= bounds.default
+
+
+def test_a_tolerance_below_what_a_precision_certifies_is_read_stepwise(bundle):
+    with lrt_deploy.open_decoder(bundle, precision="int8") as decoder:
+        state = decoder.prefill([list(range(1, 90))], policy="fixed-point", tolerance=0.01)
+        assert state.prefill.policy == "stepwise"
+        assert "int8 certifies no tolerance below 1e+00" in state.prefill.note

@@ -325,7 +325,7 @@ def test_what_float32_cannot_certify_is_read_stepwise_and_says_so(decoder, polic
     ids = prompt(decoder, 100)
     state = decoder.prefill([ids], policy=policy, tolerance=tolerance)
     assert (state.prefill.policy, state.prefill.passes) == ("stepwise", 1.0)
-    assert "float32 certifies no tolerance below 1e-05" in state.prefill.note
+    assert "fp32 certifies no tolerance below 1e-05" in state.prefill.note
     assert np.array_equal(state.logits, decoder.prefill([ids], policy="stepwise").logits)
     assert decoder.prefill([ids], policy="stepwise", tolerance=tolerance).prefill.note is None
 
