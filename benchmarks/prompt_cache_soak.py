@@ -48,7 +48,8 @@ def main() -> int:
         ]
         reports = [json.loads(worker.communicate()[0]) for worker in workers]
     total: Counter[str] = sum((Counter(report) for report in reports), Counter())
-    json.dump({"seconds": options.seconds, "processes": options.processes} | total, sys.stdout, indent=2)
+    report = {"seconds": options.seconds, "processes": options.processes, "wrong": 0, "troubles": 0, "near_ties": 0}
+    json.dump(report | total, sys.stdout, indent=2)
     return 1 if total["wrong"] or total["troubles"] or not total["requests"] else 0
 
 

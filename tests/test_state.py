@@ -5,6 +5,8 @@ What is copied or put back is compared to the bit; what is computed in a batch o
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,7 +14,7 @@ import lrt_deploy
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
-NAMES = ("padded_vocab", "mr_gqa_SSSL", "baseline_ve", "trained")  # ragged tables; windows that bite; no memory
+NAMES = (*sorted(path.name for path in (Path(__file__).parent / "data" / "golden").iterdir()), "trained")
 CAPACITY = 128
 RNG = np.random.default_rng(5)
 LONG, SHORT, OTHER = (RNG.integers(0, 250, n).tolist() for n in (40, 7, 23))

@@ -222,9 +222,14 @@ def test_a_state_of_another_model_says_so(decoder_of, saved):
 
 
 @pytest.mark.slow  # for the export
-@pytest.mark.parametrize("precision", ["fp16", "int8", "int4-weight-only"])
-def test_every_precision_is_saved_in_its_own_type_and_continues_to_the_bit(precision, in_every_precision, tmp_path):
-    bundle, path = in_every_precision("mr_gqa_SSSL"), tmp_path / "one.state"
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [("mr_gqa_SSSL", "fp16"), ("mr_gqa_SSSL", "int8"), ("mr_gqa_SSSL", "int4-weight-only"), ("demo", "fp32")],
+)
+def test_every_precision_is_saved_in_its_own_type_and_continues_to_the_bit(
+    name, precision, in_every_precision, tmp_path
+):
+    bundle, path = in_every_precision(name), tmp_path / "one.state"
     with lrt_deploy.open_decoder(bundle, precision=precision) as decoder:
         state = decoder.prefill([LONG, SHORT])
         decoder.step(state, [1, 2])
@@ -239,8 +244,8 @@ def test_every_precision_is_saved_in_its_own_type_and_continues_to_the_bit(preci
         decoder.step(twin, STEPS[1])
         assert np.array_equal(decoder.step(twin, STEPS[2]), expected)
         assert not np.array_equal(decoder.step(twin, STEPS[2]), expected)
-    with lrt_deploy.open_decoder(bundle, precision="fp32") as other:
-        refused(other, path, "of another model|expected fp32")
+    with lrt_deploy.open_decoder(bundle, precision="int8-weight-only") as other:
+        refused(other, path, "of another model|expected int8-weight-only")
 
 
 def test_bfloat16_caches_come_back_as_they_were():

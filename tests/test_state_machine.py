@@ -21,6 +21,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import lrt_deploy
+
 SLOTS, CAPACITY = 4, 128
 TOKENS = st.integers(0, 249)
 PROMPT = st.lists(TOKENS, min_size=1, max_size=12)
@@ -130,6 +132,20 @@ BUDGET = settings(
 def test_any_history_of_a_batch_equals_single_rows(name, decoder_of, tolerances):
     fields = {"decoder": decoder_of(name), "tolerances": tolerances, "truths": {}}
     run_state_machine_as_test(type("Batch", (Batch,), fields), settings=BUDGET)
+
+
+def test_so_does_that_of_another_architecture(export_model, tolerances):
+    """Shared memory projections, an inner source layer, windows that bite, random weights."""
+    from lrt_deploy.config import LRTConfig
+    from lrt_deploy.random_weights import random_model
+
+    shape = {"sequence_len": 24, "vocab_size": 250, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
+    config = LRTConfig(**shape, window_pattern="SSL", memory_projections="shared", memory_source_layer=1)
+    make = lambda: random_model(config, seed=3, memory_scale=0.5)  # noqa: E731
+    bundle = export_model("state-shared", make, max_seq_len=CAPACITY, max_batch_size=SLOTS)
+    with lrt_deploy.open_decoder(bundle) as decoder:
+        fields = {"decoder": decoder, "tolerances": tolerances, "truths": {}}
+        run_state_machine_as_test(type("Batch", (Batch,), fields), settings=BUDGET)
 
 
 def test_a_state_that_forgets_its_latent_in_a_rewind_is_found_out(decoder_of, tolerances, monkeypatch):
