@@ -47,7 +47,7 @@ tr.here td:first-child{font-weight:700}tr.off td{color:var(--bad);font-weight:60
 table.cards thead{display:none}table.cards tr{display:block;padding:6px 0;border-bottom:1px solid var(--line)}
 table.cards td{display:flex;justify-content:space-between;gap:12px;border:0;padding:1px 0}
 table.cards td::before{content:attr(data-name);color:var(--soft)}
-table.cards td:first-child{font-weight:700}table.cards td:first-child::before{content:""}}
+table.cards td:first-child{font-weight:700}table.cards td:first-child::before{content:none}}
 """
 
 
