@@ -4,7 +4,7 @@ All ways alternate within one run, so that ratios hold on a busy machine too. Th
 scaled so that the plain iteration contracts by about 0.3 a pass, as trained models do; the contraction is measured and
 printed. Weights are random: this measures time, not text. Takes about ten minutes and 4 GB of memory.
 
-    .venv/bin/python benchmarks/prefill_speed.py [--threads 1] [--folder DIR] [--out FILE.json]
+    .venv/bin/python benchmarks/prefill_speed.py [--threads 2] [--folder DIR] [--out FILE.json]
     .venv/bin/python benchmarks/prefill_speed.py --layers 2 --width 64 --heads 2 --tokens 64,128 --rounds 1,1
 """
 
@@ -121,7 +121,7 @@ def numbers(text: str) -> list[int]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("layers", 12), ("width", 768), ("heads", 12), ("vocab", 8192), ("threads", 1)):
+    for name, value in (("layers", 12), ("width", 768), ("heads", 12), ("vocab", 8192), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--memory-scale", type=float, default=0.3)
     parser.add_argument("--tolerance", type=float, help="default: the runtime's")
