@@ -51,7 +51,7 @@ def run(script, *arguments):
 def test_opening_and_generating_import_no_torch(export_once):
     result = run(GENERATE, export_once("mr_gqa_SSSL"))
     assert len(result["tokens"]) == 12
-    assert result["heavy"] == ["onnxruntime", "tokenizers"]
+    assert result["heavy"] == ["onnxruntime", "safetensors", "tokenizers"]
 
 
 @pytest.mark.slow
