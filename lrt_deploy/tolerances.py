@@ -103,8 +103,9 @@ GOLDEN = GoldenLimits(logits=5e-5, latent=2e-5, cache=2e-5, nll=5e-5, bits_per_b
 FLOAT32_RESIDUAL_NOISE = 5e-6
 # Below this, no float32 iteration can certify the latent; the prompt is read stepwise instead.
 SMALLEST_PREFILL_TOLERANCE = 1e-5
-# Error of the latent (max abs, RMS 1) up to which a prompt is read by default; what it means in KL: docs/numerics.md.
-DEFAULT_PREFILL_TOLERANCE = 2e-2
+# Error of the latent (max abs, RMS 1) up to which a prompt is read by default: the largest round one at which the next
+# token's KL stayed below 1e-6 on every prompt measured (docs/numerics.md).
+DEFAULT_PREFILL_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
