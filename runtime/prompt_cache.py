@@ -74,7 +74,7 @@ class PromptCache:
     ) -> DecodeState:
         """A state that has read `tokens`, as `Decoder.prefill` would; its report says what was reused."""
         (row,) = check_prompts([tokens], decoder.config.vocab_size)
-        request = PrefillRequest.of(policy, tolerance, decoder.config.memory)
+        request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
         place = self.folder / _name(_key(decoder, request))
         found = self._find(place, decoder, row)
         reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance}
