@@ -88,11 +88,11 @@ def fixed_point_vs_stepwise(decoder: FullDecoder, setting: Setting) -> MutualChe
 def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
     """The prompt in two turns against in one, both by iteration."""
     _at_least(setting, 2)
-    half = len(setting.prompt) // 2
+    cut = len(setting.prompt) // 3 + 1  # not the half, where a prompt of two chunks is cut anyway
     whole = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
-    turns = decoder.prefill([setting.prompt[:half]], policy="fixed-point", tolerance=setting.tolerance)
+    turns = decoder.prefill([setting.prompt[:cut]], policy="fixed-point", tolerance=setting.tolerance)
     slack = _residual(whole) + _residual(turns)
-    turns = decoder.prefill([setting.prompt[half:]], state=turns, policy="fixed-point", tolerance=setting.tolerance)
+    turns = decoder.prefill([setting.prompt[cut:]], state=turns, policy="fixed-point", tolerance=setting.tolerance)
     return _meet("chunked-vs-whole", (decoder, turns), (decoder, whole), setting, slack + _residual(turns))
 
 
