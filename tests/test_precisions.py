@@ -8,6 +8,7 @@ import json
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 import torch
 
@@ -366,3 +367,20 @@ def test_a_tolerance_below_what_a_precision_certifies_is_read_stepwise(bundle):
         state = decoder.prefill([list(range(1, 90))], policy="fixed-point", tolerance=0.01)
         assert state.prefill.policy == "stepwise"
         assert "int8 certifies no tolerance below 1e+00" in state.prefill.note
+
+
+@pytest.mark.parametrize(
+    ("precision", "kernel"),
+    [("int8", "MatMulIntegerToFloat"), ("int8-weight-only", "MatMulNBits"), ("int4-weight-only", "MatMulNBits")],
+)
+def test_onnx_runtime_runs_the_fused_kernels(bundle, tmp_path, precision, kernel):
+    """What is not fused multiplies in float32 behind a DequantizeLinear: right numbers, and slower than fp32."""
+    manifest, options = read_manifest(bundle), ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    path = bundle / graph_path(precision, "prefill", "windowed")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
+    kept = manifest.precision_details[precision]["keep_high"]
+    assert sum(node.op_type == kernel for node in nodes) == len(matrix_shapes(manifest.model)) - len(kept)
+    assert not any(node.op_type == "DequantizeLinear" for node in nodes)
