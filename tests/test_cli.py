@@ -107,7 +107,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
 
     monkeypatch.setattr(lrt_deploy, "export_bundle", fake)
     options = ["--tokenizer", tmp_path, "--step", 7, "--precision", "fp32", "--precision", "int8", "--force"]
-    options += ["--calibration", tmp_path / "text", "--keep-high", "gate", "--keep-high", "none"]
+    options += ["--calibration", tmp_path / "text", "--keep-high", "gate", "--keep-high", "none", "--compensate"]
     result = run("export", "from", bundle, *options, "--max-seq-len", 99, "--max-batch-size", 5)
     assert result.exit_code == 0, result.stderr
     assert seen.pop("progress")
@@ -122,6 +122,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         "force": True,
         "calibration": tmp_path / "text",
         "keep_high": ["gate"],
+        "compensate": True,
     }
     assert result.stdout.startswith(f"exported {bundle} (") and result.stdout.count("\n") == 1
     for part in ("tracing", "4 layers, width 64, 218.6K matrix + 61.4K table parameters", "fp32", "stepwise"):
