@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import FloatArray, PrefillPolicy, PrefillReport
+from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy, PrefillReport
 from lrt_deploy.parity import kl_divergence
 from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 
@@ -29,6 +29,7 @@ from .state import DecodeState
 Progress = Callable[[str, int, int], None]
 
 _WARM_UP_TOKENS = 4
+_WATCHED_STEPS = 32
 _CONVERGENCE_SWEEPS = 16
 
 
@@ -58,10 +59,12 @@ def random_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
 class DecodeTimes:
     """What was measured of decoding, in milliseconds, and of one step's copies."""
 
+    first_ttft_ms: float  # of the very first prompt: memory is committed, kernels run for the first time
     ttft_ms: list[float]  # one for each repeat: from the prompt to the first token
     tpot_ms: list[float]  # one for each following token
     copies: traffic.Copies
     context: int  # tokens in the state, on average over the steps
+    outside_backend_fraction: float  # share of a step that is not the backend's: checks, bookkeeping, copies of logits
 
 
 def measure_decode(
@@ -75,7 +78,7 @@ def measure_decode(
             f"{len(prompt)} prompt tokens and {new_tokens} new ones do not fit the capacity of {decoder.max_seq_len}"
         )
     progress("decoding: warm-up", 0, repeats)
-    _decode_once(decoder, prompt, min(new_tokens, _WARM_UP_TOKENS), tolerance)
+    warm_up = _decode_once(decoder, prompt, min(new_tokens, _WARM_UP_TOKENS), tolerance)
     copies = count_step_copies(decoder, decoder.prefill([prompt[:1]], policy="stepwise"))
     first: list[float] = []
     following: list[float] = []
@@ -84,7 +87,31 @@ def measure_decode(
         times = _decode_once(decoder, prompt, new_tokens, tolerance)
         first.append(times[0] * 1e3)
         following += [seconds * 1e3 for seconds in times[1:]]
-    return DecodeTimes(first, following, copies, len(prompt) + new_tokens // 2)
+    outside = outside_backend(decoder, decoder.prefill([prompt], tolerance=tolerance), min(new_tokens, _WATCHED_STEPS))
+    return DecodeTimes(warm_up[0] * 1e3, first, following, copies, len(prompt) + new_tokens // 2, outside)
+
+
+def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
+    """Share of the time of some steps that is spent outside of `StateBuffers.decode`."""
+    inside: list[float] = []
+    whole: list[float] = []
+    run = state.buffers.decode
+
+    def watched(tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
+        start = time.perf_counter()
+        logits = run(tokens, positions, head)
+        inside.append(time.perf_counter() - start)
+        return logits
+
+    buffers = vars(state.buffers)
+    buffers["decode"] = watched
+    try:
+        for _ in range(steps):
+            with timed(whole):
+                decoder.step(state, np.zeros(state.batch, np.int64))
+    finally:
+        del buffers["decode"]
+    return 1 - sum(inside) / sum(whole)
 
 
 def count_step_copies(decoder: Decoder, state: DecodeState) -> traffic.Copies:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
 from lrt_deploy.precisions import base_dtype
 
 from .backend import Block, BlockLimits, SlotArrays
+from .huge_pages import Moved, in_huge_pages
 
-# Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md).
-_ONE_THREAD_BYTES = 64 * 2**20
+# Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
+# stay in the processor's cache.
+_SMALL_BYTES = 64 * 2**20
 _LOG_ERRORS = 3
 # Slots by which caches grow. More: attention reads more empty slots. Fewer: copying into larger arrays costs more.
 ROOM_STEP = 128
@@ -48,20 +51,23 @@ class OrtCpuBackend:
         self.dtype = _state_dtype(manifest, precision)
         self.state_dtype = str(self.dtype)
         graph = folder / graph_path(precision, "prefill", "windowed")
-        if threads is None and (graph.parent / WEIGHTS).stat().st_size < _ONE_THREAD_BYTES:
+        small = (graph.parent / WEIGHTS).stat().st_size < _SMALL_BYTES
+        if threads is None and small:
             threads = 1
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = log_level
-        # Live windows grow with every step: a plan of memory by input shapes would never be right.
-        options.enable_mem_pattern = False
+        options.enable_mem_pattern = False  # prompts come in many lengths, and a plan would be kept for each
         for entry, value in _quantized_entries(precision).items():
             options.add_session_config_entry(entry, value)
         try:
-            self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+            with nullcontext(Moved()) if small else in_huge_pages() as moved:
+                self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated types
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph}: {error}") from error
         self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
+        if moved.bytes:
+            self.detail += f", {moved.bytes / 2**20:.0f} MiB of weights in huge pages"
 
     def allocate(self, batch: int) -> OrtCpuBuffers:
         """Zeroed buffers; the system commits their pages only when they are first written."""

@@ -32,6 +32,7 @@ TABLES = ("wte", "value_embeds")
 _MATRIX_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int8-weight-only": 1, "int4-weight-only": 0.5}
 _TRIAD_BLOCK = 2**14  # float64: the intermediate product stays in the fastest caches
 _TRIAD_ROUNDS = 5
+_READ_PARTS = 16  # for each thread, so that a thread that is held up leaves work to the others
 _SMALLEST_TRIAD_BYTES, _LARGEST_TRIAD_BYTES = 2**27, 2**29
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -153,6 +154,19 @@ def bandwidth_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
             list(pool.map(_triad, parts))
             seconds.append(time.perf_counter() - start)
     return 3 * count * 8 / min(seconds) / 1e9
+
+
+def read_bandwidth_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
+    """The same of reading alone, which is what a decode step does: dot products over one array. The best of rounds."""
+    values = np.ones((array_bytes or _LARGEST_TRIAD_BYTES) // 4, np.float32)
+    parts = np.array_split(values, threads * _READ_PARTS)
+    with ThreadPoolExecutor(threads) as pool:
+        seconds = []
+        for _ in range(_TRIAD_ROUNDS):
+            start = time.perf_counter()
+            list(pool.map(lambda part: np.dot(part, part), parts))
+            seconds.append(time.perf_counter() - start)
+    return values.nbytes / min(seconds) / 1e9
 
 
 def _triad(arrays: list[npt.NDArray[np.float64]]) -> None:

@@ -78,7 +78,9 @@ def test_the_document_has_the_fields_that_scripts_rely_on(document):
     for name in ("ttft_ms", "tpot_ms"):
         assert 0 < document[name]["p50"] <= document[name]["p99"]
     assert document["tokens_per_s"] == pytest.approx(1e3 / document["tpot_ms"]["p50"])
-    assert document["bandwidth_gb_s"] > 0
+    assert document["bandwidth_gb_s"] > 0 and document["read_bandwidth_gb_s"] > 0
+    assert document["open_ms"] > 0 and document["first_ttft_ms"] > 0
+    assert 0 < document["outside_backend_fraction"] < 1
     assert document["peak_rss_bytes"] > 2**20
     assert document["state_bytes_copied_per_step"] == 0
     read = document["weight_bytes_per_step"] + document["state_bytes_read_per_step"]

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,9 +64,11 @@ def bench(
     lengths = parse_lengths(prefill_lengths)
     if plot is not None:
         plots.require_matplotlib()
+    started = time.perf_counter()
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+        opened_ms = (time.perf_counter() - started) * 1e3
         task = Task(decoder, tokens(decoder, text, seed), prompt_tokens, new_tokens, repeats, tolerance)
-        fields = task.run(lengths, announcer(quiet=json))
+        fields = {"open_ms": opened_ms} | task.run(lengths, announcer(quiet=json))
     fields["plot"] = draw(fields, bundle, plot)
     if json:
         output.document(fields)
@@ -137,8 +140,10 @@ class Task:
         times = benchmark.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
         peak = peak_rss_bytes()
         progress("memory bandwidth", 0, 0)
-        bandwidth = traffic.bandwidth_gb_s(thread_count(self.decoder))
+        threads = thread_count(self.decoder)
+        bandwidth, reading = traffic.bandwidth_gb_s(threads), traffic.read_bandwidth_gb_s(threads)
         return decode_fields(self.decoder, times, bandwidth) | {
+            "read_bandwidth_gb_s": reading,
             "peak_rss_bytes": peak,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
@@ -171,6 +176,7 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dic
     state = traffic.state_bytes_per_step(decoder.config, times.context)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     return {
+        "first_ttft_ms": times.first_ttft_ms,
         "ttft_ms": ttft,
         "tpot_ms": tpot,
         "tokens_per_s": 1e3 / tpot["p50"],
@@ -178,6 +184,7 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dic
         "state_bytes_read_per_step": state,
         "state_bytes_copied_per_step": times.copies.backend,
         "latent_backup_bytes_per_step": times.copies.kept,
+        "outside_backend_fraction": times.outside_backend_fraction,
         "bandwidth_gb_s": bandwidth,
         "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (bandwidth * 1e9),
         "weights_fit_cache": weights < (traffic.last_level_cache_bytes() or 0),
@@ -270,11 +277,14 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
     return {
         "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
         "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
-        "each token": f"p50 {tpot['p50']:.3g} ms, p99 {tpot['p99']:.3g} ms",
+        "after opening": f"{fields['open_ms']:.0f} ms to open, {fields['first_ttft_ms']:.3g} ms to a token",
+        "each token": f"p50 {tpot['p50']:.3g} ms, p99 {tpot['p99']:.3g} ms; "
+        f"{fields['outside_backend_fraction']:.1%} outside of the backend",
         "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
         "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
         f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied",
-        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used",
+        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used; "
+        f"{fields['read_bandwidth_gb_s']:.1f} GB/s reading alone",
         "peak memory": "unknown" if peak is None else output.bytes_text(peak),
     }
 
