@@ -17,6 +17,7 @@ from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import ExportError
 from lrt_deploy.precisions import base_dtype
 
+from .fewer_ops import fewer_ops
 from .passes import constant
 
 
@@ -42,6 +43,7 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
     slices are for windows far smaller than `capacity`, the most slots that a cache may come to have.
     """
     model = model.clone()
+    fewer_ops(model)
     graph = model.graph
     end = _bound(graph, contract.WINDOW_END)
     slots = ir.Value(name=contract.SLOT_POSITIONS, shape=ir.Shape(["capacity"]), type=ir.TensorType(ir.DataType.INT64))
