@@ -6,8 +6,6 @@ in `lrt_deploy.runtime`.
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import shlex
 import sys
@@ -21,6 +19,7 @@ import typer
 from lrt_deploy.errors import InputError
 
 from . import doctor, options, output
+from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.benchmark import DecodeTimes
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
 LENGTHS = "32,64,128,256,512,1024,2048"
 _LONGEST_CONVERGENCE = 512
-_CPU_FACTS = Path("/proc/cpuinfo")
 
 
 def bench(
@@ -234,25 +232,6 @@ def environment(decoder: Decoder) -> dict[str, Any]:
         "backend_detail": decoder.backend_detail,
         "command": shlex.join(["lrt-deploy", *sys.argv[1:]]),
     }
-
-
-def cpu_model() -> str:
-    """As the system names it."""
-    if _CPU_FACTS.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_FACTS.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far; None where the system does not count it so."""
-    if os.name != "posix":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def summary(fields: dict[str, Any]) -> str:
