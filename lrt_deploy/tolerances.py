@@ -67,9 +67,9 @@ def _quality(mean_kl: float, top1_agreement: float, latent: float) -> ParityLimi
 
 # Measured on ONNX Runtime's CPU provider against the reference, trained golden and demo checkpoint, text and made-up
 # tokens (`benchmarks/precisions.py` and docs/precisions.md): mean KL up to 8.9e-7 in fp16, 3.2e-3 in W8A8, 4.6e-4 and
-# 4.8e-2 with int8 and int4 weights alone; equal first choices from 99.9%, 95.9%, 97.8% and 87.1% on (int4 on made-up tokens, which have no margins: 77%,
-# beyond its limit). A forgotten memory
-# has a mean KL of 0.12 to 0.17 and 76 to 82%; 10% more in one MLP matrix has 1.9e-4, so fp16 tells it and int8 cannot.
+# 4.8e-2 with int8 and int4 weights alone; equal first choices from 99.9%, 95.9%, 97.8% and 87.1% on (int4 on made-up
+# tokens, which have no margins: 77%, beyond its limit). A forgotten memory has a mean KL of 0.12 to 0.17 and 76 to 82%;
+# 10% more in one MLP matrix has 1.9e-4, so fp16 tells it and int8 cannot.
 # bf16 runs on GPUs only: 64 times fp16's KL, for 3 bits less, not measured.
 _PARITY = {
     "fp32": FP32,
