@@ -1,4 +1,7 @@
-"""`parity --check`: a bundle's decoder against itself, without a checkpoint. See `lrt_deploy.mutual_checks`."""
+"""`parity --check` and `--golden`: a bundle's decoder against itself or a recording, without a checkpoint.
+
+See `lrt_deploy.mutual_checks` and `lrt_deploy.recorded`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import options
+from . import options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
@@ -38,6 +41,16 @@ def run_checks(
             lambda: opened.enter_context(dataclasses.replace(runner, cuda_graph=False).open(bundle)),
         )
         return [CHECKS[name](decoder, setting).to_dict() for name in chosen(names, decoder.backend)]
+
+
+def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
+    """The JSON fields of the comparison with recorded arrays."""
+    from lrt_deploy.recorded import compare_with_recording, read_recording
+    from lrt_deploy.tolerances import limits
+
+    recording = read_recording(golden, decoder.config)
+    with output.progress(quiet) as progress:
+        return compare_with_recording(decoder, recording, limits(decoder.precision), progress).to_dict()
 
 
 def document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:

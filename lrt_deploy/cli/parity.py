@@ -43,6 +43,7 @@ def parity(
     tokens: options.Tokens = None,
     steps: own.Steps = None,
     check: own.Check = None,
+    golden: own.Golden = None,
     bisect: own.Bisect = False,
     fit_budget: own.FitBudget = None,
     calibration: own.CalibrationText = None,
@@ -61,8 +62,10 @@ def parity(
 ) -> None:
     """Compare a bundle with its checkpoint over a rollout. Exits with 1 if they differ by more than is tolerated."""
     chosen = options.one_prompt(prompt, tokens)
-    if checkpoint is None and (not check or fit_budget is not None):
-        raise typer.BadParameter("give --checkpoint to compare with, or --check to compare the bundle with itself")
+    if checkpoint is None and (not (check or golden) or fit_budget is not None):
+        raise typer.BadParameter(
+            "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
+        )
     runner = options.Runner(backend, precision, max_seq_len, threads, verify)
     with runner.open(bundle) as decoder:
         if checkpoint is not None and fit_budget is not None:
@@ -73,6 +76,7 @@ def parity(
             raise typer.Exit(0 if fields["passed"] else 1)
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
         checked = checks.run_checks(bundle, decoder, runner, check, ids, tolerance) if check else []
+        checked += [checks.against_golden(decoder, golden, json)] if golden else []
         fields = checks.document(decoder, checked)
         if checkpoint is not None:
             count = min(STEPS, max(1, decoder.max_seq_len - len(ids))) if steps is None else steps

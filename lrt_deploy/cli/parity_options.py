@@ -24,6 +24,12 @@ Check = Annotated[
         "restored-vs-straight, cuda-graph, or all; repeatable, needs no checkpoint.",
     ),
 ]
+Golden = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npz", help="Compare with recorded logits and latents; needs no checkpoint.", show_default=False
+    ),
+]
 Bisect = Annotated[bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")]
 FitBudget = Annotated[
     float | None,
