@@ -133,10 +133,12 @@ class EarlyInt8(Sweeps):
         self.buffers = exact
 
 
-def share_memory(cheap: OrtCpuBackend, exact: OrtCpuBuffers) -> OrtCpuBuffers:
-    """Buffers of the cheap session whose calls bind the caches and bounds of the exact one."""
+def share_memory(cheap: OrtCpuBackend, exact: OrtCpuBuffers, tokens: int) -> OrtCpuBuffers:
+    """Buffers of the cheap session, bound to the caches and bounds of the exact one, with room for the tokens."""
     buffers = cheap.allocate(1)
-    for name in ("_caches", "_starts", "_end", "_slot_positions"):
+    for each in (exact, buffers):
+        each._make_room(tokens)  # so that neither grows later
+    for name in ("_caches", "_starts", "_end", "_slot_positions", "_seen_positions", "_room"):
         setattr(buffers, name, getattr(exact, name))
     return buffers
 
@@ -176,7 +178,7 @@ def read_in_chunks(lab: Lab, kind: type[Sweeps], stride: int, chunk_tokens: int,
         sweeps = kind(buffers, 0, chunk, start, carried, SweepOptions(stride=stride))
         if isinstance(sweeps, EarlyInt8):
             assert lab.cheap is not None
-            sweeps.cheap = share_memory(lab.cheap, buffers)
+            sweeps.cheap = share_memory(lab.cheap, buffers, len(lab.ids))
         order, errors = np.concatenate(sweeps.members), []
         with clock:
             buffers.reorder(0, start, order, move=False)

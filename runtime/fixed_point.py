@@ -34,6 +34,7 @@ class SweepOptions:
 
     stride: int = 2
     chunk_tokens: int = 128
+    largest_chunk_tokens: int = 512  # far from the start, and where nothing is iterated
     max_sweeps: int = 16
     min_block_tokens: int = 8
     noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: by how much passes differ at the fixed point
@@ -63,11 +64,11 @@ def read_row(
     """
     latent, computed, residual, fallback = buffers.latent[row].copy(), 0, 0.0, None
     latents: list[FloatArray] = []
-    chunks = np.array_split(tokens, -(-len(tokens) // options.chunk_tokens))
-    start = past
-    for chunk in chunks:
+    start, end = past, past + len(tokens)
+    while start < end:
+        chunk = tokens[start - past :][: chunk_size(start, end, options)]
         sweeps = Sweeps(buffers, row, chunk, start, latent, options)
-        sweeps.head = chunk is chunks[-1]
+        sweeps.head = start + len(chunk) == end
         if not sweeps.converge(tolerance):
             fallback = fallback or f"at token {start + sweeps.exact}: the iteration {sweeps.verdict}"
             sweeps.finish_stepwise()
@@ -77,10 +78,21 @@ def read_row(
     return Reading(np.concatenate(latents), sweeps.logits, computed, residual, fallback)
 
 
-def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> Reading:
+def chunk_size(start: int, end: int, options: SweepOptions) -> int:
+    """How many of the tokens from `start` to `end` to read together, all that follow in equal parts.
+
+    A chunk converges the faster the more exact context it has. So far from the start larger ones do in as few sweeps,
+    and their blocks multiply faster: a quarter of what is before them, up to `largest_chunk_tokens`.
+    """
+    most = max(options.chunk_tokens, min(start // 4, options.largest_chunk_tokens))
+    chunks = -(-(end - start) // most)
+    return -(-(end - start) // chunks)
+
+
+def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> Reading:
     """One parallel pass with zero memory: exact for a model without memory, and not the model as trained otherwise."""
     computed, start, latents = len(tokens), past, []
-    for chunk in np.array_split(tokens, -(-len(tokens) // PLAIN.chunk_tokens)):
+    for chunk in np.array_split(tokens, -(-len(tokens) // options.largest_chunk_tokens)):
         sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], PLAIN)
         sweeps.sweep()
         latents.append(sweeps.latents[1:])

@@ -1,7 +1,7 @@
 """Move what a block of code allocates into huge pages, on Linux: weights that every step reads from end to end.
 
 A step of a large model walks through all of its packed weights. In pages of 4 KiB that means a walk through the page
-tables for every few cache lines; in pages of 2 MiB a decode step took 7 to 30% less time (benchmarks/README.md).
+tables for every few cache lines; in pages of 2 MiB a decode step took 11 to 30% less time (benchmarks/README.md).
 Runtimes do not ask for huge pages, and most systems give them only to who asks, so this does, afterwards: MADV_COLLAPSE
 (Linux 6.1) copies a range into huge pages, or leaves it as it was. Does nothing where the system cannot.
 """

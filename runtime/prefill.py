@@ -41,7 +41,8 @@ class PrefillOptions:
         """These options as far as a backend can follow them."""
         options, sweeps = self, self.sweeps
         if limits.tokens is not None:
-            sweeps = replace(sweeps, chunk_tokens=min(sweeps.chunk_tokens, limits.tokens))
+            chunk, largest = (min(n, limits.tokens) for n in (sweeps.chunk_tokens, sweeps.largest_chunk_tokens))
+            sweeps = replace(sweeps, chunk_tokens=chunk, largest_chunk_tokens=largest)
         if limits.in_order:
             sweeps = replace(sweeps, stride=1)
             options = replace(options, note="iterated with stride 1, the only one on this backend")
@@ -180,7 +181,7 @@ def _read_row(
 ) -> Reading:
     past = int(state.lengths[index])
     if way == "zero" or state.latent is None:
-        return read_row_once(state.buffers, index, row, past)
+        return read_row_once(state.buffers, index, row, past, options.sweeps)
     if way == "stepwise":
         return read_row_stepwise(state.buffers, index, row, past)
     sweeps = replace(options.sweeps, noise=request.limits.noise)
