@@ -133,6 +133,10 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
     return [[tokenizer.bos_id, *piece[:-1]] for piece in y], y
 
 
+# What numpy raises on archives that are damaged or none.
+NPZ_ERRORS = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
 def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     """The arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, as they are. Runs nothing in the file."""
     arrays = _read_arrays(path, ("x", "y"))
@@ -160,7 +164,7 @@ def _read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, npt.NDAr
                     "expected token rows x and their targets y"
                 )
             return {name: archive[name] for name in names}
-    except (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except NPZ_ERRORS as error:
         raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {error}") from error
 
 

@@ -10,7 +10,6 @@ Judges by the same limits as a rollout. Knows no backend.
 from __future__ import annotations
 
 import math
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from .config import LRTConfig
 from .errors import ParityError
+from .evaluation import NPZ_ERRORS
 from .interface import FloatArray, IntArray, StatefulDecoder
 from .parity_report import as_json
 from .prompts import check_prompts
@@ -61,7 +61,10 @@ class RecordedCheck:
 def read_recording(path: Path, config: LRTConfig) -> Recording:
     """Read and check a recording; runs nothing in the file. ParityError for one that is not of this model's shapes."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ParityError(f"{path} holds one array; expected an .npz archive of recorded arrays")
+        with archive as file:
             names = [name for name in file if name.startswith(_LOGITS)]
             if "ids" not in file or not names or (config.memory and _LATENTS not in file):
                 raise ParityError(
@@ -70,7 +73,7 @@ def read_recording(path: Path, config: LRTConfig) -> Recording:
                 )
             ids, logits = file["ids"], file[names[0]]
             latents = file[_LATENTS] if config.memory else None
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except NPZ_ERRORS as error:
         raise ParityError(f"{path} cannot be read as an .npz of recorded arrays: {error}") from error
     _check_shapes(path, ids, logits, latents, config)
     check_prompts(list(ids), config.vocab_size)

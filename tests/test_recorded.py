@@ -102,6 +102,18 @@ def test_a_file_that_is_no_archive_is_refused(decoder_of, tmp_path):
             read_recording(tmp_path / "x.npz", decoder_of(NAME).config)
 
 
+def test_one_array_and_a_damaged_archive_are_refused(decoder_of, arrays, tmp_path):
+    np.save(tmp_path / "one.npy", arrays["ids"])
+    with pytest.raises(ParityError, match="one array"):
+        read_recording(tmp_path / "one.npy", decoder_of(NAME).config)
+    np.savez_compressed(tmp_path / "whole.npz", **arrays)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    for at in range(64, len(whole) // 2, len(whole) // 40):  # within the compressed arrays
+        (tmp_path / "cut.npz").write_bytes(whole[:at] + b"\xff" * 16 + whole[at + 16 :])
+        with pytest.raises(ParityError, match="cannot be read"):
+            read_recording(tmp_path / "cut.npz", decoder_of(NAME).config)
+
+
 def test_rows_beyond_the_capacity_are_refused(decoder_of, arrays, recorded):
     decoder = decoder_of(NAME)
     long = {name: np.repeat(array, 8, axis=1) for name, array in arrays.items()}
