@@ -5,6 +5,7 @@ A bundle is whole or absent: everything is made in a temporary folder beside the
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -46,6 +47,7 @@ class ExportOptions:
     calibration: Path | None = None
     keep_high: tuple[str, ...] | None = None
     compensate: bool = False
+    host_embeddings: bool = False
 
 
 def export_bundle(
@@ -67,9 +69,9 @@ def export_bundle(
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
-        details = _write_graphs(opened, capacity, options, folder, progress)
+        graphs = _write_graphs(opened, capacity, options, folder, progress)
         progress("hashing", 0, 0)
-        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, details))
+        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, graphs))
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -110,10 +112,18 @@ def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokeniz
     return None
 
 
+@dataclass(frozen=True)
+class _Graphs:
+    """What the manifest says of the graphs: details of each precision, and its tables where they are on the host."""
+
+    details: dict[str, Any]
+    tables: dict[str, dict[str, manifest.TableRecord]]
+
+
 def _write_graphs(
     checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress
-) -> dict[str, Any]:
-    """Trace once; every precision is derived from that graph. Returns each precision's details for the manifest."""
+) -> _Graphs:
+    """Trace once; every precision is derived from that graph. Returns what the manifest says of each precision."""
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
     details: dict[str, Any] = {}
@@ -125,10 +135,14 @@ def _write_graphs(
     passes.clean(traced)
     matrices = matrix_shapes(checkpoint.config)
     plans = [make_plan(precision, matrices, options.keep_high, seen) for precision in options.precisions]
+    tables: dict[str, dict[str, manifest.TableRecord]] = {}
     for plan in plans:
-        operations = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
-        details[plan.precision] = {**plan.details, "operations": operations}
-    return details
+        plan = dataclasses.replace(plan, host_embeddings=options.host_embeddings)
+        written = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
+        details[plan.precision] = {**plan.details, "operations": written.operations}
+        if written.tables:
+            tables[plan.precision] = written.tables
+    return _Graphs(details, tables)
 
 
 def _calibrate(
@@ -149,7 +163,7 @@ def _manifest(
     options: ExportOptions,
     capacity: int,
     tokenizer: SourceTokenizer | None,
-    details: dict[str, Any],
+    graphs: _Graphs,
 ) -> Manifest:
     config = checkpoint.config
     packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")
@@ -160,11 +174,15 @@ def _manifest(
         precisions=tuple(options.precisions),
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
         contracts={
-            precision: {f: contract.describe(config, f, base_dtype(precision, f)) for f in contract.FLAVOURS}
+            precision: {
+                f: contract.describe(config, f, base_dtype(precision, f), options.host_embeddings)
+                for f in contract.FLAVOURS
+            }
             for precision in options.precisions
         },
         tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
-        precision_details=details,
+        precision_details=graphs.details,
+        tables=graphs.tables,
         provenance={
             "checkpoint": {
                 "file": checkpoint.model_file.name,

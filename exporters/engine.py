@@ -160,7 +160,9 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
         capacity=job.capacity,
         max_seq_len=manifest.max_seq_len,
         max_batch_size=manifest.max_batch_size,
-        inputs=_described(inputs, contract.graph_inputs(manifest.model, "full", promise.base)),
+        inputs=_described(
+            inputs, contract.graph_inputs(manifest.model, "full", promise.base, manifest.host_embeddings)
+        ),
         outputs=_described(outputs, contract.graph_outputs(manifest.model, promise.base)),
         state=tuple(pair.to_dict() for pair in contract.state_pairs(manifest.model, promise.base)),
         layers=layers,

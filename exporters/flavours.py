@@ -68,8 +68,9 @@ def describe(model: ir.Model, config: LRTConfig, flavour: Flavour, precision: st
     """Let a graph found alone explain itself: contract, state, precision and model configuration in its metadata."""
     model.producer_name, model.producer_version = "lrt-deploy", None
     model.graph.name = f"lrt_{flavour}"
+    on_host = model.graph.inputs[0].name == contract.TOKEN_EMBEDS
     model.metadata_props["lrt_deploy.contract"] = json.dumps(
-        contract.describe(config, flavour, base_dtype(precision, flavour))
+        contract.describe(config, flavour, base_dtype(precision, flavour), on_host)
     )
     model.metadata_props["lrt_deploy.precision"] = precision
     model.metadata_props["lrt_deploy.model"] = json.dumps(config.to_dict())

@@ -37,6 +37,7 @@ class Plan:
     details: Mapping[str, Any] = field(default_factory=dict)
     # Second moments of the inputs, of matrices whose rounding is to be compensated; see `compensate`.
     moments: Mapping[str, Doubles] = field(default_factory=dict)
+    host_embeddings: bool = False  # whether graphs take rows of the embedding tables instead of holding them
 
 
 def needs_calibration(precisions: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ flavours are then derived from it, each in its own base type, and so share every
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import Flavour
 from lrt_deploy.precisions import QUANTIZED, base_dtype
 
-from . import flavours, passes, promises, weights_file
+from . import flavours, host_embeddings, passes, promises, weights_file
 from .compensate import compensated
 from .lower import lower, narrow
 from .plan import Plan
@@ -26,13 +27,25 @@ from .quantize import FORMATS, quantize
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass(frozen=True)
+class Written:
+    """What each flavour's graphs compute in, and where their tables lie, if not in the graphs."""
+
+    operations: dict[str, promises.Counts]
+    tables: dict[str, manifest.TableRecord]
+
+
 def write_precision(
     traced: ir.Model, config: LRTConfig, capacity: int, plan: Plan, folder: Path, say: Progress
-) -> dict[str, promises.Counts]:
-    """Write graphs and weights below `folder`; returns what each flavour's graphs compute in."""
+) -> Written:
+    """Write graphs and weights below `folder`."""
     out = folder / "graphs" / plan.precision
     out.mkdir(parents=True)
     stored = store_weights(traced, plan)
+    tables: dict[str, manifest.TableRecord] = {}
+    if plan.host_embeddings:
+        report = partial(say, f"writing {plan.precision} tables")
+        tables = host_embeddings.take_out(stored, config, out / manifest.TABLES, report)
     weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {plan.precision} weights"))
     operations: dict[str, promises.Counts] = {}
     for flavour in contract.FLAVOURS:
@@ -42,7 +55,7 @@ def write_precision(
             final = make(derived)
             flavours.describe(final, config, flavour, plan.precision)
             ir.save(final, folder / manifest.graph_path(plan.precision, phase, flavour))
-    return operations
+    return Written(operations, tables)
 
 
 def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:

@@ -6,7 +6,7 @@ lambdas) stay inside the graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +26,28 @@ def externalize(model: ir.Model, path: Path, progress: Progress = lambda done, t
     """
     known = [(value, value.const_value) for value in model.graph.initializers.values() if value.const_value is not None]
     large = [(value, tensor) for value, tensor in known if tensor.nbytes > _INLINE_BYTES]
-    total, done = sum(tensor.nbytes for _, tensor in large), 0
+    for (value, tensor), offset in zip(large, write([tensor for _, tensor in large], path, progress), strict=True):
+        shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
+        value.const_value = ir.ExternalTensor(
+            path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
+        )
+    return path.stat().st_size
+
+
+def write(
+    tensors: Sequence[ir.TensorProtocol], path: Path, progress: Progress = lambda done, total: None
+) -> Iterator[int]:
+    """Write tensors one after the other; yields the offset of each once it is written."""
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
     with path.open("wb") as file:
-        for value, tensor in large:
+        for tensor in tensors:
             file.write(b"\0" * (-file.tell() % _PAGE_BYTES))
             offset = file.tell()
             content = _bytes_of(tensor)
             for start in range(0, content.size, _CHUNK_BYTES):
                 done += file.write(content[start : start + _CHUNK_BYTES].data)
                 progress(done, total)
-            shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
-            value.const_value = ir.ExternalTensor(
-                path.name, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=path.parent
-            )
-        return file.tell()
+            yield offset
 
 
 def _bytes_of(tensor: ir.TensorProtocol) -> np.ndarray:

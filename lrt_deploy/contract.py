@@ -10,6 +10,8 @@ Two flavours of every graph compute the same numbers:
   values and mask to the live window where windows are far smaller than the capacity: what a CPU wants.
   It has further inputs: a start per distinct attention window, `window_end`, and `slot_positions`, which lets a prefill
   keep the tokens that it is still refining in another order than that of their positions.
+
+With host embeddings a graph holds no tables: rows of the new tokens come in instead of their ids, as float32.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ def window_start(window: int) -> str:
     return f"window_start_{window}"
 
 
+TOKEN_EMBEDS, VALUE_EMBEDS = "token_embeds", "value_embeds"
 WINDOW_END = "window_end"
 SLOT_POSITIONS = "slot_positions"
 
@@ -111,10 +114,24 @@ def state_pairs(config: LRTConfig, dtype: str = "float32") -> list[StatePair]:
     return pairs
 
 
-def graph_inputs(config: LRTConfig, flavour: Flavour, dtype: str = "float32") -> list[TensorSpec]:
+def embedding_inputs(config: LRTConfig) -> list[TensorSpec]:
+    """What a graph with host embeddings takes: rows of `wte` in place of `input_ids`, and those of `value_embeds`."""
+    tokens: tuple[Dim, ...] = ("batch", "tokens")
+    specs = [TensorSpec(TOKEN_EMBEDS, "float32", (*tokens, config.n_embd), "row of wte for each token")]
+    if layers := len(config.value_embed_layers):
+        width = layers * config.kv_dim
+        specs.append(TensorSpec(VALUE_EMBEDS, "float32", (*tokens, width), "row of value_embeds for each token"))
+    return specs
+
+
+def graph_inputs(
+    config: LRTConfig, flavour: Flavour, dtype: str = "float32", host_embeddings: bool = False
+) -> list[TensorSpec]:
     """Inputs in graph order; `tokens` is 1 in the decode-step graph."""
+    ids = TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids, 0 to vocab_size - 1")
+    first, *last = embedding_inputs(config) if host_embeddings else [ids]
     specs = [
-        TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids, 0 to vocab_size - 1"),
+        first,
         TensorSpec("position_ids", "int64", ("batch", "tokens"), "position of each token in its sequence"),
         TensorSpec("write_index", "int64", ("batch",), "cache slot of the first token; the others follow it"),
         TensorSpec(
@@ -127,7 +144,7 @@ def graph_inputs(config: LRTConfig, flavour: Flavour, dtype: str = "float32") ->
         specs.append(
             TensorSpec(SLOT_POSITIONS, "int64", ("capacity",), "position held by each slot: 0, 1, 2, ... in order")
         )
-    return specs + [
+    specs += [
         TensorSpec(
             p.past,
             p.dtype,
@@ -136,6 +153,7 @@ def graph_inputs(config: LRTConfig, flavour: Flavour, dtype: str = "float32") ->
         )
         for p in state_pairs(config, dtype)
     ]
+    return specs + last
 
 
 def graph_outputs(config: LRTConfig, dtype: str = "float32") -> list[TensorSpec]:
@@ -151,12 +169,14 @@ def graph_outputs(config: LRTConfig, dtype: str = "float32") -> list[TensorSpec]
     ]
 
 
-def describe(config: LRTConfig, flavour: Flavour, dtype: str = "float32") -> dict[str, Any]:
+def describe(
+    config: LRTConfig, flavour: Flavour, dtype: str = "float32", host_embeddings: bool = False
+) -> dict[str, Any]:
     """The whole contract as JSON types, for the manifest and the graphs' metadata."""
     return {
         "opset": OPSET,
         "flavour": flavour,
-        "inputs": [spec.to_dict() for spec in graph_inputs(config, flavour, dtype)],
+        "inputs": [spec.to_dict() for spec in graph_inputs(config, flavour, dtype, host_embeddings)],
         "outputs": [spec.to_dict() for spec in graph_outputs(config, dtype)],
         "state": [pair.to_dict() for pair in state_pairs(config, dtype)],
     }

@@ -2,7 +2,7 @@
 
     bundle/
       manifest.json  manifest.sha256
-      graphs/<precision>/{prefill,decode_step}[.windowed].onnx  weights.bin
+      graphs/<precision>/{prefill,decode_step}[.windowed].onnx  weights.bin  [tables.bin]
       tokenizer/tokenizer.json  tokenizer/token_bytes.json
       engines/  reports/                      added later, not in the manifest
 
@@ -12,27 +12,26 @@ Knows nothing of torch, onnx or a backend.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .config import LRTConfig
-from .contract import FLAVOURS, Flavour
+from .contract import FLAVOURS, Flavour, embedding_inputs
 from .errors import BundleError, ConfigError
-from .precisions import PRECISIONS
+from .precisions import ITEM_BYTES, PRECISIONS
+from .remembered_hashes import Remembered
 
 FORMAT_VERSION = 2  # 1 knew fp32 alone
 MANIFEST = "manifest.json"
 DIGEST = "manifest.sha256"
 PHASES = ("prefill", "decode_step")
 WEIGHTS = "weights.bin"
+TABLES = "tables.bin"  # of a bundle with host embeddings
 TOKENIZER = "tokenizer"
 _ALWAYS_HASHED_BYTES = 4 * 2**20
 
@@ -45,6 +44,31 @@ class FileRecord:
 
     bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """An embedding table in `tables.bin`: its type, (rows, columns), and the byte that it begins at."""
+
+    dtype: str
+    shape: tuple[int, int]
+    offset: int
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> TableRecord:
+        """From JSON types; ValueError for what cannot be."""
+        rows, columns = fields["shape"]
+        record = cls(fields["dtype"], (rows, columns), fields["offset"])
+        if record.dtype not in ITEM_BYTES or not (_is_count(rows) and _is_count(columns)):
+            raise ValueError(f"a table is {str(fields)[:80]}")
+        if not isinstance(record.offset, int) or record.offset < 0:
+            raise ValueError(f"a table begins at {record.offset!r}")
+        return record
+
+    @property
+    def end(self) -> int:
+        """One past its last byte."""
+        return self.offset + self.shape[0] * self.shape[1] * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -64,11 +88,21 @@ class Manifest:
     tokenizer_tokens: int | None
     provenance: dict[str, Any]
     precision_details: dict[str, Any] = field(default_factory=dict)
+    # With host embeddings: precision -> graph input -> where in `tables.bin` the table lies that its rows come from.
+    tables: dict[str, dict[str, TableRecord]] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
 
+    @property
+    def host_embeddings(self) -> bool:
+        """Whether the graphs take rows of the embedding tables instead of holding the tables."""
+        return bool(self.tables)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        """As JSON types; without `tables` where there are none, as all bundles were before there could be."""
+        fields = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        if not self.tables:
+            del fields["tables"]
+        return fields
 
     def to_json(self) -> str:
         """The exact text of the file."""
@@ -121,7 +155,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress: Progress = lambda d, t: None) -> None:
     """Hold every file against the manifest; `force` hashes also what an earlier opening has hashed unchanged."""
-    memory = _Remembered.load()
+    memory = Remembered.load()
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
         path = _inside(folder, name)
@@ -135,12 +169,13 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
             raise BundleError(
                 f"{path} has {stat.st_size} bytes, the manifest says {record.bytes}: truncated or altered"
             )
-        if force or record.bytes <= _ALWAYS_HASHED_BYTES or not memory.holds(stat, record):
+        if force or record.bytes <= _ALWAYS_HASHED_BYTES or not memory.holds(stat, record.sha256):
             if hash_file(path) != record.sha256:
                 raise BundleError(
                     f"{path} does not match its hash in the manifest: it was altered; export the bundle again"
                 )
-            memory.add(stat, record)
+            if record.bytes > _ALWAYS_HASHED_BYTES:
+                memory.add(stat, record.sha256)
         done += record.bytes
         progress(done, total)
     memory.save()
@@ -158,8 +193,14 @@ def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
         files = {str(name): FileRecord(**record) for name, record in fields.pop("files").items()}
         for name in files:
             _inside(folder, name)
+        tables = {
+            precision: {name: TableRecord.of(table) for name, table in found.items()}
+            for precision, found in fields.pop("tables", {}).items()
+        }
         precisions, policies = tuple(fields.pop("precisions")), tuple(fields.pop("prefill_policies"))
-        manifest = Manifest(model=model, files=files, precisions=precisions, prefill_policies=policies, **fields)
+        manifest = Manifest(
+            model=model, files=files, precisions=precisions, prefill_policies=policies, tables=tables, **fields
+        )
         _check(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
         raise BundleError(f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}") from error
@@ -182,8 +223,29 @@ def _check(manifest: Manifest) -> None:
     }
     if broken := [name for name, holds in rules.items() if not holds]:
         raise ValueError(f"{broken[0]} is {str(getattr(manifest, broken[0]))[:80]}")
+    _check_tables(manifest)
     if missing := sorted(required_files(manifest) - set(manifest.files)):
         raise ValueError(f"{missing[0]} is not among its files")
+
+
+def _check_tables(manifest: Manifest) -> None:
+    """All precisions have their tables on the host or none has, and the tables are those of the model."""
+    if not manifest.tables:
+        return
+    rows = manifest.model.padded_vocab_size
+    expected = {spec.name: (rows, spec.shape[-1]) for spec in embedding_inputs(manifest.model)}
+    for precision in manifest.precisions:
+        found = manifest.tables.get(precision, {})
+        if {name: table.shape for name, table in found.items()} != expected:
+            raise ValueError(f"tables of {precision} are {str(found)[:80]}")
+        size = getattr(manifest.files.get(table_path(precision)), "bytes", 0)
+        if any(table.end > size for table in found.values()):
+            raise ValueError(f"tables of {precision} go beyond the {size} bytes of {table_path(precision)}")
+
+
+def table_path(precision: str) -> str:
+    """Where the embedding tables of a precision lie in a bundle with host embeddings."""
+    return f"graphs/{precision}/{TABLES}"
 
 
 def required_files(manifest: Manifest) -> set[str]:
@@ -191,7 +253,8 @@ def required_files(manifest: Manifest) -> set[str]:
     graphs = {graph_path(p, phase, f) for p in manifest.precisions for phase in PHASES for f in FLAVOURS}
     weights = {f"graphs/{precision}/{WEIGHTS}" for precision in manifest.precisions}
     tokenizer = {f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "token_bytes.json")}
-    return graphs | weights | (tokenizer if manifest.tokenizer_tokens else set())
+    tables = {table_path(precision) for precision in manifest.tables}
+    return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())
 
 
 def _is_count(value: object) -> bool:
@@ -204,47 +267,3 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts or not path.resolve().is_relative_to(folder.resolve()):
         raise BundleError(f"{folder / MANIFEST} lists {name!r}, which lies outside the bundle")
     return path
-
-
-class _Remembered:
-    """Which files were found intact before: digest by (device, inode, size, mtime, ctime), a few hundred at most."""
-
-    _LIMIT = 512
-
-    def __init__(self, path: Path, entries: dict[str, str]) -> None:
-        self._path, self._entries, self._changed = path, entries, False
-
-    @classmethod
-    def load(cls) -> _Remembered:
-        """From the user's cache folder; an unreadable memory is an empty one."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = base / "lrt-deploy" / "verified.json"
-        entries: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            entries = {str(k): str(v) for k, v in dict(json.loads(path.read_text())).items()}
-        return cls(path, entries)
-
-    def holds(self, stat: os.stat_result, record: FileRecord) -> bool:
-        """Whether this very file was hashed to this digest before."""
-        return self._entries.get(self._key(stat)) == record.sha256
-
-    def add(self, stat: os.stat_result, record: FileRecord) -> None:
-        """Remember; only what is worth remembering."""
-        if record.bytes > _ALWAYS_HASHED_BYTES:
-            self._entries[self._key(stat)] = record.sha256
-            self._changed = True
-
-    def save(self) -> None:
-        """Replace the file in one step. A cache folder that cannot be written costs time, not correctness."""
-        if not self._changed:
-            return
-        recent = dict(list(self._entries.items())[-self._LIMIT :])
-        with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(recent, file)
-            Path(file.name).replace(self._path)
-
-    @staticmethod
-    def _key(stat: os.stat_result) -> str:
-        return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"

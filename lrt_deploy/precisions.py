@@ -34,6 +34,9 @@ def base_dtype(precision: str, flavour: Flavour) -> Dtype:
     return _PLAIN.get(precision) or _QUANTIZED[flavour]
 
 
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
 def item_bytes(dtype: str) -> int:
     """Size of one element of a base type."""
-    return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+    return ITEM_BYTES[dtype]

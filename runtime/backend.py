@@ -61,6 +61,12 @@ class StateBuffers(Protocol):
     def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
 
+    def mark(self) -> int:
+        """Which place the current latent is in. A step reads one and writes another, so it still is there after it."""
+
+    def take_back(self, mark: int) -> None:
+        """Make the latent of a mark current again, after at most one `decode` since, which may have failed."""
+
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows, tokens and positions (n <= B); logits (n, V) if `head`.
 

@@ -27,7 +27,7 @@ from .opening import check_contract, limit_capacity, load_backend
 from .origin import Identity, Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, rewind_to_prefix
-from .rewind import unchanged_on_error
+from .rewind import step_undone_on_error, unchanged_on_error
 from .state import DecodeState
 from .state_file import load_state
 
@@ -130,7 +130,7 @@ class Decoder:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
         rows = ids[:, None]  # (B, 1)
         self._check(state, rows, state.lengths)
-        with unchanged_on_error(state, rows):
+        with step_undone_on_error(state):
             logits = state.buffers.decode(ids, state.lengths, head=True)
             assert logits is not None
             state.history.write_step(state.lengths, state.buffers.latent[: state.batch])

@@ -30,14 +30,15 @@ class DeviceBuffers:
         self._memory = StateMemory.make(setup, batch)
         self._steps: dict[int, DecodeStep] = {}
         self._turn = 0  # which of the two latents is the current one
-        # What the device holds as the current latent, known here without asking it.
-        self._latent = np.zeros((batch, setup.config.n_embd), np.float32)
+        # What the device holds in the two places, known here without asking it.
+        self._latents = [np.zeros((batch, setup.config.n_embd), np.float32) for _ in range(2)]
         weakref.finalize(self, self._memory.arena.release).atexit = False
 
     @property
     def latent(self) -> FloatArray:
-        """(B, C), a copy on the host; (B, 0) for a model without memory."""
-        return self._latent.copy() if self._setup.config.memory else self._latent[:, :0]
+        """(B, C), a view of what the host knows; (B, 0) for a model without memory."""
+        latent = self._latents[self._turn]
+        return latent if self._setup.config.memory else latent[:, :0]
 
     def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
@@ -47,7 +48,15 @@ class DeviceBuffers:
         for row, value in zip(rows, values, strict=True):
             self._device.copy_in(self._memory.latents[self._turn] + int(row) * self._setup.latent_bytes, value)
         self._device.synchronize()
-        self._latent[rows] = values
+        self._latents[self._turn][rows] = values
+
+    def mark(self) -> int:
+        """Which of the two latents is the current one."""
+        return self._turn
+
+    def take_back(self, mark: int) -> None:
+        """The other one has been written at most."""
+        self._turn = mark
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; a step is bound per number of rows. The head always runs."""
@@ -57,7 +66,7 @@ class DeviceBuffers:
         logits, latent = self._steps[rows].run(self._turn, tokens, positions)
         if self._setup.config.memory:
             self._turn = 1 - self._turn
-            self._latent[:rows] = latent
+            self._latents[self._turn][:rows] = latent
         return logits if head else None
 
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -22,6 +22,7 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
 
 from .cuda_device import Arena, Array, Device
+from .host_tables import HostTables, Rows
 
 Specs = Sequence[Mapping[str, Any]]  # name, dtype and shape of each input or output; a free dimension has its name
 Caches = dict[tuple[str, str], int]  # addresses by the names of (past, present)
@@ -65,6 +66,7 @@ class Setup:
     capacity: int  # cache slots
     chunk_tokens: int  # of one block, at most
     cuda_graph: bool
+    tables: HostTables  # none where the graph holds the embedding tables
 
     @property
     def latent_bytes(self) -> int:
@@ -79,26 +81,46 @@ class Setup:
 
 @dataclass
 class _Inputs:
-    """The small integer inputs, in one piece of pinned memory with a twin on the device, copied together."""
+    """The small inputs, in pinned memory with a twin on the device: integers in one piece, and rows of host tables."""
 
     device: Device
+    tables: HostTables
     host: Array  # (4, stride) int64: ids, positions, write index, last index
     address: int
+    rows: Rows  # (count, columns) each
+    row_addresses: dict[str, int]
 
     @classmethod
-    def make(cls, arena: Arena, count: int) -> _Inputs:
-        """Room for `count` numbers each."""
+    def make(cls, setup: Setup, arena: Arena, count: int) -> _Inputs:
+        """Room for `count` tokens."""
         stride, device = -(-count * 8 // _ALIGNMENT) * _ALIGNMENT // 8, arena.device
-        return cls(device, device.pinned((4, stride), np.dtype(np.int64)), arena.allocate(4 * stride * 8))
+        columns = setup.tables.columns
+        return cls(
+            device=device,
+            tables=setup.tables,
+            host=device.pinned((4, stride), np.dtype(np.int64)),
+            address=arena.allocate(4 * stride * 8),
+            rows={name: device.pinned((count, size), np.dtype(np.float32)) for name, size in columns.items()},
+            row_addresses={name: arena.allocate(count * size * 4) for name, size in columns.items()},
+        )
 
     def bind(self, context: Context) -> None:
         """Tell the context where they lie."""
         for index, name in enumerate(("input_ids", "position_ids", "write_index", "last_index")):
-            context.bind(name, self.address + index * self.host.strides[0])
+            if name != "input_ids" or not self.rows:
+                context.bind(name, self.address + index * self.host.strides[0])
+        for name, address in self.row_addresses.items():
+            context.bind(name, address)
 
-    def send(self) -> None:
-        """Enqueue the copy to the device."""
+    def gather(self, ids: IntArray) -> None:
+        """Put the tables' rows of ids (n) into host memory."""
+        self.tables.take(ids, {name: rows[: len(ids)] for name, rows in self.rows.items()})
+
+    def send(self, count: int) -> None:
+        """Enqueue the copy to the device, of the rows of `count` tokens."""
         self.device.copy_in(self.address, self.host)
+        for name, rows in self.rows.items():
+            self.device.copy_in(self.row_addresses[name], rows[:count])
 
 
 class DecodeStep:
@@ -108,7 +130,7 @@ class DecodeStep:
         setup, self._arena, self._latents = memory.setup, memory.arena, memory.latents
         config, device = setup.config, setup.device
         self._setup, self._device, self.rows = setup, device, rows
-        self._inputs = _Inputs.make(memory.arena, rows)
+        self._inputs = _Inputs.make(setup, memory.arena, rows)
         self._logits_address = memory.arena.allocate(rows * config.vocab_size * 4)
         self._logits: FloatArray = device.pinned((rows, config.vocab_size), np.dtype(np.float32))
         # The latent that each turn leaves, fetched with the logits: it is as small as they are, and often asked for.
@@ -121,6 +143,7 @@ class DecodeStep:
     def run(self, turn: int, tokens: IntArray, positions: IntArray) -> tuple[FloatArray, Array]:
         """From the latent `turn` to the other one; logits (n, V) and the new latent (n, C), reused by later calls."""
         self._inputs.host[:3, : self.rows] = tokens, positions, positions
+        self._inputs.gather(tokens)
         if not (self._warm and self._setup.cuda_graph):
             self._enqueue(turn)
         else:
@@ -152,7 +175,7 @@ class DecodeStep:
             self._context.bind("present_latent", self._latents[1 - turn])
 
     def _enqueue(self, turn: int) -> None:
-        self._inputs.send()
+        self._inputs.send(self.rows)
         self._bind_latents(turn)
         self._context.enqueue(self._device.stream)
         self._device.copy_out(self._logits, self._logits_address)
@@ -167,7 +190,7 @@ class PrefillStep:
         config, device = setup.config, setup.device
         self._setup, self._device = setup, device
         self.chunk_tokens = setup.chunk_tokens
-        self._inputs = _Inputs.make(arena, self.chunk_tokens)
+        self._inputs = _Inputs.make(setup, arena, self.chunk_tokens)
         self._latents = [arena.allocate(self.chunk_tokens * setup.latent_bytes) for _ in range(2)]
         self._host_latents = device.pinned((self.chunk_tokens, config.n_embd), setup.dtype)
         self._logits_address = arena.allocate(config.vocab_size * 4)
@@ -185,7 +208,8 @@ class PrefillStep:
         """Tokens (n) into slots from `slot` on; the latent of each (n, C) and the logits (V) after the last."""
         count, host = len(ids), self._inputs.host
         host[0, :count], host[1, :count], host[2, 0], host[3, 0] = ids, positions, slot, count - 1
-        self._inputs.send()
+        self._inputs.gather(ids)
+        self._inputs.send(count)
         set_shapes(self._setup, self._context, 1, count)
         bind_caches(self._context, caches)
         self._context.ready()

@@ -18,7 +18,7 @@ from .choice import Choice
 def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
     """The graphs must have the inputs and outputs that this version binds."""
     for flavour in contract.FLAVOURS:
-        expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour))
+        expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour), manifest.host_embeddings)
         if manifest.contracts.get(precision, {}).get(flavour) != expected:
             made_by = manifest.provenance.get("versions", {}).get("lrt-deploy", "an unknown version")
             raise BundleError(

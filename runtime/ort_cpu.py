@@ -8,7 +8,6 @@ it cannot be overwritten). All that a call needs is bound once per shape; a deco
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,11 +21,13 @@ from numpy.typing import NDArray
 from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
-from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path
+from lrt_deploy.manifest import TABLES, WEIGHTS, Manifest, graph_path
 from lrt_deploy.precisions import base_dtype
 
 from .backend import Block, BlockLimits, SlotArrays
+from .host_tables import HostTables, RowArrays, Rows
 from .huge_pages import Moved, in_huge_pages
+from .ort_quantized import quantized_entries
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
 # stay in the processor's cache.
@@ -51,14 +52,16 @@ class OrtCpuBackend:
         self.dtype = _state_dtype(manifest, precision)
         self.state_dtype = str(self.dtype)
         graph = folder / graph_path(precision, "prefill", "windowed")
-        small = (graph.parent / WEIGHTS).stat().st_size < _SMALL_BYTES
+        self.tables = HostTables.open(folder, manifest, precision)
+        files = (WEIGHTS, TABLES) if self.tables else (WEIGHTS,)
+        small = sum((graph.parent / name).stat().st_size for name in files) < _SMALL_BYTES
         if threads is None and small:
             threads = 1
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = log_level
         options.enable_mem_pattern = False  # prompts come in many lengths, and a plan would be kept for each
-        for entry, value in _quantized_entries(precision).items():
+        for entry, value in quantized_entries(precision).items():
             options.add_session_config_entry(entry, value)
         try:
             with nullcontext(Moved()) if small else in_huge_pages() as moved:
@@ -85,6 +88,7 @@ class _Call:
     latents_in: NDArray[Any]  # (B, T, C), of the state's type like the next
     latents_out: NDArray[Any]  # (B, T, C)
     logits: FloatArray  # (B, K, V)
+    rows: Rows  # of the tokens in the embedding tables, where the graph does not hold these
 
 
 class OrtCpuBuffers:
@@ -95,6 +99,7 @@ class OrtCpuBuffers:
         self._session, self._config = backend.session, config
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         self._dtype = backend.dtype
+        self._tables, self._rows = backend.tables, RowArrays(backend.tables)
         self._room = 0  # slots that the caches have
         shape = (batch, config.n_kv_head, self._room, config.head_dim)
         self._caches = {
@@ -118,6 +123,14 @@ class OrtCpuBuffers:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
         if self._config.memory:
             self._latents[self._turn][rows, 0] = latent
+
+    def mark(self) -> int:
+        """Which of the two latents is the current one."""
+        return self._turn
+
+    def take_back(self, mark: int) -> None:
+        """The other one has been written at most."""
+        self._turn = mark
 
     def _make_room(self, end: int) -> None:
         """Have slots up to `end`. Larger caches take the place of the old ones, and nothing is bound to them yet."""
@@ -198,6 +211,7 @@ class OrtCpuBuffers:
         self._seen_positions[end:] = _NO_POSITION
 
     def _run(self, call: _Call) -> None:
+        self._tables.take(call.ids, call.rows)
         try:
             self._session.run_with_iobinding(call.binding)
         except Exception as error:
@@ -232,9 +246,10 @@ class OrtCpuBuffers:
             latents_in=latents_in,
             latents_out=latents_out,
             logits=np.zeros((batch, logit_rows, self._config.vocab_size), np.float32),
+            rows=self._rows.of(batch, count),
         )
         inputs: dict[str, NDArray[Any]] = {
-            "input_ids": call.ids,
+            **(call.rows or {"input_ids": call.ids}),
             "position_ids": call.positions,
             "write_index": call.write_index,
             "last_index": np.full((batch, logit_rows), count - 1, np.int64),
@@ -275,25 +290,3 @@ def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
 
 def _as_float32(array: NDArray[Any]) -> FloatArray:
     return array.astype(np.float32, copy=False)
-
-
-def _quantized_entries(precision: str) -> dict[str, str]:
-    """What ONNX Runtime must be told so that quantized products are fast and right.
-
-    With weights alone quantized: to multiply in int8 (in float32, 8 bits were 10 to 45 times slower). With activations:
-    sums of uint8 x int8 saturate at 16 bits where a processor has no VNNI instructions, unless asked not to; where it
-    has them, asking costs 2.5 times the time.
-    """
-    if precision == "int8":
-        return {} if _has_vnni() else {"session.x64quantprecision": "1"}
-    return {"session.qdq_matmulnbits_accuracy_level": "4"}
-
-
-def _has_vnni() -> bool:
-    """Whether int8 products cannot saturate; False where that is not known. Only x86 has the problem."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    try:
-        return "vnni" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False

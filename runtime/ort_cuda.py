@@ -27,6 +27,7 @@ from .backend import BlockLimits
 from .cuda_device import Arena, CudaDevice, Device
 from .device_buffers import DeviceBuffers
 from .device_steps import PrefillStep, Setup
+from .host_tables import HostTables
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -52,11 +53,14 @@ class OrtCudaBackend:
             device=device,
             config=manifest.model,
             dtype=dtype,
-            inputs=[spec.to_dict() for spec in contract.graph_inputs(manifest.model, "full", base)],
+            inputs=[
+                spec.to_dict() for spec in contract.graph_inputs(manifest.model, "full", base, manifest.host_embeddings)
+            ],
             state=[pair.to_dict() for pair in contract.state_pairs(manifest.model, base)],
             capacity=cache_capacity(manifest.max_seq_len),
             chunk_tokens=min(CHUNK_TOKENS, manifest.max_seq_len),
             cuda_graph=False,
+            tables=HostTables.open(folder, manifest, precision),
         )
         arena = Arena(device)
         weakref.finalize(self, arena.release).atexit = False
@@ -138,7 +142,7 @@ class OrtContext:
 
     def _bound(self) -> Any:  # noqa: ANN401 - onnxruntime is untyped
         runner, binding = self._runner, self._runner.session.io_binding()
-        sizes = dict(zip(("batch", "tokens"), self._shapes["input_ids"], strict=True)) | {"rows": 1}
+        sizes = dict(zip(("batch", "tokens"), self._shapes["position_ids"], strict=True)) | {"rows": 1}
         for name, element in runner.types.items():
             binding.bind_input(name, runner.kind, 0, element, self._shapes[name], self._addresses[name])
         for name, spec in runner.outputs.items():

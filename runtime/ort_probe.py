@@ -19,6 +19,8 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray
 from lrt_deploy.stages import StepInput
 
+from .host_tables import HostTables, RowArrays
+
 _LOG_ERRORS = 3
 _DTYPES: dict[str, Any] = {
     "tensor(float)": np.float32,
@@ -31,8 +33,9 @@ _DTYPES: dict[str, Any] = {
 class OrtProbe:
     """Shows the stages of single steps; see `stages.Observer`. `model` is a serialized graph of either flavour."""
 
-    def __init__(self, model: bytes, folder: Path, config: LRTConfig) -> None:
-        self._config = config
+    def __init__(self, model: bytes, folder: Path, config: LRTConfig, tables: HostTables | None = None) -> None:
+        self._config, self._tables = config, tables or HostTables({})
+        self._rows = RowArrays(self._tables).of(1, 1)
         options = ort.SessionOptions()
         options.log_severity_level = _LOG_ERRORS
         options.intra_op_num_threads = 1
@@ -58,8 +61,9 @@ class OrtProbe:
 
     def _feed(self, step: StepInput) -> dict[str, NDArray[Any]]:
         config, at = self._config, step.position
+        self._tables.take(np.array([[step.token]]), self._rows)
         feed: dict[str, Any] = {
-            "input_ids": [[step.token]],
+            **(self._rows or {"input_ids": np.array([[step.token]])}),
             "position_ids": [[at]],
             "write_index": [at],
             "last_index": [[0]],

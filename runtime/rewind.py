@@ -61,17 +61,34 @@ def recompute_logits(state: DecodeState, wanted: Sequence[int]) -> None:
 
 
 @contextlib.contextmanager
-def unchanged_on_error(state: DecodeState, rows: Sequence[IntArray] | IntArray) -> Iterator[None]:
-    """Put the latent back when a call that reads `rows` fails; lengths have not moved.
-
-    Cache slots beyond a length do not count, but what is not finite would: a row beside a longer one gives them the
-    weight 0, and 0 times NaN is NaN. So they are zeroed.
-    """
+def unchanged_on_error(state: DecodeState, rows: Sequence[IntArray]) -> Iterator[None]:
+    """Put the latent back when reading prompts, `rows`, fails; lengths have not moved. Copies it once a prompt."""
     before = state.buffers.latent[: state.batch].copy()
     try:
         yield
     except BaseException:
         state.buffers.set_latent(np.arange(state.batch), before)
-        for row, (length, tokens) in enumerate(zip(state.lengths, rows, strict=True)):
-            state.clear_slots(row, int(length), int(length) + len(tokens))
+        _clear_unread(state, [len(row) for row in rows])
         raise
+
+
+@contextlib.contextmanager
+def step_undone_on_error(state: DecodeState) -> Iterator[None]:
+    """The same for one `decode`, without a copy: the latent from before it is where it was."""
+    mark = state.buffers.mark()
+    try:
+        yield
+    except BaseException:
+        state.buffers.take_back(mark)
+        _clear_unread(state, [1] * state.batch)
+        raise
+
+
+def _clear_unread(state: DecodeState, counts: Sequence[int]) -> None:
+    """Zero the slots that tokens beyond each row's length may have been written to.
+
+    They do not count, but what is not finite would: a row beside a longer one gives them the weight 0, and 0 times NaN
+    is NaN.
+    """
+    for row, (length, count) in enumerate(zip(state.lengths, counts, strict=True)):
+        state.clear_slots(row, int(length), int(length) + count)

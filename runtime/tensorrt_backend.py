@@ -22,13 +22,21 @@ from .backend import BlockLimits
 from .cuda_device import Arena, CudaDevice, Device
 from .device_buffers import DeviceBuffers
 from .device_steps import PrefillStep, Setup
+from .host_tables import HostTables
 from .tensorrt_engine import Engine, open_engine
 
 
 class TensorRTBackend:
     """An opened engine on a device; see `open`."""
 
-    def __init__(self, engine: Engine, device: Device, manifest: Manifest, cuda_graph: bool = True) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        device: Device,
+        manifest: Manifest,
+        cuda_graph: bool = True,
+        tables: HostTables | None = None,
+    ) -> None:
         sidecar, base = engine.sidecar, base_dtype(engine.sidecar.precision, "full")
         dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
         self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
@@ -43,6 +51,7 @@ class TensorRTBackend:
             capacity=sidecar.capacity,
             chunk_tokens=sidecar.profile(PREFILL)[1].tokens[2],
             cuda_graph=cuda_graph,
+            tables=tables or HostTables({}),
         )
         arena = Arena(device)
         weakref.finalize(self, arena.release).atexit = False
@@ -60,7 +69,7 @@ class TensorRTBackend:
         if gpu is None:
             raise BackendError(f"{backend} needs an NVIDIA GPU: {reason}; take the backend ort-cpu")
         engine = open_engine(bundle, manifest, backend, precision, gpu)
-        opened = cls(engine, CudaDevice(), manifest, cuda_graph)
+        opened = cls(engine, CudaDevice(), manifest, cuda_graph, HostTables.open(bundle, manifest, precision))
         opened.detail += f", {gpu.name}"
         return opened
 

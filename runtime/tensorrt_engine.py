@@ -165,11 +165,12 @@ def find_io_misfit(opened: Engine) -> str | None:
     if engine.num_optimization_profiles != len(sidecar.profiles):
         return f"it has {engine.num_optimization_profiles} profiles, its sidecar says {len(sidecar.profiles)}"
     for index, profile in enumerate(sidecar.profiles):
-        smallest, _, largest = engine.get_tensor_profile_shape("input_ids", index)
+        smallest, _, largest = engine.get_tensor_profile_shape("position_ids", index)
         found = (tuple(smallest), tuple(largest))
         if found != ((profile.batch[0], profile.tokens[0]), (profile.batch[2], profile.tokens[2])):
             return (
-                f"its profile {profile.name} takes input_ids from {found[0]} to {found[1]}, its sidecar says {profile}"
+                f"its profile {profile.name} takes position_ids from {found[0]} to {found[1]}, "
+                f"its sidecar says {profile}"
             )
     for pair in sidecar.state:
         shared = engine.get_aliased_input_tensor(pair["present"])

@@ -172,6 +172,22 @@ def export_once(make_once, golden_of):
 
 
 @pytest.fixture(scope="session")
+def host_embeddings_once(make_once, golden_of):
+    """(name, precisions) -> the same with its embedding tables on the host. Tests must not change it."""
+
+    def export(name: str, precisions=("fp32",)) -> Path:
+        import lrt_deploy
+
+        def make(folder: Path) -> None:
+            options = {"precision": precisions, "max_seq_len": CAPACITY, "host_embeddings": True}
+            lrt_deploy.export_bundle(golden_of(name).folder, folder, **options)
+
+        return make_once(f"{name}-host-{'-'.join(precisions)}", make)
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def in_every_precision(make_once, golden_of, root):
     """Name of a golden, or `demo` -> bundle folder with all precisions, traced once. Tests must not change it."""
 

@@ -111,6 +111,17 @@ def test_the_engine_is_built_without_torch_and_its_sidecar_is_complete(bundle, b
     assert json.loads(sidecar_path(built).read_text())["format_version"] == 1
 
 
+def test_an_engine_does_not_hold_tables_that_are_on_the_host(built, host_embeddings_once, tmp_path):
+    bundle = shutil.copytree(host_embeddings_once(GOLDEN), tmp_path / "bundle")
+    sidecar = lrt_deploy.build_engine(bundle, backend="tensorrt-rtx")
+    manifest, whole = read_manifest(bundle), read_sidecar(built)
+    specs = contract.graph_inputs(manifest.model, "full", host_embeddings=True)
+    assert [spec["name"] for spec in sidecar.inputs] == [spec.name for spec in specs]
+    assert sidecar.layers["matmul"] == whole.layers["matmul"]
+    tables = manifest.files["graphs/fp32/tables.bin"].bytes
+    assert whole.plan_bytes - sidecar.plan_bytes == pytest.approx(tables, rel=0.1)
+
+
 def test_the_network_is_what_was_promised(built, manifest):
     layers, count = read_sidecar(built).layers, manifest.model.n_layer
     assert (layers["kv_cache_update"], layers["attention"]) == (2 * count, count)

@@ -33,6 +33,7 @@ from lrt_deploy.runtime import choice, ort_cuda, tensorrt_backend
 from lrt_deploy.runtime.benchmark import variants
 from lrt_deploy.runtime.cuda_device import Arena
 from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.host_tables import HostTables
 from lrt_deploy.runtime.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
@@ -216,8 +217,8 @@ class FakeEngine:
         return tuple(tuple(ranges[d][w] if isinstance(d, str) else d for d in shape) for w in (0, 2))
 
     def compute(self, shapes, addresses):
-        self.runs.append(shapes["input_ids"])
-        batch, tokens = shapes["input_ids"]
+        self.runs.append(shapes["position_ids"])
+        batch, tokens = shapes["position_ids"]
         sizes = {"batch": batch, "tokens": tokens}
 
         def view(spec):
@@ -287,7 +288,7 @@ def sidecar_for(bundle, chunk_tokens=32, capacity=128):
         capacity=capacity,
         max_seq_len=manifest.max_seq_len,
         max_batch_size=manifest.max_batch_size,
-        inputs=described(contract.graph_inputs(config, "full")),
+        inputs=described(contract.graph_inputs(config, "full", host_embeddings=manifest.host_embeddings)),
         outputs=described(contract.graph_outputs(config)),
         state=tuple(pair.to_dict() for pair in contract.state_pairs(config)),
         layers={},
@@ -720,6 +721,57 @@ def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tol
     assert found[0] == reference[0]
     assert np.abs(found[1] - reference[1]).max() <= 2 * tolerances.logits
     assert np.abs(found[2].latent - reference[2].latent).max() <= 2 * tolerances.latent
+
+
+# Embedding tables on the host, handed in as rows
+
+
+def on_fake_tensorrt(bundle, device, monkeypatch, cuda_graph):
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
+    manifest = read_manifest(bundle)
+    engine, tables = (
+        open_engine(bundle, manifest, "tensorrt-rtx", "fp32", GPU),
+        HostTables.open(bundle, manifest, "fp32"),
+    )
+    return Decoder(manifest, TensorRTBackend(engine, device, manifest, cuda_graph, tables), None)
+
+
+@pytest.fixture(scope="module")
+def host_bundle(host_embeddings_once, tmp_path_factory):
+    folder = shutil.copytree(host_embeddings_once(GOLDEN), tmp_path_factory.mktemp("host") / "bundle")
+    put_engine(folder)
+    return folder
+
+
+@pytest.mark.parametrize("policy", ["stepwise", "fixed-point"])
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_with_tables_on_the_host_an_engine_gives_the_same_bits(bundle, host_bundle, monkeypatch, policy, cuda_graph):
+    found = []
+    for folder in (bundle, host_bundle):
+        device = HostDevice()
+        decoder = on_fake_tensorrt(folder, device, monkeypatch, cuda_graph)
+        found.append(tokens_of(decoder, [PROMPT, PROMPT[3:8]], 12, policy))
+        assert (device.launches > 10) == cuda_graph
+    assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
+    assert np.array_equal(found[0][2].latent, found[1][2].latent)
+
+
+def test_rows_that_do_not_arrive_would_show(bundle, host_bundle, monkeypatch):
+    """The twin: the tables of another order of tokens."""
+    expected = tokens_of(on_fake_tensorrt(bundle, HostDevice(), monkeypatch, True), [PROMPT], 3)
+    take = HostTables.take
+    monkeypatch.setattr(HostTables, "take", lambda self, ids, rows: take(self, ids[::-1] ^ 1, rows))
+    found = tokens_of(on_fake_tensorrt(host_bundle, HostDevice(), monkeypatch, True), [PROMPT], 3)
+    assert not np.array_equal(found[1], expected[1])
+
+
+def test_ort_by_address_takes_rows(bundle, host_bundle):
+    found = []
+    for folder in (bundle, host_bundle):
+        manifest = read_manifest(folder)
+        decoder = Decoder(manifest, OrtCudaBackend(folder, manifest, "fp32", EagerDevice(), kind="cpu"), None)
+        found.append(tokens_of(decoder, [PROMPT, PROMPT[3:8]], 12, "fixed-point"))
+    assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])

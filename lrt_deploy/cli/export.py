@@ -37,6 +37,9 @@ def export(
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
     ] = False,
+    host_embeddings: Annotated[
+        bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -58,6 +61,7 @@ def export(
             calibration=calibration,
             keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
             compensate=compensate,
+            host_embeddings=host_embeddings,
             progress=progress,
         )
     seconds = time.perf_counter() - started
@@ -77,8 +81,18 @@ def summary(manifest: Manifest) -> dict[str, str]:
         **precision_rows(manifest),
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
         "prefill": ", ".join(manifest.prefill_policies),
+        **table_rows(manifest),
         "tokenizer": f"{tokens} tokens" if tokens else "none: prompts must be token ids",
     }
+
+
+def table_rows(manifest: Manifest) -> dict[str, str]:
+    """Where embedding tables lie, if not in the graphs."""
+    from lrt_deploy.manifest import table_path
+
+    sizes = {p: output.bytes_text(manifest.files[table_path(p)].bytes) for p in manifest.tables}
+    text = ", ".join(f"{precision} {size}" for precision, size in sizes.items())
+    return {"tables": f"on the host, not in graphs and engines: {text}"} if sizes else {}
 
 
 def precision_rows(manifest: Manifest) -> dict[str, str]:

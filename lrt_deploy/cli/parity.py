@@ -206,11 +206,13 @@ def bisected(bundle: Path, reference: ReferenceDecoder, decoder: Decoder, report
     from lrt_deploy.bisect import bisect
     from lrt_deploy.exporters.probe import probed
     from lrt_deploy.manifest import graph_path
+    from lrt_deploy.runtime.host_tables import HostTables
     from lrt_deploy.runtime.ort_probe import OrtProbe
 
     flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
     graph = probed(bundle / graph_path(decoder.precision, "prefill", flavour), stages.in_order(decoder.config))
-    probe = OrtProbe(graph.model, graph.folder, decoder.config)
+    tables = HostTables.open(bundle, decoder.manifest, decoder.precision)
+    probe = OrtProbe(graph.model, graph.folder, decoder.config, tables)
     return bisect(reference, decoder, probe, report, graph.origins)
 
 
