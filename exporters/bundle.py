@@ -113,16 +113,14 @@ def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokeniz
 
 
 @dataclass(frozen=True)
-class _Graphs:
+class Graphs:
     """What the manifest says of the graphs: details of each precision, and its tables where they are on the host."""
 
     details: dict[str, Any]
     tables: dict[str, dict[str, manifest.TableRecord]]
 
 
-def _write_graphs(
-    checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress
-) -> _Graphs:
+def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> Graphs:
     """Trace once; every precision is derived from that graph. Returns what the manifest says of each precision."""
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
@@ -142,7 +140,7 @@ def _write_graphs(
         details[plan.precision] = {**plan.details, "operations": written.operations}
         if written.tables:
             tables[plan.precision] = written.tables
-    return _Graphs(details, tables)
+    return Graphs(details, tables)
 
 
 def _calibrate(
@@ -163,7 +161,7 @@ def _manifest(
     options: ExportOptions,
     capacity: int,
     tokenizer: SourceTokenizer | None,
-    graphs: _Graphs,
+    graphs: Graphs,
 ) -> Manifest:
     config = checkpoint.config
     packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")

@@ -107,7 +107,16 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
 
     monkeypatch.setattr(lrt_deploy, "export_bundle", fake)
     options = ["--tokenizer", tmp_path, "--step", 7, "--precision", "fp32", "--precision", "int8", "--force"]
-    options += ["--calibration", tmp_path / "text", "--keep-high", "gate", "--keep-high", "none", "--compensate"]
+    options += [
+        "--calibration",
+        tmp_path / "text",
+        "--keep-high",
+        "gate",
+        "--keep-high",
+        "none",
+        "--compensate",
+        "--host-embeddings",
+    ]
     result = run("export", "from", bundle, *options, "--max-seq-len", 99, "--max-batch-size", 5)
     assert result.exit_code == 0, result.stderr
     assert seen.pop("progress")
@@ -123,6 +132,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         "calibration": tmp_path / "text",
         "keep_high": ["gate"],
         "compensate": True,
+        "host_embeddings": True,
     }
     assert result.stdout.startswith(f"exported {bundle} (") and result.stdout.count("\n") == 1
     for part in ("tracing", "4 layers, width 64, 218.6K matrix + 61.4K table parameters", "fp32", "stepwise"):
