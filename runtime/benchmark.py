@@ -63,6 +63,7 @@ class DecodeTimes:
     ttft_ms: list[float]  # one for each repeat: from the prompt to the first token
     tpot_ms: list[float]  # one for each following token
     copies: traffic.Copies
+    writes: traffic.Writes
     context: int  # tokens in the state, on average over the steps
     outside_backend_fraction: float  # share of a step that is not the backend's: checks, bookkeeping, copies of logits
 
@@ -79,7 +80,9 @@ def measure_decode(
         )
     progress("decoding: warm-up", 0, repeats)
     warm_up = _decode_once(decoder, prompt, min(new_tokens, _WARM_UP_TOKENS), tolerance)
-    copies = count_step_copies(decoder, decoder.prefill([prompt[:1]], policy="stepwise"))
+    observed = decoder.prefill([prompt[:1]], policy="stepwise")
+    copies = count_step_copies(decoder, observed)
+    writes = traffic.count_writes(observed, lambda: decoder.step(observed, [0]))
     first: list[float] = []
     following: list[float] = []
     for repeat in range(repeats):
@@ -88,7 +91,8 @@ def measure_decode(
         first.append(times[0] * 1e3)
         following += [seconds * 1e3 for seconds in times[1:]]
     outside = outside_backend(decoder, decoder.prefill([prompt], tolerance=tolerance), min(new_tokens, _WATCHED_STEPS))
-    return DecodeTimes(warm_up[0] * 1e3, first, following, copies, len(prompt) + new_tokens // 2, outside)
+    context = len(prompt) + new_tokens // 2
+    return DecodeTimes(warm_up[0] * 1e3, first, following, copies, writes, context, outside)
 
 
 def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:

@@ -1,7 +1,8 @@
 """The latent that each token of each row left: what makes a recurrent state rewindable.
 
 A cache is cut by forgetting slots; a latent cannot be computed backwards. So the latent of every token is kept, a few
-kilobytes each, on the host and in float32, which holds every narrower type exactly. Space is set aside for the whole
+kilobytes each, on the host and in float32, which holds every narrower type exactly. It is a record: what a step reads
+is elsewhere, and `lrt-deploy bench` counts it apart (`latent_record_bytes_per_step`). Space is set aside for the whole
 capacity, as for the caches, and the system commits its pages only as tokens come. Entries beyond a row's length do not
 count; the length itself is the state's to know.
 """

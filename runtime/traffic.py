@@ -10,26 +10,29 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.config import LRTConfig
+from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray
 from lrt_deploy.manifest import WEIGHTS, Manifest
-from lrt_deploy.weights import weight_sources
+from lrt_deploy.precisions import base_dtype, item_bytes
+from lrt_deploy.weights import matrix_shapes, weight_sources
 
 from .backend import StateBuffers
 
+if TYPE_CHECKING:
+    from .state import DecodeState
+
 TABLES = ("wte", "value_embeds")
-# Of one matrix element. Scales of quantized matrices, and the few that are kept more precise, are left out.
-_MATRIX_ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "int8": 1, "int8-weight-only": 1, "int4-weight-only": 0.5}
 _TRIAD_BLOCK = 2**14  # float64: the intermediate product stays in the fastest caches
 _TRIAD_ROUNDS = 5
 _READ_PARTS = 16  # for each thread, so that a thread that is held up leaves work to the others
@@ -52,18 +55,46 @@ def matrix_elements(config: LRTConfig) -> int:
     )
 
 
-def weight_bytes_per_step(manifest: Manifest, precision: str) -> int:
+def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
     """Bytes of weights that one decode step with head reads: every matrix once, and one row of each embedding table.
 
-    A matrix element has the size that `precision` says; a table element the 2 or 4 bytes in which it was exported, told
-    by the size of the weights file. The same for every batch.
+    The same for every batch. Not counted, because they are a few numbers or in a cache: lambdas, scales of int8
+    activations, and the rows of the rotary tables.
     """
-    config, sources = manifest.model, weight_sources(manifest.model)
-    matrices = int(matrix_elements(config) * _MATRIX_ITEM_BYTES[precision])
-    shapes = [shape for name in TABLES if name in sources for shape in sources[name].shapes]
+    sources = weight_sources(manifest.model)
+    columns = sum(width for name in TABLES if name in sources for _, width in sources[name].shapes)
+    return matrix_bytes(manifest, precision, flavour) + _table_item_bytes(manifest, precision) * columns
+
+
+def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
+    """Bytes of all matrices as a flavour's products read them, scales included; there are no zero points.
+
+    Integers are read as they are stored. Scales and matrices that are not quantized are widened to the flavour's base
+    type when weights are loaded, or to float32 where the manifest says so. Held against the graphs by a test.
+    """
+    details = manifest.precision_details.get(precision, {})
+    wide, kept = details.get("multiplied_in_float32", ()), details.get("keep_high", ())
+    base, bits, block = item_bytes(base_dtype(precision, flavour)), details.get("bits"), details.get("block")
+    total = 0
+    for name, (rows, columns) in matrix_shapes(manifest.model).items():
+        if bits is None or name in kept:
+            total += rows * columns * (4 if name in wide else base)
+        else:
+            scales = columns * (rows // block if block else 1)
+            total += rows * columns * bits // 8 + scales * base
+    return total
+
+
+def _table_item_bytes(manifest: Manifest, precision: str) -> int:
+    """Of a table element: 2, or in fp32 the 4 bytes in which it may have been trained, told by the size of the file."""
+    if precision != "fp32":
+        return 2
+    if manifest.host_embeddings:
+        return max(item_bytes(table.dtype) for table in manifest.tables[precision].values())
+    sources = weight_sources(manifest.model)
+    elements = sum(math.prod(shape) for name in TABLES if name in sources for shape in sources[name].shapes)
     stored = manifest.files[f"graphs/{precision}/{WEIGHTS}"].bytes
-    item = 4 if stored >= matrices + 4 * sum(map(math.prod, shapes)) else 2
-    return matrices + item * sum(width for _, width in shapes)
+    return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
 
 
 def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
@@ -82,6 +113,38 @@ class Copies:
 
     backend: int
     kept: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.backend + self.kept
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Bytes that one step wrote: the token's cache entries, the new latent, the record of it that a rewind needs."""
+
+    cache: int
+    latent: int
+    record: int
+
+
+def count_writes(state: DecodeState, step: Callable[[], object]) -> Writes:
+    """Run `step`, which appends one token to each row, and count what it wrote: what was poisoned there and is gone."""
+    buffers, rows, lengths = state.buffers, range(state.batch), state.lengths
+    record = [state.history.live(row, length + 1)[length:] for row, length in enumerate(lengths)]
+    for row, length in zip(rows, lengths, strict=True):
+        record[row][...] = np.nan
+        entries = buffers.read_slots(row, length, length + 1)
+        buffers.write_slots(row, length, {name: np.full_like(array, np.nan) for name, array in entries.items()})
+    step()
+    written = [array for row in rows for array in buffers.read_slots(row, lengths[row], lengths[row] + 1).values()]
+    latent = buffers.latent[: state.batch].size * np.dtype(state.owner.state_dtype).itemsize
+    return Writes(_finite_bytes(written), latent, _finite_bytes(record))
+
+
+def _finite_bytes(arrays: Sequence[npt.NDArray[Any]]) -> int:
+    return sum(int(np.isfinite(array.astype(np.float32)).sum()) * array.itemsize for array in arrays)
 
 
 def count_copies(buffers: StateBuffers, positions: npt.NDArray[np.int64], step: Callable[[], object]) -> Copies:

@@ -12,12 +12,15 @@ from importlib import util
 from itertools import pairwise
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy.cli.app import app
-from lrt_deploy.manifest import FileRecord, read_manifest
+from lrt_deploy.contract import FLAVOURS
+from lrt_deploy.manifest import FileRecord, graph_path, read_manifest
+from lrt_deploy.precisions import PRECISIONS
 from lrt_deploy.runtime import benchmark, plots, traffic
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
@@ -83,6 +86,9 @@ def test_the_document_has_the_fields_that_scripts_rely_on(document):
     assert 0 < document["outside_backend_fraction"] < 1
     assert document["peak_rss_bytes"] > 2**20
     assert document["state_bytes_copied_per_step"] == 0
+    assert document["state_bytes_written_per_step"] == 4 * (4 * 2 * 32 + 64)  # a key and a value per layer, the latent
+    assert document["latent_record_bytes_per_step"] == 4 * 64
+    assert document["logits_bytes_written_per_step"] == 3 * 4 * 320
     read = document["weight_bytes_per_step"] + document["state_bytes_read_per_step"]
     seconds = document["tpot_ms"]["p50"] / 1e3
     assert document["roofline_fraction"] == pytest.approx(read / seconds / document["bandwidth_gb_s"] / 1e9)
@@ -160,7 +166,7 @@ def test_a_model_without_memory_has_nothing_to_iterate(bundles, small_memory):
     fields = json.loads(result.stdout)
     assert [row["algorithm"] for row in fields["prefill"]] == ["stepwise", "one pass"] * 2
     assert fields["convergence"] == []
-    assert fields["state_bytes_copied_per_step"] == fields["latent_backup_bytes_per_step"] == 0
+    assert fields["state_bytes_copied_per_step"] == fields["latent_record_bytes_per_step"] == 0
 
 
 def test_people_get_one_line_and_a_table(bundles, small_memory):
@@ -275,8 +281,50 @@ def test_counting_is_a_true_step(decoder_of):
     decoder = decoder_of(NAME)
     counted, plain = (decoder.prefill([[1, 2, 3], [4]], policy="stepwise") for _ in range(2))
     copies = traffic.count_copies(counted.buffers, counted.lengths, lambda: decoder.step(counted, [7, 8]))
-    assert copies.backend == 0
+    assert copies == traffic.Copies(backend=0, kept=0)
     assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_writes_are_counted_by_a_true_step(in_every_precision, precision):
+    with lrt_deploy.open_decoder(in_every_precision(NAME), precision=precision) as decoder:
+        counted, plain = (decoder.prefill([[1, 2, 3], [4]], policy="stepwise") for _ in range(2))
+        writes = traffic.count_writes(counted, lambda: decoder.step(counted, [7, 8]))
+        item = 4 if precision == "fp32" else 2
+        assert writes == traffic.Writes(cache=2 * 4 * 64 * item, latent=2 * 64 * item, record=2 * 64 * 4)
+        assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
+        assert traffic.count_writes(counted, lambda: None).record == 0  # the twin: nothing is written
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_matrix_bytes_are_those_of_the_graph(in_every_precision, precision, flavour):
+    """What every product reads of its matrix, in the type after the Casts that are folded when it is loaded."""
+    bundle = in_every_precision(NAME)
+    found = read_by_products(ir.load(bundle / graph_path(precision, "decode_step", flavour)).graph)
+    assert traffic.matrix_bytes(read_manifest(bundle), precision, flavour) == found
+
+
+def test_scales_are_counted(in_every_precision):
+    """The twin: without them a quantized matrix would seem smaller."""
+    manifest = read_manifest(in_every_precision(NAME))
+    elements = traffic.matrix_elements(manifest.model)
+    assert traffic.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
+    assert traffic.matrix_bytes(manifest, "int8", "windowed") > elements
+
+
+def read_by_products(graph):
+    def read(value):
+        """(elements, bits of each) of all initializers behind a value."""
+        node = value.producer()
+        if node is None:
+            return [(value.const_value.size, value.dtype.bitwidth)]
+        if node.op_type == "Cast":
+            return [(size, node.outputs[0].dtype.bitwidth) for size, _ in read(node.inputs[0])]
+        return [part for source in node.inputs if source is not None for part in read(source)]
+
+    products = [node for node in graph if node.op_type == "MatMul"]
+    return sum(size * bits // 8 for node in products for size, bits in read(node.inputs[1]))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

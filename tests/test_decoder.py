@@ -305,6 +305,17 @@ def test_a_step_to_numbers_that_are_not_finite_is_refused_and_changes_nothing(fr
     assert changes(snapshot(state), snapshot(healthy)) == []
 
 
+def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypatch):
+    """The twin of the test above."""
+    state, healthy = fresh.prefill([LONG, SHORT]), fresh.prefill([LONG, SHORT])
+    with monkeypatch.context() as patch:
+        poison(patch, "decode", float("nan"))
+        patch.setattr(OrtCpuBuffers, "take_back", lambda self, mark: None)
+        with pytest.raises(BackendError, match="not finite"):
+            fresh.step(state, [1, 2])
+    assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))
+
+
 @pytest.mark.parametrize("policy", ["stepwise", "fixed-point"])
 def test_a_prompt_to_numbers_that_are_not_finite_is_refused_and_changes_nothing(fresh, monkeypatch, policy, tolerances):
     state, healthy = fresh.prefill([SHORT]), fresh.prefill([SHORT])

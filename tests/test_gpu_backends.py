@@ -723,6 +723,25 @@ def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tol
     assert np.abs(found[2].latent - reference[2].latent).max() <= 2 * tolerances.latent
 
 
+@pytest.mark.parametrize("failing", ["the run", "the logits"])
+def test_a_step_that_fails_leaves_the_latent_where_it_was(open_fake, device, monkeypatch, failing):
+    """A step reads one place and writes the other, so nothing is copied aside: the old latent only becomes current."""
+    decoder, _ = open_fake()
+    state, healthy = (decoder.prefill([PROMPT, PROMPT[:4]], policy="stepwise") for _ in range(2))
+    latent = state.latent
+    with monkeypatch.context() as patch:
+        if failing == "the run":
+            patch.setattr(device, "launch", lambda graph: (_ for _ in ()).throw(BackendError("the device is gone")))
+        else:
+            accept = decoder._accept
+            patch.setattr(decoder, "_accept", lambda s, rows, logits: accept(s, rows, logits * np.nan))
+        with pytest.raises(BackendError, match=r"the device is gone|not finite"):
+            decoder.step(state, [1, 2])
+    assert np.array_equal(state.latent, latent) and state.lengths.tolist() == [len(PROMPT), 4]
+    assert np.array_equal(decoder.step(state, [1, 2]), decoder.step(healthy, [1, 2]))
+    assert np.array_equal(state.latent, healthy.latent) and not np.array_equal(state.latent, latent)
+
+
 # Embedding tables on the host, handed in as rows
 
 

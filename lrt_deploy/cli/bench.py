@@ -22,6 +22,7 @@ from . import doctor, options, output
 from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
+    from lrt_deploy.contract import Flavour
     from lrt_deploy.runtime.benchmark import DecodeTimes
     from lrt_deploy.runtime.decoder import Decoder
 
@@ -168,10 +169,13 @@ class Task:
 
 def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dict[str, Any]:
     """The JSON fields of decoding; those that stand for a whole step take its median time."""
+    from lrt_deploy.precisions import base_dtype, item_bytes
     from lrt_deploy.runtime import traffic
 
-    weights = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision)
-    state = traffic.state_bytes_per_step(decoder.config, times.context)
+    flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
+    weights = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
+    item = item_bytes(base_dtype(decoder.precision, flavour))
+    state = traffic.state_bytes_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     return {
         "first_ttft_ms": times.first_ttft_ms,
@@ -180,8 +184,11 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dic
         "tokens_per_s": 1e3 / tpot["p50"],
         "weight_bytes_per_step": weights,
         "state_bytes_read_per_step": state,
-        "state_bytes_copied_per_step": times.copies.backend,
-        "latent_backup_bytes_per_step": times.copies.kept,
+        "state_bytes_copied_per_step": times.copies.total,
+        "state_bytes_written_per_step": times.writes.cache + times.writes.latent,
+        "latent_record_bytes_per_step": times.writes.record,
+        # Written by the graph, kept with the state, and copied once more for whoever called the step.
+        "logits_bytes_written_per_step": 3 * 4 * decoder.config.vocab_size,
         "outside_backend_fraction": times.outside_backend_fraction,
         "bandwidth_gb_s": bandwidth,
         "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (bandwidth * 1e9),
@@ -261,7 +268,9 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
         f"{fields['outside_backend_fraction']:.1%} outside of the backend",
         "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
         "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
-        f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied",
+        f"{output.bytes_text(fields['state_bytes_written_per_step'])} written, "
+        f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied; "
+        f"{output.bytes_text(fields['latent_record_bytes_per_step'])} recorded for rewinding",
         "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used; "
         f"{fields['read_bandwidth_gb_s']:.1f} GB/s reading alone",
         "peak memory": "unknown" if peak is None else output.bytes_text(peak),
