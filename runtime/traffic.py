@@ -1,7 +1,7 @@
 """The bytes of a decode step: what it must read, what it copies, and how fast this machine's memory is.
 
 Bytes of weights and state follow from the model and the context; copies are counted while a step runs; bandwidth is
-measured. Knows no backend: state memory is seen through `StateBuffers.cache` and `.latent`.
+measured. Knows no backend: state memory is seen through `StateBuffers.read_slots` and `.latent`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import numpy.typing as npt
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import BackendError
-from lrt_deploy.interface import FloatArray
 from lrt_deploy.manifest import WEIGHTS, Manifest
 from lrt_deploy.precisions import base_dtype, item_bytes
 from lrt_deploy.weights import matrix_shapes, weight_sources
@@ -155,28 +154,29 @@ def count_copies(buffers: StateBuffers, positions: npt.NDArray[np.int64], step: 
     swap; if it lies afterwards where it lay before, it was copied back. `kept` counts calls of `ndarray.copy` on any of
     this memory. Raises BackendError where the buffers do not show their memory.
     """
-    before, latent = _caches(buffers), buffers.latent
-    if [a.ctypes.data for a in before] != [a.ctypes.data for a in _caches(buffers)]:
+    before, latent = _caches(buffers, len(positions)), buffers.latent
+    if [a.ctypes.data for a in before] != [a.ctypes.data for a in _caches(buffers, len(positions))]:
         raise BackendError("this backend shows copies of its caches, so that what a step copies cannot be counted")
-    rows = np.arange(buffers.batch)
-    for cache in before:
-        cache[rows, :, positions] = np.nan
+    slots = np.repeat(positions, len(before) // len(positions))
+    for cache, slot in zip(before, slots, strict=True):
+        cache[:, slot] = np.nan
     kept = _bytes_copied_in_python([*before, latent], step)
     copied = sum(
         new.nbytes
-        for old, new in zip(before, _caches(buffers), strict=True)
-        if new.ctypes.data != old.ctypes.data or np.isnan(new[rows, :, positions]).any()
+        for old, new, slot in zip(before, _caches(buffers, len(positions)), slots, strict=True)
+        if new.ctypes.data != old.ctypes.data or np.isnan(new[:, slot]).any()
     )
     if latent.size and buffers.latent.ctypes.data == latent.ctypes.data:
         copied += latent.nbytes
     return Copies(copied, kept)
 
 
-def _caches(buffers: StateBuffers) -> list[FloatArray]:
-    return [array for layer in range(buffers.layers) for array in buffers.cache(layer, buffers.capacity)]
+def _caches(buffers: StateBuffers, rows: int) -> list[npt.NDArray[Any]]:
+    """Every cache of every row, (G, S, D) each, in its own type: `cache` would widen what is narrower than float32."""
+    return [array for row in range(rows) for array in buffers.read_slots(row, 0, buffers.capacity).values()]
 
 
-def _bytes_copied_in_python(arrays: list[FloatArray], act: Callable[[], object]) -> int:
+def _bytes_copied_in_python(arrays: list[npt.NDArray[Any]], act: Callable[[], object]) -> int:
     """Bytes of these arrays on which `ndarray.copy` is called while `act` runs."""
     ranges = [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
     copied = 0

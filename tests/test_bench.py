@@ -238,9 +238,9 @@ class FakeBuffers:
     def latent(self):
         return self.latents[self.turn][:, 0]
 
-    def cache(self, layer, length):
-        pair = [cache[:, :, :length] for cache in self.caches[2 * layer : 2 * layer + 2]]
-        return tuple(cache.copy() for cache in pair) if self.fault == "opaque" else tuple(pair)
+    def read_slots(self, row, start, stop):
+        views = {f"cache {i}": cache[row, :, start:stop] for i, cache in enumerate(self.caches)}
+        return {name: view.copy() for name, view in views.items()} if self.fault == "opaque" else views
 
     def step(self):
         if self.fault == "moves":
@@ -283,6 +283,13 @@ def test_counting_is_a_true_step(decoder_of):
     copies = traffic.count_copies(counted.buffers, counted.lengths, lambda: decoder.step(counted, [7, 8]))
     assert copies == traffic.Copies(backend=0, kept=0)
     assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_no_precision_copies_its_state(in_every_precision, precision):
+    with lrt_deploy.open_decoder(in_every_precision(NAME), precision=precision) as decoder:
+        state = decoder.prefill([[1, 2, 3], [4]], policy="stepwise")
+        assert benchmark.count_step_copies(decoder, state) == traffic.Copies(backend=0, kept=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
