@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +25,7 @@ from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 
 from .backend import Block, StateBuffers
+from .certificate import contraction, error_bound, largest_change
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,13 @@ class SweepOptions:
     noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: by how much passes differ at the fixed point
 
 
-# The plain iteration, to compare with: whole parallel passes, in chunks that only bound memory.
-PLAIN = SweepOptions(stride=1, chunk_tokens=512)
+# The plain iteration, to compare with: a sweep is one parallel pass over the chunk.
+PLAIN = SweepOptions(stride=1)
+
+# DESIGN: a tolerance bounds the latent "and the cache with it". Keys are normed and values of order one like the
+# latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
+# 1e-5.
+CACHE_TOLERANCE_RATIO = 5.0
 
 
 @dataclass
@@ -124,56 +129,62 @@ class Sweeps:
         self.latents[0] = carried
         self.head = True  # whether the logits after the chunk's last token are wanted
         self.logits: FloatArray = np.zeros(0, np.float32)  # (V), or (0) without head
-        self.done = self.computed = 0
+        self.blocks = self.computed = 0  # blocks and tokens computed so far
+        # Of each block against the sweep before, from the second sweep on; the first one's is from nothing.
         self.latent_changes: list[float] = []
         self.cache_changes: list[float] = []
         self.residual, self.verdict = math.inf, ""
 
     @property
+    def done(self) -> int:
+        """Whole sweeps so far."""
+        return self.blocks // self.stride
+
+    @property
     def exact(self) -> int:
-        """Leading tokens of the chunk that equal stepwise reading by construction."""
-        return min(self.done * self.stride, len(self.tokens))
+        """Leading tokens of the chunk that equal stepwise reading by construction: one more with every block."""
+        return min(self.blocks, len(self.tokens))
 
     def converge(self, tolerance: float) -> bool:
-        """Sweep until the bound on the error is within tolerance; False when that is not to be expected."""
+        """Go on until the bound on the error is within tolerance; False when that is not to be expected.
+
+        A sweep that has begun need not be finished.
+        """
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
         try:
             while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
-                self.sweep()
+                self.read_block()
         finally:  # also when a backend fails or the user interrupts: the state is used again
             self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
 
     def sweep(self) -> None:
-        """Compute every position once. The first sweep sees only what it has already computed."""
-        end, latent_change, cache_change = self.start + len(self.tokens), 0.0, 0.0
-        for index, members in enumerate(self.members):
-            live = self.slots[index + 1] if self.done == 0 else end
-            last = members[-1] == len(self.tokens) - 1
-            block = Block(
-                self.row,
-                self.tokens[members],
-                self.start + members,
-                self.slots[index],
-                live,
-                self.start,
-                head=last and self.head,
-            )
-            before = self._first_block_cache() if index == 0 and self.done else None
-            latents, logits = self.buffers.read(block, self.latents[members])
-            if before is not None:
-                cache_change = _largest_change(before, self._first_block_cache())
-            change = np.abs(latents - self.latents[members + 1]).max(initial=0.0)
-            latent_change = float(np.maximum(latent_change, change))  # unlike max, keeps NaN
-            self.latents[members + 1] = latents
-            if last:
-                self.logits = logits.copy()
-            self.computed += len(members)
-        if self.done:  # the first sweep's change is from nothing
-            self.latent_changes.append(latent_change)
-            self.cache_changes.append(cache_change)
-        self.done += 1
+        """Compute every position once."""
+        for _ in self.members:
+            self.read_block()
+
+    def read_block(self) -> None:
+        """Compute the next block. Those of the first sweep see only what has been computed before them."""
+        index = self.blocks % self.stride
+        members, first, end = self.members[index], self.slots[index], self.slots[index + 1]
+        last = members[-1] == len(self.tokens) - 1
+        live = self.start + len(self.tokens) if self.done else end
+        head = bool(last and self.head)
+        block = Block(self.row, self.tokens[members], self.start + members, first, live, self.start, head)
+        before = (
+            {k: slots.copy() for k, slots in self.buffers.read_slots(self.row, first, end).items()}
+            if self.done
+            else None
+        )
+        latents, logits = self.buffers.read(block, self.latents[members])
+        if before is not None:
+            self.latent_changes.append(float(np.abs(latents - self.latents[members + 1]).max(initial=0.0)))
+            self.cache_changes.append(largest_change(before, self.buffers.read_slots(self.row, first, end)))
+        self.latents[members + 1] = latents
+        if last:
+            self.logits = logits.copy()
+        self.blocks, self.computed = self.blocks + 1, self.computed + len(members)
 
     def finish_stepwise(self) -> None:
         """Read what is not exact yet token by token. The slots are in order again."""
@@ -194,70 +205,29 @@ class Sweeps:
             self.computed += 1
         self.logits, self.residual = logits.copy(), 0.0
 
-    def _first_block_cache(self) -> list[FloatArray]:
-        """Keys and values that the first block wrote: it reads the oldest latents, so its cache lags the most."""
-        first, end = self.slots[0], self.slots[1]
-        layers = range(self.buffers.layers)
-        return [kv[self.row, :, first:end].copy() for layer in layers for kv in self.buffers.cache(layer, end)]
-
     def _certified(self, tolerance: float) -> bool:
         if self.done and self.exact == len(self.tokens):
             self.residual = 0.0
             return True
-        noise = self.options.noise
-        self.residual = error_bound(self.latent_changes, noise)
-        return (
-            self.residual <= tolerance and error_bound(self.cache_changes, noise) <= CACHE_TOLERANCE_RATIO * tolerance
-        )
+        stride, noise = self.stride, self.options.noise
+        self.residual = error_bound(self.latent_changes, stride, noise)
+        cache = error_bound(self.cache_changes, stride, noise)
+        return self.residual <= tolerance and cache <= CACHE_TOLERANCE_RATIO * tolerance
 
     def _hopeless(self, tolerance: float) -> bool:
         """Whether the measured contraction cannot reach the tolerance within the allowed sweeps."""
-        changes = self.latent_changes
+        changes, stride, noise = self.latent_changes, self.stride, self.options.noise
         if changes and not math.isfinite(changes[-1]):
             self.verdict = "produced numbers that are not finite"
             return True
-        if len(changes) < 3:
+        if len(changes) < 3 * stride:
             return False
-        if max(changes[-2:]) <= self.options.noise:
-            self.verdict = f"is down to its noise of {self.options.noise:.0e}, too much for {tolerance:.0e}"
+        if max(changes[-2 * stride :]) <= noise:
+            self.verdict = f"is down to its noise of {noise:.0e}, too much for {tolerance:.0e}"
             return True
-        q = contraction(changes, self.options.noise)
+        q = contraction(changes, stride, noise)
         allowed = self.options.max_sweeps - self.done
-        if q < 1 and changes[-1] * q**allowed <= tolerance:
+        if q < 1 and max(changes[-stride:]) * q**allowed <= tolerance:
             return False
         self.verdict = f"contracts by {q:.2f} a sweep, too slowly for {tolerance:.0e}"
         return True
-
-
-# DESIGN: a tolerance bounds the latent "and the cache with it". Keys are normed and values of order one like the
-# latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
-# 1e-5.
-CACHE_TOLERANCE_RATIO = 5.0
-LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
-LEAST_FIRST_RATIO, LEAST_RATIO = 0.25, 0.12
-CLEAR_CHANGE = 2.0  # the first change is 5 to 8: it stands above the noise of every precision
-
-
-def contraction(changes: Sequence[float], noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
-    """The largest of the last three ratios of successive changes that stand above rounding noise.
-
-    Where all changes before the last are noise, memory is too weak for a ratio: 1/2 is then on the safe side.
-    """
-    ratios = [b / a for a, b in itertools.pairwise(changes) if a > min(20 * noise, CLEAR_CHANGE)]
-    return max(ratios[-3:], default=0.5 if len(changes) > 1 else math.inf)
-
-
-def error_bound(changes: Sequence[float], noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
-    """Bound the error after the last of several changes that shrink by q each: 2 * change * q / (1 - q)^2, plus noise.
-
-    A geometric series gives q / (1 - q); the other 1 / (1 - q) and the 2 pay for q being measured, not known. Ratios
-    below LEAST_RATIO are not believed, one alone even less. How far the true error stayed below: docs/numerics.md.
-    """
-    q = max(contraction(changes, noise), LEAST_FIRST_RATIO if len(changes) < 3 else LEAST_RATIO)
-    return 2 * changes[-1] * q / (1 - q) ** 2 + noise if q < 1 else math.inf
-
-
-def _largest_change(before: Sequence[FloatArray], after: Sequence[FloatArray]) -> float:
-    """Absolute, but relative to LARGE_VALUE in an array that holds larger ones: values are not normed."""
-    pairs = zip(before, after, strict=True)
-    return float(np.max([np.abs(b - a).max() / max(1.0, np.abs(b).max() / LARGE_VALUE) for a, b in pairs]))

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.manifest import read_manifest
+from lrt_deploy.runtime.certificate import contraction, error_bound
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, contraction, error_bound
+from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
 from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLERANCE
@@ -185,32 +186,33 @@ def reseeded(bundle, folder, seed, scale):
 
 
 def histories(backend, ids):
-    """After each sweep over a prompt, for each stride: the changes so far, and the true error."""
+    """After each block of a prompt, for each stride: the stride, the changes so far, and the true error."""
     zeros = np.zeros(backend.config.n_embd, np.float32)
     buffers = backend.allocate(1)
     truth = Sweeps(buffers, 0, ids, 0, zeros, SweepOptions())
     truth.finish_stepwise()
-    for stride in (1, 4, 8, 16):
+    for stride in (1, 2, 4, 8):
         sweeps = Sweeps(buffers, 0, ids, 0, zeros, SweepOptions(stride=stride))
         buffers.reorder(0, 0, np.concatenate(sweeps.members), move=False)
         while sweeps.done < 14 and sweeps.exact < len(ids):
-            sweeps.sweep()
-            yield list(sweeps.latent_changes), float(np.abs(sweeps.latents - truth.latents).max())
+            sweeps.read_block()
+            yield sweeps.stride, list(sweeps.latent_changes), float(np.abs(sweeps.latents - truth.latents).max())
         buffers.reorder(0, 0, np.concatenate(sweeps.members), move=True)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_the_certified_bound_is_never_below_the_true_error(bundle_of, tmp_path, name):
-    """5 weights x 4 lengths x 4 strides a model, after every sweep; without the margin for a measured q it would be."""
+    """5 weights x 4 lengths x 4 strides a model, after every block; without the margin for a measured q it would be."""
     certified, series_alone = [], []
     for seed in range(5):
         backend = reseeded(bundle_of(name), tmp_path / str(seed), seed, MODELS[name][1] * (0.6 + 0.2 * seed))
         for length in (12, 40, 100, 200):
             ids = np.array(prompt(seed, length))
-            for changes, error in histories(backend, ids):
-                if (bound := error_bound(changes)) <= LARGEST_BOUND:
+            for stride, changes, error in histories(backend, ids):
+                if (bound := error_bound(changes, stride)) <= LARGEST_BOUND:
                     certified.append(error / max(bound, NOISE))
-                    series = changes[-1] * contraction(changes) / (1 - contraction(changes))
+                    q = contraction(changes, stride)
+                    series = max(changes[-stride:]) * q / (1 - q)
                     series_alone.append(error / max(series, NOISE))
     assert len(certified) >= 100
     assert max(certified) <= 1
@@ -220,11 +222,23 @@ def test_the_certified_bound_is_never_below_the_true_error(bundle_of, tmp_path, 
 def test_the_bound_needs_two_changes_and_grows_with_their_ratio():
     assert error_bound([]) == error_bound([0.1]) == math.inf
     assert error_bound([1.0, 1.0]) == error_bound([1.0, 2.0]) == math.inf
-    assert error_bound([1.0, 0.1]) < error_bound([1.0, 0.1, 0.05]) < error_bound([1.0, 0.1, 0.08])
-    # A ratio of numbers that are noise says nothing, nor does one ratio alone say that a model contracts at once.
+    assert error_bound([1.0, 0.1, 0.02]) < error_bound([1.0, 0.1, 0.05]) < error_bound([1.0, 0.1, 0.08])
+    # A ratio of numbers that are noise says nothing, and one ratio alone is believed less than two.
     assert contraction([1.0, 0.1, 1e-5, 9e-6]) == pytest.approx(0.1)
-    assert error_bound([1.0, 1e-2, 1e-4]) == pytest.approx(2 * 1e-4 * 0.12 / 0.88**2 + FLOAT32_RESIDUAL_NOISE)
-    assert error_bound([1.0, 1e-2]) == pytest.approx(2 * 1e-2 * 0.25 / 0.75**2 + FLOAT32_RESIDUAL_NOISE)
+    noise = FLOAT32_RESIDUAL_NOISE
+    assert error_bound([1.0, 0.1]) == pytest.approx(4 * 0.1 * 0.1 / 0.9 + noise)
+    assert error_bound([1.0, 0.1, 0.01]) == pytest.approx(2.5 * 0.01 * 0.1 / 0.9 + noise)
+
+
+def test_blocks_are_compared_with_themselves_one_sweep_earlier():
+    """The second of two blocks changes less than the first, which says nothing about the contraction."""
+    assert contraction([1.0, 0.1], blocks=2) == math.inf
+    assert contraction([1.0, 0.1, 0.4], blocks=2) == 0.4
+    noise = FLOAT32_RESIDUAL_NOISE
+    assert error_bound([1.0, 0.1, 0.4], blocks=2) == pytest.approx(4 * 0.4 * 0.4 / 0.6 + noise)
+    assert error_bound([1.0, 0.1, 0.4, 0.01], blocks=2) == pytest.approx(4 * 0.4 * 0.4 / 0.6 + noise)
+    assert error_bound([1.0, 0.1, 0.4, 0.01, 0.04], blocks=2) == pytest.approx(2.5 * 0.04 * 0.4 / 0.6 + noise)
+    assert math.isnan(error_bound([1.0, 0.1, 0.4, 0.01, 0.04, math.nan], blocks=2))  # within no tolerance
 
 
 @pytest.mark.parametrize("scale", [1e-5, 0.0])
