@@ -98,7 +98,7 @@ class ZeroFirst(Sweeps):
         memory = np.zeros_like(self.latents[:-1])
         memory[order == 0] = self.latents[0]
         self.latents[order + 1], logits = self.buffers.read(block, memory)
-        self.logits, self.done, self.computed = logits.copy(), 1, count
+        self.logits, self.blocks, self.computed = logits.copy(), self.stride, count
 
 
 class Anderson(Sweeps):
