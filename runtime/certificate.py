@@ -21,7 +21,8 @@ from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 CLEAR_CHANGE = 2.0  # the first change is 5 to 8: it stands above the noise of every precision
 LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
 SWEEPS_OF_RATIOS = 3  # contraction drifts, so that older ratios say less
-FIRST_MARGIN, MARGIN = 4.0, 2.5
+# While no block has shown more than one ratio, the margin is the larger one; keys and values vary more than latents.
+FIRST_MARGIN, FIRST_MARGIN_CACHE, MARGIN = 4.0, 6.0, 3.0
 
 
 def ratios(changes: Sequence[float], blocks: int, noise: float) -> list[float]:
@@ -39,16 +40,22 @@ def contraction(changes: Sequence[float], blocks: int = 1, noise: float = FLOAT3
     return max(found, default=0.5 if len(changes) > blocks else math.inf)
 
 
-def error_bound(changes: Sequence[float], blocks: int = 1, noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
+def error_bound(
+    changes: Sequence[float],
+    blocks: int = 1,
+    noise: float = FLOAT32_RESIDUAL_NOISE,
+    first_margin: float = FIRST_MARGIN,
+) -> float:
     """Bound the error after the last of several block changes: margin * change * q / (1 - q), plus noise.
 
     Without a margin this is the geometric series of what is still to come, `change` being the largest of the last
-    sweep's. The margin pays for q being measured and not known, and is larger while one sweep alone has shown it.
+    sweep's. The margin pays for q being measured and not known: MARGIN, and `first_margin` while one sweep alone has
+    shown it.
     """
     q = contraction(changes, blocks, noise)
     if not q < 1:
         return math.inf
-    margin = MARGIN if len(ratios(changes, blocks, noise)) > blocks else FIRST_MARGIN
+    margin = MARGIN if len(ratios(changes, blocks, noise)) > blocks else first_margin
     return margin * float(np.max(changes[-blocks:])) * q / (1 - q) + noise  # not max, which can lose NaN
 
 

@@ -7,10 +7,12 @@ stepwise. In between, information moves `stride` positions a sweep and the block
 full speed: on trained models the error falls 8 to 10 times a sweep, against 3 to 5 times (docs/numerics.md has the
 table).
 
-Exact by construction: after k sweeps the first k * stride positions equal stepwise reading, so a chunk that does not
-contract is finished stepwise from there. Long prompts are read chunk by chunk, each to its end: memory stays bounded
-and little of the attention is computed in vain. During sweeps the slots of a chunk hold its tokens block by block,
-because caches are written in consecutive slots; `StateBuffers.reorder` tells the mask, and puts them back at the end.
+Exact by construction: with every block one more of the leading positions equals stepwise reading, so a chunk that does
+not contract is finished stepwise from there. After every block `certificate` bounds the error by what the blocks have
+changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. Long prompts are read
+chunk by chunk, each to its end: memory stays bounded and little of the attention is computed in vain. During sweeps the
+slots of a chunk hold its tokens block by block, because caches are written in consecutive slots; `StateBuffers.reorder`
+tells the mask, and puts them back at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ import numpy as np
 from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 
-from .backend import Block, StateBuffers
-from .certificate import contraction, error_bound, largest_change
+from .backend import Block, SlotArrays, StateBuffers
+from .certificate import FIRST_MARGIN_CACHE, contraction, error_bound, largest_change
 
 
 @dataclass(frozen=True)
@@ -172,19 +174,18 @@ class Sweeps:
         live = self.start + len(self.tokens) if self.done else end
         head = bool(last and self.head)
         block = Block(self.row, self.tokens[members], self.start + members, first, live, self.start, head)
-        before = (
-            {k: slots.copy() for k, slots in self.buffers.read_slots(self.row, first, end).items()}
-            if self.done
-            else None
-        )
+        before = {k: v.copy() for k, v in self._slots(first, end).items()} if self.done else {}
         latents, logits = self.buffers.read(block, self.latents[members])
-        if before is not None:
-            self.latent_changes.append(float(np.abs(latents - self.latents[members + 1]).max(initial=0.0)))
-            self.cache_changes.append(largest_change(before, self.buffers.read_slots(self.row, first, end)))
+        if self.done:
+            self.latent_changes.append(float(np.abs(latents - self.latents[members + 1]).max()))
+            self.cache_changes.append(largest_change(before, self._slots(first, end)))
         self.latents[members + 1] = latents
         if last:
             self.logits = logits.copy()
         self.blocks, self.computed = self.blocks + 1, self.computed + len(members)
+
+    def _slots(self, first: int, end: int) -> SlotArrays:
+        return self.buffers.read_slots(self.row, first, end)
 
     def finish_stepwise(self) -> None:
         """Read what is not exact yet token by token. The slots are in order again."""
@@ -211,23 +212,24 @@ class Sweeps:
             return True
         stride, noise = self.stride, self.options.noise
         self.residual = error_bound(self.latent_changes, stride, noise)
-        cache = error_bound(self.cache_changes, stride, noise)
+        cache = error_bound(self.cache_changes, stride, noise, FIRST_MARGIN_CACHE)
         return self.residual <= tolerance and cache <= CACHE_TOLERANCE_RATIO * tolerance
 
     def _hopeless(self, tolerance: float) -> bool:
-        """Whether the measured contraction cannot reach the tolerance within the allowed sweeps."""
+        """Whether the measured contraction cannot reach the tolerance within the allowed sweeps; judged by sweeps."""
         changes, stride, noise = self.latent_changes, self.stride, self.options.noise
         if changes and not math.isfinite(changes[-1]):
             self.verdict = "produced numbers that are not finite"
             return True
-        if len(changes) < 3 * stride:
+        if len(changes) < 3 * stride or len(changes) % stride:
             return False
-        if max(changes[-2 * stride :]) <= noise:
+        sweeps = [max(changes[i : i + stride]) for i in range(0, len(changes), stride)]
+        if max(sweeps[-2:]) <= noise:
             self.verdict = f"is down to its noise of {noise:.0e}, too much for {tolerance:.0e}"
             return True
-        q = contraction(changes, stride, noise)
+        q = contraction(sweeps, noise=noise)
         allowed = self.options.max_sweeps - self.done
-        if q < 1 and max(changes[-stride:]) * q**allowed <= tolerance:
+        if q < 1 and sweeps[-1] * q**allowed <= tolerance:
             return False
         self.verdict = f"contracts by {q:.2f} a sweep, too slowly for {tolerance:.0e}"
         return True

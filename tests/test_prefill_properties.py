@@ -227,7 +227,7 @@ def test_the_bound_needs_two_changes_and_grows_with_their_ratio():
     assert contraction([1.0, 0.1, 1e-5, 9e-6]) == pytest.approx(0.1)
     noise = FLOAT32_RESIDUAL_NOISE
     assert error_bound([1.0, 0.1]) == pytest.approx(4 * 0.1 * 0.1 / 0.9 + noise)
-    assert error_bound([1.0, 0.1, 0.01]) == pytest.approx(2.5 * 0.01 * 0.1 / 0.9 + noise)
+    assert error_bound([1.0, 0.1, 0.01]) == pytest.approx(3 * 0.01 * 0.1 / 0.9 + noise)
 
 
 def test_blocks_are_compared_with_themselves_one_sweep_earlier():
@@ -237,7 +237,7 @@ def test_blocks_are_compared_with_themselves_one_sweep_earlier():
     noise = FLOAT32_RESIDUAL_NOISE
     assert error_bound([1.0, 0.1, 0.4], blocks=2) == pytest.approx(4 * 0.4 * 0.4 / 0.6 + noise)
     assert error_bound([1.0, 0.1, 0.4, 0.01], blocks=2) == pytest.approx(4 * 0.4 * 0.4 / 0.6 + noise)
-    assert error_bound([1.0, 0.1, 0.4, 0.01, 0.04], blocks=2) == pytest.approx(2.5 * 0.04 * 0.4 / 0.6 + noise)
+    assert error_bound([1.0, 0.1, 0.4, 0.01, 0.04], blocks=2) == pytest.approx(3 * 0.04 * 0.4 / 0.6 + noise)
     assert math.isnan(error_bound([1.0, 0.1, 0.4, 0.01, 0.04, math.nan], blocks=2))  # within no tolerance
 
 
