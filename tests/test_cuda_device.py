@@ -19,6 +19,7 @@ from lrt_deploy.gpu import find_gpu
 from lrt_deploy.runtime.cuda_device import Arena, CudaDevice
 from lrt_deploy.runtime.device_buffers import DeviceBuffers
 from lrt_deploy.runtime.device_steps import PrefillStep, Setup
+from lrt_deploy.runtime.host_tables import HostTables
 
 
 class FakeCuda(ModuleType):
@@ -251,7 +252,8 @@ def test_a_state_in_bfloat16_shows_float32_and_keeps_its_entries(device):
         for kind in ("key", "value")
         for i in range(2)
     ]
-    setup = Setup(Idle(), device, config, dtype, [], pairs, capacity=128, chunk_tokens=16, cuda_graph=True)
+    sizes = {"capacity": 128, "chunk_tokens": 16}
+    setup = Setup(Idle(), device, config, dtype, [], pairs, **sizes, cuda_graph=True, tables=HostTables({}))
     buffers = DeviceBuffers(setup, PrefillStep(setup, Arena(device)), 2, 32)
     buffers.set_latent(np.array([1]), np.full((1, 8), 1.003, np.float32))
     assert buffers.latent.dtype == np.float32
