@@ -79,10 +79,10 @@ def alternate(
     ]
 
 
-def weight_bytes(setting: Setting) -> dict[str, int]:
-    """Bytes of weights that a step reads, with and without memory."""
+def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
+    """Bytes of weights that a step reads, with and without memory, of those that were measured."""
     found = {}
-    for name in ("ours", "no-memory"):
+    for name in {"ours", "no-memory"}.intersection(contenders):
         bundle = models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours")
         found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision)
     return found
@@ -138,9 +138,8 @@ def main() -> None:
             folder = args.folder / name.replace("/", "-")
             setting = Setting(folder, models.SIZES[name], precision, args.threads, args.genai)
             rows = measure(setting, args)
-            results.append(
-                {"size": name, "precision": precision, "weight_bytes_per_step": weight_bytes(setting), "rows": rows}
-            )
+            weights = weight_bytes(setting, args.contenders)
+            results.append({"size": name, "precision": precision, "weight_bytes_per_step": weights, "rows": rows})
     print(table(results))
     if args.out:
         packages = ("lrt-deploy", "torch", "onnxruntime-gpu", "numpy")

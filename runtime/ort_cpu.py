@@ -2,7 +2,7 @@
 
 Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. They
 hold little more than the tokens so far, since attention reads all of their slots, and are replaced by larger ones
-every ROOM_STEP tokens. The latent goes in and out through two small arrays that swap roles (every layer reads it, so
+in steps (`room_for`). The latent goes in and out through two small arrays that swap roles (every layer reads it, so
 it cannot be overwritten). All that a call needs is bound once per shape; a decode step writes a few integers and runs.
 """
 
@@ -25,6 +25,7 @@ from lrt_deploy.manifest import TABLES, WEIGHTS, Manifest, graph_path
 from lrt_deploy.precisions import base_dtype
 
 from .backend import Block, BlockLimits, SlotArrays
+from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
 from .huge_pages import Moved, in_huge_pages
 from .ort_quantized import quantized_entries
@@ -33,8 +34,6 @@ from .ort_quantized import quantized_entries
 # stay in the processor's cache.
 _SMALL_BYTES = 64 * 2**20
 _LOG_ERRORS = 3
-# Slots by which caches grow. More: attention reads more empty slots. Fewer: copying into larger arrays costs more.
-ROOM_STEP = 128
 _NO_POSITION = np.iinfo(np.int64).max  # of a slot that no token may see
 _KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, with and without head
 
@@ -111,7 +110,7 @@ class OrtCpuBuffers:
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
         self._end = np.zeros(1, np.int64)
         self._slot_positions = np.arange(self.capacity)
-        self._make_room(1)
+        self._make_room(1, room_for(1))
 
     @property
     def latent(self) -> FloatArray:
@@ -132,25 +131,23 @@ class OrtCpuBuffers:
         """The other one has been written at most."""
         self._turn = mark
 
-    def _make_room(self, end: int, step: int = ROOM_STEP) -> None:
-        """Have slots up to `end`. Larger caches take the place of the old ones, and nothing is bound to them yet."""
+    def _make_room(self, end: int, room: int) -> None:
+        """Have `room` slots unless there are `end`. Nothing is bound yet to the larger caches that replace the old."""
         if end <= self._room:
             return
-        old, self._room = self._room, min(-(-end // step) * step, self.capacity)
+        old, self._room = self._room, min(room, self.capacity)
         for name, cache in self._caches.items():
             larger = np.zeros((*cache.shape[:2], self._room, cache.shape[3]), cache.dtype)
             larger[:, :, :old] = cache
             self._caches[name] = larger  # one at a time: the old one can go
         self._seen_positions = np.full(self._room, _NO_POSITION)
         self._decodes: dict[tuple[int, bool, int], _Call] = {}
-        for head, turn in ((True, 0), (True, 1), (False, 0), (False, 1)):  # others when rows have left
-            self._decode_call(self.batch, head, turn)
         self._reads: dict[tuple[int, int, int], _Call] = {}
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
         end = int(positions.max()) + 1
-        self._make_room(end)
+        self._make_room(end, room_for(end))
         call = self._decode_call(len(tokens), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
@@ -163,8 +160,7 @@ class OrtCpuBuffers:
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row; bindings are kept per row and block length."""
         end = max(block.end, block.slot + len(block.tokens))
-        # A prompt grows fast: by a quarter, or copying into larger caches takes a tenth of the time at 2,048 tokens.
-        self._make_room(end, max(1, end // 4 // ROOM_STEP) * ROOM_STEP)
+        self._make_room(end, room_for_prompt(end))
         call = self._read_call(block.row, len(block.tokens), int(block.head))
         call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
         if self._config.memory:
@@ -194,9 +190,8 @@ class OrtCpuBuffers:
 
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries into a row's slots from `start` on."""
-        self._make_room(
-            start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
-        )
+        end = start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
+        self._make_room(end, room_for(end))
         for name, cache in self._caches.items():
             cache[row, :, start : start + entries[name].shape[1]] = entries[name]
 
