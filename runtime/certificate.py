@@ -67,8 +67,10 @@ def largest_change(before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArr
     largest = 0.0
     for name, old in before.items():
         new = after[name]
-        scale = max(1.0, _largest(new) / LARGE_VALUE)
-        largest = np.maximum(largest, _largest(np.subtract(new, old, out=old)) / scale)  # unlike max, keeps NaN
+        change = _largest(np.subtract(new, old, out=old))
+        if not change <= largest:  # also where it is NaN; else no scale can make it the largest
+            scale = max(1.0, _largest(new) / LARGE_VALUE)
+            largest = np.maximum(largest, change / scale)  # unlike max, keeps NaN
     return float(largest)
 
 

@@ -88,10 +88,12 @@ def read_row(
 def chunk_size(start: int, end: int, options: SweepOptions) -> int:
     """How many of the tokens from `start` to `end` to read together, all that follow in equal parts.
 
-    A chunk converges the faster the more exact context it has. So far from the start larger ones do in as few sweeps,
-    and their blocks multiply faster: a quarter of what is before them, up to `largest_chunk_tokens`.
+    A chunk converges the faster the more exact context it has. So after the start larger ones do in as few sweeps, and
+    their blocks multiply faster: twice the first one, then a quarter of what is before them, up to
+    `largest_chunk_tokens`.
     """
-    most = max(options.chunk_tokens, min(start // 4, options.largest_chunk_tokens))
+    twice = min(2 * min(start, options.chunk_tokens), options.largest_chunk_tokens)
+    most = max(options.chunk_tokens, twice, min(start // 4, options.largest_chunk_tokens))
     chunks = -(-(end - start) // most)
     return -(-(end - start) // chunks)
 

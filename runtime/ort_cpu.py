@@ -172,6 +172,7 @@ class OrtCpuBuffers:
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
         """Permute the slots' positions; with `move`, gather the row's entries back into order."""
         slots = slice(start, start + len(order))
+        self._make_room(slots.stop, room_for_prompt(slots.stop))  # once, and not with every block
         self._slot_positions[slots] = start + order
         if move:
             back = np.argsort(order)
