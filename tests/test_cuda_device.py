@@ -167,7 +167,7 @@ def test_bandwidth_counts_what_is_read_and_written_in_the_best_round(cuda, devic
     assert cuda.blocks == {}
 
 
-def test_no_room_for_measuring_is_an_error_that_leaves_no_memory(cuda, device):
+def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
     cuda.fails = "cudaMemcpyAsync"
     with pytest.raises(BackendError, match="copying 64 bytes: out of luck"):
         bandwidth.device_copy_gb_s(device, 64)
