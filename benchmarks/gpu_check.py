@@ -24,7 +24,6 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 PROMPT_TOKENS, PARITY_STEPS, GRAPH_STEPS = 16, 64, 32
-_COPY_BYTES, _COPY_ROUNDS = 2**28, 20
 
 
 def candidates(bundle: Path, precisions: list[str]) -> Iterator[tuple[str, str]]:
@@ -152,36 +151,16 @@ def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa
     }
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by copies within the GPU's memory."""
-    from cuda.bindings import runtime as cuda
-
-    def ask(answer: tuple[Any, ...]) -> Any:  # noqa: ANN401
-        assert answer[0] == cuda.cudaError_t.cudaSuccess, answer[0]
-        return answer[1] if len(answer) > 1 else None
-
-    source, target = ask(cuda.cudaMalloc(_COPY_BYTES)), ask(cuda.cudaMalloc(_COPY_BYTES))
-    kind, best = cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice, 0.0
-    for _ in range(5):
-        ask(cuda.cudaDeviceSynchronize())
-        start = time.perf_counter()
-        for _ in range(_COPY_ROUNDS):
-            ask(cuda.cudaMemcpyAsync(target, source, _COPY_BYTES, kind, 0))
-        ask(cuda.cudaDeviceSynchronize())
-        best = max(best, 2 * _COPY_BYTES * _COPY_ROUNDS / (time.perf_counter() - start))
-    for address in (source, target):
-        ask(cuda.cudaFree(address))
-    return best
-
-
 def run(bundle: Path, args: argparse.Namespace, gpu: Any) -> dict[str, Any]:  # noqa: ANN401
     """All findings."""
     from lrt_deploy.cli.doctor import environment
     from lrt_deploy.manifest import read_manifest
+    from lrt_deploy.runtime.bandwidth import device_copy_gb_s
+    from lrt_deploy.runtime.cuda_device import CudaDevice
 
     held = read_manifest(bundle).precisions
     precisions = [precision for precision in args.precision or held if precision in held]
-    bandwidth = copy_bandwidth()
+    bandwidth = 1e9 * device_copy_gb_s(CudaDevice())
     findings = []
     for backend, precision in candidates(bundle, precisions):
         say(f"{backend} in {precision}")

@@ -47,7 +47,8 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All lengths, each with its contraction, its table and its check."""
     import lrt_deploy
     from lrt_deploy.cli.bench import environment
-    from lrt_deploy.runtime.benchmark import compare_prefill, measure_convergence, random_tokens
+    from lrt_deploy.runtime.benchmark import compare_prefill, random_tokens
+    from lrt_deploy.runtime.convergence import measure_convergence
 
     results = []
     with lrt_deploy.open_decoder(bundle, threads=args.threads) as decoder:

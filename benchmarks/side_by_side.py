@@ -30,7 +30,7 @@ from contenders.field import Running, Setting
 
 from lrt_deploy.cli.bench import cpu_model
 from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime import benchmark, traffic
+from lrt_deploy.runtime import bandwidth, benchmark, traffic
 
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
 
@@ -145,8 +145,8 @@ def main() -> None:
         packages = ("lrt-deploy", "torch", "onnxruntime-gpu", "numpy")
         environment = {"cpu": cpu_model(), "threads": args.threads} | {name: version(name) for name in packages}
         command = " ".join(["benchmarks/side_by_side.py", *sys.argv[1:]])
-        bandwidth = {"triad_gb_s": traffic.bandwidth_gb_s(args.threads)}
-        document = {"command": command, "environment": environment | bandwidth, "results": results}
+        memory = {"triad_gb_s": bandwidth.triad_gb_s(args.threads)}
+        document = {"command": command, "environment": environment | memory, "results": results}
         args.out.write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from lrt_deploy.errors import NonFiniteError
 from lrt_deploy.interface import FloatArray, IntArray
 
+from .cuda_device import Device
+
 
 @dataclass(frozen=True)
 class BlockLimits:
@@ -53,6 +55,10 @@ class StateBuffers(Protocol):
     batch: int
     capacity: int
     layers: int
+
+    @property
+    def copies_note(self) -> str | None:
+        """Why it cannot be counted from outside which state a step copies; None where arrays here are that state."""
 
     @property
     def latent(self) -> FloatArray:
@@ -105,6 +111,10 @@ class Backend(Protocol):
     detail: str  # what runs it, for people: provider, threads
     blocks: BlockLimits
     state_dtype: str  # of the caches: float32, float16 or bfloat16
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU that holds weights and states; None where they are in the host's memory."""
 
     def allocate(self, batch: int) -> StateBuffers:
         """Zeroed buffers for a state of this many sequences."""

@@ -19,18 +19,16 @@ import numpy as np
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy, PrefillReport
 from lrt_deploy.parity import kl_divergence
-from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 
 from . import traffic
 from .decoder import Decoder
-from .fixed_point import PLAIN, SweepOptions, Sweeps
+from .fixed_point import PLAIN, SweepOptions
 from .state import DecodeState
 
 Progress = Callable[[str, int, int], None]
 
 _WARM_UP_TOKENS = 4
 _WATCHED_STEPS = 32
-_CONVERGENCE_SWEEPS = 16
 
 
 @contextlib.contextmanager
@@ -62,7 +60,8 @@ class DecodeTimes:
     first_ttft_ms: float  # of the very first prompt: memory is committed, kernels run for the first time
     ttft_ms: list[float]  # one for each repeat: from the prompt to the first token
     tpot_ms: list[float]  # one for each following token
-    copies: traffic.Copies
+    copies: traffic.Copies | None
+    copies_note: str | None  # why they were not counted
     writes: traffic.Writes
     context: int  # tokens in the state, on average over the steps
     outside_backend_fraction: float  # share of a step that is not the backend's: checks, bookkeeping, copies of logits
@@ -92,7 +91,8 @@ def measure_decode(
         following += [seconds * 1e3 for seconds in times[1:]]
     outside = outside_backend(decoder, decoder.prefill([prompt], tolerance=tolerance), min(new_tokens, _WATCHED_STEPS))
     context = len(prompt) + new_tokens // 2
-    return DecodeTimes(warm_up[0] * 1e3, first, following, copies, writes, context, outside)
+    note = observed.buffers.copies_note
+    return DecodeTimes(warm_up[0] * 1e3, first, following, copies, note, writes, context, outside)
 
 
 def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
@@ -118,8 +118,13 @@ def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
     return 1 - sum(inside) / sum(whole)
 
 
-def count_step_copies(decoder: Decoder, state: DecodeState) -> traffic.Copies:
-    """Take two steps, the second of them under observation: the first may still bind something."""
+def count_step_copies(decoder: Decoder, state: DecodeState) -> traffic.Copies | None:
+    """Take two steps, the second of them under observation: the first may still bind something.
+
+    None, and no step, where the state's buffers say that it cannot be counted: see `StateBuffers.copies_note`.
+    """
+    if state.buffers.copies_note is not None:
+        return None
     token = np.full(state.batch, int(state.logits[0].argmax()))
     decoder.step(state, token)
     return traffic.count_copies(state.buffers, state.lengths, lambda: decoder.step(state, token))
@@ -246,52 +251,3 @@ def _latent_error(reference: DecodeState, state: DecodeState) -> float | None:
     if reference.latent is None or state.latent is None:
         return None
     return float(np.abs(reference.latent - state.latent).max())
-
-
-# Convergence
-
-
-def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
-    """Error over all positions and seconds so far after every sweep, plain and interleaved, until float32 ends it."""
-    if not decoder.config.memory:
-        return []
-    ids = np.asarray(tokens, np.int64)
-    state = decoder.prefill([tokens[:1]], policy="stepwise")  # lends its buffers, which are read over from slot 0 on
-    progress(f"reading {len(ids)} tokens stepwise for their latents", 0, 0)
-    exact = _sweeps(state, ids, SweepOptions())
-    exact.finish_stepwise()
-    points: list[dict[str, Any]] = []
-    default = decoder.prefill_options.sweeps
-    for sweeps in (PLAIN, default):
-        progress(f"sweeping over {len(ids)} tokens with stride {sweeps.stride}", 0, 0)
-        points += _converge(_sweeps(state, ids, sweeps), exact.latents)
-    return points
-
-
-def _sweeps(state: DecodeState, ids: np.ndarray[Any, np.dtype[np.int64]], options: SweepOptions) -> Sweeps:
-    return Sweeps(state.buffers, 0, ids, 0, np.zeros(state.buffers.latent.shape[1], np.float32), options)
-
-
-def _converge(sweeps: Sweeps, exact: FloatArray) -> list[dict[str, Any]]:
-    """One iteration from nothing; the slots are in order again afterwards."""
-    points: list[dict[str, Any]] = []
-    seconds: list[float] = []
-    order = np.concatenate(sweeps.members)
-    sweeps.buffers.reorder(0, 0, order, move=False)
-    while len(points) < _CONVERGENCE_SWEEPS and sweeps.exact < len(sweeps.tokens):
-        with timed(seconds):
-            sweeps.sweep()
-        error = float(np.abs(sweeps.latents - exact).max())
-        points.append(
-            {
-                "tokens": len(sweeps.tokens),
-                "algorithm": "plain" if sweeps.stride == 1 else f"interleaved, stride {sweeps.stride}",
-                "passes": sweeps.computed / len(sweeps.tokens),
-                "seconds": sum(seconds),
-                "max_abs_latent_error": error,
-            }
-        )
-        if error <= SMALLEST_PREFILL_TOLERANCE:
-            break
-    sweeps.buffers.reorder(0, 0, order, move=True)
-    return points

@@ -47,6 +47,12 @@ class Device(Protocol):
     def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
         """Enqueue the reverse of `copy_rows_in`."""
 
+    def copy_within(self, target: int, source: int, count_bytes: int) -> None:
+        """Enqueue a copy from one address on the device to another."""
+
+    def cache_bytes(self) -> int:
+        """Size of the last cache before the device's memory; 0 where it does not say."""
+
     def synchronize(self) -> None:
         """Wait until everything enqueued has happened."""
 
@@ -142,6 +148,16 @@ class CudaDevice:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
         copied = self._cuda.cudaMemcpy2DAsync(array.ctypes.data, width, address, pitch, width, rows, kind, self.stream)
         self._ask("copying rows from the GPU", copied)
+
+    def copy_within(self, target: int, source: int, count_bytes: int) -> None:
+        """See `Device`."""
+        self._copy(target, source, count_bytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+
+    def cache_bytes(self) -> int:
+        """See `Device`."""
+        device, attribute = self._ask("finding the device", self._cuda.cudaGetDevice()), self._cuda.cudaDeviceAttr
+        answer = self._cuda.cudaDeviceGetAttribute(attribute.cudaDevAttrL2CacheSize, device)
+        return int(self._ask("asking for the size of its cache", answer))
 
     def synchronize(self) -> None:
         """See `Device`."""

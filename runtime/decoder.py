@@ -22,6 +22,7 @@ from lrt_deploy.tokenizer import Tokenizer
 
 from .backend import Backend, check_finite
 from .choice import choose
+from .cuda_device import Device
 from .generation import Event, Generation, generate
 from .opening import check_contract, limit_capacity, load_backend
 from .origin import Identity, Origin
@@ -64,6 +65,11 @@ class Decoder:
     def config(self) -> LRTConfig:
         """The model that is run."""
         return self.manifest.model
+
+    @property
+    def device(self) -> Device | None:
+        """The GPU that holds the weights; None where they are in the host's memory."""
+        return self._loaded.device
 
     @property
     def identity(self) -> Identity:

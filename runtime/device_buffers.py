@@ -20,6 +20,11 @@ from .backend import Block, SlotArrays
 from .cuda_device import Array
 from .device_steps import DecodeStep, PrefillStep, Setup, StateMemory
 
+_COPIES_NOTE = (
+    "what the engine copies inside cannot be seen from outside; every cache is bound in place, as input and output at "
+    "one address"
+)
+
 
 class DeviceBuffers:
     """The state of B sequences on the device. See `backend.StateBuffers`."""
@@ -33,6 +38,12 @@ class DeviceBuffers:
         # What the device holds in the two places, known here without asking it.
         self._latents = [np.zeros((batch, setup.config.n_embd), np.float32) for _ in range(2)]
         weakref.finalize(self, self._memory.arena.release).atexit = False
+
+    @property
+    def copies_note(self) -> str:
+        """Caches and latent are in the device's memory, of which arrays here are copies."""
+        latent = ", and the new latent is fetched to the host after each step" if self._setup.config.memory else ""
+        return f"{_COPIES_NOTE}{latent}"
 
     @property
     def latent(self) -> FloatArray:

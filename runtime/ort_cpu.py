@@ -43,6 +43,7 @@ class OrtCpuBackend:
 
     name = "ort-cpu"
     blocks = BlockLimits()
+    device = None
 
     def __init__(
         self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS
@@ -92,6 +93,8 @@ class _Call:
 
 class OrtCpuBuffers:
     """Caches and latent of B sequences, and the bindings that run on them. See `backend.StateBuffers`."""
+
+    copies_note = None
 
     def __init__(self, backend: OrtCpuBackend, batch: int) -> None:
         config = backend.config

@@ -48,6 +48,7 @@ class OrtCudaBackend:
         self.precision, self.capacity, self.state_dtype = precision, manifest.max_seq_len, dtype.name
         session = open_session(folder / graph_path(precision, "prefill", "full"), kind, device.stream)
         outputs = [spec.to_dict() for spec in contract.graph_outputs(manifest.model, base)]
+        self.device = device
         self.setup = Setup(
             runner=OrtRunner(session, kind, outputs),
             device=device,

@@ -41,6 +41,7 @@ class TensorRTBackend:
         dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
         self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
         self.state_dtype = dtype.name
+        self.device = device
         self.setup = Setup(
             runner=engine,
             device=device,

@@ -1,19 +1,15 @@
-"""The bytes of a decode step: what it must read, what it copies, and how fast this machine's memory is.
+"""The bytes of a decode step: what it must read, and what it copies and writes.
 
-Bytes of weights and state follow from the model and the context; copies are counted while a step runs; bandwidth is
-measured. Knows no backend: state memory is seen through `StateBuffers.read_slots` and `.latent`.
+Bytes of weights and state follow from the model and the context; copies and writes are counted while a step runs.
+Knows no backend: state memory is seen through `StateBuffers.read_slots` and `.latent`. How fast memory is: `bandwidth`.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,11 +28,6 @@ if TYPE_CHECKING:
     from .state import DecodeState
 
 TABLES = ("wte", "value_embeds")
-_TRIAD_BLOCK = 2**14  # float64: the intermediate product stays in the fastest caches
-_TRIAD_ROUNDS = 5
-_READ_PARTS = 16  # for each thread, so that a thread that is held up leaves work to the others
-_SMALLEST_TRIAD_BYTES, _LARGEST_TRIAD_BYTES = 2**27, 2**29
-_CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def matrix_elements(config: LRTConfig) -> int:
@@ -193,56 +184,3 @@ def _bytes_copied_in_python(arrays: list[npt.NDArray[Any]], act: Callable[[], ob
     finally:
         sys.setprofile(None)
     return copied
-
-
-def bandwidth_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
-    """Memory bandwidth by a STREAM-like triad in numpy: a = b + s * c over arrays far larger than any cache.
-
-    Block by block, so that s * c stays in cache; counted as STREAM counts, 3 arrays a round (what the processor reads
-    before it overwrites a is left out, so true traffic is up to a third higher). The best of several rounds, each
-    thread on its own part of the arrays. `array_bytes` None: four times the last-level cache, 128 to 512 MiB.
-    """
-    if array_bytes is None:
-        cache = last_level_cache_bytes() or 0
-        array_bytes = min(max(4 * cache, _SMALLEST_TRIAD_BYTES), _LARGEST_TRIAD_BYTES)
-    count = array_bytes // 8
-    a, b, c = np.zeros(count), np.ones(count), np.ones(count)
-    a[:] = 2.0  # commits the pages
-    bounds = np.linspace(0, count, threads + 1).astype(int)
-    parts = [[array[low:high] for array in (a, b, c)] for low, high in itertools.pairwise(bounds)]
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(_TRIAD_ROUNDS):
-            start = time.perf_counter()
-            list(pool.map(_triad, parts))
-            seconds.append(time.perf_counter() - start)
-    return 3 * count * 8 / min(seconds) / 1e9
-
-
-def read_bandwidth_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
-    """The same of reading alone, which is what a decode step does: dot products over one array. The best of rounds."""
-    values = np.ones((array_bytes or _LARGEST_TRIAD_BYTES) // 4, np.float32)
-    parts = np.array_split(values, threads * _READ_PARTS)
-    with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(_TRIAD_ROUNDS):
-            start = time.perf_counter()
-            list(pool.map(lambda part: np.dot(part, part), parts))
-            seconds.append(time.perf_counter() - start)
-    return values.nbytes / min(seconds) / 1e9
-
-
-def _triad(arrays: list[npt.NDArray[np.float64]]) -> None:
-    a, b, c = arrays
-    product = np.empty(_TRIAD_BLOCK)
-    for low in range(0, len(a), _TRIAD_BLOCK):
-        part = slice(low, min(low + _TRIAD_BLOCK, len(a)))
-        scaled = np.multiply(c[part], 3.0, out=product[: part.stop - low])
-        np.add(b[part], scaled, out=a[part])
-
-
-def last_level_cache_bytes() -> int | None:
-    """Size of the largest cache of the first core, where the system tells it."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    sizes = [path.read_text().strip() for path in _CPU_CACHES.glob("index*/size")] if _CPU_CACHES.is_dir() else []
-    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)

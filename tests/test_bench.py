@@ -21,7 +21,7 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.contract import FLAVOURS
 from lrt_deploy.manifest import FileRecord, graph_path, read_manifest
 from lrt_deploy.precisions import PRECISIONS
-from lrt_deploy.runtime import benchmark, plots, traffic
+from lrt_deploy.runtime import bandwidth, benchmark, convergence, plots, traffic
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -45,8 +45,8 @@ def refusal(*args, code=1):
 def small_memory():
     """A bandwidth in no time; its value means nothing then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(traffic, "_SMALLEST_TRIAD_BYTES", 2**20)
-        patch.setattr(traffic, "_LARGEST_TRIAD_BYTES", 2**20)
+        patch.setattr(bandwidth, "_SMALLEST_TRIAD_BYTES", 2**20)
+        patch.setattr(bandwidth, "_LARGEST_TRIAD_BYTES", 2**20)
         yield
 
 
@@ -85,7 +85,8 @@ def test_the_document_has_the_fields_that_scripts_rely_on(document):
     assert document["open_ms"] > 0 and document["first_ttft_ms"] > 0
     assert 0 < document["outside_backend_fraction"] < 1
     assert document["peak_rss_bytes"] > 2**20
-    assert document["state_bytes_copied_per_step"] == 0
+    assert (document["state_bytes_copied_per_step"], document["state_bytes_copied_note"]) == (0, None)
+    assert document["bandwidth_of"] == "triad, 1 thread"
     assert document["state_bytes_written_per_step"] == 4 * (4 * 2 * 32 + 64)  # a key and a value per layer, the latent
     assert document["latent_record_bytes_per_step"] == 4 * 64
     assert document["logits_bytes_written_per_step"] == 3 * 4 * 320
@@ -149,7 +150,7 @@ def test_convergence_leaves_the_slots_in_order(decoder_of):
     decoder = decoder_of(NAME)
     tokens = benchmark.random_tokens(40, decoder.config.vocab_size, seed=1)
     before = decoder.prefill([tokens], policy="stepwise").logits
-    benchmark.measure_convergence(decoder, tokens, lambda what, done, total: None)
+    convergence.measure_convergence(decoder, tokens, lambda what, done, total: None)
     assert np.array_equal(decoder.prefill([tokens], policy="stepwise").logits, before)
 
 
@@ -174,7 +175,13 @@ def test_people_get_one_line_and_a_table(bundles, small_memory):
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\n") == 1
     assert " ms a token (" in result.stdout and "; a prompt of 64 tokens is read " in result.stdout
-    for part in ("0 bytes copied", "16 tokens, plain", "64 tokens, stepwise", "4096 tokens do not fit", "GB/s (triad)"):
+    for part in (
+        "0 bytes copied",
+        "16 tokens, plain",
+        "64 tokens, stepwise",
+        "4096 tokens do not fit",
+        "GB/s (triad, 1 thread)",
+    ):
         assert part in result.stderr
 
 
@@ -337,9 +344,9 @@ def read_by_products(graph):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_triad_computes_all_of_its_arrays(threads, monkeypatch):
     seen = []
-    triad = traffic._triad
-    monkeypatch.setattr(traffic, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
-    assert traffic.bandwidth_gb_s(threads, array_bytes=2**20) > 0
+    triad = bandwidth._triad
+    monkeypatch.setattr(bandwidth, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
+    assert bandwidth.triad_gb_s(threads, array_bytes=2**20) > 0
     assert {len(arrays[0]) for arrays in seen} == {2**17 // threads}
     assert all((arrays[0] == 4).all() for arrays in seen)  # 1 + 3 * 1
 
@@ -381,7 +388,7 @@ def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp
 
 
 def test_measuring_imports_neither_torch_nor_matplotlib():
-    code = "import sys; from lrt_deploy.runtime import benchmark, plots, traffic; import lrt_deploy.cli.bench; "
+    code = "import sys; from lrt_deploy.runtime import bandwidth, convergence, plots; import lrt_deploy.cli.bench; "
     code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

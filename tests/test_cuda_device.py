@@ -16,6 +16,7 @@ import pytest
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.gpu import find_gpu
+from lrt_deploy.runtime import bandwidth
 from lrt_deploy.runtime.cuda_device import Arena, CudaDevice
 from lrt_deploy.runtime.device_buffers import DeviceBuffers
 from lrt_deploy.runtime.device_steps import PrefillStep, Setup
@@ -26,14 +27,15 @@ class FakeCuda(ModuleType):
     """The calls of `cuda.bindings.runtime` that are used, done at once in host memory, or recorded while capturing."""
 
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaError_t = SimpleNamespace(cudaSuccess=0)
+    cudaDeviceAttr = SimpleNamespace(cudaDevAttrL2CacheSize=38)
 
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
         self.blocks, self.capturing, self.fails, self.destroyed = {}, None, None, []
-        self.devices = 1
+        self.devices, self.copies = 1, []
 
     def answer(self, name, *results):
         return (35, *tuple(None for _ in results)) if self.fails == name else (0, *results)
@@ -78,7 +80,11 @@ class FakeCuda(ModuleType):
     def cudaMemsetAsync(self, address, value, count, stream):
         return self.do("cudaMemsetAsync", lambda: ctypes.memset(address, value, count))
 
+    def cudaDeviceGetAttribute(self, attribute, device):
+        return self.answer("cudaDeviceGetAttribute", {38: 2**10}[attribute])
+
     def cudaMemcpyAsync(self, target, source, count, kind, stream):
+        self.copies.append((count, kind))
         return self.do("cudaMemcpyAsync", lambda: ctypes.memmove(target, source, count))
 
     def cudaMemcpy2DAsync(self, target, to, source, by, width, rows, kind, stream):
@@ -142,6 +148,37 @@ def test_memory_is_zeroed_copied_and_given_back(cuda, device):
     assert cuda.blocks == {}
 
 
+def test_memory_is_copied_within_the_device(cuda, device):
+    source, target, found = device.allocate(16), device.allocate(16), np.zeros(4, np.int32)
+    device.copy_in(source, np.arange(4, dtype=np.int32))
+    device.copy_within(target + 4, source, 12)
+    assert cuda.copies[-1] == (12, 3)
+    device.copy_out(found, target)
+    assert found.tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize(("asked", "count"), [(2**8, 2**8), (None, 4 * 2**10)])
+def test_bandwidth_counts_what_is_read_and_written_in_the_best_round(cuda, device, monkeypatch, asked, count):
+    clock = iter([0, 9, 10, 12, 20, 21, 30, 33, 40, 44])  # five rounds, of which one takes a second
+    monkeypatch.setattr(bandwidth, "_SMALLEST_COPY_BYTES", 2**8)
+    monkeypatch.setattr(bandwidth, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert bandwidth.device_copy_gb_s(device, asked) == 2 * bandwidth._COPIES * count / 1e9
+    assert set(cuda.copies) == {(count, 3)} and len(cuda.copies) == 5 * bandwidth._COPIES
+    assert cuda.blocks == {}
+
+
+def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
+    cuda.fails = "cudaMemcpyAsync"
+    with pytest.raises(BackendError, match="copying 64 bytes: out of luck"):
+        bandwidth.device_copy_gb_s(device, 64)
+    assert cuda.blocks == {}
+
+
+def test_what_is_measured_of_a_device_is_named(device, monkeypatch):
+    monkeypatch.setattr(bandwidth, "device_copy_gb_s", lambda device: 1234.5)
+    assert bandwidth.measure(device) == bandwidth.Bandwidth(1234.5, None, "device-to-device copy", 2**10)
+
+
 def test_rows_go_to_and_from_addresses_a_pitch_apart(device):
     address = device.allocate(30)
     device.copy_rows_in(address + 2, 10, np.arange(12, dtype=np.uint8).reshape(3, 4))
@@ -198,6 +235,8 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda, device):
         ("cudaMalloc", lambda device: device.allocate(10), "CUDA failed while allocating 10 bytes: out of luck"),
         ("cudaHostAlloc", lambda device: device.pinned((1,), np.dtype(np.int8)), "pinning host memory"),
         ("cudaMemcpyAsync", lambda device: device.copy_in(1, np.zeros(3, np.uint8)), "copying 3 bytes"),
+        ("cudaMemcpyAsync", lambda device: device.copy_within(1, 2, 3), "copying 3 bytes"),
+        ("cudaDeviceGetAttribute", lambda device: device.cache_bytes(), "asking for the size of its cache"),
         ("cudaStreamSynchronize", lambda device: device.synchronize(), "running on the GPU: out of luck"),
         ("cudaStreamEndCapture", lambda device: device.capture(lambda: None), "capturing a CUDA graph"),
         ("cudaGraphLaunch", lambda device: device.launch([]), "launching a CUDA graph"),

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import shutil
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,13 +26,14 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.cli.app import app
+from lrt_deploy.cli.bench import Task
 from lrt_deploy.cli.smoke import smoke_test
 from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.gpu import Gpu, find_gpu
 from lrt_deploy.manifest import graph_path, read_manifest
-from lrt_deploy.runtime import choice, ort_cuda, tensorrt_backend
-from lrt_deploy.runtime.benchmark import variants
+from lrt_deploy.runtime import bandwidth, choice, ort_cuda, tensorrt_backend
+from lrt_deploy.runtime.benchmark import count_step_copies, random_tokens, variants
 from lrt_deploy.runtime.cuda_device import Arena
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.host_tables import HostTables
@@ -38,7 +41,9 @@ from lrt_deploy.runtime.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
 from lrt_deploy.runtime.tensorrt_engine import open_engine
+from lrt_deploy.runtime.traffic import count_copies
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = "mr_gqa_SSSL"
 GPU = Gpu("Fake 8000", (8, 9))
 VERSION = "1.7.1.116"
@@ -54,6 +59,7 @@ class HostDevice:
     def __init__(self):
         self.memory, self.queue, self.recording = {}, [], None
         self.launches = 0
+        self.cache, self.copied_within = 2**14, 0
 
     def allocate(self, count_bytes):
         raw = np.zeros(count_bytes + 256, np.uint8)
@@ -94,6 +100,16 @@ class HostDevice:
     def copy_rows_out(self, array, address, pitch):
         for index, row in enumerate(array):
             self.copy_out(row, address + index * pitch)
+
+    def copy_within(self, target, source, count_bytes):
+        def work():
+            self.at(target, count_bytes)[:] = self.at(source, count_bytes)
+            self.copied_within += count_bytes
+
+        self.enqueue(work)
+
+    def cache_bytes(self):
+        return self.cache
 
     def synchronize(self):
         assert self.recording is None, "waiting for a stream breaks a capture"
@@ -473,6 +489,8 @@ def test_a_model_without_memory_runs_too(export_once, decoder_of, device, monkey
     decoder = Decoder(manifest, TensorRTBackend(engine, device, manifest), None)
     for policy in ("stepwise", "fixed-point"):
         assert tokens_of(decoder, [PROMPT], 8, policy)[0] == tokens_of(decoder_of("baseline_ve"), [PROMPT], 8)[0]
+    note = decoder.new_state(1).buffers.copies_note
+    assert "one address" in note and "latent" not in note
 
 
 def test_memory_is_given_back_with_the_state(open_fake, device):
@@ -704,6 +722,94 @@ def test_the_command_line_opens_the_engine_by_name_or_by_auto(bundle, with_gpu):
     assert "backend tensorrt-rtx in fp32: the best that is present; not tensorrt: " in result.stderr
 
 
+# Measuring it: what cannot be counted is left open, and bytes are held against the device's own memory
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Copies in no time; the bandwidth means nothing then."""
+    monkeypatch.setattr(bandwidth, "_SMALLEST_COPY_BYTES", 2**15)
+
+
+BENCH = ("--prompt-tokens", "8", "--new-tokens", "6", "--repeats", "2", "--prefill-lengths", "16,64")
+
+
+def bench(bundle, *arguments):
+    result = CliRunner().invoke(app, ["bench", str(bundle), "--backend", "tensorrt-rtx", *BENCH, *arguments])
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def test_bench_measures_decoding(bundle, with_gpu, device, little_memory, tmp_path):
+    fields = json.loads(bench(bundle, "--json", "--plot", str(tmp_path / "a.png")).stdout)
+    assert (fields["backend"], fields["plot"]) == ("tensorrt-rtx", str(tmp_path / "a.png"))
+    assert fields["state_bytes_copied_per_step"] is None
+    for part in ("cannot be seen", "every cache is bound in place", "latent is fetched to the host"):
+        assert part in fields["state_bytes_copied_note"]
+    assert fields["state_bytes_written_per_step"] == 4 * (4 * 2 * 32 + 64)  # a key and a value per layer, the latent
+    assert fields["latent_record_bytes_per_step"] == 4 * 64
+    assert fields["logits_bytes_written_per_step"] == 4 * 4 * 320
+    assert 0 < fields["outside_backend_fraction"] < 1
+    assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)
+    assert device.copied_within == bandwidth._ROUNDS * bandwidth._COPIES * 4 * device.cache
+    read, seconds = (
+        fields["weight_bytes_per_step"] + fields["state_bytes_read_per_step"],
+        fields["tpot_ms"]["p50"] / 1e3,
+    )
+    assert fields["roofline_fraction"] == pytest.approx(read / seconds / fields["bandwidth_gb_s"] / 1e9)
+    assert fields["weights_fit_cache"] is False  # whatever the processor's cache would hold
+    assert fields["environment"]["threads"] is None
+
+
+def test_bench_reads_prompts_plainly_and_in_blocks_that_fit(bundle, with_gpu, little_memory, tmp_path):
+    fields = json.loads(bench(bundle, "--json", "--plot", str(tmp_path / "a.png")).stdout)
+    algorithms = ["stepwise", "plain", "one pass with zero memory"]
+    assert [(row["tokens"], row["algorithm"]) for row in fields["prefill"]] == [
+        (length, algorithm) for length in (16, 64) for algorithm in algorithms
+    ]
+    for row in fields["prefill"]:
+        assert row["policy"] != "fixed-point" or row["max_abs_latent_error"] <= row["residual"]
+        assert row["policy"] != "zero" or row["max_abs_latent_error"] > 0.1
+    points = fields["convergence"]
+    assert {(point["tokens"], point["algorithm"]) for point in points} == {(32, "plain")}  # 64 are no block of it
+    assert [point["passes"] for point in points] == list(range(1, len(points) + 1))
+    assert points[-1]["max_abs_latent_error"] < 1e-2 * points[0]["max_abs_latent_error"]
+
+
+def test_bench_shows_people_what_was_measured_and_what_not(bundle, with_gpu, device, little_memory, tmp_path):
+    device.cache = 2**20  # more than the weights
+    result = bench(bundle, "--plot", str(tmp_path / "a.png"))
+    assert "(the weights fit the processor's cache); a prompt of 64 tokens is read " in result.stdout
+    for part in ("copies not counted; ", "GB/s (device-to-device copy)", "on the host", "64 tokens, plain"):
+        assert part in result.stderr
+    assert "reading alone" not in result.stderr
+
+
+def test_a_step_is_not_counted_where_it_cannot_be(bundle, with_gpu):
+    with lrt_deploy.open_decoder(bundle, backend="tensorrt-rtx") as decoder:
+        state = decoder.prefill([PROMPT], policy="stepwise")
+        assert count_step_copies(decoder, state) is None
+        assert state.lengths.tolist() == [len(PROMPT)]
+        with pytest.raises(BackendError, match="cannot be counted"):  # the twin: what the note is there to prevent
+            count_copies(state.buffers, state.lengths, lambda: decoder.step(state, [1]))
+
+
+def test_a_failing_step_still_fails_the_bench(bundle, with_gpu, monkeypatch):
+    """The twin: nothing but counting is forgiven."""
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: self.refuse("an illegal address"))
+    arguments = ["bench", str(bundle), "--backend", "tensorrt-rtx", *BENCH, "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 1 and "an illegal address" in result.stderr
+
+
+def test_a_contender_of_the_comparison_leaves_its_copies_open(bundle, with_gpu, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    contender = importlib.import_module("contenders.our_runtime").OurRuntime(bundle, 1, backend="tensorrt-rtx")
+    assert contender.facts["state_bytes_copied_per_step"] is None
+    contender.start([[5, 9, 2]], exact=True)
+    assert contender.step([7]).shape == (1, 320)
+
+
 # ONNX Runtime on a GPU: the same code, with memory and kernels on the host
 
 
@@ -721,6 +827,16 @@ def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tol
     assert found[0] == reference[0]
     assert np.abs(found[1] - reference[1]).max() <= 2 * tolerances.logits
     assert np.abs(found[2].latent - reference[2].latent).max() <= 2 * tolerances.latent
+
+
+def test_bench_measures_ort_by_address_too(ort_on_host, little_memory):
+    task = Task(ort_on_host, random_tokens(64, 320, seed=0), 8, 6, 1, None)
+    fields = task.run([16], lambda what, done, total: None)
+    assert fields["backend"] == "ort-cuda" and fields["state_bytes_copied_per_step"] is None
+    assert fields["state_bytes_copied_note"] and fields["state_bytes_written_per_step"] == 4 * (4 * 2 * 32 + 64)
+    assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)
+    assert [row["algorithm"] for row in fields["prefill"]] == ["stepwise", "plain", "one pass with zero memory"]
+    assert {point["tokens"] for point in fields["convergence"]} == {16}
 
 
 @pytest.mark.parametrize("failing", ["the run", "the logits"])

@@ -11,7 +11,7 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import EngineError
-from lrt_deploy.gpu import find_gpu
+from lrt_deploy.gpu import Gpu, find_gpu
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -74,6 +74,16 @@ def test_what_fails_is_written_down_and_fails_nothing_else(bundle, monkeypatch):
     report = {"gpu": "X", "compute_capability": "9.0", "copy_bandwidth_gb_s": 1.0, "findings": [found]}
     assert not gpu_check.good(report)
     assert "build: FAILED, this GPU is not supported" in list(gpu_check.lines(report))[1]
+
+
+def test_speed_is_held_against_the_copies_of_the_runtime(bundle, monkeypatch):
+    monkeypatch.setattr("lrt_deploy.runtime.cuda_device.CudaDevice", lambda: "the device")
+    monkeypatch.setattr("lrt_deploy.runtime.bandwidth.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
+    monkeypatch.setattr(gpu_check, "candidates", lambda *_: [("tensorrt", "fp32")])
+    monkeypatch.setattr(gpu_check, "check", lambda *found: {"bandwidth": found[-1]})
+    report = gpu_check.run(bundle, argparse.Namespace(precision=None), Gpu("X", (9, 0)))
+    assert report["copy_bandwidth_gb_s"] == 1234.0
+    assert report["findings"] == [{"bandwidth": 1234e9}]  # bytes a second
 
 
 def test_a_report_in_which_all_is_well_is_good():

@@ -24,7 +24,7 @@ class OurRuntime(Greedy):
         self.facts = {
             "runs": self.decoder.backend_detail,
             "bytes_allocated_per_step": 0,
-            "state_bytes_copied_per_step": copied.total,
+            "state_bytes_copied_per_step": None if copied is None else copied.total,
         }
 
     def start(self, rows: list[list[int]], exact: bool) -> None:

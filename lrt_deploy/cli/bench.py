@@ -1,7 +1,7 @@
 """`lrt-deploy bench`: how fast a bundle is here, as a share of the memory bandwidth, and what each prefill way costs.
 
-Chooses what is measured and shows it. Measuring is the work of `benchmark` and `traffic`, drawing that of `plots`, all
-in `lrt_deploy.runtime`.
+Chooses what is measured and shows it. Measuring is the work of `benchmark`, `convergence`, `traffic` and `bandwidth`,
+drawing that of `plots`, all in `lrt_deploy.runtime`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
     from lrt_deploy.contract import Flavour
+    from lrt_deploy.runtime.bandwidth import Bandwidth
     from lrt_deploy.runtime.benchmark import DecodeTimes
     from lrt_deploy.runtime.decoder import Decoder
 
@@ -57,7 +58,7 @@ def bench(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Measure decoding and reading prompts: times, bytes, and the share of this machine's memory bandwidth."""
+    """Measure decoding and reading prompts: times, bytes, and the share of the memory bandwidth."""
     from lrt_deploy.runtime import plots
 
     lengths = parse_lengths(prefill_lengths)
@@ -133,16 +134,14 @@ class Task:
 
     def decode(self, progress: output.Progress) -> dict[str, Any]:
         """Times and bytes of decoding; the bandwidth is measured after it, because its arrays count as memory."""
-        from lrt_deploy.runtime import benchmark, traffic
+        from lrt_deploy.runtime import bandwidth, benchmark
 
         prompt = self.tokens[: self.prompt_tokens]
         times = benchmark.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
         peak = peak_rss_bytes()
         progress("memory bandwidth", 0, 0)
-        threads = thread_count(self.decoder)
-        bandwidth, reading = traffic.bandwidth_gb_s(threads), traffic.read_bandwidth_gb_s(threads)
-        return decode_fields(self.decoder, times, bandwidth) | {
-            "read_bandwidth_gb_s": reading,
+        memory = bandwidth.measure(self.decoder.device, thread_count(self.decoder) or 1)
+        return decode_fields(self.decoder, times, memory) | {
             "peak_rss_bytes": peak,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,
@@ -161,13 +160,13 @@ class Task:
 
     def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
         """Error after each sweep at one length."""
-        from lrt_deploy.runtime.benchmark import measure_convergence
+        from lrt_deploy.runtime.convergence import measure_convergence
 
         short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
         return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
 
 
-def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dict[str, Any]:
+def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """The JSON fields of decoding; those that stand for a whole step take its median time."""
     from lrt_deploy.precisions import base_dtype, item_bytes
     from lrt_deploy.runtime import traffic
@@ -184,15 +183,18 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, bandwidth: float) -> dic
         "tokens_per_s": 1e3 / tpot["p50"],
         "weight_bytes_per_step": weights,
         "state_bytes_read_per_step": state,
-        "state_bytes_copied_per_step": times.copies.total,
+        "state_bytes_copied_per_step": None if times.copies is None else times.copies.total,
+        "state_bytes_copied_note": times.copies_note,
         "state_bytes_written_per_step": times.writes.cache + times.writes.latent,
         "latent_record_bytes_per_step": times.writes.record,
-        # Written by the graph, kept with the state, and copied once more for whoever called the step.
-        "logits_bytes_written_per_step": 3 * 4 * decoder.config.vocab_size,
+        # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
+        "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
         "outside_backend_fraction": times.outside_backend_fraction,
-        "bandwidth_gb_s": bandwidth,
-        "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (bandwidth * 1e9),
-        "weights_fit_cache": weights < (traffic.last_level_cache_bytes() or 0),
+        "bandwidth_gb_s": memory.gb_s,
+        "bandwidth_of": memory.of,
+        "read_bandwidth_gb_s": memory.read_gb_s,
+        "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (memory.gb_s * 1e9),
+        "weights_fit_cache": weights < memory.cache_bytes,
     }
 
 
@@ -211,7 +213,8 @@ def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
         return None
     path = bundle / "reports" / "prefill.png" if plot is None else plot
     threads = fields["environment"]["threads"]
-    title = f"{fields['backend']}, {fields['precision']}, {threads} thread{'s' if threads > 1 else ''}"
+    named = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
+    title = f"{fields['backend']}, {fields['precision']}{named}"
     try:
         plots.plot_prefill(path, fields["prefill"], fields["convergence"], title)
     except OSError as error:
@@ -222,15 +225,17 @@ def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     return str(path)
 
 
-def thread_count(decoder: Decoder) -> int:
-    """The threads that the backend says it runs on; all cores where it names no number."""
+def thread_count(decoder: Decoder) -> int | None:
+    """The threads that the backend says it runs on, all cores where it names no number; None on a GPU."""
+    if decoder.device is not None:
+        return None
     found = re.search(r"(\d+) thread", decoder.backend_detail)
     return int(found[1]) if found else int(doctor.environment()["cpu_count"] or 1)
 
 
 def environment(decoder: Decoder) -> dict[str, Any]:
     """The machine, the versions, and the command."""
-    from lrt_deploy.runtime.traffic import last_level_cache_bytes
+    from lrt_deploy.runtime.bandwidth import last_level_cache_bytes
 
     return doctor.environment() | {
         "cpu": cpu_model(),
@@ -248,7 +253,8 @@ def summary(fields: dict[str, Any]) -> str:
         f"{fields['tpot_ms']['p50']:.3g} ms a token ({fields['tokens_per_s']:.0f} tokens/s), "
         f"{fields['roofline_fraction']:.0%} of the memory bandwidth{cached}"
     )
-    iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point" and row["algorithm"] != "plain"]
+    iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point"]
+    iterated = [row for row in iterated if row["algorithm"] != "plain"] or iterated  # plain: where nothing else is
     if not iterated:
         return line
     row = min(iterated, key=lambda row: abs(row["tokens"] - _LONGEST_CONVERGENCE))
@@ -259,7 +265,8 @@ def summary(fields: dict[str, Any]) -> str:
 def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
     """Decoding, for people."""
     ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
-    peak, facts = fields["peak_rss_bytes"], fields["environment"]
+    peak, facts, copied = fields["peak_rss_bytes"], fields["environment"], fields["state_bytes_copied_per_step"]
+    reading = fields["read_bandwidth_gb_s"]
     return {
         "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
         "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
@@ -269,11 +276,11 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
         "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
         "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
         f"{output.bytes_text(fields['state_bytes_written_per_step'])} written, "
-        f"{output.bytes_text(fields['state_bytes_copied_per_step'])} copied; "
+        f"{'copies not counted' if copied is None else f'{output.bytes_text(copied)} copied'}; "
         f"{output.bytes_text(fields['latent_record_bytes_per_step'])} recorded for rewinding",
-        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s (triad), {fields['roofline_fraction']:.0%} used; "
-        f"{fields['read_bandwidth_gb_s']:.1f} GB/s reading alone",
-        "peak memory": "unknown" if peak is None else output.bytes_text(peak),
+        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s ({fields['bandwidth_of']}), "
+        f"{fields['roofline_fraction']:.0%} used{'' if reading is None else f'; {reading:.1f} GB/s reading alone'}",
+        "peak memory": "unknown" if peak is None else f"{output.bytes_text(peak)} on the host",
     }
 
 

@@ -1,6 +1,6 @@
 """What the operating system says of the machine and of this process: the processor's name, the peak of memory.
 
-No measurements and no libraries: those are `benchmark`, `traffic` and `doctor`.
+No measurements and no libraries: those are `benchmark`, `bandwidth` and `doctor`.
 """
 
 from __future__ import annotations
