@@ -86,16 +86,16 @@ def read_row(
 
 
 def chunk_size(start: int, end: int, options: SweepOptions) -> int:
-    """How many of the tokens from `start` to `end` to read together, all that follow in equal parts.
+    """How many of the tokens from `start` to `end` to read together.
 
     A chunk converges the faster the more exact context it has. So after the start larger ones do in as few sweeps, and
     their blocks multiply faster: twice the first one, then a quarter of what is before them, up to
-    `largest_chunk_tokens`.
+    `largest_chunk_tokens`. What would leave too few for the next one is cut into equal parts.
     """
     twice = min(2 * min(start, options.chunk_tokens), options.largest_chunk_tokens)
     most = max(options.chunk_tokens, twice, min(start // 4, options.largest_chunk_tokens))
-    chunks = -(-(end - start) // most)
-    return -(-(end - start) // chunks)
+    rest = end - start
+    return most if rest - most >= options.chunk_tokens else -(-rest // -(-rest // most))
 
 
 def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> Reading:
