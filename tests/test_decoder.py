@@ -359,6 +359,8 @@ def test_a_session_that_fails_is_a_backend_error(fresh, monkeypatch):
     before = snapshot(state)
 
     class Failing:
+        io_binding = state.buffers._session.io_binding
+
         def run_with_iobinding(self, binding):
             raise RuntimeError("[ONNXRuntimeError] : 6 : out of memory")
 
