@@ -82,7 +82,7 @@ def alternate(
 def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
     """Bytes of weights that a step reads, with and without memory, of those that were measured."""
     found = {}
-    for name in {"ours", "no-memory"}.intersection(contenders):
+    for name in [name for name in ("ours", "no-memory") if name in contenders]:
         bundle = models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours")
         found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision)
     return found

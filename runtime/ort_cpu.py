@@ -8,7 +8,7 @@ it cannot be overwritten). All that a call needs is bound once per shape; a deco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,7 @@ class OrtCpuBuffers:
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
         self._end = np.zeros(1, np.int64)
         self._slot_positions = np.arange(self.capacity)
-        self._make_room(1, room_for(1))
+        self._make_room(1)
 
     @property
     def latent(self) -> FloatArray:
@@ -134,11 +134,11 @@ class OrtCpuBuffers:
         """The other one has been written at most."""
         self._turn = mark
 
-    def _make_room(self, end: int, room: int) -> None:
-        """Have `room` slots unless there are `end`. Nothing is bound yet to the larger caches that replace the old."""
+    def _make_room(self, end: int, room: Callable[[int], int] = room_for) -> None:
+        """Have slots up to `end`, and more as `room` says. Nothing is bound yet to caches that replace smaller ones."""
         if end <= self._room:
             return
-        old, self._room = self._room, min(room, self.capacity)
+        old, self._room = self._room, min(room(end), self.capacity)
         for name, cache in self._caches.items():
             larger = np.zeros((*cache.shape[:2], self._room, cache.shape[3]), cache.dtype)
             larger[:, :, :old] = cache
@@ -150,7 +150,7 @@ class OrtCpuBuffers:
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
         end = int(positions.max()) + 1
-        self._make_room(end, room_for(end))
+        self._make_room(end)
         call = self._decode_call(len(tokens), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
@@ -163,7 +163,7 @@ class OrtCpuBuffers:
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row; bindings are kept per row and block length."""
         end = max(block.end, block.slot + len(block.tokens))
-        self._make_room(end, room_for_prompt(end))
+        self._make_room(end, room_for_prompt)
         call = self._read_call(block.row, len(block.tokens), int(block.head))
         call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
         if self._config.memory:
@@ -175,7 +175,7 @@ class OrtCpuBuffers:
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
         """Permute the slots' positions; with `move`, gather the row's entries back into order."""
         slots = slice(start, start + len(order))
-        self._make_room(slots.stop, room_for_prompt(slots.stop))  # once, and not with every block
+        self._make_room(slots.stop, room_for_prompt)  # once, and not with every block
         self._slot_positions[slots] = start + order
         if move:
             back = np.argsort(order)
@@ -195,7 +195,7 @@ class OrtCpuBuffers:
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries into a row's slots from `start` on."""
         end = start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
-        self._make_room(end, room_for(end))
+        self._make_room(end)
         for name, cache in self._caches.items():
             cache[row, :, start : start + entries[name].shape[1]] = entries[name]
 

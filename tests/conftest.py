@@ -138,12 +138,12 @@ def make_once(shared_folder):
     """(name, make) -> folder: calls make(folder) in the first process that asks; the others wait for it."""
 
     def once(name: str, make) -> Path:
-        folder, failure = shared_folder / name, shared_folder / f"{name}.failed"
+        folder, made, failure = (shared_folder / f"{name}{end}" for end in ("", ".made", ".failed"))
         try:
             os.close(os.open(shared_folder / f"{name}.lock", os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             deadline = time.monotonic() + EXPORT_SECONDS
-            while not folder.exists():
+            while not made.exists():  # the folder alone may be half full
                 assert not failure.exists(), f"making {name} failed before: {failure.read_text()}"
                 assert time.monotonic() < deadline, f"{name} was not made within {EXPORT_SECONDS} s"
                 time.sleep(0.05)
@@ -153,6 +153,7 @@ def make_once(shared_folder):
         except BaseException as error:
             failure.write_text(f"{type(error).__name__}: {error}")
             raise
+        made.touch()
         return folder
 
     return once
