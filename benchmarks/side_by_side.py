@@ -14,10 +14,13 @@ to say. Models are kept in --folder (256/6: 0.3 GB, 768/12: 5 GB, 1280/20: 15 GB
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import time
+from collections import defaultdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,48 +38,60 @@ from lrt_deploy.runtime import bandwidth, benchmark, traffic
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
 
 
+@dataclass
+class Measured:
+    """What was seen of one contender at one context and batch, over all of its processes."""
+
+    times: list[float] = dataclasses.field(default_factory=list)  # ms of each step
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its last process
+
+
+Points = dict[tuple[int, int, str], Measured]  # by context, batch and contender
+
+
 def measure(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
     """All contexts and batches of one model; one row a contender."""
+    points: Points = defaultdict(Measured)
+    contexts = [context for context in args.contexts if context <= setting.size.sequence_len - 1]
 
-    def use(running: list[Running]) -> list[dict[str, Any]]:
-        rows = []
-        for context in args.contexts:
-            if context > setting.size.sequence_len - 1:
-                continue
+    def use(running: list[Running]) -> None:
+        for context in contexts:
             for batch in args.batches:
-                rows += alternate(running, setting, (context, batch), args)
-        return rows
+                alternate(running, setting, (context, batch), args, points)
 
-    return list(field.run_all(args.contenders, setting, use))
+    for number in range(args.processes):
+        say(f"processes {number + 1}/{args.processes}")
+        field.run_all(args.contenders, setting, use)
+    return [
+        {
+            "contender": name,
+            "context": context,
+            "batch": batch,
+            "min_ms": min(seen.times),
+            "median_ms": float(np.median(seen.times)),
+            "tokens_per_s": batch * 1e3 / float(np.median(seen.times)),
+            "steps": len(seen.times),
+            **seen.facts,
+        }
+        for (context, batch, name), seen in points.items()
+    ]
 
 
 def alternate(
-    running: list[Running], setting: Setting, point: tuple[int, int], args: argparse.Namespace
-) -> list[dict[str, Any]]:
+    running: list[Running], setting: Setting, point: tuple[int, int], args: argparse.Namespace, points: Points
+) -> None:
     """Rounds over the contenders at one context and batch. The last step stands at the context where it is long."""
     context, batch = point
     start = max(1, min(context, setting.size.sequence_len - args.steps - 4))
     prompts = [benchmark.random_tokens(start, setting.size.vocab, seed) for seed in range(batch)]
-    times: dict[str, list[float]] = {contender.name: [] for contender in running}
     for number in range(args.rounds):
         for contender in running:
             say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}: {contender.name}")
             time.sleep(REST_S)
-            times[contender.name] += contender.ask("decode", rows=prompts, steps=args.steps)["ms"]
-    return [
-        {
-            "contender": contender.name,
-            "context": context,
-            "batch": batch,
-            "min_ms": min(times[contender.name]),
-            "median_ms": float(np.median(times[contender.name])),
-            "tokens_per_s": batch * 1e3 / float(np.median(times[contender.name])),
-            "steps": len(times[contender.name]),
-            **contender.ask("facts"),
-            **contender.ask("memory"),
-        }
-        for contender in running
-    ]
+            found = contender.ask("decode", rows=prompts, steps=args.steps)["ms"]
+            points[context, batch, contender.name].times += found
+    for contender in running:
+        points[context, batch, contender.name].facts = contender.ask("facts") | contender.ask("memory")
 
 
 def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
@@ -118,6 +133,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=numbers, default=[64, 1024])
     parser.add_argument("--batches", type=numbers, default=[1])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--processes", type=int, default=1, help="how often all contenders begin anew, since luck is a process's own"
+    )
     parser.add_argument("--steps", type=int, default=24, help="in each round")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(

@@ -48,14 +48,14 @@ def _as_ids(row: Sequence[int] | IntArray, name: str) -> IntArray:
         )
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise InputError(f"{name} holds the token id {array.max()}, which no vocabulary has")
-    return array.astype(np.int64)
+    return array.astype(np.int64, copy=False)
 
 
 def _check_range(ids: IntArray, vocab_size: int, name: str) -> None:
-    outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-    if outside.size:
-        where = int(outside[0])
-        raise InputError(
-            f"{name} holds the token id {int(ids[where])} at index {where}; "
-            f"this model's vocabulary has the ids 0 to {vocab_size - 1}"
-        )
+    if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
+        return
+    where = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+    raise InputError(
+        f"{name} holds the token id {int(ids[where])} at index {where}; "
+        f"this model's vocabulary has the ids 0 to {vocab_size - 1}"
+    )

@@ -28,7 +28,7 @@ from .opening import check_contract, limit_capacity, load_backend
 from .origin import Identity, Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, rewind_to_prefix
-from .rewind import step_undone_on_error, unchanged_on_error
+from .rewind import unchanged_on_error, undo_step
 from .state import DecodeState
 from .state_file import load_state
 
@@ -110,7 +110,7 @@ class Decoder:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        self._check(state, rows, np.zeros_like(state.lengths) if reuse else state.lengths)
+        self._check(state, np.zeros_like(state.lengths) if reuse else state.lengths, counted(rows))
         shared = rewind_to_prefix(state, rows, request) if reuse else [0] * len(rows)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
@@ -124,7 +124,8 @@ class Decoder:
     def _read(self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> None:
         with unchanged_on_error(state, rows):
             logits, report = read_prompts(state, rows, request, self.prefill_options)
-            self._accept(state, rows, logits)
+            check_finite(logits, state.lengths + counted(rows), state.owner)
+            state.extend(rows, logits)
         state.finish_reading(report, sum(map(len, rows)))
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
@@ -134,13 +135,18 @@ class Decoder:
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
-        rows = ids[:, None]  # (B, 1)
-        self._check(state, rows, state.lengths)
-        with step_undone_on_error(state):
-            logits = state.buffers.decode(ids, state.lengths, head=True)
+        lengths = state.lengths  # (B)
+        self._check(state, lengths, 1)
+        buffers, mark = state.buffers, state.buffers.mark()
+        try:
+            logits = buffers.decode(ids, lengths, head=True)
             assert logits is not None
-            state.history.write_step(state.lengths, state.buffers.latent[: state.batch])
-            self._accept(state, rows, logits)
+            state.history.write_step(lengths, buffers.latent)
+            check_finite(logits, lengths + 1, state.owner)
+            state.append(ids, logits)
+        except BaseException:
+            undo_step(state, mark)
+            raise
 
     def load_state(self, path: str | Path) -> DecodeState:
         """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
@@ -210,7 +216,7 @@ class Decoder:
     def _standing(self, state: DecodeState | None) -> DecodeState:
         if state is None or state.batch != 1:
             raise InputError("without a prompt there must be a state of one sequence to continue")
-        self._check(state, np.zeros((1, 0), np.int64), state.lengths)
+        self._check(state, state.lengths, 0)
         return state
 
     @property
@@ -228,30 +234,24 @@ class Decoder:
         if not 1 <= rows <= self.manifest.max_batch_size:
             raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
 
-    def _check(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, lengths: IntArray) -> None:
-        """The state must be of this decoder and have room for the tokens after those that stay."""
+    def _check(self, state: DecodeState, lengths: IntArray, more: IntArray | int) -> None:
+        """The state must be of this decoder, and each row have room for `more` tokens after `lengths` (B) of them."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
-        counts = counted(rows)
-        if (beyond := np.flatnonzero(lengths + counts > state.capacity)).size:
-            index = int(beyond[0])
+        beyond = lengths + more > state.capacity
+        if beyond.any():
+            index = int(beyond.argmax())
+            count = int(np.broadcast_to(more, lengths.shape)[index])
             raise StateError(
-                f"sequence {index} holds {lengths[index]} tokens and {counts[index]} more do not fit its capacity of "
+                f"sequence {index} holds {lengths[index]} tokens and {count} more do not fit its capacity of "
                 f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
             )
 
-    def _accept(self, state: DecodeState, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
-        """Advance the state, unless the numbers are not usable."""
-        check_finite(logits, state.lengths + counted(rows), state.owner)
-        state.advance(rows, logits)
 
-
-def counted(rows: Sequence[IntArray] | IntArray) -> IntArray:
+def counted(rows: Sequence[IntArray]) -> IntArray:
     """(B) tokens in each row."""
-    if isinstance(rows, np.ndarray):
-        return np.full(rows.shape[0], rows.shape[1])
     return np.array([len(row) for row in rows])
 
 

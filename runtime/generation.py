@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import FloatArray, PrefillReport
 from lrt_deploy.text_stream import TextStream
@@ -111,12 +113,12 @@ def generate(decoder: Decoder, options: Generation, read: Callable[[], DecodeSta
     state = read()
     continuation = Continuation(options, state.tokens[0])
     while True:
-        token = continuation.choose(state.logits[0])
-        event = continuation.take(token, state.prefill, full=bool(state.lengths[0] == state.capacity))
+        token = continuation.choose(state.row_logits(0))
+        event = continuation.take(token, state.prefill, full=state.length(0) == state.capacity)
         yield event
         if event.finish_reason is not None:
             return
-        decoder.step(state, [token])
+        decoder.advance(state, np.array([token]))
 
 
 def _outcome(token: int, options: Generation) -> tuple[str, FinishReason | None]:

@@ -26,8 +26,9 @@ class LatentHistory:
         return self._latents.shape[2] * self._latents.itemsize
 
     def write_step(self, positions: IntArray, latents: FloatArray) -> None:
-        """What one token per row left: positions (n) and latents (n, C) of the first n rows."""
-        self._latents[np.arange(len(positions)), positions] = latents
+        """What one token of each of the first n rows left: positions (n), and latents (n, C) or of more rows."""
+        for row, position in enumerate(positions.tolist()):
+            self._latents[row, position] = latents[row]
 
     def write_row(self, row: int, start: int, latents: FloatArray) -> None:
         """What consecutive tokens of one row left, (n, C), from position `start` on."""

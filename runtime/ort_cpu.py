@@ -32,7 +32,7 @@ from .ort_quantized import quantized_entries
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
 # stay in the processor's cache.
-_SMALL_BYTES = 64 * 2**20
+_SMALL_BYTES = 24 * 2**20
 _LOG_ERRORS = 3
 _NO_POSITION = np.iinfo(np.int64).max  # of a slot that no token may see
 _KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, with and without head
@@ -149,13 +149,14 @@ class OrtCpuBuffers:
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
-        end = int(positions.max()) + 1
+        listed = positions.tolist()  # a few whole numbers: quicker to compare than by numpy
+        end = max(listed) + 1
         self._make_room(end)
-        call = self._decode_call(len(tokens), head, self._turn)
+        call = self._decode_call(len(listed), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
         call.write_index[:] = positions
-        self._look_back(int(positions.min()), end)
+        self._look_back(min(listed), end)
         self._run(call)
         self._turn = 1 - self._turn
         return call.logits[:, 0] if head else None

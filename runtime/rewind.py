@@ -72,16 +72,10 @@ def unchanged_on_error(state: DecodeState, rows: Sequence[IntArray]) -> Iterator
         raise
 
 
-@contextlib.contextmanager
-def step_undone_on_error(state: DecodeState) -> Iterator[None]:
-    """The same for one `decode`, without a copy: the latent from before it is where it was."""
-    mark = state.buffers.mark()
-    try:
-        yield
-    except BaseException:
-        state.buffers.take_back(mark)
-        _clear_unread(state, [1] * state.batch)
-        raise
+def undo_step(state: DecodeState, mark: int) -> None:
+    """The same after one `decode` that failed, without a copy: the latent from before it is where it was."""
+    state.buffers.take_back(mark)
+    _clear_unread(state, [1] * state.batch)
 
 
 def _clear_unread(state: DecodeState, counts: Sequence[int]) -> None:

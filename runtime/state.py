@@ -74,16 +74,19 @@ class DecodeState:
     @property
     def logits(self) -> FloatArray:
         """(B, V) float32, for each row's next token, a copy. After a rewind they are computed when first asked for."""
-        return self.logits_of(range(self._batch))
+        self._have_logits(range(self._batch))
+        return self._logits[: self._batch].copy()
 
     def logits_of(self, rows: Sequence[int]) -> FloatArray:
         """(n, V) the logits of some rows, a copy."""
-        rows = list(rows)
-        if not self._current[rows].all():
-            from .rewind import recompute_logits
+        self._have_logits(rows)
+        return self._logits[list(rows)]
 
-            recompute_logits(self, rows)
-        return self._logits[rows]
+    def row_logits(self, row: int) -> FloatArray:
+        """(V) the logits of one row, a view that the next step overwrites."""
+        self._have_logits([row])
+        logits: FloatArray = self._logits[row]
+        return logits
 
     @property
     def latent(self) -> FloatArray | None:
@@ -238,18 +241,22 @@ class DecodeState:
 
         save_state(self, Path(path))
 
-    def advance(self, rows: Sequence[IntArray] | IntArray, logits: FloatArray) -> None:
-        """Record that these tokens (one array per row) were read and led to `logits` (B, V); for the decoder."""
-        read = rows.tolist() if isinstance(rows, np.ndarray) else [row.tolist() for row in rows]
-        for tokens, more in zip(self._tokens, read, strict=False):  # slots without a row are left alone
-            tokens.extend(more)
-        self._lengths[: self._batch] += [len(more) for more in read]
-        self._logits[: self._batch] = logits
-        self._current[: self._batch] = True
-        self.computed_tokens += self._batch
+    def append(self, ids: IntArray, logits: FloatArray) -> None:
+        """Record that one token per row (B) was read, and led to `logits` (B, V); for the decoder."""
+        for tokens, token in zip(self._tokens, ids.tolist(), strict=False):  # slots without a row are left alone
+            tokens.append(token)
+        self._lengths[: self._batch] += 1
+        self._hold(logits)
+
+    def extend(self, rows: Sequence[IntArray], logits: FloatArray) -> None:
+        """The same for several tokens of each row."""
+        for index, row in enumerate(rows):
+            self._tokens[index].extend(row.tolist())
+            self._lengths[index] += len(row)
+        self._hold(logits)
 
     def finish_reading(self, report: PrefillReport, tokens: int) -> None:
-        """Record how prompts of this many tokens were read; after `advance`.
+        """Record how prompts of this many tokens were read; after `extend`.
 
         Logits that a step of the last token would not give again to the bit are kept for a rewind.
         """
@@ -269,6 +276,18 @@ class DecodeState:
         """Fill in the logits (B, V) of rows that lack them."""
         missing = np.flatnonzero(~self._current[: self._batch] & (self.lengths > 0))
         self._logits[missing], self._current[missing] = logits[missing], True
+
+    def _hold(self, logits: FloatArray) -> None:
+        self._logits[: self._batch] = logits
+        self._current[: self._batch] = True
+        self.computed_tokens += self._batch
+
+    def _have_logits(self, rows: Sequence[int]) -> None:
+        """Compute the logits of rows that were rewound."""
+        if not all(self._current[row] for row in rows):
+            from .rewind import recompute_logits
+
+            recompute_logits(self, list(rows))
 
     def _known(self, row: int) -> int:
         if isinstance(row, bool) or not isinstance(row, (int, np.integer)) or not 0 <= row < self._batch:

@@ -7,6 +7,8 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
+from lrt_deploy.runtime import decoder as decoder_module
+from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
 NAME = "padded_vocab"  # ids 0 to 299; the tables have 320 rows
@@ -320,9 +322,8 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
 def test_a_prompt_to_numbers_that_are_not_finite_is_refused_and_changes_nothing(fresh, monkeypatch, policy, tolerances):
     state, healthy = fresh.prefill([SHORT]), fresh.prefill([SHORT])
     before = snapshot(state)
-    accept = fresh._accept
     with monkeypatch.context() as patch:
-        patch.setattr(fresh, "_accept", lambda s, rows, logits: accept(s, rows, logits * np.nan))
+        patch.setattr(decoder_module, "check_finite", lambda logits, *rest: check_finite(logits * np.nan, *rest))
         with pytest.raises(BackendError, match="not finite"):
             fresh.prefill([OTHER], state=state, policy=policy)
     assert changes(snapshot(state), before) == []
@@ -395,8 +396,8 @@ def test_generated_tokens_are_those_of_prefill_and_step(decoder):
 
 def test_events_come_as_they_are_chosen(decoder, monkeypatch):
     steps = []
-    step = type(decoder).step
-    monkeypatch.setattr(type(decoder), "step", lambda self, *a: steps.append(1) or step(self, *a))
+    advance = type(decoder).advance
+    monkeypatch.setattr(type(decoder), "advance", lambda self, *a: steps.append(1) or advance(self, *a))
     events = decoder.generate(SHORT, 5, stop_ids=[])
     assert steps == []
     next(events)

@@ -12,6 +12,8 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import BackendError, InputError, StateError
+from lrt_deploy.runtime import decoder as decoder_module
+from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
 NAMES = (*sorted(path.name for path in (Path(__file__).parent / "data" / "golden").iterdir()), "trained")
@@ -304,14 +306,13 @@ def test_numbers_that_are_not_finite_never_reach_a_neighbour(one, monkeypatch, p
     """A failed reading must not leave NaN in the slots beyond a row: 0 times NaN is NaN."""
     state, healthy = one.prefill([SHORT, LONG]), one.prefill([SHORT, LONG])
     with monkeypatch.context() as patch:
-        accept = one._accept
 
-        def spoil(s, rows, logits):
-            keys, _ = s.buffers.cache(0, s.capacity)
+        def spoil(logits, *rest):
+            keys, _ = state.buffers.cache(0, state.capacity)
             keys[0, :, len(SHORT) : len(SHORT) + len(OTHER)] = np.nan
-            accept(s, rows, logits * np.nan)
+            check_finite(logits * np.nan, *rest)
 
-        patch.setattr(one, "_accept", spoil)
+        patch.setattr(decoder_module, "check_finite", spoil)
         with pytest.raises(BackendError, match="not finite"):
             one.prefill([OTHER, OTHER], state=state, policy=policy)
     for tokens in STEPS:

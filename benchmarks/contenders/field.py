@@ -104,8 +104,8 @@ class Running:
         return dict(json.loads(line))
 
 
-def run_all(names: list[str], setting: Setting, use: Callable[[list[Running]], Any]) -> Any:  # noqa: ANN401
+def run_all(names: list[str], setting: Setting, use: Callable[[list[Running]], None]) -> None:
     """Call `use` with the contenders that exist here, each in its process; ends the processes."""
     paths = {name: path for name in names if (path := prepare(name, setting)) is not None}
     with ExitStack() as stack:
-        return use([stack.enter_context(closing(Running(name, path, setting))) for name, path in paths.items()])
+        use([stack.enter_context(closing(Running(name, path, setting))) for name, path in paths.items()])
