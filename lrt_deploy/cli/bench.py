@@ -1,7 +1,7 @@
 """`lrt-deploy bench`: how fast a bundle is here, as a share of the memory bandwidth, and what each prefill way costs.
 
-Chooses what is measured and shows it. Measuring is the work of `benchmark`, `convergence`, `traffic` and `bandwidth`,
-drawing that of `plots`, all in `lrt_deploy.runtime`.
+Chooses what is measured; `bench_table` shows it. Measuring is the work of `benchmark`, `convergence`, `traffic` and
+`bandwidth`, drawing that of `plots`, all in `lrt_deploy.runtime`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import typer
 
 from lrt_deploy.errors import InputError
 
-from . import doctor, options, output
+from . import bench_table, doctor, options, output
 from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
 
 LENGTHS = "32,64,128,256,512,1024,2048"
-_LONGEST_CONVERGENCE = 512
+LONGEST_CONVERGENCE = 512
 
 
 def bench(
@@ -73,8 +73,8 @@ def bench(
     if json:
         output.document(fields)
     else:
-        output.answer(summary(fields))
-        output.table(decode_rows(fields) | prefill_rows(fields))
+        output.answer(bench_table.summary(fields, LONGEST_CONVERGENCE))
+        output.table(bench_table.decode_rows(fields) | bench_table.prefill_rows(fields))
 
 
 def announcer(quiet: bool) -> output.Progress:
@@ -162,7 +162,7 @@ class Task:
         """Error after each sweep at one length."""
         from lrt_deploy.runtime.convergence import measure_convergence
 
-        short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
+        short = [length for length in lengths if 1 < length <= LONGEST_CONVERGENCE]
         return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
 
 
@@ -244,56 +244,3 @@ def environment(decoder: Decoder) -> dict[str, Any]:
         "backend_detail": decoder.backend_detail,
         "command": shlex.join(["lrt-deploy", *sys.argv[1:]]),
     }
-
-
-def summary(fields: dict[str, Any]) -> str:
-    """One line for people."""
-    cached = " (the weights fit the processor's cache)" if fields["weights_fit_cache"] else ""
-    line = (
-        f"{fields['tpot_ms']['p50']:.3g} ms a token ({fields['tokens_per_s']:.0f} tokens/s), "
-        f"{fields['roofline_fraction']:.0%} of the memory bandwidth{cached}"
-    )
-    iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point"]
-    iterated = [row for row in iterated if row["algorithm"] != "plain"] or iterated  # plain: where nothing else is
-    if not iterated:
-        return line
-    row = min(iterated, key=lambda row: abs(row["tokens"] - _LONGEST_CONVERGENCE))
-    pace = f"{row['speedup']:.1f}x faster" if row["speedup"] >= 1 else f"{1 / row['speedup']:.1f}x slower"
-    return f"{line}; a prompt of {row['tokens']} tokens is read {pace} than stepwise"
-
-
-def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
-    """Decoding, for people."""
-    ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
-    peak, facts, copied = fields["peak_rss_bytes"], fields["environment"], fields["state_bytes_copied_per_step"]
-    reading = fields["read_bandwidth_gb_s"]
-    return {
-        "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
-        "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
-        "after opening": f"{fields['open_ms']:.0f} ms to open, {fields['first_ttft_ms']:.3g} ms to a token",
-        "each token": f"p50 {tpot['p50']:.3g} ms, p99 {tpot['p99']:.3g} ms; "
-        f"{fields['outside_backend_fraction']:.1%} outside of the backend",
-        "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
-        "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
-        f"{output.bytes_text(fields['state_bytes_written_per_step'])} written, "
-        f"{'copies not counted' if copied is None else f'{output.bytes_text(copied)} copied'}; "
-        f"{output.bytes_text(fields['latent_record_bytes_per_step'])} recorded for rewinding",
-        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s ({fields['bandwidth_of']}), "
-        f"{fields['roofline_fraction']:.0%} used{'' if reading is None else f'; {reading:.1f} GB/s reading alone'}",
-        "peak memory": "unknown" if peak is None else f"{output.bytes_text(peak)} on the host",
-    }
-
-
-def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
-    """The policies, for people: one line each."""
-    rows = {}
-    for row in fields["prefill"]:
-        latent = "" if row["max_abs_latent_error"] is None else f"  latent off {row['max_abs_latent_error']:7.1e}"
-        error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
-        ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
-        rows[f"{row['tokens']} tokens, {row['algorithm']}"] = (
-            f"{row['seconds'] * 1e3:9.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
-        )
-    if left_out := fields["prefill_lengths_left_out"]:
-        rows["left out"] = f"{', '.join(map(str, left_out))} tokens do not fit"
-    return rows | ({"plot": fields["plot"]} if fields["plot"] else {})
