@@ -25,7 +25,7 @@ from lrt_deploy.weights import matrix_shapes
 
 from .calibration import calibrate
 from .compensate import Doubles, compensated
-from .quantize import FORMATS, Floats, Format, dequantized, rounded
+from .quantize import FORMATS, Floats, Format, dequantized, format_of, rounded
 
 # Called with what is being done, and done and total of it.
 Progress = Callable[[str, int, int], None]
@@ -56,6 +56,7 @@ class Fit:
     sensitivities: tuple[Sensitivity, ...]
     tokens: int
     compensated: bool  # whether int4 rounding was, as `export --compensate` does it
+    block: int | None  # rows of a column that share a scale; None: all
 
     @property
     def line(self) -> str:
@@ -79,14 +80,17 @@ def fit_budget(
     budget: float,
     rows: Sequence[Sequence[int]],
     progress: Progress = lambda what, done, total: None,
+    int4_block: int | None = None,
 ) -> Fit:
     """Search for the list; `rows` are token ids of one length, two or more. Leaves `model` as it was.
+
+    `int4_block` is the block that int4 weights are exported with, None for the default.
 
     Every other row is judged. The rest calibrates int4 rounding, so that nothing is judged on what it was fitted to.
 
     Raises ParityError for a precision whose weights alone do not decide its quality.
     """
-    kind = FORMATS.get(precision)
+    kind = format_of(precision, int4_block)
     if kind is None or kind.activations:
         fitting = ", ".join(name for name, form in FORMATS.items() if not form.activations)
         raise ParityError(f"a budget can be fitted for {fitting}, not for {precision}: only weights are simulated")
@@ -123,6 +127,7 @@ def fit_budget(
         sensitivities=tuple(Sensitivity(name, alone[name], shapes[name] / total) for name in ranked),
         tokens=sum(len(row) for row in simulation.rows),
         compensated=bool(moments),
+        block=kind.block,
     )
 
 

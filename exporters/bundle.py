@@ -18,7 +18,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.model import LRT
-from lrt_deploy.precisions import PRECISIONS, base_dtype
+from lrt_deploy.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
 from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, load_source_tokenizer, write_tokenizer
 from lrt_deploy.weights import matrix_shapes
 
@@ -47,6 +47,7 @@ class ExportOptions:
     calibration: Path | None = None
     keep_high: tuple[str, ...] | None = None
     compensate: bool = False
+    int4_block: int | None = None
     host_embeddings: bool = False
 
 
@@ -98,7 +99,22 @@ def check_limits(config: LRTConfig, options: ExportOptions) -> int:
     if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
         asked, held = ", ".join(options.precisions) or "empty", ", ".join(PRECISIONS)
         raise ExportError(f"precision is {asked}; this version exports {held}, each once")
+    _check_int4_block(options)
     return capacity
+
+
+def _check_int4_block(options: ExportOptions) -> None:
+    """A block that is asked for is one that int4 can have, and there is int4 to have it."""
+    block, held = options.int4_block, ", ".join(map(str, INT4_BLOCKS))
+    if block is None:
+        return
+    if block not in INT4_BLOCKS:
+        raise ExportError(f"int4_block is {block}, expected one of {held}: rows of a column that share a scale")
+    if INT4 not in options.precisions:
+        raise ExportError(
+            f"int4_block is {block}, and {', '.join(options.precisions)} has no int4 weights; add --precision {INT4} "
+            "or leave --int4-block out"
+        )
 
 
 def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokenizer | None:
@@ -132,7 +148,7 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
     traced = trace(model)
     passes.clean(traced)
     matrices = matrix_shapes(checkpoint.config)
-    plans = [make_plan(precision, matrices, options.keep_high, seen) for precision in options.precisions]
+    plans = [make_plan(p, matrices, options.keep_high, seen, options.int4_block) for p in options.precisions]
     tables: dict[str, dict[str, manifest.TableRecord]] = {}
     for plan in plans:
         plan = dataclasses.replace(plan, host_embeddings=options.host_embeddings)

@@ -8,6 +8,8 @@ Grids are those of `quantize`, chosen for each block of rows when its turn comes
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -51,4 +53,4 @@ def _inverse_factor(moment: Doubles) -> Doubles:
 
 def _one_row(kind: Format) -> Format:
     """The same grid for a block of one row."""
-    return Format(kind.bits, 1, kind.activations)
+    return replace(kind, block=1)

@@ -19,7 +19,7 @@ from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibration import Calibration
 from .compensate import Doubles
-from .quantize import FORMATS
+from .quantize import Format, format_of
 
 # Gates are 1% of the weights: quantizing them would gain nothing, and cost a product of its own in W8A8. The others are
 # quantized; what keeping them would be worth: docs/precisions.md.
@@ -28,9 +28,13 @@ DEFAULT_KEEP_HIGH = ("gate",)
 
 @dataclass(frozen=True)
 class Plan:
-    """`keep`: matrices not quantized. `float32`: multiplied in float32. `details`: for the manifest."""
+    """`keep`: matrices not quantized. `float32`: multiplied in float32. `details`: for the manifest.
+
+    `kind` is the format of the others, None in a precision that quantizes nothing.
+    """
 
     precision: str
+    kind: Format | None = None
     keep: tuple[str, ...] = ()
     float32: tuple[str, ...] = ()
     activation_scales: Mapping[str, float] = field(default_factory=dict)
@@ -46,21 +50,25 @@ def needs_calibration(precisions: Sequence[str]) -> bool:
 
 
 def make_plan(
-    precision: str, matrices: Mapping[str, tuple[int, int]], keep_high: Sequence[str] | None, seen: Calibration | None
+    precision: str,
+    matrices: Mapping[str, tuple[int, int]],
+    keep_high: Sequence[str] | None,
+    seen: Calibration | None,
+    int4_block: int | None = None,
 ) -> Plan:
-    """The plan for matrices (name -> rows, columns); `keep_high` None: the default of the precision.
+    """The plan for matrices (name -> rows, columns); `keep_high` and `int4_block` None: the default of the precision.
 
     Raises ExportError for a pattern that names no matrix, and for a cache that float16 cannot hold.
     """
     if precision == "fp32":
         return Plan(precision)
-    kind = FORMATS.get(precision)
+    kind = format_of(precision, int4_block)
     patterns = (DEFAULT_KEEP_HIGH if kind else ()) if keep_high is None else keep_high
     named = _matching(patterns, matrices, strict=keep_high is not None)
     wide = _beyond_float16(precision, seen) if seen and base_dtype(precision, "full") == "float16" else ()
     if kind is None:
         float32 = tuple(name for name in matrices if name in named or name in wide)
-        return Plan(precision, (), float32, {}, {"keep_high": list(float32)} | _ranges(seen, float32))
+        return Plan(precision, None, (), float32, {}, {"keep_high": list(float32)} | _ranges(seen, float32))
     uneven = [name for name, (rows, _) in matrices.items() if not kind.fits(rows)]
     keep = tuple(name for name in matrices if name in named or name in wide or name in uneven)
     details: dict[str, Any] = {"bits": kind.bits, "block": kind.block, "keep_high": list(keep)}
@@ -74,7 +82,7 @@ def make_plan(
     if kind.bits == 4 and seen is not None:
         moments = {name: moment for name, moment in seen.moments.items() if name not in keep}
         details["compensated"] = bool(moments)
-    return Plan(precision, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
+    return Plan(precision, kind, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
 
 
 def _matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:

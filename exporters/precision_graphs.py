@@ -16,13 +16,13 @@ import onnx_ir as ir
 from lrt_deploy import contract, manifest
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import Flavour
-from lrt_deploy.precisions import QUANTIZED, base_dtype
+from lrt_deploy.precisions import base_dtype
 
 from . import flavours, host_embeddings, passes, promises, weights_file
 from .compensate import compensated
 from .lower import lower, narrow
 from .plan import Plan
-from .quantize import FORMATS, quantize
+from .quantize import quantize
 
 Progress = Callable[[str, int, int], None]
 
@@ -61,14 +61,13 @@ def write_precision(
 def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
     """A copy of the traced graph that still computes in float32, with its weights as the precision stores them."""
     model = traced.clone()
-    if plan.precision in QUANTIZED:
-        kind = FORMATS[plan.precision]
+    if plan.kind is not None:
         stored = {
-            name: compensated(value.const_value.numpy(), plan.moments[name], kind)
+            name: compensated(value.const_value.numpy(), plan.moments[name], plan.kind)
             for name, value in model.graph.initializers.items()
             if name in plan.moments and value.const_value is not None
         }
-        quantize(model, kind, plan.keep, plan.activation_scales, stored)
+        quantize(model, plan.kind, plan.keep, plan.activation_scales, stored)
     if plan.precision != "fp32":
         narrow(model, base_dtype(plan.precision, "full"), plan.float32)
     return model
@@ -84,5 +83,6 @@ def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavo
 
 
 def _check(model: ir.Model, config: LRTConfig, plan: Plan, flavour: Flavour) -> promises.Counts:
-    expected = promises.promised(config, plan.precision, flavour, len(plan.keep), len(plan.float32))
+    base = base_dtype(plan.precision, flavour)
+    expected = promises.promised(config, plan.kind, base, len(plan.keep), len(plan.float32))
     return promises.check(model.graph, expected, f"the {flavour} graph in {plan.precision}")

@@ -11,13 +11,11 @@ from collections import Counter
 import onnx_ir as ir
 
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import ExportError
-from lrt_deploy.precisions import base_dtype
 from lrt_deploy.weights import matrix_shapes
 
 from .lower import matrix_name
-from .quantize import FORMATS
+from .quantize import Format
 
 _NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
@@ -44,10 +42,12 @@ def count(graph: ir.Graph) -> Counts:
     return {operation: dict(sorted(counts.items())) for operation, counts in found.items()}
 
 
-def promised(config: LRTConfig, precision: str, flavour: Flavour, kept: int, wide: int) -> Counts:
-    """The counts that a graph must have: `kept` matrices are not quantized, `wide` multiply in float32."""
-    base, layers = base_dtype(precision, flavour), config.n_layer
-    matrices, kind = len(matrix_shapes(config)), FORMATS.get(precision)
+def promised(config: LRTConfig, kind: Format | None, base: str, kept: int, wide: int) -> Counts:
+    """The counts that a graph must have: `kept` matrices are not quantized, `wide` multiply in float32.
+
+    The others are of the format `kind`, if it is not None; what is not quantized is in the type `base`.
+    """
+    matrices, layers = len(matrix_shapes(config)), config.n_layer
     plain = matrices if kind is None else kept
     quantized = matrices - plain
     matmuls = Counter[str]({base: plain - wide})

@@ -9,7 +9,7 @@ float16 scales, which a float32 graph casts when it is loaded. The forms are tho
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import ml_dtypes
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
+
+from lrt_deploy.precisions import INT4, INT4_BLOCKS
 
 from .lower import cast, lazy, matrix_name, store
 from .passes import constant
@@ -50,8 +52,14 @@ class Format:
 FORMATS = {
     "int8": Format(bits=8, block=None, activations=True),
     "int8-weight-only": Format(bits=8, block=None, activations=False),
-    "int4-weight-only": Format(bits=4, block=32, activations=False),
+    INT4: Format(bits=4, block=INT4_BLOCKS[0], activations=False),
 }
+
+
+def format_of(precision: str, int4_block: int | None = None) -> Format | None:
+    """How a precision stores matrices, None for one that quantizes none; `int4_block` None: the default."""
+    kind = FORMATS.get(precision)
+    return replace(kind, block=int4_block) if kind and precision == INT4 and int4_block is not None else kind
 
 
 def quantize(

@@ -59,6 +59,7 @@ def export_bundle(
     calibration: str | Path | None = None,
     keep_high: Sequence[str] | None = None,
     compensate: bool = False,
+    int4_block: int | None = None,
     host_embeddings: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
@@ -70,9 +71,10 @@ def export_bundle(
     activations are measured (default: a short one shipped with the package); `keep_high` names matrices that stay
     precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized precisions; empty:
     none). `compensate` rounds int4 weights so that later rows make up for the error of earlier ones, on the
-    calibration text. `host_embeddings` keeps the embedding tables out of the graphs: the runtime maps them and hands in
-    the rows of the tokens, so that neither engines nor GPU memory hold them. `progress` is called with (what, done,
-    total), in bytes or 0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
+    calibration text; `int4_block` says how many rows of a column share an int4 scale: 32 (the default), 64 or 128.
+    `host_embeddings` keeps the embedding tables out of the graphs: the runtime maps them and hands in the rows of the
+    tokens, so that neither engines nor GPU memory hold them. `progress` is called with (what, done, total), in bytes or
+    0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
     """
     from .exporters.bundle import ExportOptions
     from .exporters.bundle import export_bundle as export
@@ -88,6 +90,7 @@ def export_bundle(
         calibration=None if calibration is None else Path(calibration),
         keep_high=None if keep_high is None else tuple(keep_high),
         compensate=compensate,
+        int4_block=int4_block,
         host_embeddings=host_embeddings,
     )
     return export(checkpoint, bundle, options, progress)

@@ -6,7 +6,7 @@
     bf16               bfloat16                    bfloat16                bfloat16
     int8               int8, and int8 activations  float16                 float32
     int8-weight-only   int8                        float16                 float32
-    int4-weight-only   int4, blocks of 32          float16                 float32
+    int4-weight-only   int4, in blocks of rows     float16                 float32
 
 The type of a flavour is that of its matrix products, its attention, its caches and its latent. Norms, gates, residual
 stream, rotary embedding and softcap are float32 in all of them. How graphs come by their precision: exporters'
@@ -21,7 +21,10 @@ from .contract import Flavour
 
 # From the most precise on; where none is asked for, the first one that a bundle holds is taken.
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
-QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", "int4-weight-only")
+INT4 = "int4-weight-only"
+QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
+# Rows of a column that may share an int4 scale, the default first. More of them cost quality and save time.
+INT4_BLOCKS: tuple[int, ...] = (32, 64, 128)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 

@@ -226,6 +226,24 @@ def export_model(make_once):
 
 
 @pytest.fixture(scope="session")
+def int4_in_blocks(export_model):
+    """block -> bundle of a random model in int4, its checkpoint beside it; 64 is compensated. Tests must not change it.
+
+    The model is wide enough for blocks of 128.
+    """
+
+    def export(block: int | None) -> Path:
+        from lrt_deploy.config import LRTConfig
+        from lrt_deploy.random_weights import random_model
+
+        config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=128)
+        options = {"precision": "int4-weight-only", "int4_block": block, "compensate": block == 64}
+        return export_model(f"int4-{block}", lambda: random_model(config, seed=1), **options)
+
+    return export
+
+
+@pytest.fixture(scope="session")
 def decoder_of(export_once):
     """name -> opened decoder of a golden, shared by all tests of the process."""
     import lrt_deploy

@@ -78,9 +78,9 @@ def rows():
     return np.random.default_rng(0).integers(0, CONFIG.vocab_size, (6, 24)).tolist()
 
 
-def fit(model, rows, budget, precision="int4-weight-only"):
+def fit(model, rows, budget, precision="int4-weight-only", **options):
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    found = fit_budget(model, precision, budget, rows)
+    found = fit_budget(model, precision, budget, rows, **options)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert found.met == (found.mean_kl <= budget)
     json.dumps(found.to_dict(), allow_nan=False)
@@ -132,6 +132,25 @@ def test_compensation_is_judged_on_rows_it_was_not_fitted_to_and_still_helps(mod
 def test_what_cannot_be_fitted_is_refused(options, named, model, rows):
     with pytest.raises(ParityError, match=named):
         fit(**({"model": model, "rows": rows, "budget": 1.0} | options))
+
+
+def test_a_fit_rounds_in_the_blocks_that_an_export_would(model, rows):
+    found = fit(model, rows, 10.0, int4_block=64)
+    assert (found.block, fit(model, rows, 10.0).block) == (64, 32)
+    assert {item.matrix for item in found.sensitivities} == {f"blocks.{layer}.mlp_out" for layer in (0, 1)}  # 128 rows
+    assert fit(model, rows, 10.0, "int8-weight-only").block is None
+
+
+@pytest.mark.slow
+def test_the_block_of_a_bundle_is_fitted_and_named_by_the_command(int4_in_blocks):
+    bundle = int4_in_blocks(64)
+    checkpoint = bundle.with_name(f"{bundle.name}.checkpoint")
+    arguments = ["parity", str(bundle), "--checkpoint", str(checkpoint), "--fit-budget", "10"]
+    fields = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert fields["fit"]["block"] == 64
+    assert fields["export_options"].startswith("--precision int4-weight-only --int4-block 64 --keep-high none")
+    shown = CliRunner().invoke(app, ["inspect", str(bundle)])
+    assert "one for 64 rows of a column" in shown.stderr
 
 
 @pytest.mark.slow

@@ -115,6 +115,8 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         "--keep-high",
         "none",
         "--compensate",
+        "--int4-block",
+        64,
         "--host-embeddings",
     ]
     result = run("export", "from", bundle, *options, "--max-seq-len", 99, "--max-batch-size", 5)
@@ -132,6 +134,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         "calibration": tmp_path / "text",
         "keep_high": ["gate"],
         "compensate": True,
+        "int4_block": 64,
         "host_embeddings": True,
     }
     assert result.stdout.startswith(f"exported {bundle} (") and result.stdout.count("\n") == 1
@@ -146,6 +149,8 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         (["--max-seq-len", "321"], "max_seq_len is 321"),
         (["--step", "5"], "no step 5"),
         (["--tokenizer", "nowhere"], "nowhere"),
+        (["--precision", "int4-weight-only", "--int4-block", "48"], "int4_block is 48"),
+        (["--int4-block", "32"], "fp32 has no int4 weights"),
     ],
 )
 def test_export_refuses_what_cannot_be_and_leaves_nothing(options, message, tmp_path):

@@ -240,6 +240,24 @@ def test_every_precision_is_built_as_promised(in_every_precision, tmp_path, name
     assert sidecar.outputs[0]["dtype"] == "float32"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [64, 128])
+def test_int4_is_built_in_wider_blocks(int4_in_blocks, tmp_path, block):
+    precision, folder = "int4-weight-only", shutil.copytree(int4_in_blocks(block), tmp_path / "bundle")
+    assert lrt_deploy.build_engine(folder, backend="tensorrt-rtx").layers["matmul"] == {
+        "float16 with int4 weights": 10,
+        "float16": 2,
+    }
+    network, _keep = network_of(folder, precision=precision)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    sizes = [
+        [layer.get_input(i).shape[0] for i in (0, 1)]
+        for layer in layers
+        if layer.type.name == "DEQUANTIZE" and layer.get_input(0).dtype == RTX.load().int4
+    ]
+    assert len(sizes) == 10 and {rows // scales for rows, scales in sizes} == {block}
+
+
 # The proof
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 import lrt_deploy
 from lrt_deploy import contract
+from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.cli.parity import PROMPT
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.exporters import promises
@@ -22,11 +24,12 @@ from lrt_deploy.exporters.calibration_text import SHIPPED, calibration_rows
 from lrt_deploy.exporters.histogram import Histogram
 from lrt_deploy.exporters.lower import lower, narrow
 from lrt_deploy.exporters.plan import make_plan
-from lrt_deploy.exporters.quantize import FORMATS, quantized, weight_scales
-from lrt_deploy.manifest import graph_path, read_manifest
+from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
+from lrt_deploy.manifest import PHASES, graph_path, read_manifest
 from lrt_deploy.parity import compare
 from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.reference import ReferenceDecoder
+from lrt_deploy.runtime import ort_cpu
 from lrt_deploy.tokenizer import Tokenizer
 from lrt_deploy.tolerances import limits, prefill_limits
 from lrt_deploy.weights import matrix_shapes
@@ -166,11 +169,11 @@ def test_quantized_graphs_hold_what_the_manifest_says(bundle, load, precision, f
 
 def test_a_graph_that_is_not_as_promised_is_refused(bundle, load):
     config = read_manifest(bundle).model
-    expected = promises.promised(config, "fp16", "full", 0, 0)
+    expected = promises.promised(config, None, "float16", 0, 0)
     promises.check(load("fp16").graph, expected, "this graph")
     with pytest.raises(ExportError, match="27 in float16 as matmul, and has 27 in float32"):
         promises.check(load("fp32").graph, expected, "this graph")
-    one_kept = promises.promised(config, "int8", "full", 6, 0)
+    one_kept = promises.promised(config, FORMATS["int8"], "float16", 6, 0)
     with pytest.raises(ExportError, match="6 in float16, 21 in int8, float16"):
         promises.check(load("int8").graph, one_kept, "this graph")
 
@@ -283,7 +286,13 @@ def test_matrices_are_kept_by_name_and_an_unknown_name_is_refused(plain):
 
 def test_a_matrix_that_does_not_divide_into_blocks_is_kept(plain):
     matrices = {"lm_head": (48, 10), "blocks.0.qkv": (64, 10)}
-    assert make_plan("int4-weight-only", matrices, [], None).keep == ("lm_head",)
+    plan = make_plan("int4-weight-only", matrices, [], None)
+    assert plan.keep == ("lm_head",) and plan.kind == FORMATS["int4-weight-only"]
+    wider = make_plan("int4-weight-only", matrices, [], None, int4_block=128)
+    assert wider.kind == dataclasses.replace(plan.kind, block=128)
+    assert wider.keep == ("lm_head", "blocks.0.qkv")
+    assert (wider.details["block"], wider.details["keep_high"]) == (128, ["lm_head", "blocks.0.qkv"])
+    assert make_plan("int8-weight-only", matrices, [], None, int4_block=128).kind == FORMATS["int8-weight-only"]
 
 
 def test_calibration_is_recorded_with_its_text(bundle):
@@ -327,8 +336,6 @@ RUNNABLE = tuple(precision for precision in PRECISIONS if base_dtype(precision, 
 @pytest.fixture(scope="session")
 def demo(root):
     """The demo checkpoint's model and a text."""
-    from lrt_deploy.checkpoint import open_checkpoint
-
     return open_checkpoint(root / "demo" / "checkpoint").model(256), PROMPT
 
 
@@ -375,6 +382,11 @@ def test_a_tolerance_below_what_a_precision_certifies_is_read_stepwise(bundle):
 )
 def test_onnx_runtime_runs_the_fused_kernels(bundle, tmp_path, precision, kernel):
     """What is not fused multiplies in float32 behind a DequantizeLinear: right numbers, and slower than fp32."""
+    assert fused(bundle, tmp_path, precision, kernel)
+
+
+def fused(bundle, tmp_path, precision, kernel):
+    """The nodes of that kernel, one for each quantized matrix; nothing is dequantized outside of them."""
     manifest, options = read_manifest(bundle), ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -382,5 +394,95 @@ def test_onnx_runtime_runs_the_fused_kernels(bundle, tmp_path, precision, kernel
     ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     nodes = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph.node
     kept = manifest.precision_details[precision]["keep_high"]
-    assert sum(node.op_type == kernel for node in nodes) == len(matrix_shapes(manifest.model)) - len(kept)
+    found = [node for node in nodes if node.op_type == kernel]
+    assert len(found) == len(matrix_shapes(manifest.model)) - len(kept)
     assert not any(node.op_type == "DequantizeLinear" for node in nodes)
+    return found
+
+
+# Int4 in blocks of other sizes.
+
+INT4 = "int4-weight-only"
+FLOAT_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # at level 1
+WIDER = pytest.mark.parametrize("block", [64, 128])
+
+
+def stored_weights(graph, kind):
+    """Parameter name -> what the graph multiplies by or gathers from, float32."""
+    values = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
+    return {
+        name: dequantized(values[f"{name}.scale"], value, kind)
+        if f"{name}.scale" in values
+        else value.astype(np.float32)
+        for name, value in values.items()
+    }
+
+
+@WIDER
+def test_all_graphs_and_the_manifest_have_the_block_that_was_asked_for(int4_in_blocks, block):
+    bundle = int4_in_blocks(block)
+    manifest = read_manifest(bundle)
+    details, shapes = manifest.precision_details[INT4], matrix_shapes(manifest.model)
+    kept = [f"blocks.{layer}.gate" for layer in range(manifest.model.n_layer)]
+    assert (details["block"], details["keep_high"], details["compensated"]) == (block, kept, block == 64)
+    for flavour in contract.FLAVOURS:
+        for phase in PHASES:
+            graph = ir.load(bundle / graph_path(INT4, phase, flavour)).graph
+            found = [node for node in graph if node.op_type == "DequantizeLinear"]
+            assert {node.inputs[0].name for node in found} == shapes.keys() - set(kept)
+            assert {node.attributes["block_size"].as_int() for node in found} == {block}
+            for node in found:
+                rows, columns = shapes[node.inputs[0].name]
+                assert graph.initializers[f"{node.inputs[0].name}.scale"].shape == (rows // block, columns)
+
+
+@WIDER
+def test_blocks_of_other_sizes_are_fused_too(int4_in_blocks, tmp_path, block):
+    nodes = fused(int4_in_blocks(block), tmp_path, INT4, "MatMulNBits")
+    sizes = {attribute.i for node in nodes for attribute in node.attribute if attribute.name == "block_size"}
+    assert sizes == {block}
+
+
+@WIDER
+def test_logits_are_those_of_the_weights_in_blocks(int4_in_blocks, monkeypatch, tolerances, block):
+    """Against the reference with the integers times their scales, activations left in float32."""
+    bundle = int4_in_blocks(block)
+    model = open_checkpoint(bundle.with_name(f"{bundle.name}.checkpoint")).model(64)
+    kind = dataclasses.replace(FORMATS[INT4], block=block)
+    weights = stored_weights(ir.load(bundle / graph_path(INT4, "prefill", "windowed")).graph, kind)
+    nearest = np.array_equal(
+        weights["blocks.1.mlp_out"], rounded(model.get_parameter("blocks.1.mlp_out").numpy(), kind)
+    )
+    assert nearest == (block == 128)  # the other is compensated
+    plain = ReferenceDecoder(copy.deepcopy(model), 64)
+    assert weights.keys() >= {*matrix_shapes(model.config), "wte", "value_embeds"}
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.from_numpy(weights.get(name, parameter.numpy()))
+    monkeypatch.setattr(ort_cpu, "quantized_entries", lambda precision: {FLOAT_PRODUCTS: "1"})
+    with lrt_deploy.open_decoder(bundle) as decoder:
+        tokens = list(range(3, 120, 4))
+        ours = decoder.prefill([tokens], policy="stepwise").logits
+    expected = ReferenceDecoder(model, 64).prefill([tokens]).next_logits.numpy()
+    assert np.abs(ours - expected).max() < tolerances.logits
+    assert np.abs(ours - plain.prefill([tokens]).next_logits.numpy()).max() > 100 * tolerances.logits
+
+
+def test_blocks_of_32_are_the_default_to_the_byte(int4_in_blocks):
+    default, asked = (read_manifest(int4_in_blocks(block)) for block in (None, 32))
+    assert default == asked and default.precision_details[INT4]["block"] == 32
+    assert default.files != read_manifest(int4_in_blocks(128)).files
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"int4_block": 48, "precision": INT4}, "int4_block is 48, expected one of 32, 64, 128"),
+        ({"int4_block": 0, "precision": INT4}, "int4_block is 0"),
+        ({"int4_block": 64}, "int4_block is 64, and fp32 has no int4 weights; add --precision int4-weight-only"),
+        ({"int4_block": 32, "precision": ("fp16", "int8")}, "and fp16, int8 has no int4 weights"),
+    ],
+)
+def test_a_block_that_cannot_be_is_refused_before_anything_is_written(root, tmp_path, options, message):
+    with pytest.raises(ExportError, match=message):
+        lrt_deploy.export_bundle(root / "demo" / "checkpoint", tmp_path / "bundle", **options)
+    assert list(tmp_path.iterdir()) == []

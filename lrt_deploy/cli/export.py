@@ -37,6 +37,9 @@ def export(
     compensate: Annotated[
         bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
     ] = False,
+    int4_block: Annotated[
+        int | None, typer.Option(help="Rows that share an int4 scale: 32 (default), 64 or 128.")
+    ] = None,
     host_embeddings: Annotated[
         bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
     ] = False,
@@ -61,6 +64,7 @@ def export(
             calibration=calibration,
             keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
             compensate=compensate,
+            int4_block=int4_block,
             host_embeddings=host_embeddings,
             progress=progress,
         )
@@ -105,6 +109,8 @@ def precision_rows(manifest: Manifest) -> dict[str, str]:
         for flavour, counts in (found.get("operations") or {}).items():
             kinds = ", ".join(f"{number} in {kind}" for kind, number in counts["matmul"].items())
             rows[f"{precision} {flavour}"] = f"matrix products: {kinds}"
+        if block := found.get("block"):
+            rows[f"{precision} scales"] = f"one for {block} rows of a column"
         if wide := found.get("multiplied_in_float32"):
             rows[f"{precision} note"] = f"in float32, beyond what float16 can hold or kept so: {', '.join(wide)}"
     return rows
