@@ -99,7 +99,7 @@ def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
     found = {}
     for name in [name for name in ("ours", "no-memory") if name in contenders]:
         bundle = models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours")
-        found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision)
+        found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision.partition(":")[0])
     return found
 
 
@@ -129,7 +129,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words, numbers = (lambda text: text.split(",")), (lambda text: [int(part) for part in text.split(",")])
     parser.add_argument("--sizes", type=words, default=["256/6", "768/12"], help=f"of {', '.join(models.SIZES)}")
-    parser.add_argument("--precisions", type=words, default=["fp32"])
+    parser.add_argument("--precisions", type=words, default=["fp32"], help="int4-weight-only:64 is in blocks of 64")
     parser.add_argument("--contexts", type=numbers, default=[64, 1024])
     parser.add_argument("--batches", type=numbers, default=[1])
     parser.add_argument("--rounds", type=int, default=5)

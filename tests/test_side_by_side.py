@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,18 @@ def expected(folder, memory):
 def test_contenders_give_the_logits_of_the_reference(name, contender, folder):
     found = np.array(serving.logits(contender(name), ROWS, STEPS)["logits"])
     assert np.abs(found - expected(folder, CONTENDERS[name])).max() < LOGIT_ERROR
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_gives_them_too_and_is_compiled_once(contender, folder, tmp_path, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    counters.clear()
+    found = np.array(serving.logits(contender("pytorch-compiled"), ROWS, STEPS)["logits"])
+    assert np.abs(found - expected(folder, True)).max() < LOGIT_ERROR
+    assert counters["stats"]["unique_graphs"] == 1  # of 9 positions
+    assert not counters["graph_break"]
 
 
 def test_a_model_without_memory_is_another_one(contender, folder):

@@ -70,18 +70,23 @@ def checkpoint(folder: Path, size: Size, memory: bool = True) -> Path:
 
 
 def bundle(folder: Path, size: Size, precision: str, memory: bool = True) -> Path:
-    """One precision of the model through our exporter."""
+    """One precision of the model through our exporter; `int4-weight-only:64` is in blocks of 64 rows."""
 
     def make(target: Path) -> dict[str, Any]:
         import lrt_deploy
 
         source = checkpoint(folder, size, memory)
+        name, _, block = precision.partition(":")
         manifest = lrt_deploy.export_bundle(
-            source, target / "bundle", precision=precision, max_seq_len=size.sequence_len
+            source,
+            target / "bundle",
+            precision=name,
+            max_seq_len=size.sequence_len,
+            int4_block=int(block) if block else None,
         )
         return {"bytes": sum(record.bytes for record in manifest.files.values())}
 
-    return made_once(folder / f"bundle-{precision}{'' if memory else '-plain'}", make) / "bundle"
+    return made_once(folder / f"bundle-{precision.replace(':', '-')}{'' if memory else '-plain'}", make) / "bundle"
 
 
 def made_once(folder: Path, make: Callable[[Path], dict[str, Any]]) -> Path:
