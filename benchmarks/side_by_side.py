@@ -46,24 +46,25 @@ class Measured:
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its last process
 
 
-Points = dict[tuple[int, int, str], Measured]  # by context, batch and contender
+Points = dict[tuple[str, int, int, str], Measured]  # by precision, context, batch and contender
 
 
-def measure(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All contexts and batches of one model; one row a contender."""
+def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """All contexts and batches of one size, its precisions in turns; by precision one row a contender."""
     points: Points = defaultdict(Measured)
-    contexts = [context for context in args.contexts if context <= setting.size.sequence_len - 1]
+    size = settings[0].size
 
     def use(running: list[Running]) -> None:
-        for context in contexts:
+        for context in [context for context in args.contexts if context <= size.sequence_len - 1]:
             for batch in args.batches:
-                alternate(running, setting, (context, batch), args, points)
+                alternate(running, size, (context, batch), args, points)
 
     for number in range(args.processes):
         say(f"processes {number + 1}/{args.processes}")
-        field.run_all(args.contenders, setting, use)
-    return [
-        {
+        field.run_all(args.contenders, settings, use)
+    rows: dict[str, list[dict[str, Any]]] = {setting.precision: [] for setting in settings}
+    for (precision, context, batch, name), seen in points.items():
+        row = {
             "contender": name,
             "context": context,
             "batch": batch,
@@ -71,27 +72,28 @@ def measure(setting: Setting, args: argparse.Namespace) -> list[dict[str, Any]]:
             "median_ms": float(np.median(seen.times)),
             "tokens_per_s": batch * 1e3 / float(np.median(seen.times)),
             "steps": len(seen.times),
-            **seen.facts,
         }
-        for (context, batch, name), seen in points.items()
-    ]
+        rows[precision].append(row | seen.facts)
+    return rows
 
 
 def alternate(
-    running: list[Running], setting: Setting, point: tuple[int, int], args: argparse.Namespace, points: Points
+    running: list[Running], size: models.Size, point: tuple[int, int], args: argparse.Namespace, points: Points
 ) -> None:
     """Rounds over the contenders at one context and batch. The last step stands at the context where it is long."""
     context, batch = point
-    start = max(1, min(context, setting.size.sequence_len - args.steps - 4))
-    prompts = [benchmark.random_tokens(start, setting.size.vocab, seed) for seed in range(batch)]
+    start = max(1, min(context, size.sequence_len - args.steps - 4))
+    prompts = [benchmark.random_tokens(start, size.vocab, seed) for seed in range(batch)]
     for number in range(args.rounds):
         for contender in running:
-            say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}: {contender.name}")
+            who = f"{contender.name} in {contender.precision}"
+            say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}: {who}")
             time.sleep(REST_S)
             found = contender.ask("decode", rows=prompts, steps=args.steps)["ms"]
-            points[context, batch, contender.name].times += found
+            points[contender.precision, context, batch, contender.name].times += found
     for contender in running:
-        points[context, batch, contender.name].facts = contender.ask("facts") | contender.ask("memory")
+        facts = contender.ask("facts") | contender.ask("memory")
+        points[contender.precision, context, batch, contender.name].facts = facts
 
 
 def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
@@ -152,12 +154,13 @@ def main() -> None:
     args = arguments()
     results = []
     for name in args.sizes:
-        for precision in args.precisions:
-            folder = args.folder / name.replace("/", "-")
-            setting = Setting(folder, models.SIZES[name], precision, args.threads, args.genai)
-            rows = measure(setting, args)
+        folder, size = args.folder / name.replace("/", "-"), models.SIZES[name]
+        settings = [Setting(folder, size, precision, args.threads, args.genai) for precision in args.precisions]
+        rows = measure(settings, args)
+        for setting in settings:
             weights = weight_bytes(setting, args.contenders)
-            results.append({"size": name, "precision": precision, "weight_bytes_per_step": weights, "rows": rows})
+            of = {"size": name, "precision": setting.precision, "weight_bytes_per_step": weights}
+            results.append(of | {"rows": rows[setting.precision]})
     print(table(results))
     if args.out:
         packages = ("lrt-deploy", "torch", "onnxruntime-gpu", "numpy")

@@ -73,7 +73,7 @@ class Running:
     """A contender's process, answering commands."""
 
     def __init__(self, name: str, path: Path, setting: Setting) -> None:
-        self.name = name
+        self.name, self.precision = name, setting.precision
         if name == "genai":
             command = [str(setting.genai_python), str(HERE / "genai.py"), "serve", str(path)]
         else:
@@ -104,8 +104,8 @@ class Running:
         return dict(json.loads(line))
 
 
-def run_all(names: list[str], setting: Setting, use: Callable[[list[Running]], None]) -> None:
+def run_all(names: list[str], settings: list[Setting], use: Callable[[list[Running]], None]) -> None:
     """Call `use` with the contenders that exist here, each in its process; ends the processes."""
-    paths = {name: path for name in names if (path := prepare(name, setting)) is not None}
+    found = [(name, path, setting) for setting in settings for name in names if (path := prepare(name, setting))]
     with ExitStack() as stack:
-        use([stack.enter_context(closing(Running(name, path, setting))) for name, path in paths.items()])
+        use([stack.enter_context(closing(Running(name, path, setting))) for name, path, setting in found])
