@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path, read_manifest, ve
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
 
 from .atomic_folder import made_whole
-from .tensorrt_builder import Parsed, Plan, build, parse
+from .tensorrt_builder import NoFusedAttentionError, Parsed, Plan, build, parse
 from .tensorrt_graph import tensorrt_copy
 from .tensorrt_log import Progress
 from .tensorrt_proof import DTYPES, promise_of, prove
@@ -84,11 +85,13 @@ def build_engine(
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
     verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
     started = time.perf_counter()
-    progress("parsing", 0, 0)
-    parsed = parse(job.flavour, tensorrt_copy(folder / job.graph, job.capacity), folder / job.graph)
-    progress("proving", 0, 0)
-    layers = prove(parsed.trt, parsed.network, promise_of(job.manifest, job.precision))
-    plan = build(job.flavour, parsed, job.profiles, _timing_cache(job), progress)
+    built = None
+    with suppress(NoFusedAttentionError):
+        built = _built(job, progress, decompose=False)
+    if built is None:
+        progress("building again, with attention decomposed", 0, 0)
+        built = _built(job, progress, decompose=True)
+    parsed, layers, plan = built
     seconds = time.perf_counter() - started
     with made_whole(target, options.force) as out:
         progress("writing the plan", 0, 0)
@@ -96,6 +99,17 @@ def build_engine(
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
         write_sidecar(out / PLAN, sidecar)
     return sidecar
+
+
+def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict[str, Any], Plan]:
+    """The network, what it was proven to consist of, and the plan made of it."""
+    graph, promise = job.bundle / job.graph, promise_of(job.manifest, job.precision)
+    progress("parsing", 0, 0)
+    parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph)
+    progress("proving", 0, 0)
+    layers = prove(parsed.trt, parsed.network, promise)
+    decomposable = {"attention_decomposable": decompose or promise.base == "float32"}
+    return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, _timing_cache(job), progress)
 
 
 def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:

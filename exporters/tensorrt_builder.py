@@ -22,6 +22,13 @@ from lrt_deploy.tensorrt_flavours import TensorRTFlavour, collecting_logger
 
 from .tensorrt_log import BuildLog, Progress, progress_monitor
 
+# What TensorRT says where attention has a shape or type that none of its fused kernels is for.
+_NO_FUSED_KERNEL = "not supported by a dedicated kernel"
+
+
+class NoFusedAttentionError(EngineError):
+    """The network's attention would have to be decomposed, and must not be."""
+
 
 @dataclass
 class Parsed:
@@ -133,9 +140,9 @@ def _errors_named(flavour: TensorRTFlavour, parsed: Parsed) -> Iterator[None]:
     try:
         yield
     except refused as error:
-        raise EngineError(
-            f"{flavour.backend} {parsed.trt.__version__} built no plan: {parsed.log.last_words()}"
-        ) from error
+        words = parsed.log.last_words()
+        kind = NoFusedAttentionError if _NO_FUSED_KERNEL in words else EngineError
+        raise kind(f"{flavour.backend} {parsed.trt.__version__} built no plan: {words}") from error
 
 
 def _parser_errors(parser: Any) -> Iterator[str]:  # noqa: ANN401

@@ -2,7 +2,8 @@
 
 It is the `full` flavour with free T, with three edits: cache slots become a fixed number (TensorRT updates a cache in
 place only then), `rows` becomes 1 (the head always runs, for one token of each row), and attention in float32 may be
-decomposed (TensorRT has no fused kernel for it). The copy lives in memory; its weights stay in the bundle's file.
+decomposed (TensorRT has no fused kernel for it), on demand any. The copy lives in memory; its weights stay in the
+bundle's file.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ import onnx_ir as ir
 from lrt_deploy.errors import EngineError
 
 
-def tensorrt_copy(graph: Path, capacity: int) -> bytes:
-    """The edited graph as ONNX bytes; it names its weights file as the original does."""
+def tensorrt_copy(graph: Path, capacity: int, decompose: bool = False) -> bytes:
+    """The edited graph as ONNX bytes; it names its weights file as the original does.
+
+    With `decompose`, attention in any type may be: for shapes that TensorRT has no fused kernel for.
+    """
     try:
         model = ir.load(graph)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read the graph {graph}: {error}; export the bundle again") from error
     fix_dims(model, {"capacity": capacity, "rows": 1})
     for node in model.graph:
-        if node.op_type == "Attention" and _computes_in(node) == ir.DataType.FLOAT:
+        if node.op_type == "Attention" and (decompose or _computes_in(node) == ir.DataType.FLOAT):
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data

@@ -20,8 +20,10 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.cli.app import app
+from lrt_deploy.cli.build import engine_rows
 from lrt_deploy.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
 from lrt_deploy.errors import EngineError
+from lrt_deploy.exporters import engine
 from lrt_deploy.exporters.engine import BuildOptions, profiles
 from lrt_deploy.exporters.engine import build_engine as build
 from lrt_deploy.exporters.tensorrt_builder import parse
@@ -238,6 +240,26 @@ def test_every_precision_is_built_as_promised(in_every_precision, tmp_path, name
     assert set(layers["norms"]) == {"float32"}
     assert {spec["dtype"] for spec in sidecar.inputs if spec["name"].startswith("past_")} == {base}
     assert sidecar.outputs[0]["dtype"] == "float32"
+    assert layers["attention_decomposable"] is False
+
+
+@pytest.mark.slow
+def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model, tmp_path, monkeypatch):
+    """TensorRT-RTX 1.7.1 has none in float16 for two heads of 64."""
+    from lrt_deploy.config import LRTConfig
+    from lrt_deploy.random_weights import random_model
+
+    config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
+    source = export_model("two-heads", lambda: random_model(config, seed=1), precision="fp16")
+    folder, said = shutil.copytree(source, tmp_path / "bundle"), []
+    options = BuildOptions(backend="tensorrt-rtx")
+    sidecar = build(folder, options, progress=lambda what, done, total: said.append(what))
+    assert "building again, with attention decomposed" in said
+    assert sidecar.layers["attention"] == 2 and sidecar.layers["attention_decomposable"] is True
+    assert "may decompose" in engine_rows(sidecar)["fused attentions"]
+    monkeypatch.setattr(engine, "NoFusedAttentionError", ZeroDivisionError)
+    with pytest.raises(EngineError, match="dedicated kernel"):
+        build(folder, BuildOptions(backend="tensorrt-rtx", force=True))
 
 
 @pytest.mark.slow

@@ -86,7 +86,12 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         "profiles": "; ".join(f"{p.name}: batch {p.batch}, tokens {p.tokens}" for p in sidecar.profiles),
         "flags": ", ".join(sidecar.flags),
         "cache updates in place": str(layers.get("kv_cache_update")),
-        "fused attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s)",
+        "fused attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s)"
+        + (
+            "; TensorRT may decompose them, where it has no fused kernel"
+            if layers.get("attention_decomposable")
+            else ""
+        ),
         "products": ", ".join(f"{count} in {product}" for product, count in layers.get("matmul", {}).items()),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
         "memory": ", ".join(f"{name} {max(sizes)}" for name, sizes in memory.items()),
