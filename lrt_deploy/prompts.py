@@ -48,7 +48,7 @@ def _as_ids(row: Sequence[int] | IntArray, name: str) -> IntArray:
         )
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise InputError(f"{name} holds the token id {array.max()}, which no vocabulary has")
-    return array.astype(np.int64, copy=False)
+    return array.astype(np.int64)
 
 
 def _check_range(ids: IntArray, vocab_size: int, name: str) -> None:

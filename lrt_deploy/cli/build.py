@@ -78,6 +78,7 @@ def smoke_text(smoke: dict[str, Any]) -> str:
 def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
     """What an engine is and what its network was proven to consist of, for people."""
     layers, memory = sidecar.layers, sidecar.build.get("memory", {})
+    kernels = "decomposed where there is no fused kernel" if layers.get("attention_decomposable") else "fused"
     return {
         "engine": f"{sidecar.precision} for {sidecar.backend} {sidecar.tensorrt_version}",
         "GPUs": f"compute capability {', '.join(sidecar.compute_capabilities)}",
@@ -86,12 +87,7 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         "profiles": "; ".join(f"{p.name}: batch {p.batch}, tokens {p.tokens}" for p in sidecar.profiles),
         "flags": ", ".join(sidecar.flags),
         "cache updates in place": str(layers.get("kv_cache_update")),
-        "fused attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s)"
-        + (
-            "; TensorRT may decompose them, where it has no fused kernel"
-            if layers.get("attention_decomposable")
-            else ""
-        ),
+        "attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s), {kernels}",
         "products": ", ".join(f"{count} in {product}" for product, count in layers.get("matmul", {}).items()),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
         "memory": ", ".join(f"{name} {max(sizes)}" for name, sizes in memory.items()),
