@@ -62,6 +62,7 @@ def test_contenders_give_the_logits_of_the_reference(name, contender, folder):
     assert np.abs(found - expected(folder, CONTENDERS[name])).max() < LOGIT_ERROR
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # PyTorch's compiler, of itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_gives_them_too_and_is_compiled_once(contender, folder, tmp_path, monkeypatch):
     from torch._dynamo.utils import counters
