@@ -53,9 +53,10 @@ def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list
     """All contexts and batches of one size, its precisions in turns; by precision one row a contender."""
     points: Points = defaultdict(Measured)
     size = settings[0].size
+    contexts = [context for context in args.contexts if context < size.sequence_len]
 
     def use(running: list[Running]) -> None:
-        for context in [context for context in args.contexts if context <= size.sequence_len - 1]:
+        for context in contexts:
             for batch in args.batches:
                 alternate(running, size, (context, batch), args, points)
 
@@ -100,8 +101,8 @@ def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
     """Bytes of weights that a step reads, with and without memory, of those that were measured."""
     found = {}
     for name in [name for name in ("ours", "no-memory") if name in contenders]:
-        bundle = models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours")
-        found[name] = traffic.weight_bytes_per_step(read_manifest(bundle), setting.precision.partition(":")[0])
+        held = read_manifest(models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours"))
+        found[name] = traffic.weight_bytes_per_step(held, held.precisions[0])
     return found
 
 

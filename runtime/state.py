@@ -246,10 +246,11 @@ class DecodeState:
         for tokens, token in zip(self._tokens, ids.tolist(), strict=False):  # slots without a row are left alone
             tokens.append(token)
         self._lengths[: self._batch] += 1
+        self.computed_tokens += self._batch
         self._hold(logits)
 
     def extend(self, rows: Sequence[IntArray], logits: FloatArray) -> None:
-        """The same for several tokens of each row."""
+        """The same for several tokens of each row; how they were computed is for `finish_reading`."""
         for index, row in enumerate(rows):
             self._tokens[index].extend(row.tolist())
             self._lengths[index] += len(row)
@@ -261,7 +262,7 @@ class DecodeState:
         Logits that a step of the last token would not give again to the bit are kept for a rewind.
         """
         self.prefill = report
-        self.computed_tokens += round(report.passes * tokens) - self._batch
+        self.computed_tokens += round(report.passes * tokens)
         self.read_within = max(self.read_within, math.inf if report.policy == "zero" else report.residual or 0.0)
         if report.policy != "stepwise" or report.residual is not None:
             for row, length in enumerate(self.lengths.tolist()):
@@ -280,7 +281,6 @@ class DecodeState:
     def _hold(self, logits: FloatArray) -> None:
         self._logits[: self._batch] = logits
         self._current[: self._batch] = True
-        self.computed_tokens += self._batch
 
     def _have_logits(self, rows: Sequence[int]) -> None:
         """Compute the logits of rows that were rewound."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
 
 LENGTHS = "32,64,128,256,512,1024,2048"
-LONGEST_CONVERGENCE = 512
+_LONGEST_CONVERGENCE = 512
 
 
 def bench(
@@ -73,7 +73,7 @@ def bench(
     if json:
         output.document(fields)
     else:
-        output.answer(bench_table.summary(fields, LONGEST_CONVERGENCE))
+        output.answer(bench_table.summary(fields, _LONGEST_CONVERGENCE))
         output.table(bench_table.decode_rows(fields) | bench_table.prefill_rows(fields))
 
 
@@ -162,7 +162,7 @@ class Task:
         """Error after each sweep at one length."""
         from lrt_deploy.runtime.convergence import measure_convergence
 
-        short = [length for length in lengths if 1 < length <= LONGEST_CONVERGENCE]
+        short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
         return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
 
 
