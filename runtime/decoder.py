@@ -110,7 +110,7 @@ class Decoder:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        self._check(state, np.zeros_like(state.lengths) if reuse else state.lengths, counted(rows))
+        self._check(state, [0] * state.batch if reuse else state.lengths.tolist(), [len(row) for row in rows])
         shared = rewind_to_prefix(state, rows, request) if reuse else [0] * len(rows)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
@@ -124,7 +124,7 @@ class Decoder:
     def _read(self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> None:
         with unchanged_on_error(state, rows):
             logits, report = read_prompts(state, rows, request, self.prefill_options)
-            check_finite(logits, state.lengths + counted(rows), state.owner)
+            check_finite(logits, state.lengths + counted(rows) - 1, state.owner)
             state.extend(rows, logits)
         state.finish_reading(report, sum(map(len, rows)))
 
@@ -135,14 +135,14 @@ class Decoder:
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
-        lengths = state.lengths  # (B)
-        self._check(state, lengths, 1)
+        positions = state.lengths  # (B)
+        self._check(state, positions.tolist(), [1] * state.batch)
         buffers, mark = state.buffers, state.buffers.mark()
         try:
-            logits = buffers.decode(ids, lengths, head=True)
+            logits = buffers.decode(ids, positions, head=True)
             assert logits is not None
-            state.history.write_step(lengths, buffers.latent)
-            check_finite(logits, lengths + 1, state.owner)
+            state.history.write_step(positions, buffers.latent)
+            check_finite(logits, positions, state.owner)
             state.append(ids, logits)
         except BaseException:
             undo_step(state, mark)
@@ -216,7 +216,7 @@ class Decoder:
     def _standing(self, state: DecodeState | None) -> DecodeState:
         if state is None or state.batch != 1:
             raise InputError("without a prompt there must be a state of one sequence to continue")
-        self._check(state, state.lengths, 0)
+        self._check(state, state.lengths.tolist(), [0])
         return state
 
     @property
@@ -234,20 +234,18 @@ class Decoder:
         if not 1 <= rows <= self.manifest.max_batch_size:
             raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
 
-    def _check(self, state: DecodeState, lengths: IntArray, more: IntArray | int) -> None:
-        """The state must be of this decoder, and each row have room for `more` tokens after `lengths` (B) of them."""
+    def _check(self, state: DecodeState, held: Sequence[int], more: Sequence[int]) -> None:
+        """The state must be of this decoder, and each row that holds `held` tokens have room for `more`."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
-        beyond = lengths + more > state.capacity
-        if beyond.any():
-            index = int(beyond.argmax())
-            count = int(np.broadcast_to(more, lengths.shape)[index])
-            raise StateError(
-                f"sequence {index} holds {lengths[index]} tokens and {count} more do not fit its capacity of "
-                f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
-            )
+        for row, (length, count) in enumerate(zip(held, more, strict=True)):
+            if length + count > state.capacity:
+                raise StateError(
+                    f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
+                    f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
+                )
 
 
 def counted(rows: Sequence[IntArray]) -> IntArray:

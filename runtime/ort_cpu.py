@@ -108,6 +108,8 @@ class OrtCpuBuffers:
             pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
         }
         self._latents = [np.zeros((batch, 1, config.n_embd), self._dtype) for _ in range(2)]
+        width = config.n_embd if config.memory else 0
+        self._latent_rows = [latent[:, 0, :width] for latent in self._latents]  # views, (B, C) or (B, 0)
         self._turn = 0  # which of the two holds the current latent
         # The bounds of the live windows and the order of the slots are shared by all calls: one runs at a time.
         self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
@@ -118,13 +120,11 @@ class OrtCpuBuffers:
     @property
     def latent(self) -> FloatArray:
         """(B, C), a view of the current latent, a copy where it is not float32; (B, 0) for a model without memory."""
-        latent = _as_float32(self._latents[self._turn][:, 0])
-        return latent if self._config.memory else latent[:, :0]
+        return _as_float32(self._latent_rows[self._turn])
 
     def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
-        if self._config.memory:
-            self._latents[self._turn][rows, 0] = latent
+        self._latent_rows[self._turn][rows] = latent
 
     def mark(self) -> int:
         """Which of the two latents is the current one."""

@@ -51,7 +51,7 @@ def recompute_logits(state: DecodeState, wanted: Sequence[int]) -> None:
         buffers.set_latent(rows, np.stack([state.history.after(row, at) for row, at in enumerate(last)]))
         logits = buffers.decode(state.last_tokens, last, head=True)
         assert logits is not None
-        check_finite(logits, state.lengths, state.owner)
+        check_finite(logits, last, state.owner)
         state.set_logits(logits)
     finally:
         buffers.set_latent(rows, latent)

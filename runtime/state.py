@@ -22,6 +22,8 @@ from .backend import Backend, StateBuffers
 from .latent_history import LatentHistory
 from .origin import Origin
 
+_ID_BYTES = np.dtype(np.int64).itemsize
+
 
 class DecodeState:
     """Made by `Decoder.prefill` and advanced by `Decoder.step`; one state is used by one thread at a time.
@@ -34,9 +36,9 @@ class DecodeState:
         self.origin, self._batch = origin, rows
         self.buffers: StateBuffers = origin.backend.allocate(slots)
         self._memory = origin.config.memory
-        self._lengths = np.zeros(slots, np.int64)
+        self._lengths = [0] * slots
         self._logits = np.zeros((slots, origin.config.vocab_size), np.float32)
-        self._current = np.zeros(slots, bool)  # whether a row's logits follow from its last token
+        self._current = [False] * slots  # whether a row's logits follow from its last token
         self._tokens: list[list[int]] = [[] for _ in range(slots)]
         # Logits after tokens that were not read by a step: nothing else could give them again to the bit.
         self._kept: list[dict[int, FloatArray]] = [{} for _ in range(slots)]
@@ -68,8 +70,8 @@ class DecodeState:
 
     @property
     def lengths(self) -> IntArray:
-        """(B) tokens so far, a copy."""
-        return self._lengths[: self._batch].copy()
+        """(B) tokens so far."""
+        return np.array(self._lengths[: self._batch], np.int64)
 
     @property
     def logits(self) -> FloatArray:
@@ -84,7 +86,8 @@ class DecodeState:
 
     def row_logits(self, row: int) -> FloatArray:
         """(V) the logits of one row, a view that the next step overwrites."""
-        self._have_logits([row])
+        if not self._current[row]:
+            self._have_logits([row])
         logits: FloatArray = self._logits[row]
         return logits
 
@@ -98,7 +101,7 @@ class DecodeState:
 
         A row shorter than the longest one ends in undefined numbers.
         """
-        keys, values = self.buffers.cache(layer, int(self.lengths.max(initial=0)))
+        keys, values = self.buffers.cache(layer, max(self._lengths[: self._batch], default=0))
         return keys[: self._batch].copy(), values[: self._batch].copy()
 
     @property
@@ -112,7 +115,7 @@ class DecodeState:
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
-        return int(self._lengths[row])
+        return self._lengths[row]
 
     @property
     def last_tokens(self) -> IntArray:
@@ -122,7 +125,7 @@ class DecodeState:
     @property
     def num_bytes(self) -> int:
         """Live bytes: cache entries, latents and tokens of the lengths so far, and the logits that are held."""
-        tokens = int(self.lengths.sum())
+        tokens = sum(self._lengths[: self._batch])
         kept = sum(len(row) for row in self._kept[: self._batch])
         row_of_logits = self._logits.shape[1] * self._logits.itemsize
         return tokens * self.bytes_per_token + (self._batch + kept) * row_of_logits
@@ -131,7 +134,7 @@ class DecodeState:
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row adds: an entry in every cache, its latent, its id."""
         caches = self.buffers.read_slots(0, 0, 1).values()
-        return sum(array.nbytes for array in caches) + self.history.bytes_per_token + self._lengths.itemsize
+        return sum(array.nbytes for array in caches) + self.history.bytes_per_token + _ID_BYTES
 
     def fork(self) -> DecodeState:
         """An independent copy; only what is live is copied."""
@@ -157,7 +160,7 @@ class DecodeState:
     def put(self, row: int, source: DecodeState, index: int = 0) -> None:
         """Make a row a copy of a row of another state, to the bit."""
         self.origin.check_same(source.origin)
-        length = int(source._lengths[index])
+        length = source._lengths[index]
         if length > self.capacity:
             raise StateError(f"the sequence holds {length} tokens, more than the capacity of {self.capacity} here")
         self.import_row(row, length, source.export_row(index))
@@ -165,7 +168,7 @@ class DecodeState:
 
     def export_row(self, row: int) -> dict[str, NDArray[Any]]:
         """Everything that a row is, by name, as views."""
-        length = int(self._lengths[row])
+        length = self._lengths[row]
         arrays: dict[str, NDArray[Any]] = {
             "tokens": np.array(self._tokens[row], np.int64),
             "latents": self.history.live(row, length),
@@ -243,9 +246,9 @@ class DecodeState:
 
     def append(self, ids: IntArray, logits: FloatArray) -> None:
         """Record that one token per row (B) was read, and led to `logits` (B, V); for the decoder."""
-        for tokens, token in zip(self._tokens, ids.tolist(), strict=False):  # slots without a row are left alone
-            tokens.append(token)
-        self._lengths[: self._batch] += 1
+        for row, token in enumerate(ids.tolist()):
+            self._tokens[row].append(token)
+            self._lengths[row] += 1
         self.computed_tokens += self._batch
         self._hold(logits)
 
@@ -265,7 +268,7 @@ class DecodeState:
         self.computed_tokens += round(report.passes * tokens)
         self.read_within = max(self.read_within, math.inf if report.policy == "zero" else report.residual or 0.0)
         if report.policy != "stepwise" or report.residual is not None:
-            for row, length in enumerate(self.lengths.tolist()):
+            for row, length in enumerate(self._lengths[: self._batch]):
                 self._kept[row][length] = self._logits[row].copy()
 
     def clear_slots(self, row: int, start: int, stop: int) -> None:
@@ -275,12 +278,13 @@ class DecodeState:
 
     def set_logits(self, logits: FloatArray) -> None:
         """Fill in the logits (B, V) of rows that lack them."""
-        missing = np.flatnonzero(~self._current[: self._batch] & (self.lengths > 0))
-        self._logits[missing], self._current[missing] = logits[missing], True
+        for row in range(self._batch):
+            if not self._current[row] and self._lengths[row] > 0:
+                self._logits[row], self._current[row] = logits[row], True
 
     def _hold(self, logits: FloatArray) -> None:
         self._logits[: self._batch] = logits
-        self._current[: self._batch] = True
+        self._current[: self._batch] = [True] * self._batch
 
     def _have_logits(self, rows: Sequence[int]) -> None:
         """Compute the logits of rows that were rewound."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import lrt_deploy
-from lrt_deploy.errors import BackendError, BundleError, InputError, StateError
+from lrt_deploy.errors import BackendError, BundleError, InputError, NonFiniteError, StateError
 from lrt_deploy.runtime import decoder as decoder_module
 from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
@@ -316,6 +316,17 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
         with pytest.raises(BackendError, match="not finite"):
             fresh.step(state, [1, 2])
     assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [(0, 0), (1, 150), (1, VOCAB - 1)])
+def test_a_single_logit_that_is_not_finite_is_seen_wherever_it_is(decoder, value, at):
+    logits = RNG.normal(size=(2, VOCAB)).astype(np.float32)
+    check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner)
+    logits[at] = value
+    with pytest.raises(NonFiniteError, match=rf"1 logits .* in row {at[0]} after {[7, 10][at[0]]} tokens") as raised:
+        check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner)
+    assert raised.value.rows == [at[0]]
 
 
 @pytest.mark.parametrize("policy", ["stepwise", "fixed-point"])
