@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 
 import numpy as np
+import psutil
 import pytest
 
 from lrt_deploy.runtime import huge_pages
@@ -19,6 +21,49 @@ def test_contents_and_addresses_stay():
         address = array.ctypes.data
     assert array.ctypes.data == address and np.array_equal(array, np.arange(BYTES // 8))
     assert 0 <= moved.bytes <= 2 * BYTES  # how much is the system's to say; it may have none
+
+
+@pytest.mark.parametrize(
+    ("old", "parts"),
+    [
+        ([], [(10, 20)]),
+        ([(0, 10), (20, 30)], [(10, 20)]),
+        ([(10, 14)], [(14, 20)]),  # a heap that grew
+        ([(16, 20)], [(10, 16)]),  # a mapping below another one
+        ([(12, 14), (15, 16)], [(10, 12), (14, 15), (16, 20)]),
+        ([(5, 12), (18, 25)], [(12, 18)]),
+        ([(10, 20)], []),
+    ],
+)
+def test_what_was_there_before_is_left_out(old, parts):
+    assert list(huge_pages._without((10, 20), old)) == parts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
+@pytest.mark.parametrize(("used", "asked"), [(1, True), (0.8, True), (0.7, False), (0, False)])
+def test_a_huge_page_is_asked_for_where_most_of_it_is_in_use(monkeypatch, used, asked):
+    size = huge_pages.HUGE_PAGE_BYTES
+    memory = mmap.mmap(-1, 3 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)  # a system may give huge pages to who does not ask
+    view = np.frombuffer(memory, np.uint8)
+    start = -(-view.ctypes.data // size) * size
+    view[start - view.ctypes.data :][: int(used * size) : mmap.PAGESIZE] = 1
+    monkeypatch.setattr(huge_pages, "_MADV_COLLAPSE", mmap.MADV_NORMAL)  # which no system refuses
+    assert huge_pages._collapse(start, start + size) == asked * size
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is counted on Linux alone")
+def test_what_the_block_freed_is_given_back():
+    """Small arrays between kept ones: malloc cannot return them by itself."""
+    with huge_pages.in_huge_pages():
+        kept = [np.ones(2**15, np.uint8) for _ in range(4096)][::16]
+        before = private_bytes()
+    assert private_bytes() < before - 64 * 2**20 and all(array.all() for array in kept)
+
+
+def private_bytes():
+    """Resident memory of this process that no file holds."""
+    return psutil.Process().memory_full_info().uss
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
