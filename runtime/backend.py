@@ -74,6 +74,9 @@ class StateBuffers(Protocol):
     def take_back(self, mark: int) -> None:
         """Make the latent of a mark current again, after at most one `decode` since, which may have failed."""
 
+    def expect(self, total: int) -> None:
+        """Say how many tokens the longest row will hold after the prompts that follow; caches may grow that far."""
+
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows, tokens and positions (n <= B); logits (n, V) if `head`.
 

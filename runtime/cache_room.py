@@ -20,9 +20,11 @@ def room_for(end: int) -> int:
     return -(-end // step) * step
 
 
-def room_for_prompt(end: int) -> int:
-    """Slots for `end` tokens of a prompt that may go on: a quarter more.
+def room_for_prompt(end: int, total: int) -> int:
+    """Slots for `end` tokens of prompts that will have come to `total`: a quarter more, until all have room.
 
-    In the steps of `room_for`, copying took a tenth of the time of reading 2,048 tokens.
+    In the steps of `room_for`, copying took a tenth of the time of reading 2,048 tokens. What the last quarter had too
+    much, every later step would read.
     """
-    return max(room_for(end), -(-(end + end // 4) // UNIT) * UNIT)
+    more = -(-(end + end // 4) // UNIT) * UNIT
+    return max(room_for(end), min(more, room_for(total + 1)))

@@ -69,6 +69,9 @@ class DeviceBuffers:
         """The other one has been written at most."""
         self._turn = mark
 
+    def expect(self, total: int) -> None:
+        """Caches are as long as the capacity from the start."""
+
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; a step is bound per number of rows. The head always runs."""
         rows = len(tokens)

@@ -8,7 +8,7 @@ it cannot be overwritten). All that a call needs is bound once per shape; a deco
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,6 +103,7 @@ class OrtCpuBuffers:
         self._dtype = backend.dtype
         self._tables, self._rows = backend.tables, RowArrays(backend.tables)
         self._room = 0  # slots that the caches have
+        self._expected = self.capacity  # tokens that the longest row will come to hold
         shape = (batch, config.n_kv_head, self._room, config.head_dim)
         self._caches = {
             pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
@@ -134,11 +135,11 @@ class OrtCpuBuffers:
         """The other one has been written at most."""
         self._turn = mark
 
-    def _make_room(self, end: int, room: Callable[[int], int] = room_for) -> None:
-        """Have slots up to `end`, and more as `room` says. Nothing is bound yet to caches that replace smaller ones."""
+    def _make_room(self, end: int, room: int | None = None) -> None:
+        """Have slots up to `end`, if not `room` of them. Nothing is bound yet to caches that replace smaller ones."""
         if end <= self._room:
             return
-        old, self._room = self._room, min(room(end), self.capacity)
+        old, self._room = self._room, min(room or room_for(end), self.capacity)
         for name, cache in self._caches.items():
             larger = np.zeros((*cache.shape[:2], self._room, cache.shape[3]), cache.dtype)
             larger[:, :, :old] = cache
@@ -146,6 +147,10 @@ class OrtCpuBuffers:
         self._seen_positions = np.full(self._room, _NO_POSITION)
         self._decodes: dict[tuple[int, bool, int], _Call] = {}
         self._reads: dict[tuple[int, int, int], _Call] = {}
+
+    def expect(self, total: int) -> None:
+        """Caches grow in few and large steps to what this many tokens need, and not beyond."""
+        self._expected = total
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
@@ -164,7 +169,7 @@ class OrtCpuBuffers:
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row; bindings are kept per row and block length."""
         end = max(block.end, block.slot + len(block.tokens))
-        self._make_room(end, room_for_prompt)
+        self._make_room(end, room_for_prompt(end, self._expected))
         call = self._read_call(block.row, len(block.tokens), int(block.head))
         call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
         if self._config.memory:
@@ -176,7 +181,7 @@ class OrtCpuBuffers:
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
         """Permute the slots' positions; with `move`, gather the row's entries back into order."""
         slots = slice(start, start + len(order))
-        self._make_room(slots.stop, room_for_prompt)  # once, and not with every block
+        self._make_room(slots.stop, room_for_prompt(slots.stop, self._expected))  # once, and not with every block
         self._slot_positions[slots] = start + order
         if move:
             back = np.argsort(order)

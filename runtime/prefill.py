@@ -114,6 +114,7 @@ def read_prompts(
     if all(way == "stepwise" for way in ways):
         logits, report = read_stepwise(state, rows, _stepwise_note(request))
     else:
+        state.buffers.expect(max(state.length(i) + len(row) for i, row in enumerate(rows)))
         numbered = enumerate(zip(rows, ways, strict=True))
         readings = [_read_row(state, i, row, way, request, options) for i, (row, way) in numbered]
         for i, reading in enumerate(readings):

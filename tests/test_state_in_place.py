@@ -9,10 +9,13 @@ import tracemalloc
 import numpy as np
 import onnxruntime as ort
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime.cache_room import room_for
+from lrt_deploy.runtime.cache_room import room_for, room_for_prompt
 from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -141,6 +144,25 @@ def test_a_step_allocates_an_array_only_where_the_caches_grow(buffers):
     assert grown[0].shape[2] == room_for(room + 1) > room
     kept = slice(0, room - 10)
     assert all(np.array_equal(new[:, :, kept], old[:, :, kept]) for new, old in zip(grown, before, strict=True))
+
+
+@pytest.mark.parametrize("length", [300, 470])
+@pytest.mark.parametrize("policy", ["zero", "fixed-point"])
+def test_a_prompt_leaves_caches_no_longer_than_steps_would(export_once, policy, length):
+    """Every later step attends to all of their slots."""
+    with lrt_deploy.open_decoder(export_once("no_x0")) as decoder:
+        prompt = np.random.default_rng(0).integers(0, decoder.config.vocab_size, length).tolist()
+        state = decoder.prefill([prompt, prompt[:40]], policy=policy, tolerance=1e-2)
+        assert caches(state.buffers)[0].shape[2] == room_for(length + 1)
+        state = decoder.prefill([prompt[:100], [1]], state=state, policy=policy, tolerance=1e-2)
+        assert caches(state.buffers)[0].shape[2] == room_for(length + 101)
+
+
+@given(end=st.integers(1, 5000), more=st.integers(0, 5000))
+def test_caches_grow_by_a_quarter_while_a_prompt_is_read_and_end_as_steps_would_have_them(end, more):
+    room = room_for_prompt(end, end + more)
+    assert end <= room <= max(room_for(end), room_for(end + more + 1))
+    assert room >= min(5 * end // 4, room_for(end + more + 1))
 
 
 def test_state_pairs_that_are_in_place_are_the_caches(export_once):
