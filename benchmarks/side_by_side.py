@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from contenders import field, models
+from contenders import field, models, serving
 from contenders.field import Running, Setting
 
 from lrt_deploy.cli.bench import cpu_model
@@ -36,6 +36,7 @@ from lrt_deploy.manifest import read_manifest
 from lrt_deploy.runtime import bandwidth, benchmark, traffic
 
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
+TURN_STEPS = 4  # few, because the speed of a machine's memory changes within seconds
 
 
 @dataclass
@@ -81,17 +82,25 @@ def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list
 def alternate(
     running: list[Running], size: models.Size, point: tuple[int, int], args: argparse.Namespace, points: Points
 ) -> None:
-    """Rounds over the contenders at one context and batch. The last step stands at the context where it is long."""
+    """Rounds over the contenders at one context and batch: all read the prompt, then they decode in short turns.
+
+    The last step stands at the context where it is long. Every other turn goes in reverse order, so that none always
+    has the same contender before it.
+    """
     context, batch = point
-    start = max(1, min(context, size.sequence_len - args.steps - 4))
+    turns = [min(TURN_STEPS, args.steps - done) for done in range(0, args.steps, TURN_STEPS)]
+    steps = serving.WARM_UP_STEPS + len(turns) * serving.COLD_STEPS + args.steps
+    start = max(1, min(context, size.sequence_len - steps - 1))
     prompts = [benchmark.random_tokens(start, size.vocab, seed) for seed in range(batch)]
     for number in range(args.rounds):
+        say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}")
         for contender in running:
-            who = f"{contender.name} in {contender.precision}"
-            say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}: {who}")
-            time.sleep(REST_S)
-            found = contender.ask("decode", rows=prompts, steps=args.steps)["ms"]
-            points[contender.precision, context, batch, contender.name].times += found
+            contender.ask("start", rows=prompts)
+        for turn, count in enumerate(turns):
+            for contender in running if turn % 2 == 0 else reversed(running):
+                time.sleep(REST_S)
+                found = contender.ask("decode", steps=count)["ms"]
+                points[contender.precision, context, batch, contender.name].times += found
     for contender in running:
         facts = contender.ask("facts") | contender.ask("memory")
         points[contender.precision, context, batch, contender.name].facts = facts
@@ -139,7 +148,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--processes", type=int, default=1, help="how often all contenders begin anew, since luck is a process's own"
     )
-    parser.add_argument("--steps", type=int, default=24, help="in each round")
+    parser.add_argument("--steps", type=int, default=24, help=f"in each round, in turns of {TURN_STEPS}")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--contenders", type=words, default=list(field.NAMES), help="the first is what others are held to"

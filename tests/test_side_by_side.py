@@ -58,7 +58,7 @@ def expected(folder, memory):
 
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_contenders_give_the_logits_of_the_reference(name, contender, folder):
-    found = np.array(serving.logits(contender(name), ROWS, STEPS)["logits"])
+    found = np.array(serving.Served(contender(name)).logits(ROWS, STEPS)["logits"])
     assert np.abs(found - expected(folder, CONTENDERS[name])).max() < LOGIT_ERROR
 
 
@@ -69,7 +69,7 @@ def test_a_compiled_step_gives_them_too_and_is_compiled_once(contender, folder, 
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     counters.clear()
-    found = np.array(serving.logits(contender("pytorch-compiled"), ROWS, STEPS)["logits"])
+    found = np.array(serving.Served(contender("pytorch-compiled")).logits(ROWS, STEPS)["logits"])
     assert np.abs(found - expected(folder, True)).max() < LOGIT_ERROR
     assert counters["stats"]["unique_graphs"] == 1  # of 9 positions
     assert not counters["graph_break"]
@@ -77,7 +77,7 @@ def test_a_compiled_step_gives_them_too_and_is_compiled_once(contender, folder, 
 
 def test_a_model_without_memory_is_another_one(contender, folder):
     """The twin: the comparison sees what it is there for."""
-    found = np.array(serving.logits(contender("no-memory"), ROWS, STEPS)["logits"])
+    found = np.array(serving.Served(contender("no-memory")).logits(ROWS, STEPS)["logits"])
     assert np.abs(found - expected(folder, True)).max() > 1e3 * LOGIT_ERROR
 
 
@@ -95,10 +95,10 @@ def test_the_fast_reading_is_one_pass_with_zero_memory(contender):
 def test_what_a_step_allocates_is_counted(contender):
     """The growing cache gives out logits, latent and a longer cache each step; ours gives out nothing new."""
     plain, kv = contender("plain-route"), 2 * SIZE.layers * SIZE.width * 4
-    serving.decode(plain, [[1, 2, 3]], steps=2)
-    assert plain.facts["bytes_allocated_per_step"] == 4 * (SIZE.vocab + SIZE.width) + kv * (
-        3 + serving.WARM_UP_STEPS + 2
-    )
+    served, steps = serving.Served(plain), serving.WARM_UP_STEPS + serving.COLD_STEPS + 2
+    served.start([[1, 2, 3]])
+    served.decode(2)
+    assert plain.facts["bytes_allocated_per_step"] == 4 * (SIZE.vocab + SIZE.width) + kv * (3 + steps)
     assert contender("ours").facts["state_bytes_copied_per_step"] == 0
 
 
@@ -113,12 +113,12 @@ def test_a_plain_llama_of_equal_bytes(folder):
 def test_one_command_measures_and_writes(folder, tmp_path):
     """Through the processes, as a user runs it; without genai, whose environment is not the project's."""
     command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--sizes", "tiny", "--contexts", "8"]
-    command += ["--rounds", "2", "--steps", "3", "--threads", "1", "--contenders", "ours,plain-route"]
+    command += ["--rounds", "2", "--steps", "6", "--threads", "1", "--contenders", "ours,plain-route"]
     (tmp_path / "tiny").symlink_to(folder)
     command += ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["results"][0]["rows"]
-    assert [(row["contender"], row["steps"]) for row in rows] == [("ours", 6), ("plain-route", 6)]
+    assert [(row["contender"], row["steps"]) for row in rows] == [("ours", 12), ("plain-route", 12)]
     assert all(0 < row["min_ms"] <= row["median_ms"] for row in rows)
     assert done.stdout.count("\n") == 4  # head, rule, two rows

@@ -1,7 +1,7 @@
 """One contender in one process: takes commands from stdin, answers on stdout, one JSON document a line.
 
-Needs nothing but numpy, because it also runs in environments without the project. A command is `{"do": "decode", ...}`
-or `{"do": "logits", ...}`; the first line out says what runs.
+Needs nothing but numpy, because it also runs in environments without the project. A command is a method of `Served`,
+such as `{"do": "decode", "steps": 4}`; the first line out says what runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS = 3  # after a prompt
+COLD_STEPS = 1  # of each turn: the turns of others have left nothing of this one in the processor's caches
 
 
 class Contender(Protocol):
@@ -43,24 +44,47 @@ class Greedy:
         return chosen
 
 
-def decode(contender: Contender, rows: list[list[int]], steps: int) -> dict[str, Any]:
-    """Milliseconds of each of `steps` steps after `rows`, choosing the largest logit included."""
-    contender.start(rows, exact=False)
-    tokens, times = [row[-1] for row in rows], []
-    gc.collect()
-    gc.disable()
-    for _ in range(WARM_UP_STEPS + steps):
-        begin = time.perf_counter()
-        tokens = contender.greedy(tokens)
-        times.append((time.perf_counter() - begin) * 1e3)
-    gc.enable()
-    return {"ms": times[WARM_UP_STEPS:], "tokens": tokens}
+class Served:
+    """A contender and the tokens with which it goes on."""
 
+    def __init__(self, contender: Contender) -> None:
+        self.contender, self.tokens = contender, [0]
 
-def logits(contender: Contender, rows: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
-    """Logits after each of `tokens` (steps, B), true recurrence from the first one of `rows` on."""
-    contender.start(rows, exact=True)
-    return {"logits": [contender.step(step).astype(np.float64).tolist() for step in tokens]}
+    def start(self, rows: list[list[int]]) -> dict[str, Any]:
+        """Begin anew after `rows`, read in one fast pass."""
+        self.contender.start(rows, exact=False)
+        self.tokens = [row[-1] for row in rows]
+        self._steps(WARM_UP_STEPS)
+        return {}
+
+    def decode(self, steps: int) -> dict[str, Any]:
+        """A turn: milliseconds of each of `steps` steps, choosing the largest logit included."""
+        gc.collect()
+        gc.disable()
+        times = self._steps(COLD_STEPS + steps)
+        gc.enable()
+        return {"ms": times[COLD_STEPS:]}
+
+    def logits(self, rows: list[list[int]], tokens: list[list[int]]) -> dict[str, Any]:
+        """Logits after each of `tokens` (steps, B), true recurrence from the first one of `rows` on."""
+        self.contender.start(rows, exact=True)
+        return {"logits": [self.contender.step(step).astype(np.float64).tolist() for step in tokens]}
+
+    def facts(self) -> dict[str, Any]:
+        """What runs."""
+        return self.contender.facts
+
+    def memory(self) -> dict[str, Any]:
+        """What the process holds."""
+        return memory()
+
+    def _steps(self, count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.tokens = self.contender.greedy(self.tokens)
+            times.append((time.perf_counter() - begin) * 1e3)
+        return times
 
 
 def serve(contender: Contender) -> None:
@@ -68,11 +92,11 @@ def serve(contender: Contender) -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     print(json.dumps(contender.facts), file=answers)
+    served = Served(contender)
+    commands = {act.__name__: act for act in (served.start, served.decode, served.logits, served.facts, served.memory)}
     for line in sys.stdin:
         command = json.loads(line)
-        others = {"memory": lambda _: memory(), "facts": lambda found: found.facts}
-        act = ({"decode": decode, "logits": logits} | others)[command.pop("do")]
-        print(json.dumps(act(contender, **command)), file=answers)
+        print(json.dumps(commands[command.pop("do")](**command)), file=answers)
 
 
 def memory() -> dict[str, int]:
