@@ -63,7 +63,7 @@ def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list
 
     for number in range(args.processes):
         say(f"processes {number + 1}/{args.processes}")
-        field.run_all(args.contenders, settings, use)
+        field.run_all(args.contenders, settings, use, number / args.processes)
     rows: dict[str, list[dict[str, Any]]] = {setting.precision: [] for setting in settings}
     for (precision, context, batch, name), seen in points.items():
         row = {
@@ -76,6 +76,9 @@ def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list
             "steps": len(seen.times),
         }
         rows[precision].append(row | seen.facts)
+    for found in rows.values():
+        found.sort(key=lambda row: args.contenders.index(row["contender"]))
+        found.sort(key=lambda row: (contexts.index(row["context"]), args.batches.index(row["batch"])))
     return rows
 
 
@@ -146,7 +149,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batches", type=numbers, default=[1])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--processes", type=int, default=1, help="how often all contenders begin anew, since luck is a process's own"
+        "--processes", type=int, default=1, help="how often all contenders begin anew, each time another one first"
     )
     parser.add_argument("--steps", type=int, default=24, help=f"in each round, in turns of {TURN_STEPS}")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

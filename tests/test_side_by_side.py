@@ -113,9 +113,9 @@ def test_a_plain_llama_of_equal_bytes(folder):
 def test_one_command_measures_and_writes(folder, tmp_path):
     """Through the processes, as a user runs it; without genai, whose environment is not the project's."""
     command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--sizes", "tiny", "--contexts", "8"]
-    command += ["--rounds", "2", "--steps", "6", "--threads", "1", "--contenders", "ours,plain-route"]
+    command += ["--rounds", "1", "--steps", "6", "--threads", "1", "--contenders", "ours,plain-route"]
     (tmp_path / "tiny").symlink_to(folder)
-    command += ["--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
+    command += ["--processes", "2", "--folder", str(tmp_path), "--out", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out.json").read_text())["results"][0]["rows"]

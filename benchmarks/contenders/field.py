@@ -104,8 +104,14 @@ class Running:
         return dict(json.loads(line))
 
 
-def run_all(names: list[str], settings: list[Setting], use: Callable[[list[Running]], None]) -> None:
-    """Call `use` with the contenders that exist here, each in its process; ends the processes."""
+def run_all(names: list[str], settings: list[Setting], use: Callable[[list[Running]], None], part: float = 0.0) -> None:
+    """Call `use` with the contenders that exist here, each in its process; ends the processes.
+
+    They start in order from the one that is this part of the way along: which memory a process gets depends on who was
+    there before it, and with it its speed.
+    """
     found = [(name, path, setting) for setting in settings for name in names if (path := prepare(name, setting))]
+    first = int(part * len(found))
+    found = found[first:] + found[:first]
     with ExitStack() as stack:
         use([stack.enter_context(closing(Running(name, path, setting))) for name, path, setting in found])
