@@ -1,16 +1,18 @@
-"""What each precision costs in quality: bits per byte, distance from float32 on real text, and 200-step rollouts.
+"""What quantizing costs on real text: bits per byte, and the distance from float32.
 
-Everything is decoded token by token with the latent fed back, on ONNX Runtime's CPU provider. Three tables:
+Everything is decoded token by token with the latent fed back, on ONNX Runtime's CPU provider; KL in nats per token
+from the float32 graphs on the same rows, each side on its own state. Four tables:
 
-- quality: bits per byte (the authors' count), mean KL and equal first choices against the float32 graphs on the same
-  rows, then greedy rollouts against the PyTorch reference;
+- quality: every precision;
 - calibration: W8A8 with activation scales from stateful rollouts, and from the same tokens one by one (empty state,
   zero latent); the graphs are the same but for these scales;
-- keep-high: W8A8 with other lists of matrices that stay precise.
+- keep-high: W8A8 with other lists of matrices that stay precise;
+- blocks: INT4 with 32, 64 and 128 rows to a scale, where the model's width allows, plain and compensated.
 
-    python benchmarks/precisions.py CHECKPOINT GOLDEN.npz [--steps 200] [--work FOLDER]
+    python benchmarks/precisions.py CHECKPOINT ROWS [--work FOLDER]
 
-GOLDEN.npz holds `bpb_x`, `bpb_y` (N, T), `token_bytes` (V) and prompts `prompt_ids`, `prompt2_ids`, ...
+ROWS is an .npz with `bpb_x`, `bpb_y` (N, T) and `token_bytes` (V), or a text, of which the first 32 rows of 256 tokens
+are taken. Rollouts against the PyTorch reference: precision_rollouts.py.
 """
 
 from __future__ import annotations
@@ -18,113 +20,90 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 import lrt_deploy
 from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.evaluation import evaluate
+from lrt_deploy.evaluation import evaluate, rows_from_text
 from lrt_deploy.exporters.calibration import calibrate
 from lrt_deploy.exporters.calibration_text import calibration_rows
 from lrt_deploy.exporters.lower import matrix_name
 from lrt_deploy.manifest import graph_path, read_manifest, write_manifest
-from lrt_deploy.parity import compare, kl_divergence
-from lrt_deploy.reference import ReferenceDecoder
+from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.tokenizer import Tokenizer
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 KEPT = (("none",), ("gate",), ("gate", "memory_kv"), ("gate", "lm_head"), ("gate", "mlp_out"))
+BLOCKS = (32, 64, 128)
 CAPACITY = 512
+ROWS, ROW_TOKENS = 32, 256  # of a text
 
 
 @dataclass
 class Text:
-    """Rows of real text, and prompts to roll out from."""
+    """Rows of real text."""
 
     x: np.ndarray  # (N, T)
     y: np.ndarray  # (N, T)
     token_bytes: np.ndarray  # (V)
-    prompts: list[list[int]]
 
 
 def main() -> None:
     """Export, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("golden", type=Path)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("rows", type=Path)
     parser.add_argument("--work", type=Path, help="folder for bundles, kept; default: a temporary one")
     arguments = parser.parse_args()
-    text = load(arguments.golden)
+    checkpoint = arguments.checkpoint
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
-        bundle = export(arguments.checkpoint, work / "all", PRECISIONS)
-        quality(arguments.checkpoint, bundle, text, arguments.steps)
-        calibrations(arguments.checkpoint, bundle, work, text)
-        keep_high(arguments.checkpoint, bundle, work, text)
+        bundle = export(checkpoint, work / "all", PRECISIONS)
+        text = load(arguments.rows, Tokenizer.open(bundle / "tokenizer"))
+        quality(bundle, text)
+        calibrations(checkpoint, bundle, work, text)
+        keep_high(checkpoint, bundle, work, text)
+        blocks(checkpoint, bundle, work, text)
 
 
-def load(path: Path) -> Text:
-    """Rows and prompts of a golden."""
-    with np.load(path) as file:
-        prompts = [file[name].tolist() for name in sorted(file) if name.startswith("prompt")]
-        return Text(file["bpb_x"], file["bpb_y"], file["token_bytes"], prompts)
+def load(path: Path, tokenizer: Tokenizer) -> Text:
+    """Rows of a golden or of a text."""
+    if path.suffix == ".npz":
+        with np.load(path) as file:
+            return Text(file["bpb_x"], file["bpb_y"], file["token_bytes"])
+    x, y = rows_from_text(path.read_text(encoding="utf-8"), tokenizer, ROW_TOKENS)
+    whole = min(ROWS, sum(len(row) == ROW_TOKENS for row in x))
+    return Text(np.array(x[:whole]), np.array(y[:whole]), np.array(tokenizer.byte_lengths))
 
 
-def export(checkpoint: Path, folder: Path, precisions: tuple[str, ...], keep: tuple[str, ...] | None = None) -> Path:
-    """The bundle in `folder`, made where it is not there yet."""
+def export(checkpoint: Path, folder: Path, precisions: tuple[str, ...], **options: Any) -> Path:  # noqa: ANN401
+    """The bundle in `folder`, made where it is not there yet; the options are `export_bundle`'s."""
     if not folder.exists():
-        kept = None if keep is None else [name for name in keep if name != "none"]
-        lrt_deploy.export_bundle(checkpoint, folder, precision=precisions, max_seq_len=CAPACITY, keep_high=kept)
+        size = {"max_seq_len": CAPACITY, "max_batch_size": ROWS}
+        lrt_deploy.export_bundle(checkpoint, folder, precision=precisions, **size, **options)
     return folder
 
 
-def quality(checkpoint: Path, bundle: Path, text: Text, steps: int) -> None:
-    """The first table, and the rollouts."""
+def quality(bundle: Path, text: Text) -> None:
+    """The first table."""
+    print(f"{text.x.size:,} tokens")
     print("\n| precision | weights, bytes | bits per byte | change | mean KL | max KL | same first choice |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     baseline = 0.0
     for precision in PRECISIONS:
-        with opened(bundle, "fp32") as exact, opened(bundle, precision) as decoder:
-            bits = bits_per_byte(decoder, text)
-            baseline = baseline or bits
-            kl, same = distance(exact, decoder, text)
+        found = measured(bundle, bundle, precision, text)
+        baseline = baseline or found.bits
         size = (bundle / "graphs" / precision / "weights.bin").stat().st_size
         print(
-            f"| {precision} | {size:,} | {bits:.4f} | {bits / baseline - 1:+.3%} | {kl.mean():.1e} | {kl.max():.1e} | "
-            f"{same:.2%} |"
+            f"| {precision} | {size:,} | {found.bits:.4f} | {found.bits / baseline - 1:+.3%} | {found.kl.mean():.1e} | "
+            f"{found.kl.max():.1e} | {found.same:.2%} |"
         )
-    print(f"\n| precision | prompt | {steps}-step greedy rollout: mean KL | max KL | same first choice | parts at |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
-    for precision in PRECISIONS:
-        for number, line in enumerate(rollouts(checkpoint, bundle, precision, text, steps)):
-            print(f"| {precision} | {number} | {line}")
-
-
-def rollouts(checkpoint: Path, bundle: Path, precision: str, text: Text, steps: int) -> Iterator[str]:
-    """A line of the table for each prompt."""
-    reference = ReferenceDecoder(open_checkpoint(checkpoint).model(CAPACITY), max_seq_len=CAPACITY)
-    with opened(bundle, precision) as decoder:
-        for prompt in text.prompts:
-            found = compare(
-                reference,
-                decoder,
-                prompt,
-                steps,
-                precision=precision,
-                checkpoint_matches=True,
-                backend=decoder.backend,
-                prefill="stepwise",
-            )
-            parted = found.first_divergence
-            where = "never" if parted is None else f"step {parted.step} (margin {parted.margin:.1e})"
-            errors = f"logits {found.max_abs_logit_error:.1e}, latent {found.max_abs_latent_error or 0:.1e}"
-            yield f"{found.mean_kl:.1e} | {found.max_kl:.1e} | {found.top1_agreement:.2%} | {where}; {errors} |"
 
 
 def calibrations(checkpoint: Path, bundle: Path, work: Path, text: Text) -> None:
@@ -138,32 +117,53 @@ def calibrations(checkpoint: Path, bundle: Path, work: Path, text: Text) -> None
         ("stateful rollouts", bundle),
         ("the same tokens, one step each", rescaled(bundle, work / "one-step", scales)),
     ):
-        print(f"| {what} | {measured(bundle, folder, text)} |")
+        print(f"| {what} | {measured(bundle, folder, 'int8', text)} |")
 
 
 def keep_high(checkpoint: Path, bundle: Path, work: Path, text: Text) -> None:
     """What keeping matrices precise is worth."""
     print("\n| W8A8 keeps precise | bits per byte | mean KL | same first choice |\n| --- | ---: | ---: | ---: |")
     for keep in KEPT:
-        folder = export(checkpoint, work / f"keep-{'-'.join(keep)}", ("int8",), keep)
-        print(f"| {', '.join(keep)} | {measured(bundle, folder, text)} |")
+        kept = [name for name in keep if name != "none"]
+        folder = export(checkpoint, work / f"keep-{'-'.join(keep)}", ("int8",), keep_high=kept)
+        print(f"| {', '.join(keep)} | {measured(bundle, folder, 'int8', text)} |")
 
 
-def measured(exact: Path, folder: Path, text: Text) -> str:
-    """The columns of one W8A8 bundle."""
-    with opened(exact, "fp32") as truth, opened(folder, "int8") as decoder:
-        kl, same = distance(truth, decoder, text)
-        return f"{bits_per_byte(decoder, text):.4f} | {kl.mean():.2e} | {same:.2%}"
+def blocks(checkpoint: Path, bundle: Path, work: Path, text: Text) -> None:
+    """What longer blocks cost, and what compensating gives back."""
+    width = read_manifest(bundle).model.n_embd
+    print("\n| INT4, rows to a scale | | bits per byte | mean KL | same first choice |")
+    print("| ---: | --- | ---: | ---: | ---: |")
+    for block in [block for block in BLOCKS if width % block == 0]:
+        for compensate in (False, True):
+            how = "compensated" if compensate else "plain"
+            options = {"int4_block": block, "compensate": compensate}
+            folder = export(checkpoint, work / f"int4-{block}-{how}", ("int4-weight-only",), **options)
+            print(f"| {block} | {how} | {measured(bundle, folder, 'int4-weight-only', text)} |")
+
+
+@dataclass
+class Quality:
+    """How well a precision predicts, and how far it is from float32."""
+
+    bits: float  # per byte
+    kl: np.ndarray  # (N * T)
+    same: float  # share of equal first choices
+
+    def __str__(self) -> str:
+        return f"{self.bits:.4f} | {self.kl.mean():.2e} | {self.same:.2%}"
+
+
+def measured(exact: Path, folder: Path, precision: str, text: Text) -> Quality:
+    """One precision of the bundle in `folder`, against float32 in `exact`."""
+    with opened(exact, "fp32") as truth, opened(folder, precision) as decoder:
+        bits = evaluate(decoder, text.x, text.y, text.token_bytes, len(text.x)).bits_per_byte
+        return Quality(bits, *distance(truth, decoder, text))
 
 
 def opened(bundle: Path, precision: str) -> Decoder:
     """One thread: results do not depend on how work is split."""
     return lrt_deploy.open_decoder(bundle, precision=precision, threads=1)
-
-
-def bits_per_byte(decoder: Decoder, text: Text) -> float:
-    """Sequential, as the authors count."""
-    return evaluate(decoder, text.x, text.y, text.token_bytes, decoder.manifest.max_batch_size).bits_per_byte
 
 
 def distance(exact: Decoder, other: Decoder, text: Text) -> tuple[np.ndarray, float]:

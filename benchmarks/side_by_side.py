@@ -20,7 +20,6 @@ import os
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 from contenders import field, models, serving
 from contenders.field import Running, Setting
+from contenders.measured import Measured
 
 from lrt_deploy.cli.bench import cpu_model
 from lrt_deploy.manifest import read_manifest
@@ -37,15 +37,6 @@ from lrt_deploy.runtime import bandwidth, benchmark, traffic
 
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
 TURN_STEPS = 4  # few, because the speed of a machine's memory changes within seconds
-
-
-@dataclass
-class Measured:
-    """What was seen of one contender at one context and batch, over all of its processes."""
-
-    times: list[float] = dataclasses.field(default_factory=list)  # ms of each step
-    facts: dict[str, Any] = dataclasses.field(default_factory=dict)  # of its last process
-
 
 Points = dict[tuple[str, int, int, str], Measured]  # by precision, context, batch and contender
 
@@ -66,16 +57,11 @@ def measure(settings: list[Setting], args: argparse.Namespace) -> dict[str, list
         field.run_all(args.contenders, settings, use, number / args.processes)
     rows: dict[str, list[dict[str, Any]]] = {setting.precision: [] for setting in settings}
     for (precision, context, batch, name), seen in points.items():
-        row = {
-            "contender": name,
-            "context": context,
-            "batch": batch,
-            "min_ms": min(seen.times),
-            "median_ms": float(np.median(seen.times)),
-            "tokens_per_s": batch * 1e3 / float(np.median(seen.times)),
-            "steps": len(seen.times),
-        }
-        rows[precision].append(row | seen.facts)
+        row = {"contender": name, "context": context, "batch": batch} | seen.summary(batch)
+        keys = [(precision, context, batch, other) for other in args.contenders]
+        first = next(points[key] for key in keys if key in points)
+        ratios = {"min_over_first": seen.ratio(first, min), "median_over_first": seen.ratio(first, np.median)}
+        rows[precision].append(row | ratios | seen.facts)
     for found in rows.values():
         found.sort(key=lambda row: args.contenders.index(row["contender"]))
         found.sort(key=lambda row: (contexts.index(row["context"]), args.batches.index(row["batch"])))
@@ -91,6 +77,9 @@ def alternate(
     has the same contender before it.
     """
     context, batch = point
+    seen = [points[contender.precision, context, batch, contender.name] for contender in running]
+    for measured in seen:
+        measured.sets.append([])
     turns = [min(TURN_STEPS, args.steps - done) for done in range(0, args.steps, TURN_STEPS)]
     steps = serving.WARM_UP_STEPS + len(turns) * serving.COLD_STEPS + args.steps
     start = max(1, min(context, size.sequence_len - steps - 1))
@@ -100,13 +89,11 @@ def alternate(
         for contender in running:
             contender.ask("start", rows=prompts)
         for turn, count in enumerate(turns):
-            for contender in running if turn % 2 == 0 else reversed(running):
+            for contender, measured in list(zip(running, seen, strict=True))[:: 1 if turn % 2 == 0 else -1]:
                 time.sleep(REST_S)
-                found = contender.ask("decode", steps=count)["ms"]
-                points[contender.precision, context, batch, contender.name].times += found
-    for contender in running:
-        facts = contender.ask("facts") | contender.ask("memory")
-        points[contender.precision, context, batch, contender.name].facts = facts
+                measured.sets[-1] += contender.ask("decode", steps=count)["ms"]
+    for contender, measured in zip(running, seen, strict=True):
+        measured.facts = contender.ask("facts") | contender.ask("memory")
 
 
 def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
@@ -124,18 +111,17 @@ def say(text: str) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: one line a contender; how much faster than the first contender of its group."""
+    """Markdown: one line a contender; ratios of times to the first one that runs in this precision."""
     lines = [
-        "| model | precision | context | batch | contender | min ms | median ms | tokens/s | time / ours |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| model | precision | context | batch | contender | min ms | median ms | tokens/s | of first: min | median |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for result in results:
         for row in result["rows"]:
-            first = next(r for r in result["rows"] if (r["context"], r["batch"]) == (row["context"], row["batch"]))
             cells = (result["size"], result["precision"], row["context"], row["batch"], row["contender"])
             numbers = f"{row['min_ms']:.2f} | {row['median_ms']:.2f} | {row['tokens_per_s']:.1f}"
-            ratio = f"{row['median_ms'] / first['median_ms']:.2f}"
-            lines.append(f"| {' | '.join(map(str, cells))} | {numbers} | {ratio} |")
+            ratios = f"{row['min_over_first']} | {row['median_over_first']}"
+            lines.append(f"| {' | '.join(map(str, cells))} | {numbers} | {ratios} |")
     return "\n".join(lines)
 
 
@@ -181,7 +167,7 @@ def main() -> None:
         command = " ".join(["benchmarks/side_by_side.py", *sys.argv[1:]])
         memory = {"triad_gb_s": bandwidth.triad_gb_s(args.threads)}
         document = {"command": command, "environment": environment | memory, "results": results}
-        args.out.write_text(json.dumps(document, indent=2) + "\n")
+        args.out.write_text(json.dumps(document, indent=2, default=dataclasses.asdict) + "\n")
 
 
 if __name__ == "__main__":

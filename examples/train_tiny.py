@@ -5,7 +5,8 @@ functions. Training is by multi-refinement (arXiv 2605.26797): pass 0 reads zero
 reads the latents of the pass before, shifted right by one position, and the loss is a weighted mean over the passes.
 The result is a checkpoint as the paper's authors write it; `demo/checkpoint` came from this script.
 
-It does not resume, use a GPU, or try to be a good language model: 3 million parameters, a few epochs of 2.4 MB.
+It does not resume, use a GPU, or try to be a good language model: 3 million parameters (more with --width), a few
+epochs of 2.4 MB.
 
     python examples/train_tiny.py --out demo/checkpoint --minutes 30 > demo/training.log
 """
@@ -37,7 +38,7 @@ from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.tokenizer import token_byte_lengths
 from lrt_deploy.weights import weight_sources
 
-CONFIG = LRTConfig(256, vocab_size=2048, n_layer=5, n_head=4, n_kv_head=2, n_embd=160, window_pattern="SSSL")
+SEQUENCE_LEN, VOCAB_SIZE, WIDTH = 256, 2048, 160
 PASS_WEIGHTS = (1.0, 2.0, 2.0)  # of the loss: zero-memory pass, then the refinements
 TABLES = ("wte", "value_embeds")  # bfloat16 on disk, as the authors' training leaves them
 BATCH_ROWS = 4
@@ -100,7 +101,7 @@ def documents() -> Iterator[list[str]]:
 
 def train_tokenizer(texts: list[str]) -> tiktoken.Encoding:
     """Byte-level BPE: the bytes, then the merges in order, then the special tokens as the last ids."""
-    first_special, alphabet = CONFIG.vocab_size - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
+    first_special, alphabet = VOCAB_SIZE - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
     learner = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(SPLIT_PATTERN), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -124,11 +125,11 @@ class Rows:
         bos = encoding.encode_single_token("<|bos|>")
         self.stream = torch.tensor([i for text in encoding.encode_ordinary_batch(texts) for i in (bos, *text)])
         starts = (self.stream == bos).nonzero()  # (texts, 1)
-        self.starts = starts[starts[:, 0] < len(self.stream) - CONFIG.sequence_len]
+        self.starts = starts[starts[:, 0] < len(self.stream) - SEQUENCE_LEN]
 
     def __getitem__(self, index: Tensor) -> Tensor:
         """The rows (B, T + 1) at index (B)."""
-        return self.stream[self.starts[index] + torch.arange(CONFIG.sequence_len + 1)]
+        return self.stream[self.starts[index] + torch.arange(SEQUENCE_LEN + 1)]
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def initialize(model: LRT) -> None:
     """Uniform matrices of unit gain; blocks add nothing at first, gates are 1, the memory path starts small."""
     constants = {"attention_out": 0.0, "mlp_out": 0.0, "gate": 0.0}
     constants |= {"resid_lambdas": 1.0, "x0_lambdas": 0.1, "memory_lambdas": 0.1}
-    bound = math.sqrt(3 / CONFIG.n_embd)
+    bound = math.sqrt(3 / model.config.n_embd)
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-1]
         if kind in constants:
@@ -149,7 +150,7 @@ def initialize(model: LRT) -> None:
 
 def refine(model: LRT, ids: Tensor, passes: int) -> Iterator[Tensor]:
     """Hidden states (B, T, C) of each pass, the zero-memory pass first."""
-    memory = torch.zeros(*ids.shape, CONFIG.n_embd)  # (B, T, C)
+    memory = torch.zeros(*ids.shape, model.config.n_embd)  # (B, T, C)
     for _ in range(passes):
         hidden, latent = model.parallel(ids, memory)
         yield hidden
@@ -239,7 +240,7 @@ def report(model: LRT, rows: Tensor, encoding: tiktoken.Encoding) -> None:
 def state_dict(model: LRT) -> dict[str, Tensor]:
     """The weights under the authors' names and in their shapes; embedding tables in bfloat16."""
     state: dict[str, Tensor] = {}
-    for name, source in weight_sources(CONFIG).items():
+    for name, source in weight_sources(model.config).items():
         dtype = torch.bfloat16 if name in TABLES else torch.float32
         widths = [shape[0 if source.transposed else -1] for shape in source.shapes]
         for theirs, part in zip(source.names, model.get_parameter(name).split(widths, dim=-1), strict=True):
@@ -248,9 +249,9 @@ def state_dict(model: LRT) -> dict[str, Tensor]:
     return state
 
 
-def model_config() -> dict[str, object]:
+def model_config(config: LRTConfig) -> dict[str, object]:
     """The model and how it was trained, in the authors' fields."""
-    fields = {name: value for name, value in CONFIG.to_dict().items() if not name.startswith("memory")}
+    fields = {name: value for name, value in config.to_dict().items() if not name.startswith("memory")}
     unused = {"use_interleaved": False, "interleaved_num_passes": 2, "interleaved_kv_refresh": False}
     trained = {"use_multi_refine": True, "multi_refine_num_passes": len(PASS_WEIGHTS) - 1}
     return {**fields, **unused, **trained, "multi_refine_detach": False, "multi_refine_loss_weights": PASS_WEIGHTS}
@@ -271,8 +272,8 @@ def write_model(folder: Path, model: LRT, step: int, bpb: list[float]) -> None:
     """Weights and meta file; those of an earlier step go."""
     earlier = [*folder.glob("model_*.pt"), *folder.glob("meta_*.json")]
     torch.save(state_dict(model), folder / f"model_{step:06d}.pt")
-    facts = {"step": step, "val_bpb": bpb[-1], "val_per_pass_bpb": bpb, "model_config": model_config()}
-    facts |= {"device_batch_size": BATCH_ROWS, "max_seq_len": CONFIG.sequence_len}
+    facts = {"step": step, "val_bpb": bpb[-1], "val_per_pass_bpb": bpb, "model_config": model_config(model.config)}
+    facts |= {"device_batch_size": BATCH_ROWS, "max_seq_len": SEQUENCE_LEN}
     (folder / f"meta_{step:06d}.json").write_text(json.dumps(facts, indent=2) + "\n")
     for file in earlier:
         file.unlink()
@@ -283,6 +284,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, without one in it")
     parser.add_argument("--minutes", type=float, default=30.0, help="how long to train")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of the model, a multiple of 8")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="write the text that is not trained on here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -301,7 +304,12 @@ def main() -> None:
     data, unseen = Rows(training, encoding), Rows(held_out, encoding)
     val = unseen[torch.linspace(0, len(unseen.starts) - 1, 96).long()]
     print(f"{sum(map(len, training)):,} characters, {len(data.stream):,} tokens in {len(training):,} texts")
-    model, step, start = LRT(CONFIG), 0, time.monotonic()
+    if args.held_out:
+        args.held_out.write_text("\n\n".join(held_out), encoding="utf-8")
+    config = LRTConfig(
+        SEQUENCE_LEN, VOCAB_SIZE, n_layer=5, n_head=4, n_kv_head=2, n_embd=args.width, window_pattern="SSSL"
+    )
+    model, step, start = LRT(config), 0, time.monotonic()
     initialize(model)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
     for step, loss in train(model, data, args.minutes, torch.Generator().manual_seed(args.seed)):

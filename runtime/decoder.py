@@ -110,7 +110,7 @@ class Decoder:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        self._check(state, [0] * state.batch if reuse else state.lengths.tolist(), [len(row) for row in rows])
+        self._check(state, [len(row) for row in rows], anew=reuse)
         shared = rewind_to_prefix(state, rows, request) if reuse else [0] * len(rows)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
@@ -135,8 +135,8 @@ class Decoder:
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
+        self._check(state, [1] * state.batch)
         positions = state.lengths  # (B)
-        self._check(state, positions.tolist(), [1] * state.batch)
         buffers, mark = state.buffers, state.buffers.mark()
         try:
             logits = buffers.decode(ids, positions, head=True)
@@ -216,7 +216,7 @@ class Decoder:
     def _standing(self, state: DecodeState | None) -> DecodeState:
         if state is None or state.batch != 1:
             raise InputError("without a prompt there must be a state of one sequence to continue")
-        self._check(state, state.lengths.tolist(), [0])
+        self._check(state, [0])
         return state
 
     @property
@@ -234,13 +234,14 @@ class Decoder:
         if not 1 <= rows <= self.manifest.max_batch_size:
             raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
 
-    def _check(self, state: DecodeState, held: Sequence[int], more: Sequence[int]) -> None:
-        """The state must be of this decoder, and each row that holds `held` tokens have room for `more`."""
+    def _check(self, state: DecodeState, more: Sequence[int], anew: bool = False) -> None:
+        """The state must be of this decoder, and each row have room for `more` tokens; `anew`: for them alone."""
         if state.owner is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
-        for row, (length, count) in enumerate(zip(held, more, strict=True)):
+        for row, count in enumerate(more):
+            length = 0 if anew else state.length(row)
             if length + count > state.capacity:
                 raise StateError(
                     f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "

@@ -37,11 +37,11 @@ def in_huge_pages() -> Iterator[Moved]:
     yield moved
     regions = [part for region in _anonymous_regions() for part in _without(region, before)]
     if regions:
-        give_back_freed()
+        _give_back_freed()
     moved.bytes = sum(_collapse(start, end) for start, end in regions)
 
 
-def give_back_freed() -> None:
+def _give_back_freed() -> None:
     """Let malloc return to the system what was freed amid memory in use; other allocators than glibc's are left."""
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

@@ -118,7 +118,7 @@ def read_prompts(
         numbered = enumerate(zip(rows, ways, strict=True))
         readings = [_read_row(state, i, row, way, request, options) for i, (row, way) in numbered]
         for i, reading in enumerate(readings):
-            state.history.write_row(i, int(state.lengths[i]), reading.latents)
+            state.history.write_row(i, state.length(i), reading.latents)
         state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latents[-1] for reading in readings]))
         logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
         if report.policy == "fixed-point" and state.latent is not None:
@@ -180,7 +180,7 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
 def _read_row(
     state: DecodeState, index: int, row: IntArray, way: str, request: PrefillRequest, options: PrefillOptions
 ) -> Reading:
-    past = int(state.lengths[index])
+    past = state.length(index)
     if way == "zero" or state.latent is None:
         return read_row_once(state.buffers, index, row, past, options.sweeps)
     if way == "stepwise":

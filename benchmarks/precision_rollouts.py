@@ -4,7 +4,7 @@ Rollouts of 256 greedy steps from each of the golden's prompts against the PyTor
 Runtime's CPU provider; bits per byte of the golden's rows. Two more rows: INT4 with every matrix quantized, and with
 those kept precise that `parity --fit-budget` names for a KL budget, both exported and measured like the others.
 
-    python benchmarks/precision_table.py GOLDEN_FOLDER --budget KL [--steps 256] [--work FOLDER] [--picture FILE.png]
+    python benchmarks/precision_rollouts.py GOLDEN_FOLDER --budget KL [--steps 256] [--work FOLDER] [--picture FILE.png]
 """
 
 from __future__ import annotations
