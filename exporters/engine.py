@@ -31,7 +31,7 @@ from lrt_deploy.engine_sidecar import (
 )
 from lrt_deploy.errors import EngineError
 from lrt_deploy.gpu import find_gpu
-from lrt_deploy.manifest import WEIGHTS, Manifest, graph_path, read_manifest, verify_files
+from lrt_deploy.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
 
 from .atomic_folder import made_whole
@@ -166,7 +166,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
         plan_bytes=plan.data.nbytes,
         onnx=job.graph,
         onnx_sha256=files[job.graph].sha256,
-        weights_sha256=files[f"graphs/{job.precision}/{WEIGHTS}"].sha256,
+        weights_sha256=files[weights_path(job.precision)].sha256,
         tensorrt_version=str(parsed.trt.__version__),
         compute_capabilities=job.compute_capabilities,
         profiles=job.profiles,

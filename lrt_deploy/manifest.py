@@ -243,6 +243,11 @@ def _check_tables(manifest: Manifest) -> None:
             raise ValueError(f"tables of {precision} go beyond the {size} bytes of {table_path(precision)}")
 
 
+def weights_path(precision: str) -> str:
+    """Where the weights of a precision lie in the bundle."""
+    return f"graphs/{precision}/{WEIGHTS}"
+
+
 def table_path(precision: str) -> str:
     """Where the embedding tables of a precision lie in a bundle with host embeddings."""
     return f"graphs/{precision}/{TABLES}"
@@ -251,7 +256,7 @@ def table_path(precision: str) -> str:
 def required_files(manifest: Manifest) -> set[str]:
     """What a bundle of these precisions cannot do without."""
     graphs = {graph_path(p, phase, f) for p in manifest.precisions for phase in PHASES for f in FLAVOURS}
-    weights = {f"graphs/{precision}/{WEIGHTS}" for precision in manifest.precisions}
+    weights = {weights_path(precision) for precision in manifest.precisions}
     tokenizer = {f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "token_bytes.json")}
     tables = {table_path(precision) for precision in manifest.tables}
     return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())

@@ -35,7 +35,8 @@ def in_huge_pages() -> Iterator[Moved]:
     """Move large anonymous memory that the block leaves allocated; contents and addresses stay."""
     moved, before = Moved(), _anonymous_regions()
     yield moved
-    regions = [part for region in _anonymous_regions() for part in _without(region, before)]
+    parts = [part for region in _anonymous_regions() for part in _without(region, before)]
+    regions = [(start, end) for start, end in parts if end - start >= HUGE_PAGE_BYTES]
     if regions:
         _give_back_freed()
     moved.bytes = sum(_collapse(start, end) for start, end in regions)

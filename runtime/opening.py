@@ -8,11 +8,12 @@ from pathlib import Path
 
 from lrt_deploy import contract
 from lrt_deploy.errors import BundleError, InputError
-from lrt_deploy.manifest import Manifest
+from lrt_deploy.manifest import Manifest, table_path, weights_path
 from lrt_deploy.precisions import base_dtype
 
 from .backend import Backend
 from .choice import Choice
+from .read_ahead import read_ahead
 
 
 def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
@@ -39,7 +40,16 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
 
 
 def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
-    """The weights, on the backend that was chosen."""
+    """The weights, on the backend that was chosen; embedding tables that it leaves on disk are read ahead."""
+    backend = _load(choice, folder, manifest, threads, cuda_graph)
+    if manifest.host_embeddings:
+        read_ahead(folder / table_path(choice.precision))
+    elif choice.backend == "ort-cpu":  # after its matrices, which it has packed by now
+        read_ahead(folder / weights_path(choice.precision))
+    return backend
+
+
+def _load(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
     name, precision, _ = choice
     if name == "ort-cpu":
         from .ort_cpu import OrtCpuBackend

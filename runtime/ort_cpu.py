@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray, IntArray
-from lrt_deploy.manifest import TABLES, WEIGHTS, Manifest, graph_path
+from lrt_deploy.manifest import Manifest, graph_path, table_path, weights_path
 from lrt_deploy.precisions import base_dtype
 
 from .backend import Block, BlockLimits, SlotArrays
@@ -53,10 +53,9 @@ class OrtCpuBackend:
         self.state_dtype = str(self.dtype)
         graph = folder / graph_path(precision, "prefill", "windowed")
         self.tables = HostTables.open(folder, manifest, precision)
-        files = (WEIGHTS, TABLES) if self.tables else (WEIGHTS,)
-        small = sum((graph.parent / name).stat().st_size for name in files) < _SMALL_BYTES
-        if threads is None and small:
-            threads = 1
+        files = (weights_path(precision), *([table_path(precision)] if self.tables else []))
+        small = sum((folder / name).stat().st_size for name in files) < _SMALL_BYTES
+        threads = 1 if threads is None and small else threads
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = log_level

@@ -23,7 +23,7 @@ from lrt_deploy.engine_sidecar import (
 )
 from lrt_deploy.errors import BackendError, EngineError
 from lrt_deploy.gpu import Gpu
-from lrt_deploy.manifest import WEIGHTS, Manifest
+from lrt_deploy.manifest import Manifest, weights_path
 from lrt_deploy.tensorrt_flavours import FLAVOURS, collecting_logger
 
 
@@ -125,7 +125,7 @@ def find_misfit(
     sidecar: EngineSidecar, manifest: Manifest, asked: tuple[str, str], version: str, gpu: Gpu
 ) -> str | None:
     """What in the sidecar does not fit this bundle, this TensorRT or this GPU; None if all does."""
-    files, weights = manifest.files, f"graphs/{asked[1]}/{WEIGHTS}"
+    files, weights = manifest.files, weights_path(asked[1])
     facts = {
         "backend and precision": ((sidecar.backend, sidecar.precision), asked),
         f"{asked[0]} version": (sidecar.tensorrt_version, version),

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import Flavour
 from lrt_deploy.errors import BackendError
-from lrt_deploy.manifest import WEIGHTS, Manifest
+from lrt_deploy.manifest import Manifest, weights_path
 from lrt_deploy.precisions import base_dtype, item_bytes
 from lrt_deploy.weights import matrix_shapes, weight_sources
 
@@ -83,7 +83,7 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
         return max(item_bytes(table.dtype) for table in manifest.tables[precision].values())
     sources = weight_sources(manifest.model)
     elements = sum(math.prod(shape) for name in TABLES if name in sources for shape in sources[name].shapes)
-    stored = manifest.files[f"graphs/{precision}/{WEIGHTS}"].bytes
+    stored = manifest.files[weights_path(precision)].bytes
     return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
 
 
