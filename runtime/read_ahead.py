@@ -1,9 +1,9 @@
 """Have the system read a file into its memory before it is needed: embedding tables, of which a token reads one row.
 
-Tables are mapped, so a row that the system does not hold makes a step wait for the disk, half as long again or twice as
-long as it takes itself (benchmarks/README.md). The first opening of a bundle reads all files to hash them; after a
-restart, or when memory was needed elsewhere, nobody has. What is read ahead is the system's and not the process's, to
-be dropped when it needs the room. Does nothing where the system cannot, or has too little memory.
+Tables are mapped, so a row that the system does not hold makes a step wait for the disk, some milliseconds on top of
+its own ten (benchmarks/README.md). The first opening of a bundle reads all files to hash them; after a restart, or when
+memory was needed elsewhere, nobody has. What is read ahead is the system's and not the process's, to be dropped when it
+needs the room. Does nothing where the system cannot, or has too little memory.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def _available_bytes() -> int:
     """Of the machine, or of this container where it has a limit; 0 where the system does not say."""
     if not _MEMORY.is_file():
         return 0
-    available = _numbers(_MEMORY)["MemAvailable:"] * 1024
+    available = _numbers(_MEMORY).get("MemAvailable:", 0) * 1024
     limit, held = _GROUP / "memory.max", _GROUP / "memory.stat"
     if limit.is_file() and held.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - _numbers(held)["anon"])  # files that it holds can go
+        available = min(available, int(text) - _numbers(held).get("anon", 0))  # files that it holds can go
     return available
 
 
 def _numbers(file: Path) -> dict[str, int]:
     """The number in each line, by the word before it."""
     lines = [line.split() for line in file.read_text().splitlines()]
-    return {words[0]: int(words[1]) for words in lines}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from contenders import field, models, plain_route, serving  # noqa: E402
+from contenders.measured import Measured, Ratio  # noqa: E402
 from contenders.worker import make  # noqa: E402
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -110,6 +111,19 @@ def test_a_plain_llama_of_equal_bytes(folder):
         assert 0 <= 4 * width**2 + 3 * width * inner - 14 * width**2 < 3 * width * 32
 
 
+def test_ratios_compare_processes_of_one_set():
+    """A set whose memory is ten times slower changes no ratio; the error is that of their logarithms' mean."""
+    ours = Measured([[1.0, 1.0, 2.0], [10.0, 10.0, 20.0]])
+    theirs = Measured([[2.0, 4.0, 9.0], [20.0, 40.0, 90.0]])
+    assert theirs.ratio(ours, min) == Ratio(pytest.approx(2), pytest.approx(1))
+    assert theirs.ratio(ours, np.median) == Ratio(pytest.approx(4), pytest.approx(1))
+    assert Ratio.of([1.0, 4.0]) == Ratio(pytest.approx(2), pytest.approx(2))
+    assert (str(Ratio.of([1.0, 1.21])), str(Ratio.of([3.0]))) == ("1.10 ± 0.11", "3.00")
+    with pytest.raises(ValueError, match="shorter"):
+        theirs.ratio(Measured([[1.0]]), min)
+    assert theirs.summary(batch=2) == {"min_ms": 2, "median_ms": 14.5, "tokens_per_s": 2e3 / 14.5, "steps": 6}
+
+
 def test_one_command_measures_and_writes(folder, tmp_path):
     """Through the processes, as a user runs it; without genai, whose environment is not the project's."""
     command = [sys.executable, str(ROOT / "benchmarks" / "side_by_side.py"), "--sizes", "tiny", "--contexts", "8"]
@@ -121,4 +135,6 @@ def test_one_command_measures_and_writes(folder, tmp_path):
     rows = json.loads((tmp_path / "out.json").read_text())["results"][0]["rows"]
     assert [(row["contender"], row["steps"]) for row in rows] == [("ours", 12), ("plain-route", 12)]
     assert all(0 < row["min_ms"] <= row["median_ms"] for row in rows)
+    assert rows[0]["min_over_first"] == {"mean": 1, "error": 1}
+    assert rows[1]["median_over_first"]["mean"] > 0 and rows[1]["median_over_first"]["error"] >= 1
     assert done.stdout.count("\n") == 4  # head, rule, two rows
