@@ -11,7 +11,7 @@ from the float32 graphs on the same rows, each side on its own state. Four table
 
     python benchmarks/precisions.py CHECKPOINT ROWS [--work FOLDER]
 
-ROWS is an .npz with `bpb_x`, `bpb_y` (N, T) and `token_bytes` (V), or a text, of which the first 32 rows of 256 tokens
+ROWS is an .npz with `bpb_x`, `bpb_y` (N, T) and `token_bytes` (V), or a text, of which the first 16 rows of 256 tokens
 are taken. Rollouts against the PyTorch reference: precision_rollouts.py.
 """
 
@@ -42,7 +42,7 @@ PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 KEPT = (("none",), ("gate",), ("gate", "memory_kv"), ("gate", "lm_head"), ("gate", "mlp_out"))
 BLOCKS = (32, 64, 128)
 CAPACITY = 512
-ROWS, ROW_TOKENS = 32, 256  # of a text
+ROWS, ROW_TOKENS = 16, 256  # of a text
 
 
 @dataclass

@@ -31,8 +31,11 @@ def main(bundle: str) -> None:
                     request = json.loads(line)
                     number = batch.submit(request.pop("prompt"), **request)
                     print(json.dumps({"request": number, "accepted": True}), flush=True)
-                except (lrt_deploy.LRTDeployError, ValueError, KeyError, TypeError) as error:
+                except lrt_deploy.LRTDeployError as error:
                     print(json.dumps({"error": str(error)}), flush=True)
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    text = f"expected a JSON object with `prompt` and options of BatchDecoder.submit: {error!r}"
+                    print(json.dumps({"error": text}), flush=True)
             for found in batch.step():
                 outcome = {"error": str(found.error)} if found.event is None else vars(found.event) | {"prefill": None}
                 print(json.dumps({"request": found.request} | outcome), flush=True)

@@ -169,7 +169,7 @@ def _open_authors(folder: Path, step: int | None) -> Checkpoint:
         )
     step = max(steps) if step is None else step
     if step not in steps:
-        raise CheckpointError(f"{folder} has no step {step}; there are {', '.join(map(str, sorted(steps)))}")
+        raise CheckpointError(f"{folder} has no step {step}; it has step {', '.join(map(str, sorted(steps)))}")
     file = steps[step]
     meta_file = file.with_name(file.name.replace("model_", "meta_")).with_suffix(".json")
     model_config = _read_json(meta_file).get("model_config")

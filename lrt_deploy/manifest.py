@@ -132,7 +132,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json` against its digest; raises BundleError by name."""
     if not folder.is_dir():
-        raise BundleError(f"{folder} does not exist; expected a bundle folder, made by `lrt-deploy export`")
+        found = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {found}; expected a bundle folder, made by `lrt-deploy export`")
     try:
         text, digest = (folder / MANIFEST).read_bytes(), (folder / DIGEST).read_text(encoding="ascii", errors="replace")
     except OSError as error:
@@ -144,8 +145,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         fields = json.loads(text)
         version = fields.pop("format_version")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{folder / MANIFEST} is not a manifest: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{folder / MANIFEST} is not a manifest: expected an object with a format_version") from error
     if version != FORMAT_VERSION:
         raise BundleError(
             f"{folder} has the bundle format {version!r}, this lrt-deploy reads {FORMAT_VERSION}; export it again"

@@ -19,7 +19,7 @@ import numpy as np
 
 from .config import LRTConfig
 from .errors import ParityError
-from .evaluation import NPZ_ERRORS
+from .evaluation import NPZ_ERRORS, load_archive
 from .interface import FloatArray, IntArray, StatefulDecoder
 from .parity_report import as_json
 from .prompts import check_prompts
@@ -61,7 +61,7 @@ class RecordedCheck:
 def read_recording(path: Path, config: LRTConfig) -> Recording:
     """Read and check a recording; runs nothing in the file. ParityError for one that is not of this model's shapes."""
     try:
-        archive = np.load(path, allow_pickle=False)
+        archive = load_archive(path)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ParityError(f"{path} holds one array; expected an .npz archive of recorded arrays")
         with archive as file:

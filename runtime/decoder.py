@@ -24,7 +24,7 @@ from .backend import Backend, check_finite
 from .choice import choose
 from .cuda_device import Device
 from .generation import Event, Generation, generate
-from .opening import check_contract, limit_capacity, load_backend
+from .opening import check_contract, check_threads, limit_capacity, load_backend
 from .origin import Identity, Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, rewind_to_prefix
@@ -278,8 +278,7 @@ def open_decoder(
     verify_files(folder, manifest, force=verify)
     choice = choose(folder, manifest, backend, precision)
     check_contract(folder, manifest, choice.precision)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, expected at least 1")
+    check_threads(threads)
     tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
     loaded = load_backend(choice, folder, manifest, threads, cuda_graph)
     decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))

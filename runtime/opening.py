@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lrt_deploy.precisions import base_dtype
 from .backend import Backend
 from .choice import Choice
 from .read_ahead import read_ahead
+
+_MOST_THREADS = 8  # for each core
 
 
 def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
@@ -37,6 +40,13 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
             f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
         )
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
+
+
+def check_threads(threads: int | None) -> None:
+    """Few more than the cores are useless; thousands keep ONNX Runtime busy for minutes making them."""
+    most = _MOST_THREADS * (os.cpu_count() or 1)
+    if threads is not None and not 1 <= threads <= most:
+        raise InputError(f"threads is {threads}, expected 1 to {most} ({_MOST_THREADS} for each core of this machine)")
 
 
 def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:

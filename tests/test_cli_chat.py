@@ -207,7 +207,7 @@ def test_a_turn_costs_its_new_tokens_only(bundle):
     ("command", "words"),
     [
         ("/rewind", "0 turn(s) to take back, 1 were asked for"),
-        ("/rewind many", "/rewind: invalid literal"),
+        ("/rewind many", "/rewind: expected a number of turns, not 'many'"),
         ("/save x", "no chat to save yet"),
         ("/save", "a file name is missing"),
         ("/load", "a file name is missing"),

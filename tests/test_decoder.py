@@ -533,6 +533,7 @@ def test_a_decoder_says_what_it_is(decoder, golden_of):
         ({"precision": "int8"}, BundleError, "holds fp32, not int8"),
         ({"threads": 0}, InputError, "threads is 0"),
         ({"threads": -2}, InputError, "threads is -2"),
+        ({"threads": 10**6}, InputError, "threads is 1000000, expected 1 to"),
         ({"max_seq_len": 0}, InputError, "max_seq_len is 0.*1 to 128"),
         ({"max_seq_len": 129}, InputError, "max_seq_len is 129.*1 to 128"),
     ],

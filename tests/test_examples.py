@@ -44,10 +44,10 @@ def test_n_best_ranks_distinct_continuations(root, bundle):
 def test_the_batch_server_answers_each_request_as_if_alone(root, bundle):
     requests = [{"prompt": text, "max_new_tokens": n} for text, n in (("ab", 5), ("c", 9), ("def", 3))]
     lines = [json.dumps(request) for request in requests]
-    lines += ["nonsense", '{"prompt": []}', '{"prompt": "a", "speed": 1}']
+    lines += ["nonsense", '{"prompt": []}', '{"prompt": "a", "speed": 1}', "5", "null", "{}", '{"prompt": 5}']
     output = run(root, "batch_server.py", bundle, input="\n".join(lines)).stdout
     found = [json.loads(line) for line in output.splitlines()]
-    assert sum("error" in entry for entry in found) == 3
+    assert sum("error" in entry for entry in found) == 7
     with lrt_deploy.open_decoder(bundle) as decoder:
         for number, request in enumerate(requests):
             tokens = [entry["token"] for entry in found if entry.get("request") == number and "token" in entry]

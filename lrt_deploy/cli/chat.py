@@ -150,6 +150,8 @@ class Branches:
 
     def do_rewind(self, argument: str) -> str:
         """Take back turns."""
+        if not (argument or "1").isdecimal():
+            raise InputError(f"expected a number of turns, not {argument!r}")
         turns = int(argument or 1)
         self.chat.rewind(turns)
         return f"{turns} turn(s) taken back, {len(self.chat.turns)} left"

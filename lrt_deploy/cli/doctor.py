@@ -23,8 +23,16 @@ from . import options, output
 if TYPE_CHECKING:
     from lrt_deploy.gpu import Gpu
 
-PACKAGES = ("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir", "tensorrt", "tensorrt-rtx")
-_ORT_PACKAGES = ("onnxruntime", "onnxruntime-gpu")
+PACKAGES = (
+    *("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir"),
+    *("tensorrt", "tensorrt-rtx", "onnxruntime"),
+)
+# What else a package may be installed as: for another device, or for one version of CUDA.
+_OTHER_NAMES = {
+    "onnxruntime": ("onnxruntime-gpu",),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ def environment() -> dict[str, Any]:
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
-        "versions": {name: version(name) for name in PACKAGES} | {"onnxruntime": version(*_ORT_PACKAGES)},
+        "versions": {name: version(name, *_OTHER_NAMES.get(name, ())) for name in PACKAGES},
     }
 
 
