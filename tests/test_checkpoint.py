@@ -177,7 +177,7 @@ def test_the_last_step_is_read_unless_another_is_asked_for(write):
     assert equal(parameters(folder, 20), dict(random_model(open_checkpoint(folder).config, 20).named_parameters()))
     assert not equal(parameters(folder, 20), parameters(folder, 5))
     assert open_checkpoint(folder / "model_000020.pt").step == 20
-    with pytest.raises(CheckpointError, match=r"no step 7; there are 5, 20, 100"):
+    with pytest.raises(CheckpointError, match=r"no step 7; it has step 5, 20, 100"):
         open_checkpoint(folder, 7)
 
 
