@@ -5,6 +5,7 @@ Knows nothing of what is in it.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -15,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lrt_deploy.errors import ExportError
+
+_FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when another one came in between
 
 
 @contextmanager
@@ -38,23 +41,36 @@ def made_whole(target: Path, replace: bool) -> Iterator[Path]:
 
 
 def _put_in_place(folder: Path, target: Path, replace: bool) -> None:
-    """Rename; the old target stands aside until the new one is there, and comes back if it does not."""
+    """Rename; the old target stands aside until the new one is there, and comes back if it does not.
+
+    Of several that replace one target at once the last wins: between two renames another one may have taken the old
+    target away, or put its own there, and then it is done again.
+    """
     retired = folder.with_name(f"{folder.name}.old")
-    occupied = os.path.lexists(target)
-    if occupied and not replace:  # somebody was faster
-        raise ExportError(f"{target} has come into being meanwhile; it was left as it is, and nothing was written")
-    try:
-        if occupied:
-            target.rename(retired)
-        folder.rename(target)
-    except BaseException:
-        if os.path.lexists(retired) and not os.path.lexists(target):
-            retired.rename(target)
-        raise
-    if retired.is_symlink():
-        retired.unlink()
-    elif occupied:
-        shutil.rmtree(retired)
+    while True:
+        occupied = os.path.lexists(target)
+        if occupied and not replace:  # somebody was faster
+            raise ExportError(f"{target} has come into being meanwhile; it was left as it is, and nothing was written")
+        try:
+            if occupied:
+                target.rename(retired)
+            folder.rename(target)
+        except BaseException as error:
+            if not (isinstance(error, OSError) and error.errno in _FASTER and folder.is_dir()):
+                if os.path.lexists(retired) and not os.path.lexists(target):
+                    retired.rename(target)
+                raise
+            _remove(retired)
+        else:
+            _remove(retired)
+            return
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)
 
 
 def _remove_stale(target: Path) -> None:

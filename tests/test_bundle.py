@@ -17,6 +17,7 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import BundleError, CheckpointError, ConfigError, ExportError
+from lrt_deploy.exporters.atomic_folder import made_whole
 from lrt_deploy.manifest import DIGEST, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
 
 NAME, OTHER = "gate32", "padded_vocab"
@@ -129,6 +130,9 @@ def test_what_is_no_bundle_is_refused(tmp_path):
         lrt_deploy.open_decoder(tmp_path / "absent")
     with pytest.raises(BundleError, match=r"is not a bundle.*manifest\.json"):
         lrt_deploy.open_decoder(tmp_path)
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(BundleError, match=r"notes\.txt is a file; expected a bundle folder"):
+        lrt_deploy.open_decoder(tmp_path / "notes.txt")
 
 
 @pytest.fixture
@@ -417,6 +421,40 @@ def test_exports_to_one_target_at_once_leave_one_whole_bundle(quick, golden_of, 
     assert nothing_beside(tmp_path, "bundle")
     # Without force exactly one of the two may win: the other found a target that exists.
     assert len(errors) == (0 if force else 1)
+
+
+def make_at_once(target, replace):
+    """Three threads make the same folder; their errors."""
+    meeting, errors = threading.Barrier(3, timeout=60), []
+
+    def make(number):
+        try:
+            with made_whole(target, replace) as folder:
+                (folder / "file").write_text(str(number))
+                meeting.wait()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_folders_made_at_once_for_one_target_leave_one_of_them(tmp_path, replace):
+    """Often enough that their renames fall between each other's."""
+    for attempt in range(100):
+        target = tmp_path / str(attempt) / "made"
+        if replace:
+            target.mkdir(parents=True)
+            (target / "file").write_text("old")
+        errors = make_at_once(target, replace)
+        assert [type(error) for error in errors] == ([] if replace else [ExportError] * 2), errors
+        assert (target / "file").read_text() in ("0", "1", "2")
+        assert [path.name for path in target.parent.iterdir()] == ["made"]
 
 
 EXPORT_AND_WAIT = """

@@ -5,6 +5,7 @@ Errors of all kinds are raised inside a verb and must come out as one line and a
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -171,6 +172,7 @@ def test_doctor_reports_every_backend_and_the_environment():
     environment = fields["environment"]
     assert environment["cpu_count"] >= 1 and environment["memory_bytes"] > 2**28
     assert environment["versions"]["numpy"] == np.__version__
+    assert (environment["versions"]["tensorrt-rtx"] is None) == (importlib.util.find_spec("tensorrt_rtx") is None)
 
 
 def test_doctor_does_not_import_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -269,3 +270,12 @@ def test_a_text_longer_than_the_capacity_is_evaluated_whole(decoder_of):
     assert {row[0] for row in x} == {decoder.tokenizer.bos_id}
     assert found.tokens == len(decoder.tokenizer.encode(text))
     assert found.bytes == len(text.encode())
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense that is longer than a magic number", pickle.dumps([1, 2])])
+def test_a_file_that_is_no_archive_is_refused_without_advice_to_unpickle_it(tmp_path, content):
+    path = tmp_path / "rows.npz"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot be read as an \.npz archive") as raised:
+        rows_from_npz(path)
+    assert "pickle" not in str(raised.value)
