@@ -22,6 +22,7 @@ from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.evaluation import evaluate
 from lrt_deploy.exporters.budget import Fit, fit_budget
 from lrt_deploy.exporters.calibration_text import calibration_rows
+from lrt_deploy.manifest import weights_path
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.rollout import Reading, roll_out
 from lrt_deploy.runtime.parity_plots import plot_precisions
@@ -63,7 +64,7 @@ def measure(golden: Golden, bundle: Path, precision: str, steps: int, label: str
         "top1_agreement": sum(point.same_top1 for point in points) / len(points),
         "first_divergence": parts,
         "bits_per_byte": bits,
-        "weight_bytes": (bundle / "graphs" / precision / "weights.bin").stat().st_size,
+        "weight_bytes": (bundle / weights_path(precision)).stat().st_size,
     }
 
 

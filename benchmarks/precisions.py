@@ -33,7 +33,7 @@ from lrt_deploy.evaluation import evaluate, rows_from_text
 from lrt_deploy.exporters.calibration import calibrate
 from lrt_deploy.exporters.calibration_text import calibration_rows
 from lrt_deploy.exporters.lower import matrix_name
-from lrt_deploy.manifest import graph_path, read_manifest, write_manifest
+from lrt_deploy.manifest import graph_path, read_manifest, weights_path, write_manifest
 from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.tokenizer import Tokenizer
@@ -82,7 +82,7 @@ def load(path: Path, tokenizer: Tokenizer) -> Text:
     return Text(np.array(x[:whole]), np.array(y[:whole]), np.array(tokenizer.byte_lengths))
 
 
-def export(checkpoint: Path, folder: Path, precisions: tuple[str, ...], **options: Any) -> Path:  # noqa: ANN401
+def export(checkpoint: Path, folder: Path, precisions: tuple[str, ...], **options: Any) -> Path:  # noqa: ANN401 - theirs
     """The bundle in `folder`, made where it is not there yet; the options are `export_bundle`'s."""
     if not folder.exists():
         size = {"max_seq_len": CAPACITY, "max_batch_size": ROWS}
@@ -99,7 +99,7 @@ def quality(bundle: Path, text: Text) -> None:
     for precision in PRECISIONS:
         found = measured(bundle, bundle, precision, text)
         baseline = baseline or found.bits
-        size = (bundle / "graphs" / precision / "weights.bin").stat().st_size
+        size = (bundle / weights_path(precision)).stat().st_size
         print(
             f"| {precision} | {size:,} | {found.bits:.4f} | {found.bits / baseline - 1:+.3%} | {found.kl.mean():.1e} | "
             f"{found.kl.max():.1e} | {found.same:.2%} |"
