@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrt_deploy.errors import StateError
+from lrt_deploy.files import PARTIAL
 from lrt_deploy.interface import IntArray, PrefillPolicy
 from lrt_deploy.prompts import check_prompts
 
-from .atomic_file import PARTIAL
 from .prefill import PrefillRequest
 from .prefix import common_prefix
 from .state import DecodeState

@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from lrt_deploy.errors import StateError
+from lrt_deploy.files import atomic_write
 from lrt_deploy.interface import IntArray, PrefillReport
 
-from .atomic_file import written_whole
 from .origin import Identity, Origin
 from .state import DecodeState
 
@@ -47,7 +47,7 @@ def save_state(state: DecodeState, path: Path) -> None:
     metadata = _metadata(state, path)
     metadata["sha256"] = _digest(metadata, arrays)
     try:
-        with written_whole(path) as partial:
+        with atomic_write(path) as partial:
             save_file(arrays, partial, metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise StateError(f"the state could not be saved to {path}: {error}") from error

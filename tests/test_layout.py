@@ -41,8 +41,8 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
-        "errors and config are the first words: they know nothing of the project but errors",
-        files=("lrt_deploy/errors.py", "lrt_deploy/config.py"),
+        "errors, config and files come first: they know nothing of the project but errors",
+        files=("lrt_deploy/errors.py", "lrt_deploy/config.py", "lrt_deploy/files.py"),
         forbidden=("lrt_deploy",),
         allowed=("lrt_deploy.errors",),
     ),
@@ -112,7 +112,7 @@ UNREACHABLE = {
     "lrt_deploy/__init__.py": TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",),
 }
 
-FILE_LINES, FUNCTION_LINES = 300, 60
+FILE_LINES, FUNCTION_LINES = 600, 80
 # A file ("runtime/x.py") or function ("runtime/x.py:f") that is longer for a reason: its own limit, and the reason.
 LONGER: dict[str, tuple[int, str]] = {}
 
@@ -326,6 +326,6 @@ def test_a_heavy_import_is_followed_through_modules_and_packages():
 
 def test_length_limits_can_fail():
     function = "def f():\n" + "    pass\n" * FUNCTION_LINES
-    assert too_long("runtime/x.py", function) == ["runtime/x.py:f has 61 lines, the limit is 60"]
-    assert too_long("runtime/x.py", "\n" * 301) == ["runtime/x.py has 301 lines, the limit is 300"]
-    assert too_long("runtime/x.py", "\n" * 300) == []
+    assert too_long("runtime/x.py", function) == ["runtime/x.py:f has 81 lines, the limit is 80"]
+    assert too_long("runtime/x.py", "\n" * 601) == ["runtime/x.py has 601 lines, the limit is 600"]
+    assert too_long("runtime/x.py", "\n" * 600) == []

@@ -17,25 +17,25 @@ from . import output
 
 def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     """Write `parity-BACKEND-PRECISION` as .json, .html and, where matplotlib is installed, .png; returns the page."""
+    from lrt_deploy.files import atomic_write
     from lrt_deploy.html_report import page
     from lrt_deploy.runtime import parity_plots, plots
-    from lrt_deploy.runtime.atomic_file import written_whole
 
     folder.mkdir(parents=True, exist_ok=True)
     name = f"parity-{fields['backend']}-{fields['precision']}"
     title = f"Parity of {bundle}: {fields['backend']}, {fields['precision']}"
-    with written_whole(folder / f"{name}.json") as path:
+    with atomic_write(folder / f"{name}.json") as path:
         path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
     others = comparable(folder, fields)
-    with written_whole(folder / f"{name}.html") as path:
+    with atomic_write(folder / f"{name}.html") as path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not plots.available():
         output.say("no pictures beside the page: matplotlib is not installed (pip install 'lrt-deploy[bench]')")
         return folder / f"{name}.html"
-    with written_whole(folder / f"{name}.png") as path:
+    with atomic_write(folder / f"{name}.png") as path:
         parity_plots.plot_parity(path, fields, title)
     if len(others) > 1:
-        with written_whole(folder / "parity-precisions.png") as path:
+        with atomic_write(folder / "parity-precisions.png") as path:
             parity_plots.plot_precisions(path, others, f"Parity of {bundle} by precision")
     return folder / f"{name}.html"
 
