@@ -87,8 +87,8 @@ def prompt_for(decoder: Any) -> list[int]:  # noqa: ANN401
 
 def parity(bundle: Path, decoder: Any) -> dict[str, Any]:  # noqa: ANN401
     """A rollout beside ONNX Runtime on the CPU, in the most precise precision that the bundle has for it."""
+    from lrt_deploy import comparison as library
     from lrt_deploy import open_decoder
-    from lrt_deploy import parity as library
 
     with open_decoder(bundle, "ort-cpu") as reference:
         report = library.compare(

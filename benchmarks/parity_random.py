@@ -54,7 +54,7 @@ def run(index: int, rng: random.Random, folder: Path) -> dict[str, Any]:
     """Export one configuration and compare it with the right and with a wrong reference."""
     import lrt_deploy
     from lrt_deploy.checkpoint import write_native
-    from lrt_deploy.parity import compare
+    from lrt_deploy.comparison import compare
     from lrt_deploy.random_weights import random_model
     from lrt_deploy.reference import ReferenceDecoder
 

@@ -29,12 +29,12 @@ import onnx_ir as ir
 
 import lrt_deploy
 from lrt_deploy.checkpoint import open_checkpoint
+from lrt_deploy.comparison import kl_divergence
 from lrt_deploy.evaluation import evaluate, rows_from_text
 from lrt_deploy.exporters.calibration import calibrate
 from lrt_deploy.exporters.calibration_text import calibration_rows
 from lrt_deploy.exporters.lower import matrix_name
 from lrt_deploy.manifest import graph_path, read_manifest, weights_path, write_manifest
-from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.tokenizer import Tokenizer
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
+from lrt_deploy.comparison import kl_divergence
 from lrt_deploy.interface import FloatArray, IntArray
-from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime.backend import Block
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps

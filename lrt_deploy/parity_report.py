@@ -154,7 +154,7 @@ class FreeRun:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The result of `parity.compare` and the curves behind it. inf stands for what is not finite or was not reached."""
+    """What `comparison.compare` found, and the curves. inf stands for what is not finite or was not reached."""
 
     passed: bool
     verdict: str

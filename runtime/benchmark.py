@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from lrt_deploy.comparison import kl_divergence
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy, PrefillReport
-from lrt_deploy.parity import kl_divergence
 
 from . import traffic
 from .decoder import Decoder

@@ -15,10 +15,10 @@ import pytest
 
 from lrt_deploy import open_decoder, stages
 from lrt_deploy.bisect import bisect, compare_stages, first_bad
+from lrt_deploy.comparison import compare
 from lrt_deploy.errors import ParityError
 from lrt_deploy.exporters.probe import probed
 from lrt_deploy.manifest import MANIFEST, graph_path, read_manifest, write_manifest
-from lrt_deploy.parity import compare
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.runtime.ort_probe import OrtProbe
 from lrt_deploy.stages import StepInput

@@ -703,7 +703,7 @@ def test_a_comparison_without_limits_is_no_failure(bundle, with_gpu, monkeypatch
     def none(precision):
         raise ParityError(f"there are no limits for {precision}")
 
-    monkeypatch.setattr("lrt_deploy.parity.limits", none)
+    monkeypatch.setattr("lrt_deploy.comparison.limits", none)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found == {"ran": False, "reason": "there are no limits for fp32"}
 

@@ -17,8 +17,8 @@ import pytest
 
 from lrt_deploy.bisect import Bisection, StageError
 from lrt_deploy.cli.report_files import comparable
+from lrt_deploy.comparison import _report
 from lrt_deploy.html_report import number, page
-from lrt_deploy.parity import _report
 from lrt_deploy.parity_report import Point, Rollout, as_json
 from lrt_deploy.svg_charts import Curve, curves, heat_map
 from lrt_deploy.tolerances import FP32

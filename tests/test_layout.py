@@ -269,7 +269,7 @@ def test_no_module_is_named_after_nothing():
         ("lrt_deploy/config.py", "import lrt_deploy.weights"),
         ("lrt_deploy/manifest.py", "from lrt_deploy import exporters"),
         ("lrt_deploy/manifest.py", "from .runtime.sampling import Sampler"),
-        ("lrt_deploy/parity.py", "def f():\n    from .cli import app"),
+        ("lrt_deploy/comparison.py", "def f():\n    from .cli import app"),
         ("exporters/bundle.py", "import lrt_deploy.runtime.decoder as d"),
         ("exporters/bundle.py", "from ..runtime import decoder"),
         ("runtime/decoder.py", "from lrt_deploy.exporters.bundle import read"),

@@ -15,10 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrt_deploy.comparison import compare, kl_divergence
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
 from lrt_deploy.interface import PrefillReport
-from lrt_deploy.parity import compare, kl_divergence
 from lrt_deploy.parity_report import Drift, Point, PrefillCheck, Rollout
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
 from lrt_deploy.verdict import judge

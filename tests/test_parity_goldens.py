@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from lrt_deploy.parity import compare
+from lrt_deploy.comparison import compare
 from lrt_deploy.tolerances import FP32
 
 slow = pytest.mark.slow

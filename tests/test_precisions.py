@@ -17,6 +17,7 @@ import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.cli.parity import PROMPT
+from lrt_deploy.comparison import compare
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.exporters import promises
 from lrt_deploy.exporters.calibration import calibrate
@@ -26,7 +27,6 @@ from lrt_deploy.exporters.lower import lower, narrow
 from lrt_deploy.exporters.plan import make_plan
 from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
 from lrt_deploy.manifest import PHASES, graph_path, read_manifest
-from lrt_deploy.parity import compare
 from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.runtime import ort_cpu

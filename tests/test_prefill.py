@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import lrt_deploy
+from lrt_deploy.comparison import kl_divergence
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
-from lrt_deploy.parity import kl_divergence
 from lrt_deploy.runtime import fixed_point
 from lrt_deploy.runtime.backend import BlockLimits
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps

@@ -1,6 +1,6 @@
 """`lrt-deploy parity`: is the bundle the model of the checkpoint? Opens both, compares by rollout, exits 1 on no.
 
-What is measured and what is tolerated is `lrt_deploy.parity`'s; here only the two sides and the prompt are chosen.
+What is measured and what is tolerated is `lrt_deploy.comparison`'s; here only the two sides and the prompt are chosen.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .parity_options import STEPS
 if TYPE_CHECKING:
     from lrt_deploy.bisect import Bisection
     from lrt_deploy.checkpoint import Checkpoint
+    from lrt_deploy.comparison import ParityReport
     from lrt_deploy.contract import Flavour
-    from lrt_deploy.parity import ParityReport
     from lrt_deploy.reference import ReferenceDecoder
     from lrt_deploy.runtime.decoder import Decoder
 
@@ -183,7 +183,7 @@ def compare(
     progress: output.Progress,
 ) -> ParityReport:
     """The comparison itself: prompt, steps, and how prefill is checked."""
-    from lrt_deploy import parity as library
+    from lrt_deploy import comparison as library
 
     prompt, steps, reading = rollout
     origin: dict[str, Any] = decoder.manifest.provenance.get("checkpoint") or {}

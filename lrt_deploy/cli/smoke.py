@@ -18,7 +18,7 @@ _PROMPT_TOKENS, _STEPS = 12, 32
 
 def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -> dict[str, Any]:
     """What came of it, for the sidecar: `ran`, and `reason` or `passed`, `verdict` and the numbers behind it."""
-    from lrt_deploy import open_decoder, parity
+    from lrt_deploy import comparison, open_decoder
     from lrt_deploy.gpu import find_gpu
     from lrt_deploy.manifest import read_manifest
 
@@ -32,7 +32,7 @@ def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -
     prompt = [(7919 * i + 13) % manifest.model.vocab_size for i in range(_PROMPT_TOKENS)]
     try:
         with open_decoder(bundle, "ort-cpu") as reference, open_decoder(bundle, backend, precision) as decoder:
-            report = parity.compare(
+            report = comparison.compare(
                 reference,
                 decoder,
                 prompt,
