@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
@@ -86,7 +90,7 @@ def trace(model: LRT) -> ir.Model:
     """
     config = model.config
     inputs, outputs = graph_inputs(config, "full"), graph_outputs(config)
-    with _onnx_ops(model), _quiet(), torch.no_grad():
+    with _onnx_ops(model), _quiet(), _no_cache_folder(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 ExplicitState(model).eval(),
@@ -132,6 +136,23 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _no_cache_folder() -> Iterator[None]:
+    """Remove the empty folder for compiled kernels that importing torch's tracer makes; tracing compiles none."""
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    if variable in os.environ or "torch._inductor" in sys.modules:
+        yield
+        return
+    before = set(Path(tempfile.gettempdir()).glob("torchinductor_*"))
+    try:
+        yield
+    finally:
+        made = os.environ.get(variable)
+        if made is not None and Path(made) not in before:
+            with contextlib.suppress(OSError):  # it is in use, and not empty
+                Path(made).rmdir()
 
 
 def _example(config: LRTConfig) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ torch, onnx and onnxruntime are imported when a function needs them, torch only 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,10 @@ from .errors import (
     ParityError,
     StateError,
 )
+
+# ONNX Runtime reads it when it is first loaded. Without it, opening a session writes a device id and a database of
+# events below the user's cache folder and looks up a collector. Whoever wants that sets it to 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .engine_sidecar import EngineSidecar

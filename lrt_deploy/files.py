@@ -3,22 +3,37 @@
 Every file that a user or a stranger names is opened here. A FIFO, a device, a folder or a link to one of them is
 refused before anything is read from it, so no reader can block or run without bound. Links to regular files are
 followed. Knows nothing of what is in a file.
+
+A temporary file or folder, `.NAME.partial-` and 16 hex digits, is locked (flock) by the process that fills it. One that
+is not locked was left by a killed process, in whatever container it ran, and the next writer of NAME removes it. Where
+the filesystem has no such locks, one that was not changed for a day counts as left.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import LRTDeployError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL = ".partial-"
+STALE_SECONDS = 24 * 3600  # only where there are no locks
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe (FIFO)",
@@ -97,22 +112,126 @@ def _refuse_constant(name: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`; rename it to `target` when the block succeeds, remove it when it fails.
+def atomic_write(target: Path, private: bool = False) -> Iterator[Path]:
+    """Yield a temporary file beside `target`; rename it to `target` when the block succeeds, remove it when it fails.
 
-    The data is flushed to the disk before the rename, so that a crash leaves the old file or the new one, and at most a
-    hidden `.NAME.partial-…` beside it.
+    The block writes into the file that is there (it is locked, so it must not be replaced by another one). The data is
+    flushed to the disk before the rename, so that a crash leaves the old file or the new one, and at most a temporary
+    file that the next call for `target` removes. `private`: only the owner may read and write it (mode 0600). A link
+    is replaced, not followed. Raises OSError for a target that is no regular file, for instance `/dev/null`.
     """
-    partial = target.with_name(f".{target.name}{PARTIAL}{secrets.token_hex(8)}")
+    _refuse_special(target)
+    remove_partials(target)
+    partial, number = _new_partial(target, 0o600 if private else 0o666)
     try:
-        yield partial
-        _flush(partial)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        try:
+            yield partial
+            _flush(partial)
+            partial.replace(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+    finally:
+        if number is not None:
+            os.close(number)
     if os.name == "posix":  # the rename itself; Windows cannot open a folder for this
         _flush(target.parent)
+
+
+def check_replaceable(target: Path, what: str, ours: Callable[[bytes], bool], error: type[LRTDeployError]) -> None:
+    """Raise `error` if `target` is a file of another kind: not empty, and `ours` says no to its first 64 KiB.
+
+    `what` names what would be written in messages, for instance "the plot".
+    """
+    if not os.path.lexists(target):
+        return
+    with open_regular(target, f"the old file in place of which {what} would be written", error) as file:
+        head = file.read(2**16)
+    if head and not ours(head):
+        raise error(
+            f"{target} exists and is a file of another kind; {what} replaces only one of its own kind: "
+            "choose another name, or remove the file"
+        )
+
+
+def remove_partials(target: Path) -> None:
+    """Remove the temporary files and folders that killed writers of `target` have left beside it."""
+    pattern = re.compile(re.escape(f".{target.name}{PARTIAL}") + "[0-9a-f]{16}")
+    with contextlib.suppress(OSError):
+        for name in [entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]:
+            remove_stale(target.parent / name)
+
+
+def remove_stale(path: Path) -> None:
+    """Remove a temporary file or folder, unless a living process holds its lock; a link or a device is left."""
+    try:
+        number = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+    except OSError:  # a link, another user's, or gone
+        return
+    try:
+        status = os.fstat(number)
+        free = try_lock(number)
+        if free is None:
+            free = time.time() - status.st_mtime > STALE_SECONDS
+        if free and stat.S_ISREG(status.st_mode):
+            path.unlink(missing_ok=True)
+        elif free and stat.S_ISDIR(status.st_mode):
+            shutil.rmtree(path, ignore_errors=True)
+    except OSError:  # a folder that cannot be written
+        return
+    finally:
+        os.close(number)
+
+
+def try_lock(number: int) -> bool | None:
+    """Lock an open file or folder until it is closed; False if another process holds it, None where locks are not."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # network filesystems
+        return None
+    return True
+
+
+def partial_name(target: Path) -> Path:
+    """Return a new name for a temporary file or folder beside `target`."""
+    return target.with_name(f".{target.name}{PARTIAL}{secrets.token_hex(8)}")
+
+
+def user_cache_folder() -> Path | None:
+    """Return this package's folder in the user's cache, which need not exist; None for a user without a home."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if base.is_absolute():  # a relative one is to be ignored, says the specification of these folders
+        return base / "lrt-deploy"
+    try:
+        return Path.home() / ".cache" / "lrt-deploy"
+    except RuntimeError:  # no HOME, and the user is not in the system's list of users
+        return None
+
+
+def _new_partial(target: Path, mode: int) -> tuple[Path, int | None]:
+    """Create and lock an empty temporary file; its open number holds the lock."""
+    while True:
+        partial = partial_name(target)
+        number = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, mode)
+        if fcntl is None:  # Windows cannot rename what is open
+            os.close(number)
+            return partial, None
+        # Another process may have taken it for a leftover before it was locked; then take a new name.
+        if try_lock(number) is not False and os.fstat(number).st_nlink:
+            return partial, number
+        os.close(number)
+
+
+def _refuse_special(target: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode  # noqa: PTH116 - of what a link points to
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+            raise OSError(errno.EEXIST, f"it is {kind}, which is not replaced by a file", str(target))
 
 
 def _flush(path: Path) -> None:

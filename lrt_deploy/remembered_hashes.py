@@ -8,8 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import re
 from pathlib import Path
+
+from .errors import BundleError
+from .files import atomic_write, read_json, user_cache_folder
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_LIMIT_BYTES = 2**20  # 512 entries are about 80 kB
 
 
 class Remembered:
@@ -17,17 +23,21 @@ class Remembered:
 
     _LIMIT = 512
 
-    def __init__(self, path: Path, entries: dict[str, str]) -> None:
+    def __init__(self, path: Path | None, entries: dict[str, str]) -> None:
         self._path, self._entries, self._changed = path, entries, False
 
     @classmethod
     def load(cls) -> Remembered:
-        """From the user's cache folder; an unreadable memory is an empty one."""
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        path = base / "lrt-deploy" / "verified.json"
+        """Read the user's memory. One that is missing, damaged or no regular file is empty, and saving replaces it."""
+        folder = user_cache_folder()
+        if folder is None:
+            return cls(None, {})
+        path = folder / "verified.json"
         entries: dict[str, str] = {}
-        with contextlib.suppress(OSError, ValueError):
-            entries = {str(k): str(v) for k, v in dict(json.loads(path.read_text())).items()}
+        with contextlib.suppress(BundleError):
+            found = read_json(path, "the memory of verified files", BundleError, _LIMIT_BYTES)
+            if isinstance(found, dict):
+                entries = {k: v for k, v in found.items() if isinstance(v, str) and _SHA256.fullmatch(v)}
         return cls(path, entries)
 
     def holds(self, stat: os.stat_result, sha256: str) -> bool:
@@ -41,14 +51,13 @@ class Remembered:
 
     def save(self) -> None:
         """Replace the file in one step. A cache folder that cannot be written costs time, not correctness."""
-        if not self._changed:
+        if not self._changed or self._path is None:
             return
         recent = dict(list(self._entries.items())[-self._LIMIT :])
         with contextlib.suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-                json.dump(recent, file)
-            Path(file.name).replace(self._path)
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(self._path) as partial:
+                partial.write_text(json.dumps(recent), encoding="utf-8")
 
     @staticmethod
     def _key(stat: os.stat_result) -> str:

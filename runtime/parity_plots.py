@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import GRID, INK, require_matplotlib
+from .plots import GRID, INK, new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
+_DPI = 130
 _FLOOR = 1e-12  # zeros are drawn here
 
 
 def plot_parity(path: Path, report: Mapping[str, Any], title: str) -> None:
     """Three panels of one report."""
-    figure = _figure(13.0, 4.2, title)
+    figure = new_figure(13.0, 4.2, _DPI, title)
     drift, kl, cache = figure.subplots(1, 3)
     positions = report["positions"]
     _curve(drift, positions["logit_error"], _ORANGE, "logits")
@@ -38,7 +39,7 @@ def plot_parity(path: Path, report: Mapping[str, Any], title: str) -> None:
         _curve(kl, free, _ORANGE, "free-running, from where it parts", begins)
     _dress(kl, "KL by position, nats", report)
     _heat(figure, cache, positions)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -49,7 +50,7 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
     panels = [("mean_kl", "mean KL, nats"), ("top1_agreement", "same first choice, share of positions")]
     if all(row.get("bits_per_byte") is not None for row in rows):
         panels.append(("bits_per_byte", "bits per byte"))
-    figure = _figure(4.2 * len(panels), 0.42 * len(rows) + 1.5, title)
+    figure = new_figure(4.2 * len(panels), 0.42 * len(rows) + 1.5, _DPI, title)
     names = [str(row["precision"]) for row in rows]
     for axes, (field, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         values = [float(row[field]) for row in rows]
@@ -65,21 +66,7 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
             text = f"{value:.1e}" if field == "mean_kl" else f"{value:.4f}"
             axes.annotate(text, (value, index), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
         _style(axes, label)
-    _save(figure, path)
-
-
-def _figure(width: float, height: float, title: str) -> Figure:
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11, color=INK)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _curve(axes: Axes, values: Sequence[float | None], color: str, label: str, begins: int = 0) -> None:

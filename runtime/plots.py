@@ -5,16 +5,26 @@ Draws what `benchmark` measured, from its JSON fields. Needs matplotlib (the ext
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib.util
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrt_deploy.errors import InputError
+from lrt_deploy.files import atomic_write, check_replaceable, user_cache_folder
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Told apart in grey and by colour-blind eyes: Okabe and Ito's colours, and a marker each.
 _STYLES = {
@@ -23,6 +33,7 @@ _STYLES = {
     "interleaved": ("#0072b2", "o"),
     "one pass": ("#8a8a8a", "D"),
 }
+_PNG = b"\x89PNG\r\n\x1a\n"
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -39,20 +50,55 @@ def require_matplotlib() -> None:
         )
 
 
+def new_figure(width: float, height: float, dpi: int, title: str) -> Figure:
+    """Return an empty figure of `width` by `height` inches."""
+    require_matplotlib()
+    _keep_to_our_folder()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
+    figure.suptitle(title, fontsize=11, color=INK)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, in place of an older PNG only; raises InputError for another file."""
+    check_replaceable(path, "the plot", lambda head: head.startswith(_PNG), InputError)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # About letters of a title that its fonts lack: they are drawn as boxes.
+    with warnings.catch_warnings(), atomic_write(path) as partial:
+        warnings.simplefilter("ignore")
+        figure.savefig(partial, format="png")
+
+
+def _keep_to_our_folder() -> None:
+    """Before matplotlib is first imported: its cache of fonts lies in our cache folder, or in a temporary one.
+
+    Left to itself it makes folders in the user's `.config` and `.cache`, and warns where there is no home.
+    """
+    if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
+        return
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # says that it looks for fonts
+    cache = user_cache_folder()
+    folder = None if cache is None else cache / "matplotlib"
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder is None or not os.access(folder, os.W_OK | os.X_OK):
+        folder = Path(tempfile.mkdtemp(prefix="lrt-deploy-matplotlib-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = str(folder)
+
+
 def plot_prefill(
     path: Path, prefill: Sequence[dict[str, Any]], convergence: Sequence[dict[str, Any]], title: str
 ) -> None:
     """Write a PNG. `prefill` and `convergence` as in the JSON document of `bench`."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10.5, 4.4), dpi=160, layout="constrained", facecolor="white")
+    figure = new_figure(10.5, 4.4, 160, title)
     left, right = figure.subplots(1, 2)
-    figure.suptitle(title, fontsize=11, color=INK)
     _draw_times(left, prefill)
     _draw_errors(right, convergence)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save_figure(figure, path)
 
 
 def _draw_times(axes: Axes, prefill: Sequence[dict[str, Any]]) -> None:

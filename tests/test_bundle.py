@@ -186,7 +186,9 @@ def test_a_large_file_that_was_exchanged_is_refused_even_with_its_old_time(bundl
         lrt_deploy.open_decoder(bundle)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": {}}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"a": {}}', b"\xff", b"null", b"5", b"[" * 10**5, b'{"a":' * 10**5, b"9" * 2**21]
+)
 def test_a_damaged_memory_of_hashes_is_an_empty_one(bundle, large, tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = tmp_path / "cache" / "lrt-deploy" / "verified.json"
@@ -195,6 +197,40 @@ def test_a_damaged_memory_of_hashes_is_an_empty_one(bundle, large, tmp_path, mon
     assert "large.bin" in hashed_while_opening(bundle, monkeypatch)
     assert "large.bin" not in hashed_while_opening(bundle, monkeypatch)
     assert json.loads(memory.read_text())
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "endless"])
+def test_a_memory_of_hashes_that_is_no_file_is_an_empty_one(bundle, large, tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    memory = tmp_path / "cache" / "lrt-deploy" / "verified.json"
+    memory.parent.mkdir(parents=True)
+    make = {"fifo": os.mkfifo, "folder": Path.mkdir, "endless": lambda path: path.symlink_to("/dev/zero")}
+    make[kind](memory)
+    assert "large.bin" in hashed_while_opening(bundle, monkeypatch)
+    assert nothing_beside(memory.parent, "verified.json")
+
+
+def test_a_full_disk_leaves_no_file_for_an_opening(bundle, large, tmp_path, root):
+    """Files of this process may have no more than 16 bytes: the memory cannot be written."""
+    script = (
+        "import resource, sys, lrt_deploy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))\n"
+        "for _ in range(2): lrt_deploy.open_decoder(sys.argv[1]).close()"
+    )
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    run = subprocess.run([sys.executable, "-c", script, bundle], env=environment, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert nothing_beside(tmp_path / "cache" / "lrt-deploy")
+
+
+def test_a_temporary_file_of_a_killed_process_goes_with_the_next_opening(bundle, large, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "lrt-deploy"
+    folder.mkdir(parents=True)
+    (folder / ".verified.json.partial-0123456789abcdef").write_text("half")
+    (folder / ".verified.json.partial-notes").write_text("not ours")
+    assert "large.bin" in hashed_while_opening(bundle, monkeypatch)
+    assert nothing_beside(folder, "verified.json", ".verified.json.partial-notes")
 
 
 def test_a_cache_folder_that_cannot_be_written_does_not_matter(bundle, large, tmp_path, monkeypatch):
@@ -210,15 +246,31 @@ def test_another_format_version_is_refused(bundle, version):
         lrt_deploy.open_decoder(bundle)
 
 
-@pytest.mark.parametrize("name", ["../secret", "graphs/../../secret", "{absolute}", "graphs/link"])
+@pytest.mark.parametrize("name", ["../secret", "graphs/../../secret", "{absolute}"])
 def test_a_manifest_cannot_reach_outside_its_folder(bundle, name):
     secret = bundle.parent / "secret"
     secret.write_bytes(b"x")
-    (bundle / "graphs" / "link").symlink_to(secret)
     record = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
     rewrite_manifest(bundle, files={name.format(absolute=secret): record})
     with pytest.raises(BundleError, match="outside the bundle"):
         lrt_deploy.open_decoder(bundle)
+
+
+def test_a_bundle_of_links_to_blobs_opens_and_gives_the_same_numbers(bundle, tmp_path):
+    """As the Hub's cache keeps it."""
+    expected = opens(bundle)
+    linked, blobs = tmp_path / "linked", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path for path in bundle.rglob("*") if path.is_file())):
+        shutil.copy(file, blobs / str(number))
+        link = linked / file.relative_to(bundle)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / str(number))
+    assert opens(linked) == expected
+    (linked / "tokenizer" / "token_bytes.json").unlink()
+    (linked / "tokenizer" / "token_bytes.json").symlink_to(linked / "tokenizer" / "tokenizer.json")
+    with pytest.raises(BundleError, match=r"token_bytes\.json"):
+        opens(linked)
 
 
 @pytest.mark.parametrize(

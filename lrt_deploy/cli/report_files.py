@@ -21,22 +21,20 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     from lrt_deploy.html_report import page
     from lrt_deploy.runtime import parity_plots, plots
 
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"parity-{fields['backend']}-{fields['precision']}"
     title = f"Parity of {bundle}: {fields['backend']}, {fields['precision']}"
-    with atomic_write(folder / f"{name}.json") as path:
+    with atomic_write(folder / f"{name}.json", private=True) as path:
         path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
     others = comparable(folder, fields)
-    with atomic_write(folder / f"{name}.html") as path:
+    with atomic_write(folder / f"{name}.html", private=True) as path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not plots.available():
         output.say("no pictures beside the page: matplotlib is not installed (pip install 'lrt-deploy[bench]')")
         return folder / f"{name}.html"
-    with atomic_write(folder / f"{name}.png") as path:
-        parity_plots.plot_parity(path, fields, title)
+    parity_plots.plot_parity(folder / f"{name}.png", fields, title)
     if len(others) > 1:
-        with atomic_write(folder / "parity-precisions.png") as path:
-            parity_plots.plot_precisions(path, others, f"Parity of {bundle} by precision")
+        parity_plots.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
     return folder / f"{name}.html"
 
 
