@@ -9,7 +9,6 @@ import errno
 import os
 import re
 import shutil
-import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,20 +23,19 @@ _FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when ano
 def made_whole(target: Path, replace: bool) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the block ends well, in place of an old one only if `replace`.
 
-    Python turns SIGINT into an exception by itself; SIGTERM is made one here, so that both clean up. After a SIGKILL
-    the hidden folder stays, but never under the target's name; the next one made for the same target removes it.
+    Any exception cleans up. After a signal that no handler turns into one, such as SIGKILL, the hidden folder stays,
+    but never under the target's name; the next one made for the same target removes it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}.", dir=target.parent))
-    with _sigterm_as_exception():
-        try:
-            yield folder
-            folder.chmod(0o755)
-            _put_in_place(folder, target, replace)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+    try:
+        yield folder
+        folder.chmod(0o755)
+        _put_in_place(folder, target, replace)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _put_in_place(folder: Path, target: Path, replace: bool) -> None:
@@ -80,22 +78,6 @@ def _remove_stale(target: Path) -> None:
         match = pattern.fullmatch(path.name)
         if match and not match[2] and not _alive(int(match[1])):
             shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _sigterm_as_exception() -> Iterator[None]:
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        previous = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: the caller's process decides about signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _alive(pid: int) -> bool:

@@ -20,7 +20,7 @@ from lrt_deploy.engine_sidecar import Profile, Range
 from lrt_deploy.errors import EngineError
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, collecting_logger
 
-from .tensorrt_log import BuildLog, Progress, progress_monitor
+from .tensorrt_log import BuildLog, Cancellation, Progress, progress_monitor, run_interruptibly
 
 # What TensorRT says where attention has a shape or type that none of its fused kernels is for.
 _NO_FUSED_KERNEL = "not supported by a dedicated kernel"
@@ -56,7 +56,7 @@ def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path) -> Parse
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model, path=str(weights_beside)):
+    if not run_interruptibly(lambda: bool(parser.parse(model, path=str(weights_beside))), Cancellation()):
         raise EngineError(
             f"{flavour.backend} {trt.__version__} cannot parse {weights_beside}: {'; '.join(_parser_errors(parser))}"
         )
@@ -70,20 +70,26 @@ def build(
     timing_cache: Path | None,
     progress: Progress,
 ) -> Plan:
-    """Build a plan with these profiles. `timing_cache` is read where it exists and written for the next build."""
+    """Build a plan with these profiles. `timing_cache` is read where it exists and written for the next build.
+
+    What `progress` raises, and an interrupt of this thread, cancel the build and pass through.
+    """
+    cancellation = Cancellation()
     polygraphy = _polygraphy(flavour)
     shapes = [polygraphy_profile(polygraphy, parsed.network, profile) for profile in profiles]
     known = str(timing_cache) if timing_cache is not None and timing_cache.is_file() else None
     with _quiet(), _errors_named(flavour, parsed):
         config = polygraphy.CreateConfig(
-            profiles=shapes, load_timing_cache=known, progress_monitor=progress_monitor(parsed.trt, progress)
+            profiles=shapes,
+            load_timing_cache=known,
+            progress_monitor=progress_monitor(parsed.trt, progress, cancellation),
         )(parsed.builder, parsed.network)
         flags = tuple(sorted(_flags(parsed.trt, config, parsed.network)))
         save = None if timing_cache is None else str(timing_cache)
         loader = polygraphy.EngineBytesFromNetwork(
             (parsed.builder, parsed.network, parsed.parser), config, save_timing_cache=save
         )
-        return Plan(memoryview(loader()), flags)
+        return Plan(memoryview(run_interruptibly(loader, cancellation)), flags)
 
 
 def input_shapes(network: Any, sizes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:  # noqa: ANN401

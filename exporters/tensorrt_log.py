@@ -1,4 +1,4 @@
-"""What TensorRT says while it parses and builds: its messages collected, its progress handed on.
+"""What TensorRT says while it parses and builds: its messages collected, its progress handed on, its work cancelled.
 
 TensorRT wants objects of its own base classes, and which library is loaded is known only at run time; so the monitor's
 class is made when it is needed. Nothing is printed.
@@ -7,13 +7,16 @@ class is made when it is needed. Nothing is printed.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 Progress = Callable[[str, int, int], None]
+T = TypeVar("T")
 
 _KEPT = 40  # messages of a kind; a build repeats itself
+_STOPPING_S = 2.0  # how long an interrupted build is waited for
 _SERIOUS = ("INTERNAL_ERROR", "ERROR")
 # TensorRT says so of every int64 input; the contract says that they are int64.
 _EXPECTED = re.compile(r"Make sure input \S+ has Int64 binding")
@@ -45,8 +48,24 @@ class BuildLog:
         return "; ".join(self.errors[:4]) or "it gave no reason"
 
 
-def progress_monitor(trt: Any, progress: Progress) -> Any:  # noqa: ANN401 - a class of a library chosen at run time
-    """A TensorRT progress monitor that reports the innermost phase with steps."""
+class Cancellation:
+    """Whether a build is to stop, and the exception that its caller's progress function raised."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.error: BaseException | None = None
+
+    def report(self, progress: Progress, what: str, done: int, total: int) -> None:
+        """Call `progress`. What it raises stops the build: TensorRT would swallow it."""
+        try:
+            progress(what, done, total)
+        except BaseException as error:
+            self.error = self.error or error
+            self.asked.set()
+
+
+def progress_monitor(trt: Any, progress: Progress, cancellation: Cancellation) -> Any:  # noqa: ANN401 - chosen at run time
+    """Make a TensorRT progress monitor that reports the innermost phase with steps, and stops a cancelled build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -56,7 +75,7 @@ def progress_monitor(trt: Any, progress: Progress) -> Any:  # noqa: ANN401 - a c
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.steps[phase_name] = num_steps
             if parent_phase is None:
-                progress(f"TensorRT: {phase_name.lower()}", 0, num_steps)
+                cancellation.report(progress, f"TensorRT: {phase_name.lower()}", 0, num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
             self.steps.pop(phase_name, None)
@@ -64,7 +83,39 @@ def progress_monitor(trt: Any, progress: Progress) -> Any:  # noqa: ANN401 - a c
         def step_complete(self, phase_name: str, step: int) -> bool:
             total = self.steps.get(phase_name, 0)
             if total > 1:
-                progress(f"TensorRT: {phase_name.lower()}", min(step + 1, total), total)
-            return True
+                cancellation.report(progress, f"TensorRT: {phase_name.lower()}", min(step + 1, total), total)
+            return not cancellation.asked.is_set()
 
     return Monitor()
+
+
+def run_interruptibly(work: Callable[[], T], cancellation: Cancellation) -> T:
+    """Run `work` in a thread of its own, so that an interrupt reaches this one while TensorRT is busy.
+
+    TensorRT calls back into Python, and an exception that a signal handler raises in such a call is lost. After an
+    interrupt `cancellation.asked` is set; the thread is given a moment to stop and is left behind if it does not.
+    """
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name="tensorrt", daemon=True).start()
+    try:
+        done.wait()
+    except BaseException:
+        cancellation.asked.set()
+        done.wait(_STOPPING_S)
+        raise
+    if cancellation.error is not None:
+        raise cancellation.error
+    if errors:
+        raise errors[0]
+    return results[0]

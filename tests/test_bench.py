@@ -37,7 +37,8 @@ def run(*args):
 
 def refusal(*args, code=1):
     result = run("bench", *args)
-    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.exit_code == code, result.output
+    assert "error" in json.loads(result.stdout) if "--json" in args else result.stdout == ""
     return result.stderr
 
 

@@ -512,10 +512,12 @@ def test_folders_made_at_once_for_one_target_leave_one_of_them(tmp_path, replace
 EXPORT_AND_WAIT = """
 import sys, time
 import lrt_deploy
+from lrt_deploy.cli import signals
 def progress(what, done, total):
     if what == sys.argv[3]:
         print("waiting", flush=True)
         time.sleep(300)
+signals.install()
 lrt_deploy.export_bundle(sys.argv[1], sys.argv[2], force="--force" in sys.argv, progress=progress)
 """
 

@@ -41,10 +41,13 @@ def answer(*args, **kwargs):
 
 
 def refusal(*args, code=1, **kwargs):
-    """The message of a command that must fail, and must then leave stdout empty."""
+    """The message of a command that must fail; stdout has the error as JSON if that is asked for, else nothing."""
     result = run(*args, **kwargs)
     assert result.exit_code == code, result.output
-    assert result.stdout == ""
+    if "--json" in args:
+        assert json.loads(result.stdout)["error"].keys() == {"type", "message"}
+    else:
+        assert result.stdout == ""
     assert "Traceback" not in result.stderr
     if code == 1:
         assert result.stderr.count("error: ") == 1

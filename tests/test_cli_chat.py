@@ -140,7 +140,8 @@ def test_a_chat_needs_a_tokenizer_with_the_chat_tokens(bundle, monkeypatch):
 
     monkeypatch.setattr(Tokenizer, "open", classmethod(without_roles))
     result = CliRunner().invoke(app, ["chat", str(bundle), "--json"], input="hi\n")
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"]["type"] == "InputError"
     assert "no <|user_start|>" in result.stderr
 
 

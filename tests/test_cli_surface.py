@@ -31,7 +31,12 @@ def run(*args, **kwargs):
 
 def refusal(*args, **kwargs):
     result = run(*args, **kwargs)
-    assert (result.exit_code, result.stdout) == (1, ""), result.output
+    assert result.exit_code == 1, result.output
+    if "--json" in args:
+        error = json.loads(result.stdout)["error"]
+        assert error.keys() == {"type", "message"} and result.stderr == f"error: {error['message']}\n"
+    else:
+        assert result.stdout == ""
     assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     return result.stderr
 
@@ -120,12 +125,19 @@ def test_every_error_is_one_line_and_its_traceback_waits_for_debug(monkeypatch, 
 def test_an_interrupt_exits_with_130(monkeypatch):
     result = run(*breaking(monkeypatch, KeyboardInterrupt()))
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "interrupted\n")
+    result = run(*breaking(monkeypatch, KeyboardInterrupt()), "--json")
+    assert (result.exit_code, json.loads(result.stdout)["error"]["message"]) == (130, "interrupted")
 
 
 def test_usage_errors_exit_with_2_and_keep_stdout_clean():
     for command in (["generate"], ["generate", "bundle", "--nonsense"], ["nonsense"], ["parity", "bundle"]):
         result = run(*command)
         assert (result.exit_code, result.stdout) == (2, "")
+        result = run(*command, "--json")
+        assert result.exit_code == 2
+        error = json.loads(result.stdout)["error"]
+        assert error["type"] == "UsageError" and error["message"]
+        assert result.stderr == ""
 
 
 @pytest.mark.parametrize(

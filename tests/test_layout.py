@@ -49,7 +49,7 @@ RULES = (
     Rule(
         "the vocabulary does not know who uses it",
         files=("lrt_deploy/*",),
-        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py"),
+        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py"),
         forbidden=EXPORTERS + RUNTIME + CLI,
     ),
     Rule(

@@ -1,7 +1,8 @@
-"""The `lrt-deploy` command: registers the verbs, and turns every error into one line and an exit code.
+"""The `lrt-deploy` command: registers the verbs, and turns every error into one message and an exit code.
 
 Exit codes: 0 done, 1 the answer is no (parity failed, wrong input, something broke), 2 usage, 130 interrupted,
-141 the reader of stdout has gone. Each verb is a plain function in a file of its own and knows nothing of this.
+141 the reader of stdout has gone, 143 terminated. With --json an error is one document on stdout as well:
+`{"error": {"type", "message"}}`. Each verb is a plain function in a file of its own and knows nothing of this.
 """
 
 from __future__ import annotations
@@ -9,21 +10,61 @@ from __future__ import annotations
 import functools
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from lrt_deploy.errors import LRTDeployError
 
-from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity
+from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
 
 EXPORT_EXTRA = {"torch", "onnx", "onnxscript", "onnx_ir", "onnx-ir"}
-INTERRUPTED, READER_GONE = 130, 141
+READER_GONE = 141
 _WITH_TRACEBACK = "run again with --debug for the traceback"
+# Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class Commands(TyperGroup):
+    """All verbs. Reports errors that belong to no verb: wrong usage, and a full disk under the help."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,  # noqa: ANN401 - as in the base class
+    ) -> int:
+        """Run a command line; ends in SystemExit, or returns the exit code if `standalone_mode` is False."""
+        words = list(sys.argv[1:] if args is None else args)
+        code = self._run(words, prog_name, complete_var)
+        if standalone_mode:
+            sys.exit(code)
+        return code
+
+    def _run(self, words: list[str], prog_name: str | None, complete_var: str | None) -> int:
+        json = "--json" in words
+        output.begin()
+        try:
+            code = super().main(words, prog_name, complete_var, standalone_mode=False)
+        except _UsageError as error:
+            if json:
+                output.failure("UsageError", error.format_message())
+            else:
+                error.show()
+            return int(error.exit_code)
+        except Exception as error:
+            return report(error, json=json)
+        return code if isinstance(code, int) else 0
+
 
 app = typer.Typer(
     name="lrt-deploy",
+    cls=Commands,
     help="Latent Recurrent Transformers, from checkpoint to running deployment.",
     no_args_is_help=True,
     add_completion=False,
@@ -32,19 +73,20 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Run the command line of this process; always ends in SystemExit."""
-    output.settle_streams()
-    try:
-        app()
-    except Exception as error:  # outside any verb: printing the help onto a full disk
-        output.silence_stdout()
-        output.say(f"error: {describe(error)}")
-        sys.exit(1)
+def run() -> int:
+    """Run the command line of this process; return its exit code."""
+    return int(typer.main.get_command(app)(standalone_mode=False))
+
+
+def main() -> NoReturn:
+    """Run the command line of this process; see `lrt_deploy.__main__`."""
+    from lrt_deploy.__main__ import main as entry
+
+    entry()
 
 
 def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """`verb`, with its errors printed and turned into exit codes; its `debug` option adds the traceback."""
+    """Wrap `verb` so that its errors are reported and become exit codes; its `debug` option adds the traceback."""
 
     @functools.wraps(verb)
     def run(**options: Any) -> None:  # noqa: ANN401 - whatever options the verb has
@@ -52,19 +94,33 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
             verb(**options)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            output.say("interrupted")
-            raise typer.Exit(INTERRUPTED) from None
-        except BrokenPipeError:
-            output.silence_stdout()
-            raise typer.Exit(READER_GONE) from None
-        except Exception as error:
-            if options.get("debug"):
-                output.say(traceback.format_exc().rstrip())
-            output.say(f"error: {describe(error)}")
-            raise typer.Exit(1) from None
+        except (Exception, KeyboardInterrupt, signals.Terminated) as error:
+            code = report(error, json=bool(options.get("json")), debug=bool(options.get("debug")))
+            raise typer.Exit(code) from None
 
     return run
+
+
+def report(error: BaseException, *, json: bool, debug: bool = False) -> int:
+    """Report an error on stderr, and with `json` on stdout too; return the exit code.
+
+    After a signal every error is the signal's: libraries turn its exception into others.
+    """
+    if isinstance(error, Exception):
+        error = signals.received() or error
+    if isinstance(error, BrokenPipeError):
+        output.silence_stdout()
+        return READER_GONE
+    if debug:
+        output.say("".join(traceback.format_exception(error)).rstrip())
+    if isinstance(error, Exception):
+        line, code = f"error: {describe(error)}", 1
+    else:
+        line, code = signals.describe(error), signals.exit_code(error)
+    if json:
+        output.failure(type(error).__name__, line.removeprefix("error: "))
+    output.say(line)
+    return code
 
 
 def describe(error: Exception) -> str:

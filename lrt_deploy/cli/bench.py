@@ -18,7 +18,7 @@ import typer
 
 from lrt_deploy.errors import InputError
 
-from . import bench_table, doctor, options, output
+from . import bench_table, doctor, options, output, signals
 from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def announcer(quiet: bool) -> output.Progress:
     seen: set[str] = set()
 
     def announce(what: str, done: int, total: int) -> None:
+        signals.check()
         if not quiet and what not in seen:
             output.say(what)
         seen.add(what)

@@ -14,7 +14,7 @@ import typer
 
 from lrt_deploy.errors import InputError, LRTDeployError
 
-from . import options, output
+from . import options, output, signals
 from .conversation import Conversation
 
 if TYPE_CHECKING:
@@ -132,6 +132,9 @@ class Branches:
             output.say(action(argument.strip()))
         except (LRTDeployError, ValueError) as error:
             output.say(f"/{name}: {error}")
+        except KeyboardInterrupt:
+            signals.forget()
+            output.say(f"/{name}: interrupted")
         return None
 
     def do_help(self, argument: str) -> str:

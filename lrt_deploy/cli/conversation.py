@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrt_deploy.errors import StateError
 
-from . import options, output
+from . import options, output, signals
 from .generate import Answer
 
 if TYPE_CHECKING:
@@ -48,19 +48,31 @@ class Conversation:
         return 0 if self.state is None else int(self.state.lengths[0])
 
     def answer(self, message: str, echo: bool) -> dict[str, Any]:
-        """One turn; a message that does not fit is told so and leaves the chat as it was."""
+        """Answer a message; return the turn. A message that does not fit is told so and leaves the chat as it was.
+
+        An interrupt stops the answer and keeps what there is of it; before its first token it takes the message back.
+        """
         history = self.with_message(message)
         if len(history) > self.decoder.max_seq_len:
             return self.refuse(message, len(history))
         self.count += 1
         begun = len(self.history)
         answer = Answer()
-        for event in answer.timed(self.events(history)):
-            if echo:
-                output.stream(event.text)
+        try:
+            for event in answer.timed(self.events(history)):
+                if echo:
+                    output.stream(event.text)
+        except KeyboardInterrupt:
+            signals.forget()
+            answer.finish_reason = "interrupted"
         if echo:
             output.stream("\n")
+        if answer.finish_reason == "interrupted" and not answer.tokens:
+            output.say("stopped before the answer began; the message is taken back")
+            return self.turn(message, answer)
         self.history, self.turns = history + answer.tokens, [*self.turns, begun]
+        if answer.finish_reason == "interrupted":
+            output.say("the answer was stopped; the chat goes on from here")
         if answer.prefill and answer.prefill.note:
             output.say(f"prefill: {answer.prefill.note}")
         if answer.finish_reason == "capacity":

@@ -16,11 +16,17 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from . import signals
+
 Progress = Callable[[str, int, int], None]
 
+_has_document = False  # stdout has its one JSON document
 
-def settle_streams() -> None:
-    """Text that the terminal's encoding lacks is shown as escapes instead of failing."""
+
+def begin() -> None:
+    """Prepare for one command: text that the terminal's encoding lacks is shown as escapes instead of failing."""
+    global _has_document
+    _has_document = False
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -32,7 +38,12 @@ def answer(line: str) -> None:
 
 
 def stream(text: str) -> None:
-    """Text on stdout, at once."""
+    """Print text on stdout, at once; raise a signal whose exception got lost instead."""
+    signals.check()
+    _write(text)
+
+
+def _write(text: str) -> None:
     if sys.stdout is None:  # started with stdout closed
         return
     try:
@@ -44,11 +55,25 @@ def stream(text: str) -> None:
 
 
 def document(fields: Mapping[str, Any]) -> None:
-    """One JSON document on stdout, in UTF-8. Numbers that are not finite, which JSON lacks, become null."""
+    """Print one JSON document on stdout, in UTF-8. Numbers that are not finite, which JSON lacks, become null."""
+    signals.check()
+    _document(fields)
+
+
+def failure(kind: str, message: str) -> None:
+    """Print an error as the one JSON document on stdout, unless a document stands there already."""
+    with contextlib.suppress(OSError):  # a full disk under stdout: the message stands on stderr too
+        if not _has_document:
+            _document({"error": {"type": kind, "message": message}})
+
+
+def _document(fields: Mapping[str, Any]) -> None:
+    global _has_document
     text = json.dumps(_plain(fields), indent=2, ensure_ascii=False, allow_nan=False)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
-    answer(text)
+    _has_document = True
+    _write(f"{text}\n")
 
 
 def say(line: str) -> None:
@@ -104,7 +129,12 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("starting", total=None)
-        yield lambda what, done, total: bars.update(task, description=what, completed=done, total=total or None)
+
+        def show(what: str, done: int, total: int) -> None:
+            signals.check()
+            bars.update(task, description=what, completed=done, total=total or None)
+
+        yield show
 
 
 def silence_stdout() -> None:
@@ -137,6 +167,7 @@ def _lines(quiet: bool) -> Progress:
     seen: set[str] = set()
 
     def show(what: str, done: int, total: int) -> None:
+        signals.check()
         if not quiet and what not in seen:
             say(what)
         seen.add(what)
