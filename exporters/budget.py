@@ -97,7 +97,7 @@ def fit_budget(
     if not budget > 0:
         raise ParityError(f"the KL budget is {budget}, expected more than 0")
     shapes = {name: a * b for name, (a, b) in matrix_shapes(model.config).items()}
-    names = [name for name, (a, _) in matrix_shapes(model.config).items() if kind.fits(a)]
+    names = list(shapes)
     if len(rows) < 2:
         raise ParityError(f"the text gives {len(rows)} row(s) of tokens, expected 2 or more: give a longer one")
     moments = calibrate(model, rows[1::2], progress, moments=True).moments if kind.bits == 4 else {}

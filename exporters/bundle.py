@@ -26,6 +26,7 @@ from . import passes
 from .atomic_folder import made_whole
 from .calibration import Calibration, calibrate
 from .calibration_text import calibration_rows
+from .ort_verify import verify_graphs
 from .plan import make_plan, needs_calibration
 from .precision_graphs import write_precision
 from .trace import trace
@@ -153,6 +154,8 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
     for plan in plans:
         plan = dataclasses.replace(plan, host_embeddings=options.host_embeddings)
         written = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
+        say(f"opening the {plan.precision} graphs", 0, 0)
+        verify_graphs(folder, plan.precision)
         details[plan.precision] = {**plan.details, "operations": written.operations}
         if written.tables:
             tables[plan.precision] = written.tables

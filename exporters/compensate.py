@@ -24,15 +24,15 @@ Doubles = npt.NDArray[np.float64]
 def compensated(
     weight: Floats, moment: Doubles, kind: Format
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]:
-    """Scales (K / block, N) and integers (K, N) of a matrix whose inputs have the second moment (K, K)."""
+    """Scales (blocks, N) and integers (K, N) of a matrix whose inputs have the second moment (K, K)."""
     assert kind.block is not None
     rest, factor = weight.astype(np.float64), _inverse_factor(moment)
     scales, integers = [], []
     for start in range(0, len(rest), kind.block):
-        rows = slice(start, start + kind.block)
+        rows = slice(start, min(start + kind.block, len(rest)))  # the last block may have fewer
         steps = weight_scales(rest[rows].astype(np.float32), kind)
         errors = np.empty_like(rest[rows])
-        for i, row in enumerate(range(start, start + kind.block)):
+        for i, row in enumerate(range(start, rows.stop)):
             integer = quantized(rest[row : row + 1].astype(np.float32), steps, _one_row(kind))
             integers.append(integer)
             errors[i] = (rest[row] - integer[0].astype(np.float64) * steps[0]) / factor[row, row]

@@ -21,7 +21,7 @@ from lrt_deploy.errors import ExportError
 from lrt_deploy.precisions import Dtype
 
 HEAVY = frozenset("MatMul Attention TensorScatter QuantizeLinear DequantizeLinear".split())  # noqa: SIM905
-FOLLOWING = frozenset("Reshape Transpose Split Slice Squeeze Unsqueeze Relu".split())  # noqa: SIM905
+FOLLOWING = frozenset("Reshape Transpose Split Slice Squeeze Unsqueeze Relu Pad".split())  # noqa: SIM905
 TABLES = ("wte", "value_embeds")
 
 DTYPES: dict[Dtype, ir.DataType] = {

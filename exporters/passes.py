@@ -15,7 +15,7 @@ from lrt_deploy.errors import ExportError
 ALLOWED_OPS = frozenset(
     """
     Add And Attention Cast Concat DequantizeLinear Div Exp Expand Gather GatherElements GreaterOrEqual LessOrEqual
-    MatMul Mul Neg QuantizeLinear RMSNormalization Range Reciprocal Relu Reshape RotaryEmbedding Shape Slice Split
+    MatMul Mul Neg Pad QuantizeLinear RMSNormalization Range Reciprocal Relu Reshape RotaryEmbedding Shape Slice Split
     Squeeze Sub Tanh TensorScatter Transpose Unsqueeze
     """.split()  # noqa: SIM905 - a list of names reads better as text
 )

@@ -58,7 +58,8 @@ def make_plan(
 ) -> Plan:
     """The plan for matrices (name -> rows, columns); `keep_high` and `int4_block` None: the default of the precision.
 
-    Raises ExportError for a pattern that names no matrix, and for a cache that float16 cannot hold.
+    Raises ExportError for a pattern that names no matrix, for a cache that float16 cannot hold, and where a quantized
+    precision would quantize nothing.
     """
     if precision == "fp32":
         return Plan(precision)
@@ -69,8 +70,12 @@ def make_plan(
     if kind is None:
         float32 = tuple(name for name in matrices if name in named or name in wide)
         return Plan(precision, None, (), float32, {}, {"keep_high": list(float32)} | _ranges(seen, float32))
-    uneven = [name for name, (rows, _) in matrices.items() if not kind.fits(rows)]
-    keep = tuple(name for name in matrices if name in named or name in wide or name in uneven)
+    keep = tuple(name for name in matrices if name in named or name in wide)
+    if len(keep) == len(matrices):
+        raise ExportError(
+            f"in {precision} no matrix would be quantized: keep_high names {len(named)} of {len(matrices)} and "
+            f"{len(wide)} came too near float16's end on the calibration text; keep fewer, or export in fp16 or fp32"
+        )
     details: dict[str, Any] = {"bits": kind.bits, "block": kind.block, "keep_high": list(keep)}
     scales: dict[str, float] = {}
     if kind.activations:

@@ -22,7 +22,7 @@ from . import flavours, host_embeddings, passes, promises, weights_file
 from .compensate import compensated
 from .lower import lower, narrow
 from .plan import Plan
-from .quantize import quantize
+from .quantize import quantize, unpad
 
 Progress = Callable[[str, int, int], None]
 
@@ -77,6 +77,7 @@ def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavo
     """The flavour's prefill graph in its base type."""
     model = lower(stored, base_dtype(plan.precision, flavour), plan.float32)
     if flavour == "windowed":
+        unpad(model)
         model = flavours.windowed(model, config, capacity)
     passes.check_ops(model.graph)
     return model

@@ -25,11 +25,13 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.contract import OPSET, graph_inputs, graph_outputs
 from lrt_deploy.errors import ExportError
 from lrt_deploy.model import LRT
+from lrt_deploy.weights import matrix_shapes
 
 from .passes import STAGE_DOMAIN
 
 # Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
 _BATCH, _TOKENS, _CAPACITY, _ROWS = 2, 3, 16, 5
+_MERGED_ELEMENTS = 2**16  # torch's optimizer looks at 1,024
 _PREFIX = "model."  # what ExplicitState puts before every parameter name
 
 
@@ -90,7 +92,7 @@ def trace(model: LRT) -> ir.Model:
     """
     config = model.config
     inputs, outputs = graph_inputs(config, "full"), graph_outputs(config)
-    with _onnx_ops(model), _quiet(), _no_cache_folder(), torch.no_grad():
+    with _onnx_ops(model), _quiet(), _no_cache_folder(), _all_different(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 ExplicitState(model).eval(),
@@ -109,7 +111,30 @@ def trace(model: LRT) -> ir.Model:
         raise ExportError(f"torch {torch.__version__} returned no program from torch.onnx.export")
     for name, value in list(program.model.graph.initializers.items()):
         value.name = name.removeprefix(_PREFIX)
+    if shared := matrix_shapes(config).keys() - program.model.graph.initializers.keys():
+        raise ExportError(
+            f"torch {torch.__version__} traced a graph that lacks the matrices {', '.join(sorted(shared))}; install "
+            "the versions of constraints.txt"
+        )
     return program.model
+
+
+@contextlib.contextmanager
+def _all_different(model: LRT) -> Iterator[None]:
+    """Give small matrices and tables contents of their own while the model is traced.
+
+    torch's optimizer lets all small initializers of equal contents be one. In a fresh checkpoint the gates of all
+    layers are zeros, and a pass that stores one layer's matrix in another form would change it for all of them.
+    """
+    small = [p.data for p in model.parameters() if p.ndim > 1 and p.numel() <= _MERGED_ELEMENTS]
+    kept = [data.clone() for data in small]
+    for number, data in enumerate(small):
+        data.fill_(number + 2)
+    try:
+        yield
+    finally:
+        for data, content in zip(small, kept, strict=True):
+            data.copy_(content)
 
 
 @contextlib.contextmanager

@@ -70,8 +70,8 @@ def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
         if bits is None or name in kept:
             total += rows * columns * (4 if name in wide else base)
         else:
-            scales = columns * (rows // block if block else 1)
-            total += rows * columns * bits // 8 + scales * base
+            blocks = -(-rows // block) if block else 1  # the last one is stored whole, filled with zeros
+            total += (blocks * block if block else rows) * columns * bits // 8 + blocks * columns * base
     return total
 
 

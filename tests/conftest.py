@@ -229,16 +229,16 @@ def export_model(make_once):
 def int4_in_blocks(export_model):
     """block -> bundle of a random model in int4, its checkpoint beside it; 64 is compensated. Tests must not change it.
 
-    The model is wide enough for blocks of 128.
+    The model is wide enough for blocks of 128; of another `width`, its last blocks may not be full.
     """
 
-    def export(block: int | None) -> Path:
+    def export(block: int | None, width: int = 128) -> Path:
         from lrt_deploy.config import LRTConfig
         from lrt_deploy.random_weights import random_model
 
-        config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=4, n_kv_head=2, n_embd=128)
+        config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=width)
         options = {"precision": "int4-weight-only", "int4_block": block, "compensate": block == 64}
-        return export_model(f"int4-{block}", lambda: random_model(config, seed=1), **options)
+        return export_model(f"int4-{block}-{width}", lambda: random_model(config, seed=1), **options)
 
     return export
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -19,11 +20,13 @@ from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.cli.parity import PROMPT
 from lrt_deploy.comparison import compare
 from lrt_deploy.errors import BackendError, ExportError, ParityError
-from lrt_deploy.exporters import promises
+from lrt_deploy.exporters import precision_graphs, promises
 from lrt_deploy.exporters.calibration import calibrate
 from lrt_deploy.exporters.calibration_text import SHIPPED, calibration_rows
+from lrt_deploy.exporters.compensate import compensated
 from lrt_deploy.exporters.histogram import Histogram
 from lrt_deploy.exporters.lower import lower, narrow
+from lrt_deploy.exporters.ort_verify import verify_graphs
 from lrt_deploy.exporters.plan import make_plan
 from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
 from lrt_deploy.manifest import PHASES, graph_path, read_manifest
@@ -284,15 +287,34 @@ def test_matrices_are_kept_by_name_and_an_unknown_name_is_refused(plain):
         make_plan("int8-weight-only", matrices, ["head"], None)
 
 
-def test_a_matrix_that_does_not_divide_into_blocks_is_kept(plain):
+def test_a_matrix_that_does_not_divide_into_blocks_is_quantized_all_the_same(plain):
     matrices = {"lm_head": (48, 10), "blocks.0.qkv": (64, 10)}
     plan = make_plan("int4-weight-only", matrices, [], None)
-    assert plan.keep == ("lm_head",) and plan.kind == FORMATS["int4-weight-only"]
+    assert plan.keep == () and plan.kind == FORMATS["int4-weight-only"]
     wider = make_plan("int4-weight-only", matrices, [], None, int4_block=128)
     assert wider.kind == dataclasses.replace(plan.kind, block=128)
-    assert wider.keep == ("lm_head", "blocks.0.qkv")
-    assert (wider.details["block"], wider.details["keep_high"]) == (128, ["lm_head", "blocks.0.qkv"])
+    assert (wider.details["block"], wider.details["keep_high"]) == (128, [])
     assert make_plan("int8-weight-only", matrices, [], None, int4_block=128).kind == FORMATS["int8-weight-only"]
+
+
+@pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only"])
+def test_a_quantized_precision_that_would_quantize_nothing_is_refused(plain, precision):
+    matrices = matrix_shapes(plain[0].config)
+    with pytest.raises(ExportError, match=f"in {precision} no matrix would be quantized: keep_high names 22 of 22"):
+        make_plan(precision, matrices, ["*"], None)
+    assert len(make_plan(precision, matrices, ["blocks", "lm_head"], None).keep) == 21
+
+
+@pytest.mark.parametrize("rows", [1, 14, 31, 32, 33, 80])
+def test_rounding_in_blocks_is_that_of_the_matrix_filled_with_zeros(rows):
+    kind = FORMATS["int4-weight-only"]
+    weight = np.random.default_rng(rows).standard_normal((rows, 10)).astype(np.float32)
+    filled = np.pad(weight, ((0, kind.missing_rows(rows)), (0, 0)))
+    assert len(filled) % kind.block == 0
+    assert np.array_equal(rounded(weight, kind), rounded(filled, kind)[:rows])
+    assert not rounded(filled, kind)[rows:].any()
+    scales, integers = compensated(weight, np.eye(rows), kind)
+    assert np.array_equal(dequantized(scales, integers, kind), rounded(weight, kind))
 
 
 def test_calibration_is_recorded_with_its_text(bundle):
@@ -405,6 +427,8 @@ def fused(bundle, tmp_path, precision, kernel):
 INT4 = "int4-weight-only"
 FLOAT_PRODUCTS = "session.qdq_matmulnbits_accuracy_level"  # at level 1
 WIDER = pytest.mark.parametrize("block", [64, 128])
+# (block, width of the model): the last block of some matrices or all is not full; the last is kept inside the graphs.
+NOT_FULL = pytest.mark.parametrize(("block", "width"), [(64, 80), (128, 16)])
 
 
 def stored_weights(graph, kind):
@@ -443,10 +467,51 @@ def test_blocks_of_other_sizes_are_fused_too(int4_in_blocks, tmp_path, block):
     assert sizes == {block}
 
 
-@WIDER
-def test_logits_are_those_of_the_weights_in_blocks(int4_in_blocks, monkeypatch, tolerances, block):
+@NOT_FULL
+def test_matrices_of_any_size_are_stored_and_run_in_int4(int4_in_blocks, tmp_path, block, width):
+    bundle = int4_in_blocks(block, width)
+    manifest = read_manifest(bundle)
+    kept = {f"blocks.{layer}.gate" for layer in range(manifest.model.n_layer)}
+    assert set(manifest.precision_details[INT4]["keep_high"]) == kept
+    for flavour in contract.FLAVOURS:
+        graph = ir.load(bundle / graph_path(INT4, "prefill", flavour)).graph
+        found = [node.inputs[0] for node in graph if node.op_type == "DequantizeLinear"]
+        rows = {value.name: value.shape[0] for value in found}
+        real = {name: rows for name, (rows, _) in matrix_shapes(manifest.model).items() if name not in kept}
+        whole = {name: -(-rows // block) * block for name, rows in real.items()}
+        assert rows == (real if flavour == "windowed" else whole) and real != whole
+        assert any(node.op_type == "Pad" for node in graph) == (flavour == "full")
+        assert all(not value.const_value.numpy()[real[value.name] :].any() for value in found)
+    assert len(fused(bundle, tmp_path, INT4, "MatMulNBits")) == len(real)
+
+
+@NOT_FULL
+def test_both_flavours_compute_the_same_where_the_last_block_is_not_full(int4_in_blocks, block, width):
+    bundle = int4_in_blocks(block, width)
+    config = read_manifest(bundle).model
+    found = []
+    for flavour, dtype in (("windowed", np.float32), ("full", np.float16)):
+        feed = {"input_ids": np.arange(8)[None], "position_ids": np.arange(8)[None], "write_index": np.zeros(1, int)}
+        feed |= {"last_index": np.array([[7]]), "past_latent": np.zeros((1, 8, width), dtype)}
+        feed |= {
+            pair.past: np.zeros((1, config.n_kv_head, 64, config.head_dim), dtype)
+            for pair in contract.state_pairs(config)
+            if pair.in_place
+        }
+        if flavour == "windowed":
+            feed |= {contract.window_start(w): np.zeros(1, int) for w in contract.distinct_windows(config)}
+            feed |= {"window_end": np.array([8]), "slot_positions": np.arange(64)}
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        session = ort.InferenceSession(bundle / graph_path(INT4, "prefill", flavour), options)
+        found.append(session.run(["logits"], feed)[0])
+    assert np.abs(found[0]).max() > 1 and np.abs(found[0] - found[1]).max() < 2e-2  # float16 against float32
+
+
+@pytest.mark.parametrize(("block", "width"), [(64, 128), (128, 128), (64, 80)])
+def test_logits_are_those_of_the_weights_in_blocks(int4_in_blocks, monkeypatch, tolerances, block, width):
     """Against the reference with the integers times their scales, activations left in float32."""
-    bundle = int4_in_blocks(block)
+    bundle = int4_in_blocks(block, width)
     model = open_checkpoint(bundle.with_name(f"{bundle.name}.checkpoint")).model(64)
     kind = dataclasses.replace(FORMATS[INT4], block=block)
     weights = stored_weights(ir.load(bundle / graph_path(INT4, "prefill", "windowed")).graph, kind)
@@ -486,3 +551,65 @@ def test_a_block_that_cannot_be_is_refused_before_anything_is_written(root, tmp_
     with pytest.raises(ExportError, match=message):
         lrt_deploy.export_bundle(root / "demo" / "checkpoint", tmp_path / "bundle", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+# Layers that are equal, and graphs that cannot be opened.
+
+
+@pytest.fixture(scope="session")
+def equal_layers(export_model):
+    """A bundle of a fresh model, whose gates and output projections are zeros in all layers; checkpoint beside it."""
+    from lrt_deploy.config import LRTConfig
+    from lrt_deploy.random_weights import random_model
+
+    def fresh():
+        model = random_model(LRTConfig(sequence_len=32, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=16), 1)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate", "attention_out")):
+                parameter.data.zero_()
+        return model
+
+    return export_model("equal-layers", fresh, precision=PRECISIONS)
+
+
+@pytest.mark.parametrize("precision", [p for p in PRECISIONS if p != "bf16"])
+def test_layers_with_equal_matrices_export_and_run_in_every_precision(equal_layers, precision):
+    model = open_checkpoint(equal_layers.with_name(f"{equal_layers.name}.checkpoint")).model(32)
+    expected = ReferenceDecoder(model, 32).prefill([[3, 1, 4, 1, 5]]).next_logits.numpy()
+    with lrt_deploy.open_decoder(equal_layers, precision=precision) as decoder:
+        logits = decoder.prefill([[3, 1, 4, 1, 5]], policy="stepwise").logits
+    assert np.abs(logits - expected).max() < {"fp32": 1e-5, "fp16": 1e-2, "int4-weight-only": 1.0}.get(precision, 0.3)
+
+
+def test_every_layer_keeps_a_matrix_of_its_own(equal_layers):
+    matrices = matrix_shapes(read_manifest(equal_layers).model)
+    for precision in PRECISIONS:
+        graph = ir.load(equal_layers / graph_path(precision, "prefill", "full")).graph
+        assert [name for name in matrices if name in graph.initializers] == list(matrices)
+
+
+def test_a_graph_that_cannot_be_opened_fails_the_export(equal_layers, tmp_path, monkeypatch):
+    def mixed(model, dtype, keep=()):
+        """Types that do not agree: half of what `lower` does."""
+        model = model.clone()
+        for value in model.graph.inputs:
+            if value.name.startswith("past_key"):
+                value.type = ir.TensorType(ir.DataType.FLOAT16)
+        return model
+
+    monkeypatch.setattr(precision_graphs, "lower", mixed)
+    checkpoint = equal_layers.with_name(f"{equal_layers.name}.checkpoint")
+    with pytest.raises(ExportError, match="the full prefill graph in fp32 cannot be opened, so nothing was written: "):
+        lrt_deploy.export_bundle(checkpoint, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_graphs_in_bfloat16_are_checked_without_kernels_for_it(equal_layers, tmp_path):
+    shutil.copytree(equal_layers / "graphs" / "bf16", tmp_path / "graphs" / "bf16")
+    verify_graphs(tmp_path, "bf16")
+    path = tmp_path / graph_path("bf16", "decode_step", "windowed")
+    model = onnx.load(path, load_external_data=False)
+    next(v for v in model.graph.input if v.name == "past_key_1").type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ExportError, match="the windowed decode_step graph in bf16 cannot be opened"):
+        verify_graphs(tmp_path, "bf16")
