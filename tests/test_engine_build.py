@@ -263,9 +263,10 @@ def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [64, 128])
-def test_int4_is_built_in_wider_blocks(int4_in_blocks, tmp_path, block):
-    precision, folder = "int4-weight-only", shutil.copytree(int4_in_blocks(block), tmp_path / "bundle")
+@pytest.mark.parametrize(("block", "width"), [(64, 128), (128, 128), (64, 80), (128, 16)])
+def test_int4_is_built_in_wider_blocks(int4_in_blocks, tmp_path, block, width):
+    """Whole blocks, also where the matrices' rows are none."""
+    precision, folder = "int4-weight-only", shutil.copytree(int4_in_blocks(block, width), tmp_path / "bundle")
     assert lrt_deploy.build_engine(folder, backend="tensorrt-rtx").layers["matmul"] == {
         "float16 with int4 weights": 10,
         "float16": 2,
