@@ -139,14 +139,14 @@ def atomic_write(target: Path, private: bool = False) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path, what: str, ours: Callable[[bytes], bool], error: type[LRTDeployError]) -> None:
-    """Raise `error` if `target` is a file of another kind: not empty, and `ours` says no to its first 64 KiB.
+    """Raise `error` if `target` is a file of another kind: not empty, and `ours` says no to its first MiB.
 
     `what` names what would be written in messages, for instance "the plot".
     """
     if not os.path.lexists(target):
         return
     with open_regular(target, f"the old file in place of which {what} would be written", error) as file:
-        head = file.read(2**16)
+        head = file.read(2**20)
     if head and not ours(head):
         raise error(
             f"{target} exists and is a file of another kind; {what} replaces only one of its own kind: "

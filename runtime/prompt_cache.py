@@ -5,19 +5,28 @@ those, and reads the rest. Entries serve only requests that would have read them
 precision, policy, tolerance and sweeps, all of which name the entry's folder. So a hit keeps the promise of its
 policy; a prompt that is wholly there gives the stored numbers to the bit.
 
+    folder/
+      .lrt-deploy-prompt-cache      the marker: this folder is a prompt cache, and entries in it may be removed
+      .lock
+      <40 hex digits>/<40 hex digits>.state      the key of how prompts were read / the hash of the tokens
+
 Entries appear by renaming a finished file and carry a checksum, so processes need no lock to read or write; an entry
-that is damaged is removed and read anew. Only making room takes a lock, so that two processes do not throw out twice
-as much. The folder is trusted as far as its checksums go: who can write there can plant a state.
+that is damaged is removed and read anew. Only making room takes a lock, so that two processes do not evict twice as
+much. Only regular files with the names above are counted, read and removed, and links are not followed. Prompts are
+private: the folders and files that are made here are their owner's alone. The folder is trusted as far as its checksums
+go: whoever can write there can plant a state.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-import time
+import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,8 +34,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrt_deploy.errors import StateError
-from lrt_deploy.files import PARTIAL
+from lrt_deploy.errors import InputError, StateError
+from lrt_deploy.files import PARTIAL, remove_stale
 from lrt_deploy.interface import IntArray, PrefillPolicy
 from lrt_deploy.prompts import check_prompts
 
@@ -43,10 +52,14 @@ except ImportError:  # Windows: room may be made twice, which costs entries and 
 if TYPE_CHECKING:
     from .decoder import Decoder
 
-SUFFIX, LOCK = ".state", ".lock"
+MARKER, LOCK = ".lrt-deploy-prompt-cache", ".lock"
+SUFFIX = ".state"
+_MARKER_TEXT = "This folder is a prompt cache of lrt-deploy, which removes entries when it needs room.\n"
+_PLACE = re.compile("[0-9a-f]{40}")
+_ENTRY = re.compile(rf"[0-9a-f]{{40}}{re.escape(SUFFIX)}")
+_PARTIAL = re.compile(rf"\.[0-9a-f]{{40}}{re.escape(SUFFIX + PARTIAL)}[0-9a-f]{{16}}")
 DEFAULT_BYTES = 2**30
 FEWEST_TOKENS = 16  # shorter prompts are read faster than found
-STALE_SECONDS = 3600  # after which an unfinished file was left by a process that is no more
 
 
 @dataclass(frozen=True)
@@ -59,15 +72,23 @@ class Found:
 
 
 class PromptCache:
-    """States after prompts, in a folder of at most `max_bytes`; the least recently used go first."""
+    """States after prompts, in a folder of at most `max_bytes`; the least recently used go first.
+
+    The folder is made if it is missing. Raises InputError for a folder that holds something else, and StateError for
+    one that cannot be made.
+    """
 
     def __init__(self, folder: str | Path, max_bytes: int = DEFAULT_BYTES) -> None:
         self.folder, self.max_bytes = Path(folder), max_bytes
         self._known: dict[Path, tuple[int, IntArray]] = {}  # tokens of entries, by path and inode
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StateError(f"the prompt cache {folder} cannot be made: {error.strerror}") from error
+        with contextlib.suppress(OSError):  # another user's; `prefill` says so, and reads without it
+            _claim(self.folder)
+            for place in _places(self.folder):
+                _sweep(place)
 
     def prefill(
         self, decoder: Decoder, tokens: list[int], policy: PrefillPolicy = "auto", tolerance: float | None = None
@@ -101,63 +122,133 @@ class PromptCache:
                     raise StateError(f"{path} holds other tokens than it said")
                 _touch(path)
             except StateError as error:
-                troubles += _remove(path, error)
+                troubles += self._remove_damaged(path, error)
                 continue
             return Found(state, shared, tuple(troubles))
         return Found(None, 0, tuple(troubles))
 
     def _shared(self, place: Path, row: IntArray, troubles: list[str]) -> Iterator[tuple[int, int, Path]]:
         """Entries that are worth loading: the tokens that they share, and minus those that must be undone."""
-        for path in _entries(place):
+        try:
+            entries = _files(place, _ENTRY)
+        except FileNotFoundError:
+            entries = {}
+        except OSError as error:
+            troubles.append(_trouble(self.folder, error))
+            entries = {}
+        for path in [path for path in self._known if path.parent == place and path not in entries]:
+            del self._known[path]  # evicted, maybe by another process
+        for path, status in sorted(entries.items()):
+            if not os.access(path, os.R_OK):
+                troubles[:] = [_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path)))]
+                continue
             try:
-                inode = path.stat().st_ino
-                if path not in self._known or self._known[path][0] != inode:
-                    self._known[path] = (inode, read_tokens(path))
-            except OSError:
-                continue  # another process has made room
+                if path not in self._known or self._known[path][0] != status.st_ino:
+                    self._known[path] = (status.st_ino, read_tokens(path))
             except StateError as error:
-                troubles += _remove(path, error)
+                troubles += self._remove_damaged(path, error)
                 continue
             shared = common_prefix(self._known[path][1], row)
             if shared >= FEWEST_TOKENS:
                 yield shared, shared - len(self._known[path][1]), path
 
+    def _remove_damaged(self, path: Path, error: StateError) -> list[str]:
+        """Remove a damaged entry; no damage is one that is gone (another process made room) or cannot be read."""
+        cause = error.__cause__
+        self._known.pop(path, None)
+        if isinstance(cause, FileNotFoundError):
+            return []
+        if isinstance(cause, OSError):
+            return [_trouble(path, cause)]
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as refused:
+            return [f"{_trouble(path, refused)}; it is damaged ({error})"]
+        return [f"prompt cache: a damaged entry was removed and its prompt read again ({error})"]
+
     def _store(self, place: Path, state: DecodeState, row: IntArray) -> tuple[str, ...]:
         """Save an entry and make room; a cache that cannot be written is no reason to fail."""
         path = place / f"{_name(row.tobytes())}{SUFFIX}"
-        if state.num_bytes > self.max_bytes or path.exists():
+        if state.num_bytes > self.max_bytes or os.path.lexists(path):
             return ()
         try:
-            place.mkdir(exist_ok=True)
+            _claim(self.folder)
+            place.mkdir(mode=0o700, exist_ok=True)
+            if not stat.S_ISDIR(place.lstat().st_mode):
+                raise StateError(f"{place} is a link; expected a folder of entries")
             state.save(path)
             self._make_room()
-        except (StateError, OSError) as error:
-            return (f"prompt cache: {error}",)
+        except OSError as error:
+            return (_trouble(self.folder, error),)
+        except (StateError, InputError) as error:
+            cause = error.__cause__
+            return (_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}",)
         return ()
 
     def _make_room(self) -> None:
-        """Remove the least recently used entries, and what crashed processes left, until all fits."""
-        files = [file for place in self.folder.iterdir() if place.is_dir() for file in place.iterdir()]
-        if sum(_stat(file)[1] for file in files) <= self.max_bytes:
+        """Remove what killed processes left, and then the least recently used entries until the rest fits."""
+        places = _places(self.folder)
+        for place in places:
+            _sweep(place)
+        if sum(size for _, size, _ in _all_entries(places)) <= self.max_bytes:
             return
         with self._locked():
-            found = sorted((*_stat(file), file) for file in files)
+            found = sorted(_all_entries(places))
             total = sum(size for _, size, _ in found)
-            for used, size, file in found:
-                partial = PARTIAL in file.name
-                if partial and time.time() - used < STALE_SECONDS:
-                    continue
-                if total > self.max_bytes or partial:
-                    with contextlib.suppress(OSError):
-                        file.unlink()
-                    total -= size
+            for _, size, path in found:
+                if total <= self.max_bytes:
+                    return
+                path.unlink(missing_ok=True)
+                self._known.pop(path, None)
+                total -= size
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.folder / LOCK).open("w") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
+        """Keep other processes from making room; where the lock cannot be had, some entries may go in vain."""
+        flags = os.O_RDWR | os.O_CREAT
+        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
+            flags |= getattr(os, name, 0)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a link, or another user's
+                number = os.open(self.folder / LOCK, flags, 0o600)
+                stack.callback(os.close, number)
+                if fcntl is not None:
+                    fcntl.flock(number, fcntl.LOCK_EX)
             yield
+
+
+def _claim(folder: Path) -> None:
+    """Mark a folder as a prompt cache; raises InputError for one that holds anything else.
+
+    A folder without the marker is taken if it is empty, or holds nothing but entries: those of version 0.1 have none.
+    """
+    marker = folder / MARKER
+    with contextlib.suppress(FileNotFoundError):
+        if stat.S_ISREG(marker.lstat().st_mode):
+            return
+    if foreign := _foreign(folder):
+        raise InputError(
+            f"{folder} is not a prompt cache: it holds {foreign}. Expected a new or an empty folder, or one made by "
+            "lrt-deploy as a prompt cache, since entries in it are removed to make room; name another folder"
+        )
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        number = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(_MARKER_TEXT)
+
+
+def _foreign(folder: Path) -> str | None:
+    """Return the name of something in a folder that is not of a prompt cache, if there is anything."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name in (MARKER, LOCK) and entry.is_file(follow_symlinks=False):
+            continue
+        if not (_PLACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)):
+            return entry.name
+        for inner in os.scandir(entry.path):
+            ours = _ENTRY.fullmatch(inner.name) or _PARTIAL.fullmatch(inner.name)
+            if not (ours and inner.is_file(follow_symlinks=False)):
+                return f"{entry.name}/{inner.name}"
+    return None
 
 
 def _key(decoder: Decoder, request: PrefillRequest) -> bytes:
@@ -171,31 +262,54 @@ def _name(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:40]
 
 
-def _entries(place: Path) -> list[Path]:
-    try:
-        return sorted(path for path in place.iterdir() if path.suffix == SUFFIX and PARTIAL not in path.name)
-    except OSError:
-        return []
+def _places(folder: Path) -> list[Path]:
+    """Return the folders of entries; links to folders are none."""
+    return [
+        Path(entry.path)
+        for entry in os.scandir(folder)
+        if _PLACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
 
 
-def _stat(path: Path) -> tuple[float, int]:
-    """When a file was last used, and its size; nothing for one that is gone."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return 0.0, 0
-    return stat.st_mtime, stat.st_size
+def _files(place: Path, names: re.Pattern[str]) -> dict[Path, os.stat_result]:
+    """Return the regular files of a folder whose names match; links are none."""
+    found: dict[Path, os.stat_result] = {}
+    if stat.S_ISLNK(place.lstat().st_mode):
+        return found
+    for entry in os.scandir(place):
+        if names.fullmatch(entry.name):
+            with contextlib.suppress(FileNotFoundError):  # another process has made room
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode):
+                    found[Path(entry.path)] = status
+    return found
+
+
+def _all_entries(places: list[Path]) -> list[tuple[float, int, Path]]:
+    """Return when each entry was last used, its bytes, and its path."""
+    found: list[tuple[float, int, Path]] = []
+    for place in places:
+        found += [(status.st_mtime, status.st_size, path) for path, status in _files(place, _ENTRY).items()]
+    return found
+
+
+def _sweep(place: Path) -> None:
+    """Remove the temporary files of killed processes."""
+    for path in _files(place, _PARTIAL):
+        remove_stale(path)
+
+
+def _trouble(path: Path, error: OSError) -> str:
+    """Say why the cache could not be used; permissions are what a cache of two users fails by."""
+    if not isinstance(error, PermissionError):
+        return f"prompt cache: {error.strerror or error} ({error.filename or path}); it saved no time here"
+    owner = ""
+    with contextlib.suppress(OSError, AttributeError):
+        if (found := path.stat().st_uid) != os.geteuid():
+            owner = f", it belongs to user {found}, and a prompt cache is for one user"
+    return f"prompt cache: no permission for {error.filename or path}{owner}; it saved no time here"
 
 
 def _touch(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.utime(path)
-
-
-def _remove(path: Path, error: StateError) -> list[str]:
-    """Take a damaged entry away; one that is gone is no damage: another process has made room."""
-    if isinstance(error.__cause__, FileNotFoundError):
-        return []
-    with contextlib.suppress(OSError):
-        path.unlink()
-    return [f"prompt cache: a damaged entry was removed and its prompt read again ({error})"]

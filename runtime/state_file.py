@@ -22,10 +22,9 @@ import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from lrt_deploy.errors import StateError
-from lrt_deploy.files import atomic_write
+from lrt_deploy.files import atomic_write, check_replaceable
 from lrt_deploy.interface import IntArray, PrefillReport
 
 from .origin import Identity, Origin
@@ -35,11 +34,17 @@ FORMAT, FORMAT_VERSION = "lrt-deploy decode state", 1
 
 _IDENTITY = ("model_sha256", "precision", "state_dtype", "bundle_sha256")
 
+_DTYPES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int64": "I64"}  # as safetensors calls them
+
 Arrays = dict[str, NDArray[Any]]
 
 
 def save_state(state: DecodeState, path: Path) -> None:
-    """Write a state to a file, in place of an older one only when it is whole."""
+    """Write a state to a file that only its owner may read, in place of an older state only when it is whole.
+
+    Raises StateError for a path with a file that is no state, and leaves it as it is.
+    """
+    check_replaceable(path, "the state", lambda head: f'"format":"{FORMAT}"'.encode() in head, StateError)
     arrays: Arrays = {}
     for row in range(state.batch):
         arrays |= {f"{row}.{name}": array for name, array in state.export_row(row).items()}
@@ -47,10 +52,29 @@ def save_state(state: DecodeState, path: Path) -> None:
     metadata = _metadata(state, path)
     metadata["sha256"] = _digest(metadata, arrays)
     try:
-        with atomic_write(path) as partial:
-            save_file(arrays, partial, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
+        with atomic_write(path, private=True) as partial:
+            _write(partial, arrays, metadata)
+    except OSError as error:
         raise StateError(f"the state could not be saved to {path}: {error}") from error
+
+
+def _write(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
+    """Write the format of safetensors into the file that is there, array by array.
+
+    The library's own writer makes a temporary file that stays when it is killed, or copies all arrays in memory.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    names, end = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name)), 0  # so that each is aligned
+    for name in names:
+        begin, end = end, end + arrays[name].nbytes
+        dtype, shape = _DTYPES[arrays[name].dtype.name], list(arrays[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("r+b") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(arrays[name].tobytes() if arrays[name].size == 0 else arrays[name].data)
 
 
 def load_state(path: Path, origin: Origin) -> DecodeState:

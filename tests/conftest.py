@@ -86,6 +86,24 @@ def _clean_user_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def file_size_limit():
+    """A context in which no file can be made larger than some bytes, as on a full disk or after `ulimit -f`."""
+    import contextlib
+    import resource
+
+    @contextlib.contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import InputError, StateError
-from lrt_deploy.runtime.prompt_cache import PromptCache
+from lrt_deploy.files import PARTIAL
+from lrt_deploy.runtime.prompt_cache import MARKER, PromptCache
 
 NAME = "padded_vocab"
 RNG = np.random.default_rng(10)
+LEFTOVERS = ("0123456789abcdef", "fedcba9876543210", "notes")
 PROMPT, OTHER = RNG.integers(0, 250, 60).tolist(), RNG.integers(0, 250, 30).tolist()
 
 
@@ -122,27 +127,133 @@ def test_a_state_larger_than_the_cache_is_not_kept(decoder, tmp_path):
     assert entries(cache) == []
 
 
-def test_what_a_crashed_process_left_is_swept_away_in_time(decoder, tmp_path):
-    cache = PromptCache(tmp_path, max_bytes=decoder.prefill([PROMPT]).num_bytes + 3000)
+@pytest.mark.parametrize("when", ["opening", "storing"])
+def test_what_a_killed_process_left_goes_and_what_a_live_one_writes_stays(cache, decoder, when):
     read(cache, decoder, PROMPT)
-    old, young = (entries(cache)[0].with_name(f".x.state.partial-{name}") for name in ("old", "young"))
-    for path in (old, young):
+    left, live, foreign = (entries(cache)[0].with_name(f".{'a' * 40}.state.partial-{end}") for end in LEFTOVERS)
+    for path in (left, live, foreign):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    read(cache, decoder, OTHER)
-    assert not old.exists() and young.exists()
+    with live.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        PromptCache(cache.folder) if when == "opening" else read(cache, decoder, OTHER)
+        assert [path.exists() for path in (left, live, foreign)] == [False, True, True]
 
 
-def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(cache, decoder, monkeypatch):
-    from lrt_deploy.runtime import state_file
-
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(state_file, "save_file", full)
-    state = read(cache, decoder, PROMPT)
-    assert "No space left on device" in state.prefill.note
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(cache, decoder, file_size_limit):
+    with file_size_limit(1000):
+        state = read(cache, decoder, PROMPT)
+    assert "File too large" in state.prefill.note and "saved no time" in state.prefill.note
     assert np.array_equal(state.logits, decoder.prefill([PROMPT], policy="stepwise").logits)
+    assert not [path for path in cache.folder.rglob("*") if PARTIAL in path.name]
+
+
+def test_a_folder_of_other_things_is_refused_and_left_as_it_was(decoder, tmp_path):
+    film = tmp_path / "films" / "holiday.mp4"
+    film.parent.mkdir()
+    film.write_bytes(b"x" * 5000)
+    with pytest.raises(InputError, match=r"is not a prompt cache: it holds films.*name another folder"):
+        PromptCache(tmp_path, max_bytes=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["films"] and film.stat().st_size == 5000
+
+
+def test_what_others_put_into_a_cache_is_never_counted_read_or_removed(decoder, tmp_path):
+    cache = PromptCache(tmp_path / "cache", max_bytes=decoder.prefill([PROMPT]).num_bytes + 3000)
+    read(cache, decoder, PROMPT)
+    (place,) = {path.parent for path in entries(cache)}
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / f"{'b' * 40}.state").write_bytes(b"x" * 10**6)
+    strangers = [cache.folder / "films" / "holiday.mp4", cache.folder / "notes.txt", place / "notes.txt"]
+    strangers += [place / f"{'c' * 40}.state.bak", place / f"{'C' * 40}.state"]
+    for path in strangers:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"x" * 10**6)
+    (place / f"{'d' * 40}.state").symlink_to(outside / f"{'b' * 40}.state")
+    (place / f"{'e' * 40}.state").mkdir()
+    os.mkfifo(place / f"{'f' * 40}.state")
+    (cache.folder / ("b" * 40)).symlink_to(outside)
+    before = sorted(path for path in tmp_path.rglob("*") if path not in entries(cache))
+    again = read(PromptCache(cache.folder), decoder, PROMPT)
+    assert again.prefill.reused_tokens == len(PROMPT)  # their bytes left it room
+    read(cache, decoder, OTHER)
+    read(cache, decoder, [1, *PROMPT[1:]])
+    assert len([path for path in entries(cache) if path.is_file() and not path.is_symlink()]) <= 2 + 1
+    assert set(before) <= set(tmp_path.rglob("*"))
+
+
+def test_a_cache_of_version_0_1_which_has_no_marker_is_taken_over(cache, decoder):
+    read(cache, decoder, PROMPT)
+    (cache.folder / MARKER).unlink()
+    (cache.folder / ".lock").touch()
+    assert read(PromptCache(cache.folder), decoder, PROMPT).prefill.reused_tokens == len(PROMPT)
+    assert (cache.folder / MARKER).is_file()
+    (cache.folder / MARKER).unlink()
+    (entries(cache)[0].parent / "notes.txt").touch()
+    with pytest.raises(InputError, match=r"it holds [0-9a-f]{40}/notes\.txt"):
+        PromptCache(cache.folder)
+
+
+def test_the_lock_follows_no_link_and_truncates_nothing(decoder, tmp_path):
+    size = decoder.prefill([PROMPT], policy="stepwise").num_bytes + 3000
+    cache, precious = PromptCache(tmp_path / "cache", max_bytes=size), tmp_path / "precious"
+    precious.write_text("years of work")
+    (cache.folder / ".lock").symlink_to(precious)
+    for prompt in (PROMPT, OTHER, [1, *PROMPT[1:]]):
+        read(cache, decoder, prompt)
+    assert precious.read_text() == "years of work" and (cache.folder / ".lock").is_symlink()
+    assert sum(path.stat().st_size for path in entries(cache)) <= size
+
+
+def test_an_evicted_entry_is_forgotten_in_memory_too(decoder, tmp_path):
+    cache = PromptCache(tmp_path / "cache", max_bytes=2 * decoder.prefill([PROMPT]).num_bytes + 6000)
+    for first in range(6):
+        read(cache, decoder, [first, *PROMPT[1:]])
+        read(cache, decoder, [first, *PROMPT[1:]])
+    assert set(cache._known) <= set(entries(cache)) and len(entries(cache)) <= 2
+    for path in entries(cache):
+        path.unlink()  # as another process does
+    read(cache, decoder, OTHER)
+    assert not cache._known
+
+
+def test_prompts_are_their_owners_alone(cache, decoder):
+    read(cache, decoder, PROMPT)
+    modes = {path: path.stat().st_mode & 0o777 for path in [cache.folder, *cache.folder.rglob("*")]}
+    assert all(mode == (0o700 if path.is_dir() else 0o600) for path, mode in modes.items()), modes
+
+
+SECOND_USER = """
+import os, sys
+import lrt_deploy
+from lrt_deploy.runtime.prompt_cache import PromptCache
+with lrt_deploy.open_decoder(sys.argv[1]) as decoder:
+    if os.geteuid() == 0:
+        os.setresgid(54321, 54321, 54321)
+        os.setresuid(54321, 54321, 54321)
+    state = PromptCache(sys.argv[2]).prefill(decoder, list(range(60)), "stepwise")
+    print(state.prefill.note)
+"""
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_a_cache_of_another_user_says_that_and_costs_time_only(decoder, export_once, mode):
+    """Also where the other may look into it, but not write."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        cache = PromptCache(Path(folder) / "cache")
+        read(cache, decoder, PROMPT)
+        before = sorted(cache.folder.rglob("*"))
+        for path in cache.folder.rglob("*"):
+            path.chmod(path.stat().st_mode & 0o444 | (0o111 if path.is_dir() else 0) if os.geteuid() else 0o600)
+        cache.folder.chmod(mode if os.geteuid() == 0 else 0o500)
+        command = [sys.executable, "-c", SECOND_USER, export_once(NAME), cache.folder]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert "no permission" in run.stdout and "saved no time" in run.stdout
+        if os.geteuid() == 0:
+            assert "it belongs to user 0, and a prompt cache is for one user" in run.stdout
+        assert sorted(cache.folder.rglob("*")) == before
+        cache.folder.chmod(0o700)
 
 
 def test_a_folder_that_cannot_be_made_and_bad_prompts_are_refused(cache, decoder, tmp_path):

@@ -276,18 +276,60 @@ def test_a_folder_that_is_not_there_is_named(decoder, tmp_path):
         decoder.prefill([SHORT]).save(tmp_path / "nowhere" / "x.state")
 
 
-def test_an_error_while_saving_leaves_the_old_file(decoder, saved, monkeypatch):
+@pytest.mark.parametrize("size", [0, 1000])
+def test_an_error_while_saving_leaves_the_old_file(decoder, saved, file_size_limit, size):
     _, path = saved
     before = path.read_bytes()
-
-    def half(arrays, partial, metadata):
-        partial.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(state_file, "save_file", half)
-    with pytest.raises(StateError, match="No space left"):
+    with pytest.raises(StateError, match=r"could not be saved to .*File too large"), file_size_limit(size):
         decoder.prefill([SHORT]).save(path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_a_saved_state_is_its_owners_alone_also_after_saving_again(decoder, saved):
+    state, path = saved
+    assert path.stat().st_mode & 0o777 == 0o600
+    path.chmod(0o644)
+    state.save(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("content", [b"years of work", b"\x89PNG\r\n\x1a\n", b'{"format": "safetensors"}'])
+def test_a_file_that_is_no_state_is_not_replaced_by_one(decoder, tmp_path, content):
+    path = tmp_path / "thesis.tex"
+    path.write_bytes(content)
+    with pytest.raises(StateError, match=r"thesis\.tex exists and is a file of another kind"):
+        decoder.prefill([SHORT]).save(path)
+    assert path.read_bytes() == content and list(tmp_path.iterdir()) == [path]
+    path.write_bytes(b"")  # as `mktemp` makes it
+    decoder.prefill([SHORT]).save(path)
+    assert decoder.load_state(path).tokens == [SHORT]
+
+
+def test_a_device_is_not_replaced_by_a_state(decoder, tmp_path):
+    (tmp_path / "device").symlink_to("/dev/null")
+    with pytest.raises(StateError, match="character device"):
+        decoder.prefill([SHORT]).save(tmp_path / "device")
+    assert (tmp_path / "device").is_symlink()
+
+
+def test_a_temporary_file_of_a_killed_save_goes_with_the_next_save_and_others_stay(decoder, tmp_path):
+    left, other, link = (tmp_path / f".x.state.partial-{end}" for end in ("0" * 16, "notes", "1" * 16))
+    left.write_bytes(b"half")
+    other.write_bytes(b"not ours")
+    link.symlink_to(other)
+    decoder.prefill([SHORT]).save(tmp_path / "x.state")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "x.state", other, link])
+
+
+def test_the_file_is_what_the_safetensors_library_writes(decoder, saved):
+    """Its own reader finds the arrays, and writing them with its own writer gives a state that loads to the bit."""
+    state, path = saved
+    with safe_open(path, framework="np") as file:
+        arrays, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    path.unlink()
+    save_file(arrays, path, metadata)
+    loaded = decoder.load_state(path)
+    assert loaded.tokens == state.tokens and np.array_equal(loaded.logits, state.logits)
 
 
 SAVE_FOREVER = """
