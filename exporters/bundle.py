@@ -64,6 +64,7 @@ def export_bundle(
     """
     target = Path(bundle) if Path(bundle).name else Path(bundle).resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
+    progress("reading the checkpoint", 0, 0)
     opened = open_checkpoint(checkpoint, options.step)
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
@@ -205,6 +206,8 @@ def _manifest(
                 "file": checkpoint.model_file.name,
                 "sha256": checkpoint.sha256,
                 "step": checkpoint.step,
+                "known_as": checkpoint.known_as,
+                "chosen": checkpoint.chosen,
             },
             "versions": {package: version(package) for package in packages},
         },

@@ -2,21 +2,20 @@
 
 Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (its `model_config`). Native:
 `config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the
-authors' format cannot (shared projections, another source layer). Files come from strangers: `.pt` files are read
-with `weights_only=True`, and everything is checked against the config before it is used. Tokenizers are read by
-`tokenizer`; which tensor goes where is said by `weights`.
+authors' format cannot (shared projections, another source layer). Files come from strangers: no unpickler runs, every
+file is opened as a regular one, and everything is checked against the config before anything of its size is made.
+Which file a path means is for `checkpoint_folder` to say, how `.pt` files are read for `pt_file`, what the authors'
+meta means for `authors_config`. Tokenizers are read by `tokenizer`; which tensor goes where is said by `weights`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import pickle
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +24,58 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import authors_config
+from .checkpoint_folder import Found, find_checkpoint
 from .config import LRTConfig
 from .errors import CheckpointError, ConfigError
+from .files import open_regular, read_json, refuse_placeholder
 from .model import LRT
+from .pt_file import StoredTensor, read_state_dict
 from .weights import Source, weight_sources
 
-_COMPILED_PREFIX = "_orig_mod."  # torch.compile leaves it in state dicts
+_PREFIXES = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel leave them in state dicts
 _TABLES = ("wte", "value_embeds")  # kept in bfloat16 when stored so: gathered, then cast
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_STEP_FILE = re.compile(r"model_(\d+)\.pt")
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+_SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+_META_BYTES, _CONFIG_BYTES = 4 * 1024 * 1024, 1024 * 1024
+_HEADER_BYTES = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a checkpoint that is read when `load` is called; `dtype` is its name in torch."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    load: Callable[[], Tensor]
+
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose tensors are mapped, not yet read; `model()` reads and checks them."""
+    """A checkpoint whose tensors are described, not yet read; `model()` reads and checks them.
+
+    `known_as` says which code is known to have written it, `chosen` how its files were chosen among several.
+    """
 
     folder: Path
     model_file: Path
     step: int | None
     config: LRTConfig
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, LazyTensor]
+    known_as: str = "native"
+    chosen: str | None = None
+    verified_sha256: str | None = None
 
     @cached_property
     def sha256(self) -> str:
         """Digest of the weights file, hex."""
-        with self.model_file.open("rb") as file:
+        if self.verified_sha256 is not None:
+            return self.verified_sha256
+        with open_regular(self.model_file, "the weights file", CheckpointError) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def model(self, max_positions: int | None = None) -> LRT:
@@ -92,15 +118,14 @@ class Checkpoint:
                 f"{self.model_file}: {key!r} has the shape {tuple(tensor.shape)}, its config says {shape}; "
                 "the weights and the config are not of one model"
             )
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            kind = f"{tensor.dtype} ({tensor.layout}, {tensor.device.type})"
-            raise CheckpointError(f"{self.model_file}: {key!r} holds {kind}, expected dense floats of 16 to 64 bits")
+        if tensor.dtype not in _DTYPES:
+            raise CheckpointError(f"{self.model_file}: {key!r} holds {tensor.dtype}, expected floats of 16 to 64 bits")
 
     def _read(self, key: str, shape: tuple[int, ...], source: Source) -> Tensor:
         if key not in self.tensors:
             assert source.default is not None
             return torch.full(shape, source.default)
-        tensor = self.tensors[key]
+        tensor = self.tensors[key].load()
         if count := int((~torch.isfinite(tensor)).sum()):
             raise CheckpointError(
                 f"{self.model_file}: {key!r} holds {count} numbers that are not finite; it cannot be run"
@@ -116,19 +141,13 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint folder of either layout (or its weights file); `step` picks one of several, default the last.
+    """Open a checkpoint of either layout; see `checkpoint_folder` for what `path` may be.
 
-    Raises CheckpointError naming the file, or ConfigError for a contradictory config.
+    `step` picks one of several, default the last. A `.pt` file is read once from end to end, and its checksums are
+    verified. Raises CheckpointError naming the file, or ConfigError for a contradictory config.
     """
-    path = Path(path)
-    if path.is_file():
-        match = _STEP_FILE.fullmatch(path.name)
-        path, step = path.parent, int(match[1]) if match else step
-    if not path.is_dir():
-        raise CheckpointError(f"{path} does not exist; expected a checkpoint folder")
-    if (path / "model.safetensors").is_file() and step is None:
-        return _open_native(path)
-    return _open_authors(path, step)
+    found = find_checkpoint(Path(path), step)
+    return _open_native(found) if found.native else _open_authors(found)
 
 
 def write_native(model: LRT, folder: Path) -> None:
@@ -146,86 +165,98 @@ def write_native(model: LRT, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
 
 
-def _open_native(folder: Path) -> Checkpoint:
-    file = folder / "model.safetensors"
-    fields = _read_json(folder / "config.json")
+def _open_native(found: Found) -> Checkpoint:
+    fields = _read_object(found.config, "the checkpoint's configuration", _CONFIG_BYTES)
     try:
         config = LRTConfig.from_dict(fields)
     except ConfigError as error:
-        raise ConfigError(f"{folder / 'config.json'}: {error}") from error
+        raise ConfigError(f"{found.config}: {error}") from error
+    tensors = _safetensors(found.weights)
+    return Checkpoint(found.weights.parent, found.weights, None, config, tensors, chosen=found.chosen)
+
+
+def _safetensors(file: Path) -> dict[str, LazyTensor]:
+    """Describe the tensors of a safetensors file; its library holds offsets and shapes against the file's size."""
+    with open_regular(file, "the weights file", CheckpointError) as opened:
+        head = opened.read(64)
+        refuse_placeholder(head, f"the weights file ({file})", CheckpointError)
+        if (header := int.from_bytes(head[:8], "little")) > _HEADER_BYTES:
+            raise CheckpointError(f"{file} is damaged: its header claims {header} bytes; at most {_HEADER_BYTES} do it")
     try:
-        tensors = safetensors.torch.load_file(file)  # mapped, read page by page
-    except (safetensors.SafetensorError, OSError) as error:
+        reader: Any = safetensors.safe_open(file, framework="pt")
+        slices = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118 - it is no dict
+        return {
+            key: LazyTensor(
+                _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()),
+                tuple(view.get_shape()),
+                partial(reader.get_tensor, key),
+            )
+            for key, view in slices.items()
+        }
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; it is damaged or not a safetensors file") from error
-    return Checkpoint(folder, file, None, config, tensors)
 
 
-def _open_authors(folder: Path, step: int | None) -> Checkpoint:
-    steps = {int(match[1]): file for file in folder.glob("model_*.pt") if (match := _STEP_FILE.fullmatch(file.name))}
-    if not steps:
+def _open_authors(found: Found) -> Checkpoint:
+    meta = _read_object(found.config, "the checkpoint's meta file", _META_BYTES)
+    fields = meta.get("model_config")
+    if not isinstance(fields, dict):
         raise CheckpointError(
-            f"{folder} holds no checkpoint; expected model_NNNNNN.pt with meta_NNNNNN.json (the authors' layout) "
-            "or model.safetensors with config.json"
+            f"{found.config} has no 'model_config' object; the authors' training code always writes one"
         )
-    step = max(steps) if step is None else step
-    if step not in steps:
-        raise CheckpointError(f"{folder} has no step {step}; it has step {', '.join(map(str, sorted(steps)))}")
-    file = steps[step]
-    meta_file = file.with_name(file.name.replace("model_", "meta_")).with_suffix(".json")
-    model_config = _read_json(meta_file).get("model_config")
-    if not isinstance(model_config, dict):
-        raise CheckpointError(f"{meta_file} has no 'model_config' object; the authors' training code always writes one")
-    tensors = _load_state_dict(file)
+    state = read_state_dict(found.weights)
+    stored = _without_prefixes(state.tensors, found.weights)
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        config = _settle(LRTConfig.from_authors(model_config), tensors)
+        described = authors_config.describe(fields, shapes, str(found.config), str(found.weights))
     except ConfigError as error:
-        raise ConfigError(f"{meta_file}: {error}") from error
-    return Checkpoint(folder, file, step, config, tensors)
+        raise ConfigError(f"{found.config}: {error}") from error
+    return Checkpoint(
+        found.weights.parent,
+        found.weights,
+        found.step,
+        described.config,
+        {name: LazyTensor(tensor.dtype, tensor.shape, partial(_as_torch, tensor)) for name, tensor in stored.items()},
+        described.known_as,
+        found.chosen,
+        state.sha256,
+    )
 
 
-def _settle(config: LRTConfig, tensors: Mapping[str, Tensor]) -> LRTConfig:
-    """Take from the tensors what the authors' config does not say reliably.
-
-    The default of `ve_gate_channels` changed between releases, so the gate's width decides; `use_value_embeds` speaks
-    of the plain model, so in an LRT the presence of the tables decides.
-    """
-    kind = "triple_gate" if config.memory else "ve_gate"
-    gate = next((t for key, t in tensors.items() if key.endswith(f".attn.{kind}.weight") and t.ndim == 2), None)
-    if gate is not None:
-        channels = int(gate.shape[1])
-        config = dataclasses.replace(config, ve_gate_channels=0 if channels == config.n_embd else channels)
-    if config.memory:
-        embedded = any(key.startswith("interleaved_init_value_embeds.") for key in tensors)
-        config = dataclasses.replace(config, use_value_embeds=embedded)
-    return config
+def _as_torch(stored: StoredTensor) -> Tensor:
+    """Read a tensor into memory of its own, in its shape and strides."""
+    dtype = getattr(torch, stored.dtype)
+    assert isinstance(dtype, torch.dtype)
+    flat = torch.from_numpy(stored.read_bytes()).view(dtype)
+    return flat.as_strided(stored.shape, stored.description.strides)
 
 
-def _load_state_dict(file: Path) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks to run {found[1]}" if found else "is not made of tensors alone"
-        raise CheckpointError(
-            f"{file} was refused: it {what}, and a state dict needs no code; nothing in it was run"
-        ) from error
-    except Exception as error:  # the reader raises many types on damaged files; all mean the same here
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{file} cannot be read: {reason}; it is damaged, truncated or not a checkpoint"
-        ) from error
-    if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(t, Tensor) for k, t in loaded.items()):
-        raise CheckpointError(f"{file} does not hold a state dict (tensors by name), but {type(loaded).__name__}")
-    return {key.removeprefix(_COMPILED_PREFIX): tensor for key, tensor in loaded.items()}
+def _without_prefixes(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
+    """Drop what wrappers of a model put before its names; refuse two tensors that get one name."""
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        plain = _without(name, _PREFIXES)
+        if plain in found:
+            first = next(other for other in tensors if _without(other, _PREFIXES) == plain)
+            raise CheckpointError(
+                f"{file} holds {first!r} and {name!r}, which are one tensor's name with and without the prefix that "
+                "torch.compile or DistributedDataParallel adds; which of them was trained is not known"
+            )
+        found[plain] = tensor
+    return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; it says what model the weights beside it are") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+def _without(name: str, prefixes: Iterable[str]) -> str:
+    for _ in range(4):  # a compiled and distributed model has both, in either order
+        for prefix in prefixes:
+            name = name.removeprefix(prefix)
+    return name
+
+
+def _read_object(file: Path, what: str, limit: int) -> dict[str, object]:
+    if not file.exists() and not file.is_symlink():
+        raise CheckpointError(f"{file} is missing; it says what model the weights beside it are")
+    content = read_json(file, what, CheckpointError, limit, constants=True)
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds {type(content).__name__}, expected a JSON object")
     return content

@@ -1,7 +1,7 @@
 """The model's configuration: every fact about an LRT that its weights do not state by themselves.
 
-Knows the field names of the authors' `model_config`, their defaults in old files, and the paper's other variants.
-Does not read files and does not know tensors; see `checkpoint` and `model`.
+Knows the field names of the authors' `model_config` and the paper's other variants; how a checkpoint's meta and tensors
+become a configuration is for `authors_config` to say. Does not read files and does not know tensors.
 
 Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots,
 K rows that get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.
@@ -24,8 +24,17 @@ LOGIT_SOFTCAP = 15.0
 # model.
 ROPE_POSITIONS_PER_SEQUENCE_LEN = 10
 VOCAB_PADDING = 64
-# Far beyond any model; keeps a damaged config from asking for all of the machine's memory.
-_MAX_SIZE = 2**22
+# Far beyond any model; they keep a damaged config from asking for all of the machine's memory or time.
+MAX_SIZES = {
+    "sequence_len": 2**18,
+    "vocab_size": 2**22,
+    "n_layer": 1024,
+    "n_head": 4096,
+    "n_kv_head": 4096,
+    "n_embd": 2**16,
+}
+_MAX_PATTERN = 1024
+_MAX_ROTARY = 2**25  # sequence_len x head width: the rotary tables' size
 
 MemoryProjections = Literal["layerwise", "shared"]
 
@@ -61,17 +70,18 @@ class LRTConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            _require(1 <= getattr(self, name) <= _MAX_SIZE, name, getattr(self, name), f"1 to {_MAX_SIZE}")
+        for name, limit in MAX_SIZES.items():
+            _require(1 <= getattr(self, name) <= limit, name, getattr(self, name), f"1 to {limit}")
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
         _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
         _require(
             self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})"
         )
+        rotary = self.sequence_len * self.head_dim
+        _require(rotary <= _MAX_ROTARY, "sequence_len * n_embd / n_head", rotary, f"at most {_MAX_ROTARY}")
         pattern = self.window_pattern
-        _require(
-            bool(pattern) and set(pattern) <= set("SL"), "window_pattern", pattern, "letters S and L, at least one"
-        )
+        expected = f"letters S and L, 1 to {_MAX_PATTERN} of them"
+        _require(0 < len(pattern) <= _MAX_PATTERN and set(pattern) <= set("SL"), "window_pattern", pattern, expected)
         _require(0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd")
         _require(
             self.memory_projections in ("layerwise", "shared"),
@@ -159,28 +169,15 @@ class LRTConfig:
             raise ConfigError(f"model config lacks {', '.join(missing)}")
         return cls(**fields)
 
-    @classmethod
-    def from_authors(cls, model_config: Mapping[str, Any]) -> LRTConfig:
-        """Read the authors' `model_config`; training-only fields are ignored, old files may lack the newer ones.
-
-        `use_interleaved` or `use_multi_refine` says that the memory path exists. `ve_gate_channels` must be settled by
-        the caller from the gate weight's shape, because its default changed between releases.
-        """
-        own = {"memory", "memory_projections", "memory_source_layer", "memory_kv", "memory_residual"}
-        names = {f.name for f in dataclasses.fields(cls)} - own
-        fields = {name: value for name, value in model_config.items() if name in names}
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        if missing := [name for name in required if name not in fields]:
-            raise ConfigError(f"model_config lacks {', '.join(missing)}; the authors' training code always writes them")
-        if isinstance(fields.get("window_pattern"), str):
-            fields["window_pattern"] = fields["window_pattern"].upper()
-        memory = bool(model_config.get("use_interleaved") or model_config.get("use_multi_refine"))
-        return cls(**fields, memory=memory)
-
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"model config: {name} is {found!r}, expected {expected}")
+        raise ConfigError(f"model config: {name} is {_short(found)}, expected {expected}")
+
+
+def _short(found: object) -> str:
+    text = repr(found)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _check_types(config: LRTConfig) -> None:
@@ -192,4 +189,4 @@ def _check_types(config: LRTConfig) -> None:
             continue
         kind = kinds[str(field.type)]
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"model config: {field.name} is {value!r}, expected {kind.__name__}")
+            raise ConfigError(f"model config: {field.name} is {_short(value)}, expected {kind.__name__}")

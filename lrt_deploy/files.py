@@ -21,8 +21,9 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .errors import LRTDeployError
 
@@ -34,6 +35,7 @@ except ImportError:  # Windows
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600  # only where there are no locks
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a named pipe (FIFO)",
@@ -43,7 +45,7 @@ _KINDS = {
 }
 
 
-def open_regular(path: Path, what: str, error: type[LRTDeployError], limit: int | None = None) -> BinaryIO:
+def open_regular(path: Path, what: str, error: type[LRTDeployError], limit: int | None = None) -> BufferedReader:
     """Open a regular file for reading bytes; never blocks.
 
     `what` names the file's role in messages, for instance "the manifest". Raises `error` if the path is missing, cannot
@@ -88,19 +90,29 @@ def read_text(path: Path, what: str, error: type[LRTDeployError], limit: int) ->
         raise error(f"{what} ({path}) is not UTF-8 text: byte {cause.start} is {data[cause.start]:#04x}") from cause
 
 
-def read_json(path: Path, what: str, error: type[LRTDeployError], limit: int) -> Any:  # noqa: ANN401 - any JSON value
+def read_json(path: Path, what: str, error: type[LRTDeployError], limit: int, constants: bool = False) -> Any:  # noqa: ANN401 - any JSON value
     """Read a regular file of at most `limit` bytes as JSON; see `parse_json` and `open_regular`."""
-    return parse_json(read_text(path, what, error, limit), f"{what} ({path})", error)
+    text = read_text(path, what, error, limit)
+    refuse_placeholder(text[: len(_LFS_POINTER)].encode(), f"{what} ({path})", error)
+    return parse_json(text, f"{what} ({path})", error, constants)
 
 
-def parse_json(text: str, what: str, error: type[LRTDeployError]) -> Any:  # noqa: ANN401 - any JSON value
+def refuse_placeholder(head: bytes, what: str, error: type[LRTDeployError]) -> None:
+    """Raise `error` if a file that begins with `head` is empty or a git-LFS pointer, which stands for a file."""
+    if not head:
+        raise error(f"{what} is empty; it was not written or not copied to its end")
+    if head.startswith(_LFS_POINTER):
+        raise error(f"{what} is a git-LFS pointer and not the file that it stands for; run `git lfs pull` there")
+
+
+def parse_json(text: str, what: str, error: type[LRTDeployError], constants: bool = False) -> Any:  # noqa: ANN401 - any JSON value
     """Parse JSON text that may be hostile.
 
     Raises `error` for text that is not JSON, is nested too deeply, has an integer beyond Python's limit of digits, or
-    has NaN or infinity, which are not JSON.
+    has NaN or infinity, which are not JSON; `constants` admits these two, because Python writes them.
     """
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=None if constants else _refuse_constant)
     except RecursionError as cause:
         raise error(f"{what} is nested too deeply to be read") from cause
     except ValueError as cause:

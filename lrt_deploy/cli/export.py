@@ -79,8 +79,11 @@ def export(
 def summary(manifest: Manifest) -> dict[str, str]:
     """What a bundle holds, for people."""
     tokens = manifest.tokenizer_tokens
+    origin = manifest.provenance.get("checkpoint") or {}
+    chosen = {"checkpoint": str(origin["chosen"])} if origin.get("chosen") else {}
     return {
         "model": facts.model_line(manifest.model),
+        **chosen,
         "precisions": ", ".join(manifest.precisions),
         **precision_rows(manifest),
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lrt_deploy.manifest import Manifest
 
 _KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (.plan)"
+_KINDS = {".onnx": "graph", ".plan": "plan"}
 
 
 def inspect(
@@ -49,21 +50,18 @@ Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line f
 
 def kind_of(path: Path) -> str:
     """`bundle`, `checkpoint`, `graph` or `plan`, by names alone; InputError for anything else."""
+    from lrt_deploy.checkpoint_folder import is_checkpoint
     from lrt_deploy.manifest import DIGEST, MANIFEST
 
     if not path.exists():
-        raise InputError(f"{path} does not exist; expected {_KNOWN}")
-    if path.is_dir():
-        if (path / MANIFEST).exists() or (path / DIGEST).exists():
-            return "bundle"
-        if (path / "model.safetensors").exists() or any(path.glob("model_*.pt")):
-            return "checkpoint"
-    elif path.suffix == ".onnx":
-        return "graph"
-    elif path.suffix == ".plan":
-        return "plan"
-    elif path.suffix in (".pt", ".safetensors"):
+        found = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
+        raise InputError(f"{path} {found}; expected {_KNOWN}")
+    if path.is_dir() and ((path / MANIFEST).exists() or (path / DIGEST).exists()):
+        return "bundle"
+    if is_checkpoint(path):
         return "checkpoint"
+    if path.suffix in _KINDS and not path.is_dir():
+        return _KINDS[path.suffix]
     raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
 
 
@@ -118,9 +116,11 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
     from lrt_deploy.checkpoint import open_checkpoint
 
     opened = open_checkpoint(path)
-    dtypes = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in opened.tensors.values())
+    dtypes = Counter(tensor.dtype for tensor in opened.tensors.values())
     fields = {
         "config": opened.config.to_dict(),
+        "known_as": opened.known_as,
+        "chosen": opened.chosen,
         "step": opened.step,
         "file": str(opened.model_file),
         "sha256": opened.sha256,
@@ -129,8 +129,9 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
         "dtypes": dict(dtypes),
         "tokenizer": tokenizer_fields(opened),
     }
-    rows = {
-        key: cell(fields[key]) for key in ("step", "file", "sha256", "parameters", "tensors", "dtypes", "tokenizer")
+    names = ("known_as", "step", "file", "sha256", "parameters", "tensors", "dtypes", "tokenizer")
+    rows = ({"chosen": opened.chosen} if opened.chosen else {}) | {
+        name.replace("_", " "): cell(fields[name]) for name in names
     }
     line = facts.model_line(opened.config)
     return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
