@@ -1,90 +1,178 @@
-"""A folder that is whole or absent: made beside its target, renamed into place, gone when anything goes wrong.
+"""A folder that is whole or absent: made beside its target and renamed into place, gone when anything goes wrong.
 
-Knows nothing of what is in it.
+The old folder and the new one are exchanged in one step, so that at every moment, a SIGKILL included, one of them has
+the name. Where the system or the filesystem cannot exchange, the old one stands aside for the time between two renames
+as `.NAME.retired-` and 16 hex digits, and `recover` brings it back. The temporary folder is locked while it is filled
+(see `lrt_deploy.files`): what killed processes left is told from what living ones write, in other containers too.
+Installs no signal handlers. Knows nothing of what is in a folder: the caller says what may be replaced.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import functools
 import os
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from lrt_deploy.errors import ExportError
+from lrt_deploy.errors import LRTDeployError
+from lrt_deploy.files import partial_name, remove_partials, try_lock
 
-_FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when another one came in between
+# Raises an error that names what it found, if a folder or link must not be replaced.
+Check = Callable[[Path], None]
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+_FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when another process came in between
+_SECTION_S = 10.0  # longest wait for other processes that rename in the same folder
+_FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
-@contextmanager
-def made_whole(target: Path, replace: bool) -> Iterator[Path]:
-    """A temporary folder that becomes `target` when the block ends well, in place of an old one only if `replace`.
+@contextlib.contextmanager
+def atomic_folder(target: Path, check: Check | None, error: type[LRTDeployError]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block succeeds, and is removed when it fails.
 
-    Any exception cleans up. After a signal that no handler turns into one, such as SIGKILL, the hidden folder stays,
-    but never under the target's name; the next one made for the same target removes it.
+    An existing `target` is replaced if `check` does not raise for it, then and at the last moment; with None it is
+    never replaced, and `error` is raised. Of several that replace one target at once the last wins.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(target)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-{os.getpid()}.", dir=target.parent))
+    recover(target)
+    folder, number = _new_folder(target)
     try:
-        yield folder
-        folder.chmod(0o755)
-        _put_in_place(folder, target, replace)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _put_in_place(folder: Path, target: Path, replace: bool) -> None:
-    """Rename; the old target stands aside until the new one is there, and comes back if it does not.
-
-    Of several that replace one target at once the last wins: between two renames another one may have taken the old
-    target away, or put its own there, and then it is done again.
-    """
-    retired = folder.with_name(f"{folder.name}.old")
-    while True:
-        occupied = os.path.lexists(target)
-        if occupied and not replace:  # somebody was faster
-            raise ExportError(f"{target} has come into being meanwhile; it was left as it is, and nothing was written")
         try:
-            if occupied:
-                target.rename(retired)
-            folder.rename(target)
-        except BaseException as error:
-            if not (isinstance(error, OSError) and error.errno in _FASTER and folder.is_dir()):
-                if os.path.lexists(retired) and not os.path.lexists(target):
+            yield folder
+            with _section(target.parent):
+                _put_in_place(folder, target, check, error)
+        finally:  # the new one after an error, the old one after an exchange, nothing where there was no old one
+            _remove(folder)
+    finally:
+        if number is not None:
+            os.close(number)
+
+
+def recover(target: Path) -> None:
+    """Undo what killed processes have left: bring back a folder that stood aside, remove temporary ones."""
+    if not target.parent.is_dir():
+        return
+    with _section(target.parent):
+        pattern = re.compile(re.escape(f".{target.name}.retired-") + "[0-9a-f]{16}")
+        with contextlib.suppress(OSError):
+            for name in [entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]:
+                retired = target.parent / name
+                if os.path.lexists(target):
+                    _remove(retired)
+                else:
                     retired.rename(target)
+        remove_partials(target)
+
+
+def _new_folder(target: Path) -> tuple[Path, int | None]:
+    """Create and lock an empty temporary folder; its open number holds the lock."""
+    with _section(target.parent):
+        folder = partial_name(target)
+        folder.mkdir()
+        try:
+            number = os.open(folder, os.O_RDONLY | _FOLDER)
+        except OSError:  # Windows cannot open folders
+            return folder, None
+        try_lock(number)
+        return folder, number
+
+
+@contextlib.contextmanager
+def _section(parent: Path) -> Iterator[None]:
+    """Keep other processes from cleaning up and renaming in a folder, which takes moments."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            number = os.open(parent, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            stack.callback(os.close, number)
+            ends = time.monotonic() + _SECTION_S
+            # Whoever holds it longer is no export: `flock FOLDER lrt-deploy export …`, for instance.
+            while try_lock(number) is False and time.monotonic() < ends:
+                time.sleep(0.01)
+        yield
+
+
+def _put_in_place(folder: Path, target: Path, check: Check | None, error: type[LRTDeployError]) -> None:
+    """Give the new folder its name; the old one, if any, then has the temporary name."""
+    while True:
+        try:
+            if not os.path.lexists(target):
+                _rename(folder, target)
+                return
+            if check is None:
+                raise error(f"{target} has come into being meanwhile; it was left as it is, and nothing was written")
+            before = target.lstat()
+            check(target)
+            if not _renameat2(folder, target, _EXCHANGE):
+                _step_aside(folder, target)
+        except OSError as cause:
+            if cause.errno not in _FASTER or not folder.is_dir():
                 raise
-            _remove(retired)
-        else:
-            _remove(retired)
-            return
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(before, folder.lstat()):  # something else was put there after the check
+                _renameat2(folder, target, _EXCHANGE)
+                continue
+        return
+
+
+def _step_aside(folder: Path, target: Path) -> None:
+    """Exchange by two renames; a kill between them is what `recover` is for."""
+    retired = target.with_name(f".{target.name}.retired-{secrets.token_hex(8)}")
+    target.rename(retired)
+    try:
+        folder.rename(target)
+    except BaseException:
+        if not os.path.lexists(target):
+            retired.rename(target)
+        raise
+    retired.rename(folder)
+
+
+def _rename(folder: Path, target: Path) -> None:
+    """Rename to a name that is free; raises FileExistsError if it is not any more."""
+    if not _renameat2(folder, target, _NOREPLACE):
+        folder.rename(target)
+
+
+def _renameat2(source: Path, target: Path, flags: int) -> bool:
+    """Rename with flags; False where the system or the filesystem cannot."""
+    function = _renameat2_function()
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flags) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(source), None, str(target))
+
+
+@functools.cache
+def _renameat2_function() -> Any:  # noqa: ANN401 - ctypes has no types for this
+    """Return the C library's renameat2, or None."""
+    if sys.platform != "linux":
+        return None
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return function
 
 
 def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    elif path.is_dir():
-        shutil.rmtree(path)
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what processes that are no more have left behind for this target."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-(\d+)\.\w+(\.old)?")
-    for path in target.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match and not match[2] and not _alive(int(match[1])):
+    """Remove a folder with its content, or a link; what cannot be removed stays, and is tried again next time."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISDIR(path.lstat().st_mode):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        else:
+            path.unlink()

@@ -6,6 +6,8 @@ A bundle is whole or absent: everything is made in a temporary folder beside the
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +18,7 @@ from lrt_deploy import contract, manifest
 from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
+from lrt_deploy.files import read_json, read_text
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.model import LRT
 from lrt_deploy.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
@@ -23,7 +26,7 @@ from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, load_source_tokeniz
 from lrt_deploy.weights import matrix_shapes
 
 from . import passes
-from .atomic_folder import made_whole
+from .atomic_folder import atomic_folder, recover
 from .calibration import Calibration, calibrate
 from .calibration_text import calibration_rows
 from .ort_verify import verify_graphs
@@ -33,6 +36,11 @@ from .trace import trace
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
 Progress = Callable[[str, int, int], None]
+
+_MANIFEST_BYTES = 64 * 2**20
+_MANIFEST_FIELDS = {"format_version", "model", "precisions", "contracts", "files"}  # in every version
+_DIGEST_FORM = re.compile(rf"[0-9a-f]{{64}}  {re.escape(manifest.MANIFEST)}\n?")
+_ADDED_LATER = ("engines", "reports")
 
 
 @dataclass(frozen=True)
@@ -68,7 +76,7 @@ def export_bundle(
     opened = open_checkpoint(checkpoint, options.step)
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
-    with made_whole(target, options.force) as folder:
+    with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
@@ -78,13 +86,54 @@ def export_bundle(
 
 
 def refuse_existing(target: Path, force: bool) -> None:
-    """An existing target is replaced only when asked, and only if it is a bundle or empty."""
-    if not target.exists() and not target.is_symlink():
+    """Raise ExportError for an existing target, unless it is to be replaced and may be."""
+    recover(target)
+    if not os.path.lexists(target):
         return
     if not force:
         raise ExportError(f"{target} exists; choose another folder, or pass --force (force=True) to replace it")
-    if not target.is_dir() or (any(target.iterdir()) and not (target / manifest.MANIFEST).is_file()):
-        raise ExportError(f"{target} is not a bundle; --force replaces bundles and empty folders only")
+    check_replaceable(target)
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise ExportError unless `target` is an empty folder, or a bundle and nothing besides.
+
+    A damaged bundle may be replaced: it has a manifest and a digest in our form, whether or not they fit.
+    """
+    found: str | None
+    if not target.is_dir():
+        found = "is a file" if target.is_file() else "is a link to nowhere" if target.is_symlink() else "is no folder"
+    elif not any(target.iterdir()):
+        return
+    else:
+        found = _foreign_in(target)
+    if found:
+        raise ExportError(
+            f"{target} is not a bundle: it {found}. --force replaces bundles and empty folders only; choose another "
+            "folder, or remove what is there yourself"
+        )
+
+
+def _foreign_in(folder: Path) -> str | None:
+    """Say what in a folder is not of a bundle, if anything is not."""
+    if not os.path.lexists(folder / manifest.MANIFEST):
+        return f"holds {min(path.name for path in folder.iterdir())} and no {manifest.MANIFEST}"
+    try:
+        fields = read_json(folder / manifest.MANIFEST, "its manifest", ExportError, _MANIFEST_BYTES)
+        digest = read_text(folder / manifest.DIGEST, "its digest", ExportError, 1000)
+    except ExportError as error:
+        return f"lacks a part of one: {error}"
+    if not isinstance(fields, dict) or not fields.keys() >= _MANIFEST_FIELDS or not isinstance(fields["files"], dict):
+        return f"holds a {manifest.MANIFEST} of something else"
+    if not _DIGEST_FORM.fullmatch(digest):
+        return f"holds a {manifest.DIGEST} that is no digest of a manifest"
+    known = {manifest.MANIFEST, manifest.DIGEST, *fields["files"]}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        is_folder = path.is_dir() and not path.is_symlink()
+        if not is_folder and name.as_posix() not in known and name.parts[0] not in _ADDED_LATER:
+            return f"also holds {name}, which is no part of it"
+    return None
 
 
 def check_limits(config: LRTConfig, options: ExportOptions) -> int:

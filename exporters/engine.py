@@ -8,7 +8,9 @@ plan is the runtime's: the smoke test after a build is the command line's to arr
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +36,7 @@ from lrt_deploy.gpu import find_gpu
 from lrt_deploy.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
 
-from .atomic_folder import made_whole
+from .atomic_folder import atomic_folder, recover
 from .tensorrt_builder import NoFusedAttentionError, Parsed, Plan, build, parse
 from .tensorrt_graph import tensorrt_copy
 from .tensorrt_log import Progress
@@ -81,8 +83,10 @@ def build_engine(
     folder = Path(bundle)
     job = _job(folder, options)
     target = engine_folder(folder, job.flavour.backend, job.precision)
-    if target.exists() and not options.force:
+    recover(target)
+    if os.path.lexists(target) and not options.force:
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
+    check_replaceable(target)
     verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
     started = time.perf_counter()
     built = None
@@ -93,12 +97,26 @@ def build_engine(
         built = _built(job, progress, decompose=True)
     parsed, layers, plan = built
     seconds = time.perf_counter() - started
-    with made_whole(target, options.force) as out:
+    with atomic_folder(target, check_replaceable if options.force else None, EngineError) as out:
         progress("writing the plan", 0, 0)
         (out / PLAN).write_bytes(plan.data)
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
         write_sidecar(out / PLAN, sidecar)
     return sidecar
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise EngineError for a folder that holds anything besides a plan and its sidecar."""
+    if not os.path.lexists(target):
+        return
+    plan = target / PLAN
+    ours = re.compile(rf"{PLAN}|{PLAN}\.json|\.{PLAN}\.json\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
+    foreign = [path.name for path in target.iterdir() if not ours.fullmatch(path.name)] if target.is_dir() else []
+    if foreign or not target.is_dir():
+        raise EngineError(
+            f"{target} holds {min(foreign, default='something else')}, expected only {plan.name} and its sidecar; "
+            "it is left as it is: remove it yourself, then build again"
+        )
 
 
 def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict[str, Any], Plan]:

@@ -13,14 +13,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import EngineError
+from .files import atomic_write
 
 SIDECAR_FORMAT = 1
 ENGINES, PLAN = "engines", "lrt.plan"
@@ -108,10 +107,8 @@ def build_command(bundle: Path, backend: str, precision: str) -> str:
 def write_sidecar(plan: Path, sidecar: EngineSidecar) -> None:
     """Write it in one step, so that it is whole or the old one."""
     text = json.dumps(sidecar.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    with tempfile.NamedTemporaryFile("w", dir=plan.parent, prefix=".sidecar.", delete=False, encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)  # noqa: PTH101 - the temporary file's own 600 would hide it from other users
-    Path(file.name).replace(sidecar_path(plan))
+    with atomic_write(sidecar_path(plan)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def read_sidecar(plan: Path) -> EngineSidecar:

@@ -17,7 +17,6 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import BundleError, CheckpointError, ConfigError, ExportError
-from lrt_deploy.exporters.atomic_folder import made_whole
 from lrt_deploy.manifest import DIGEST, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
 
 NAME, OTHER = "gate32", "padded_vocab"
@@ -371,12 +370,69 @@ def test_force_does_not_replace_what_is_no_bundle(quick, golden_of, tmp_path):
     (folder / "thesis.tex").write_text("years of work")
     file.write_text("work")
     link.symlink_to(tmp_path / "nowhere")
-    for target in (folder, file, link):
-        with pytest.raises(ExportError, match="is not a bundle"):
+    for target, found in (folder, "holds thesis.tex and no manifest"), (file, "is a file"), (link, "link to nowhere"):
+        with pytest.raises(ExportError, match=f"is not a bundle: it {'is a ' * (target is link)}{found}"):
             export(golden_of, NAME, target, force=True)
     assert (folder / "thesis.tex").read_text() == "years of work"
     assert file.read_text() == "work"
     assert nothing_beside(tmp_path, "folder", "file", "link")
+
+
+WEB_APP = json.dumps({"name": "My app", "icons": [], "start_url": "/"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        (
+            {"manifest.json": WEB_APP, "index.html": "<html>", "manifest.sha256": None},
+            "lacks a part of one: its digest",
+        ),
+        ({"manifest.json": WEB_APP}, r"holds a manifest\.json of something else"),
+        ({"manifest.json": "[" * 100_000}, "nested too deeply"),
+        ({"manifest.json": "5"}, r"holds a manifest\.json of something else"),
+        ({"manifest.sha256": None}, "lacks a part of one: its digest"),
+        ({"manifest.sha256": "0" * 64}, r"holds a manifest\.sha256 that is no digest"),
+        ({"notes.txt": "years of work"}, r"also holds notes\.txt, which is no part of it"),
+        ({"graphs/fp32/notes.txt": "years of work"}, r"also holds graphs/fp32/notes\.txt"),
+        ({"manifest.json": "fifo"}, r"named pipe"),
+    ],
+    ids=str,
+)
+def test_force_replaces_bundles_alone(quick, golden_of, bundle, changes, found):
+    for name, text in changes.items():
+        (bundle / name).unlink(missing_ok=True)
+        if text == "fifo":
+            os.mkfifo(bundle / name)
+        elif text is not None:
+            (bundle / name).write_text(text)
+    before = sorted(bundle.rglob("*"))
+    with pytest.raises(ExportError, match=found):
+        export(golden_of, OTHER, bundle, force=True)
+    assert sorted(bundle.rglob("*")) == before
+
+
+def test_force_replaces_a_damaged_bundle_and_one_with_engines_and_reports(quick, golden_of, bundle):
+    """Messages about damage say: export it again."""
+    fields = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(fields | {"max_seq_len": 7}))
+    (bundle / "graphs" / "fp32" / "weights.bin").unlink()
+    for name in ("engines/tensorrt-fp32/lrt.plan", "reports/parity-ort-cpu-fp32.html"):
+        (bundle / name).parent.mkdir(parents=True)
+        (bundle / name).touch()
+    export(golden_of, OTHER, bundle, force=True)
+    assert is_whole(bundle) and files_of(bundle) == set(FILES)
+
+
+def test_an_export_installs_no_signal_handlers(golden_of, tmp_path, quick):
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before, seen = [signal.getsignal(number) for number in numbers], []
+
+    def progress(what, done, total):
+        seen.append([signal.getsignal(number) for number in numbers])
+
+    lrt_deploy.export_bundle(golden_of(NAME).folder, tmp_path / "bundle", progress=progress)
+    assert seen and all(handlers == before for handlers in seen)
 
 
 def test_force_fills_an_empty_folder(quick, golden_of, tmp_path):
@@ -475,40 +531,6 @@ def test_exports_to_one_target_at_once_leave_one_whole_bundle(quick, golden_of, 
     assert len(errors) == (0 if force else 1)
 
 
-def make_at_once(target, replace):
-    """Three threads make the same folder; their errors."""
-    meeting, errors = threading.Barrier(3, timeout=60), []
-
-    def make(number):
-        try:
-            with made_whole(target, replace) as folder:
-                (folder / "file").write_text(str(number))
-                meeting.wait()
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=make, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
-
-
-@pytest.mark.parametrize("replace", [True, False])
-def test_folders_made_at_once_for_one_target_leave_one_of_them(tmp_path, replace):
-    """Often enough that their renames fall between each other's."""
-    for attempt in range(100):
-        target = tmp_path / str(attempt) / "made"
-        if replace:
-            target.mkdir(parents=True)
-            (target / "file").write_text("old")
-        errors = make_at_once(target, replace)
-        assert [type(error) for error in errors] == ([] if replace else [ExportError] * 2), errors
-        assert (target / "file").read_text() in ("0", "1", "2")
-        assert [path.name for path in target.parent.iterdir()] == ["made"]
-
-
 EXPORT_AND_WAIT = """
 import sys, time
 import lrt_deploy
@@ -565,16 +587,3 @@ def test_a_killed_export_with_force_keeps_what_was_there(golden_of, tmp_path, qu
     before = is_whole(target)
     assert killed(golden_of, target, "hashing", signal.SIGKILL, "--force") == -signal.SIGKILL
     assert is_whole(target) == before
-
-
-def test_the_hidden_folder_of_a_running_export_is_left_alone(quick, golden_of, tmp_path):
-    running = tmp_path / f".bundle.partial-{os.getppid()}.abc"
-    running.mkdir()
-    export(golden_of, NAME, tmp_path / "bundle")
-    assert running.is_dir()
-
-
-def test_a_folder_of_somebody_else_beside_the_target_is_left_alone(quick, golden_of, tmp_path):
-    (tmp_path / ".bundle.partial-notes").mkdir()
-    export(golden_of, NAME, tmp_path / "bundle")
-    assert nothing_beside(tmp_path, "bundle", ".bundle.partial-notes")
