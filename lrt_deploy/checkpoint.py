@@ -216,18 +216,19 @@ def _open_authors(found: Found) -> Checkpoint:
         found.weights,
         found.step,
         described.config,
-        {name: LazyTensor(tensor.dtype, tensor.shape, partial(_as_torch, tensor)) for name, tensor in stored.items()},
+        {name: LazyTensor(tensor.dtype, tensor.shape, partial(as_torch, tensor)) for name, tensor in stored.items()},
         described.known_as,
         found.chosen,
         state.sha256,
     )
 
 
-def _as_torch(stored: StoredTensor) -> Tensor:
+def as_torch(stored: StoredTensor) -> Tensor:
     """Read a tensor into memory of its own, in its shape and strides."""
     dtype = getattr(torch, stored.dtype)
     assert isinstance(dtype, torch.dtype)
-    flat = torch.from_numpy(stored.read_bytes()).view(dtype)
+    data = stored.read_bytes()
+    flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
     return flat.as_strided(stored.shape, stored.description.strides)
 
 

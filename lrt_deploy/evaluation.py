@@ -10,6 +10,7 @@ the `.npz` of token rows, and does not decide how many rows fit the decoder at o
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import BackendError, InputError
+from .files import open_regular
 from .interface import FloatArray, IntArray, StatefulDecoder
 
 if TYPE_CHECKING:
@@ -152,11 +154,25 @@ def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     return arrays["x"].astype(np.int64), arrays["y"].astype(np.int64)
 
 
+# Recorded numbers hardly compress and token rows by less than this; a small file must not become a large array.
+_MAX_EXPANSION, _FREE_BYTES, _MAX_BYTES = 64, 64 * 1024 * 1024, 8 * 1024**3
+
+
 def load_archive(path: str | Path) -> Any:  # noqa: ANN401 - an array or NpzFile, as np.load has it
-    """np.load without pickles; of a file that is neither, numpy would say how to unpickle it."""
-    with Path(path).open("rb") as file:
-        if not file.read(6).startswith((b"PK", b"\x93NUMPY")):
+    """np.load without pickles, of a regular file whose arrays are of bounded size; an array alone is mapped, not read.
+
+    Of a file that is neither archive nor array, numpy would say how to unpickle it.
+    """
+    with open_regular(Path(path), "the archive of arrays", InputError) as file:
+        head, size = file.read(6), os.fstat(file.fileno()).st_size
+        if head == b"\x93NUMPY":
+            return np.load(path, allow_pickle=False, mmap_mode="r")
+        if not head.startswith(b"PK"):
             raise ValueError("it begins like no such archive")
+        with zipfile.ZipFile(file) as archive:
+            total = sum(entry.file_size for entry in archive.infolist())
+    if total > (limit := min(max(_MAX_EXPANSION * size, _FREE_BYTES), _MAX_BYTES)):
+        raise ValueError(f"its {size} bytes would become {total}; at most {limit} are accepted")
     return np.load(path, allow_pickle=False)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -232,8 +234,23 @@ def test_other_files_are_refused_by_name(content, named, tmp_path):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot be opened"):
         rows_from_npz(tmp_path / "none.npz")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+def test_rows_are_read_from_regular_files_only(tmp_path, kind):
+    path = tmp_path / "rows.npz"
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](path)
+    with pytest.raises(InputError, match="expected a regular file"):
+        rows_from_npz(path)
+
+
+def test_a_small_archive_of_large_arrays_is_refused_unread(tmp_path):
+    zeros = np.zeros((1, 20_000_000), np.int64)  # 320 MB in two arrays, from 0.3 MB
+    np.savez_compressed(tmp_path / "rows.npz", x=zeros, y=zeros)
+    with pytest.raises(InputError, match="would become 320"):
+        rows_from_npz(tmp_path / "rows.npz")
 
 
 # The authors' numbers. Every golden on the runtime: test_goldens.
