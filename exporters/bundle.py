@@ -22,7 +22,7 @@ from lrt_deploy.files import read_json, read_text
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.model import LRT
 from lrt_deploy.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
-from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 from lrt_deploy.weights import matrix_shapes
 
 from . import passes
@@ -168,15 +168,19 @@ def _check_int4_block(options: ExportOptions) -> None:
         )
 
 
-def find_tokenizer(checkpoint: Checkpoint, folder: Path | None) -> SourceTokenizer | None:
-    """The tokenizer asked for, else the one beside the checkpoint, else the authors' (two folders up), else none."""
+def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenizer | None:
+    """The tokenizer that was named (`none`: without), else the one that belongs to the checkpoint, else None.
+
+    It is looked for in the checkpoint's folder `tokenizer`, in the checkpoint's own folder, as on the Hub, and in the
+    authors' place, the folder `tokenizer` beside `base_checkpoints`.
+    """
     vocab_size = checkpoint.config.vocab_size
-    if folder is not None:
-        return load_source_tokenizer(folder, vocab_size)
-    for candidate in (checkpoint.folder / manifest.TOKENIZER, checkpoint.folder.resolve().parent.parent / "tokenizer"):
-        if any((candidate / name).is_file() for name in ("tokenizer.pkl", "tokenizer.json")):
-            return load_source_tokenizer(candidate, vocab_size)
-    return None
+    if named is not None:
+        return None if named == Path("none") else load_source_tokenizer(named, vocab_size)
+    folder, home = checkpoint.folder, checkpoint.folder.resolve().parent.parent
+    candidates = (folder / manifest.TOKENIZER, folder, home / manifest.TOKENIZER)
+    found = next(filter(has_tokenizer, candidates), None)
+    return None if found is None else load_source_tokenizer(found, vocab_size)
 
 
 @dataclass(frozen=True)

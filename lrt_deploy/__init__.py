@@ -71,12 +71,13 @@ def export_bundle(
     """Export a checkpoint folder to a bundle folder and return the manifest.
 
     `max_seq_len` defaults to the model's `sequence_len` and may be up to 10 times that. `tokenizer` is a folder with
-    `tokenizer.pkl` or `tokenizer.json` (default: beside the checkpoint). `step` picks one of several saved steps
-    (default: the last). `force` replaces an existing bundle. `calibration` is a text file on which ranges and int8
-    activations are measured (default: a short one shipped with the package); `keep_high` names matrices that stay
-    precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized precisions; empty:
-    none). `compensate` rounds int4 weights so that later rows make up for the error of earlier ones, on the
-    calibration text; `int4_block` says how many rows of a column share an int4 scale: 32 (the default), 64 or 128.
+    `tokenizer.pkl` or `tokenizer.json`, that file itself, or "none" (default: the checkpoint's). `step` picks one of
+    several saved steps (default: the last). `force` replaces an existing bundle. `calibration` is a text file on which
+    ranges and int8 activations are measured (default: a short one shipped with the package); `keep_high` names matrices
+    that stay precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized
+    precisions; empty: none). `compensate` rounds int4 weights so that later rows make up for the error of earlier ones,
+    on the calibration text; `int4_block` says how many rows of a column share an int4 scale: 32 (the default), 64 or
+    128.
     `host_embeddings` keeps the embedding tables out of the graphs: the runtime maps them and hands in the rows of the
     tokens, so that neither engines nor GPU memory hold them. `progress` is called with (what, done, total), in bytes or
     0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.

@@ -1,13 +1,15 @@
-"""Turns tokens into text as they come: whole characters only, and nothing that a stop string might still take back.
+"""Turn tokens into text as they come: whole characters only, and no text that a stop string may still remove.
 
-A token can end in the middle of a character, and a stop string can begin in one token and end in another. This module
-holds back exactly what is not settled yet. It knows neither tokenizers nor models: it is given a function from a token
-to its bytes.
+A token can end in the middle of a character, and a stop string can begin in one token and end in another. The text
+that is not certain yet is held back. Time is proportional to the length of the text times the number of stop strings,
+whatever they contain (the search is Knuth, Morris and Pratt's). This module knows neither tokenizers nor models: it is
+given a function from a token to its bytes.
 """
 
 from __future__ import annotations
 
 import codecs
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from .errors import InputError
@@ -22,43 +24,71 @@ class TextStream:
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop_strings: Sequence[str] = ()) -> None:
         if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            raise InputError(f"stop strings are a list of texts of at least one character, found {stop_strings!r}")
+            shown = repr(stop_strings)[:200]
+            raise InputError(f"stop strings are a list of texts of at least one character, found {shown}")
         self._token_bytes = token_bytes
-        self._stops = tuple(stop_strings)
-        self._longest = max(map(len, self._stops), default=0)
+        self._searches = [_Search(stop) for stop in dict.fromkeys(stop_strings)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
+        self._held: deque[str] = deque()
+        self._held_chars = 0
         self.stopped: str | None = None
         """The stop string that ended the text, if one has."""
 
     def push(self, token: int) -> str:
-        """Take one more token; the text that is now certain. Nothing follows a stop string."""
+        """Take one more token; return the text that is now certain. Nothing follows a stop string."""
         return self._advance(self._decoder.decode(self._token_bytes(token)))
 
     def finish(self) -> str:
-        """The rest of the text, after the last token: what was held back, U+FFFD for an unfinished character."""
-        text = self._advance(self._decoder.decode(b"", final=True)) + self._held
-        self._held = ""
-        return text
+        """Return the text that was held back, with U+FFFD for an unfinished character; nothing more follows."""
+        return self._advance(self._decoder.decode(b"", final=True)) + self._release(self._held_chars)
 
     def _advance(self, text: str) -> str:
-        if self.stopped is not None:
+        if self.stopped is not None or not text:
             return ""
-        text = self._held + text
-        if found := self._first_stop(text):
-            self._held, self.stopped = "", found[1]
-            return text[: found[0]]
-        certain = len(text) - self._undecided(text)
-        self._held = text[certain:]
-        return text[:certain]
+        before = self._held_chars
+        self._held.append(text)
+        self._held_chars += len(text)
+        if self._searches:
+            for position, char in enumerate(text, start=1):
+                if found := [search.stop for search in self._searches if search.advance(char)]:
+                    self.stopped = max(found, key=len)
+                    certain = self._release(before + position - len(self.stopped))
+                    self._held.clear()
+                    self._held_chars = 0
+                    return certain
+        undecided = max((search.matched for search in self._searches), default=0)
+        return self._release(self._held_chars - undecided)
 
-    def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Where the stop string that is complete first begins, and which it is."""
-        starts = [(text.find(stop), stop) for stop in self._stops]
-        hits = [(start + len(stop), start, stop) for start, stop in starts if start >= 0]
-        return min(hits)[1:] if hits else None
+    def _release(self, count: int) -> str:
+        """Take the first `count` characters out of what is held."""
+        self._held_chars -= count
+        parts = []
+        while count:
+            part = self._held.popleft()
+            if len(part) > count:
+                self._held.appendleft(part[count:])
+                part = part[:count]
+            parts.append(part)
+            count -= len(part)
+        return "".join(parts)
 
-    def _undecided(self, text: str) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
-        lengths = range(min(len(text), self._longest - 1), 0, -1)
-        return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in self._stops)), 0)
+
+class _Search:
+    """How much of one stop string the text ends with: `matched` characters, the most possible."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        # For each prefix of the stop string, by length: the longest shorter prefix that it ends with. Built as needed.
+        self._shorter = [0, 0]
+
+    def advance(self, char: str) -> bool:
+        """Append one character to the text; whether the stop string is now complete."""
+        self.matched = self._extended(self.matched, char)
+        if self.matched == len(self._shorter):
+            self._shorter.append(self._extended(self._shorter[-1], self.stop[self.matched - 1]))
+        return self.matched == len(self.stop)
+
+    def _extended(self, length: int, char: str) -> int:
+        while length and self.stop[length] != char:
+            length = self._shorter[length]
+        return length + 1 if self.stop[length] == char else 0

@@ -1,45 +1,38 @@
-"""Text to token ids and back: converts a checkpoint's tokenizer into the bundle's, and is the tokenizer at run time.
+"""Text to token ids and back: reads a checkpoint's tokenizer, writes the bundle's, and is the tokenizer at run time.
 
 Knows byte-level byte-pair encoding, the authors' special tokens and their chat form. The bundle's tokenizer encodes
 exactly as the tiktoken `Encoding` that the model was trained with, or the conversion refuses; decoding is done here,
 from bytes, because a token may be a part of a character.
-It imports neither torch nor tiktoken, and it does not read pickles (see `pickles`) or the authors' `token_bytes.pt`
-(the byte lengths follow from the tokens). It does not hash or verify files: that is the manifest's work.
+Which files are accepted is said in `tokenizer_file`, how text is cut in `split_patterns`, how pieces are merged in
+`byte_pairs`. This module imports neither torch nor tiktoken, and it does not read the authors' `token_bytes.pt` (the
+byte lengths follow from the tokens). It does not hash or verify files: that is the manifest's work.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-
-from .chat_form import ASSISTANT_END, ASSISTANT_START, BOS, CONTROL_TOKENS, USER_END, USER_START, turns
+from . import tokenizer_file
+from .byte_pairs import BytePairs, as_chars
+from .chat_form import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
 from .errors import BundleError, CheckpointError, InputError
-from .pickles import MAX_FILE_BYTES, EncodingData, read_encoding
+from .files import read_bytes, read_json, read_text
+from .pickles import parse_encoding
+from .split_patterns import Splitter
+from .tokenizer_file import Vocabulary
 
+PICKLE_FILE = "tokenizer.pkl"
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_LENGTHS_FILE = "token_bytes.json"
 
-# The printable stand-ins for the 256 bytes in byte-level vocabularies, GPT-2's table.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [byte for byte in range(256) if byte not in _PRINTABLE]
-_CHAR_OF = {byte: chr(byte) for byte in _PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(_OTHERS)}
-_BYTE_OF = {char: byte for byte, char in _CHAR_OF.items()}
-
-# What a split pattern may be made of: constructs that mean the same to tiktoken's regex engine and to tokenizers'
-# (measured over all code points). `$`, `^`, `\w`, `{m,n}+` and lazy quantifiers are among those that do not.
-_PATTERN = re.compile(
-    r"""(?: \(\?i: (?:(?!s[st])[sdmtlver'|\[\]])+ \) | \(\?!\\S\)
-        | \[\^?(?:\\p\{(?:L[ulmto]?|[NMPS]|Han)\}|\\[sSrnt]|[^\\\[\]&^-])+\]
-        | \\p\{(?:L[ulmto]?|[NMPS]|Han)\} | \\[sSrnt] | [^\\\[\](){}.^$|?*+&-] | \|
-        | [?*+]\+?(?![?*+]) | \{\d+(?:,\d*)?\}(?![?*+]) )+""",
-    re.VERBOSE,
-)
+# A token takes about 20 bytes of a pickle and 200 of an indented tokenizer.json with its merges.
+_FILE_BYTES, _TOKEN_FILE_BYTES, _MAX_FILE_BYTES = 2**20, 1024, 2**26
+# Pieces whose tokens are remembered: most text is made of few words.
+_CACHED_PIECES, _CACHED_LENGTH = 2**15, 32
 
 
 class SourceTokenizer(NamedTuple):
@@ -49,31 +42,40 @@ class SourceTokenizer(NamedTuple):
     byte_lengths: list[int]
 
 
-class _Vocabulary(NamedTuple):
-    """The bytes of each token by id, and the ids of the special tokens."""
-
-    tokens: list[bytes]
-    special: dict[str, int]
+def has_tokenizer(folder: Path) -> bool:
+    """Whether something in the folder has the name of a tokenizer's file; it may still be none."""
+    return any(os.path.lexists(folder / name) for name in (PICKLE_FILE, TOKENIZER_FILE))
 
 
-def load_source_tokenizer(folder: Path, vocab_size: int) -> SourceTokenizer:
-    """Read the tokenizer beside a checkpoint: the authors' `tokenizer.pkl`, or else a byte-level `tokenizer.json`.
+def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
+    """Read a checkpoint's tokenizer: the authors' `tokenizer.pkl`, or else a byte-level `tokenizer.json`.
 
-    The model's `vocab_size` must cover every token; it may be larger.
+    `path` is the folder that holds one of them, or the file itself. The model's `vocab_size` must cover every token; it
+    may be larger. Raises CheckpointError.
     """
-    if (path := folder / "tokenizer.pkl").exists():
-        text = convert_encoding(read_encoding(path)).to_str()
-    elif (path := folder / TOKENIZER_FILE).exists():
-        text = _read_text(path)
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist; name the tokenizer's folder, or its file")
+    if path.is_dir():
+        if not has_tokenizer(path):
+            raise CheckpointError(
+                f"{path} has neither {PICKLE_FILE} nor {TOKENIZER_FILE}; name the tokenizer's folder or file"
+            )
+        path = path / (PICKLE_FILE if os.path.lexists(path / PICKLE_FILE) else TOKENIZER_FILE)
+    limit = _size_limit(vocab_size)
+    if path.suffix == ".json":
+        text = read_text(path, "the tokenizer", CheckpointError, limit)
+        vocabulary = tokenizer_file.from_json(text, str(path), vocab_size)
+    elif path.suffix == ".pkl":
+        encoding = parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit), str(path))
+        vocabulary = tokenizer_file.from_encoding(encoding, str(path), vocab_size)
     else:
-        raise CheckpointError(f"{folder} has neither tokenizer.pkl nor {TOKENIZER_FILE}; name the tokenizer's folder")
-    _, vocabulary = _parse(text, str(path))
-    if len(vocabulary.tokens) > vocab_size:
-        raise CheckpointError(
-            f"{path} has {len(vocabulary.tokens)} tokens, more than the model's vocab_size of {vocab_size}; take the "
-            "tokenizer that the checkpoint was trained with"
-        )
-    return SourceTokenizer(text, token_byte_lengths(vocabulary.tokens, vocabulary.special.values()))
+        raise CheckpointError(f"{path} is neither a folder nor a file whose name ends in .pkl or .json")
+    lengths = token_byte_lengths(vocabulary.tokens, vocabulary.special.values())
+    return SourceTokenizer(tokenizer_file.to_json(vocabulary), lengths)
+
+
+def _size_limit(tokens: int) -> int:
+    return min(_FILE_BYTES + _TOKEN_FILE_BYTES * tokens, _MAX_FILE_BYTES)
 
 
 def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
@@ -94,145 +96,45 @@ def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) ->
     return lengths
 
 
-def convert_encoding(data: EncodingData) -> tokenizers.Tokenizer:
-    """The tokenizer that encodes every text as the tiktoken `Encoding` does.
-
-    tiktoken merges any two neighbours that join to a token, lowest rank first, so every way to split a token in two
-    is a merge here. Only one of them can ever occur: what happens inside a token's span does not depend on its
-    surroundings. A piece that is a token as a whole is taken as it is (`ignore_merges`), and text that the pattern
-    does not match is dropped, again as tiktoken does.
-    """
-    _check_encoding(data)
-    ranks = dict(sorted(data.mergeable_ranks.items(), key=lambda item: item[1]))
-    splits = ((token[:i], token[i:]) for token in ranks for i in range(1, len(token)))
-    merges = [(_as_chars(left), _as_chars(right)) for left, right in splits if left in ranks and right in ranks]
-    vocabulary = {_as_chars(token): rank for token, rank in ranks.items()}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=True))
-    split = pre_tokenizers.Split(Regex(data.pat_str), behavior="removed", invert=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    special = sorted(data.special_tokens, key=data.special_tokens.__getitem__)
-    tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False) for content in special])
-    return tokenizer
-
-
-def _check_encoding(data: EncodingData) -> None:
-    ordinary, special = sorted(data.mergeable_ranks.values()), sorted(data.special_tokens.values())
-    _require_ids([*ordinary, *special], "tiktoken Encoding", "ordinary tokens first, then the special ones")
-    if missing := [byte for byte in range(256) if bytes([byte]) not in data.mergeable_ranks]:
-        raise CheckpointError(f"tiktoken Encoding: {len(missing)} of the 256 bytes are no tokens ({missing[0]} is one)")
-    known = {_as_chars(token) for token in data.mergeable_ranks}
-    if doubled := [name for name in data.special_tokens if name in known or not name]:
-        raise CheckpointError(f"tiktoken Encoding: the special token {doubled[0]!r} is empty or an ordinary token too")
-    if not _PATTERN.fullmatch(data.pat_str):
-        raise CheckpointError(
-            f"tiktoken Encoding: its split pattern {data.pat_str[:200]!r} has parts of which it is not known that both "
-            f"regex engines read them alike; use a tokenizer folder with a {TOKENIZER_FILE} made for this model"
-        )
-    try:
-        Regex(data.pat_str)
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(f"tiktoken Encoding: split pattern {data.pat_str[:200]!r}: {error}") from error
-
-
-def _require_ids(ids: Sequence[int], source: str, expected: str) -> None:
-    """Refuse ids other than 0 to n-1, in this order."""
-    for position, token in enumerate(ids):
-        if token != position:
-            raise CheckpointError(f"{source} has the token id {token} where {position} is expected ({expected})")
-
-
-def _as_chars(token: bytes) -> str:
-    return "".join(map(_CHAR_OF.__getitem__, token))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes; no tokenizer is")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-
-
-def _parse(text: str, source: str) -> tuple[tokenizers.Tokenizer, _Vocabulary]:
-    """Load a byte-level BPE `tokenizer.json` and make sure that it does what its table of tokens says."""
-    try:
-        vocabulary = _read_vocabulary(json.loads(text), source)
-        tokenizer = tokenizers.Tokenizer.from_str(text)
-    except CheckpointError:
-        raise
-    except Exception as error:  # json has several types for this, and the library raises bare exceptions
-        found = f"{type(error).__name__}: {error}"[:200]
-        raise CheckpointError(f"{source} is not a tokenizer that the tokenizers library can read ({found})") from error
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    for content, token in vocabulary.special.items():
-        if tokenizer.token_to_id(content) != token or token in _encode(tokenizer, content):
-            raise CheckpointError(f"{source}: {content!r} is not kept apart from ordinary text as token {token}")
-    return tokenizer, vocabulary
-
-
-def _read_vocabulary(fields: dict[str, Any], source: str) -> _Vocabulary:
-    model = fields["model"]
-    _require_byte_level(fields, source)
-    entries = fields.get("added_tokens") or []
-    added = {entry["content"]: entry["id"] for entry in entries}
-    special = {entry["content"]: entry["id"] for entry in entries if entry["special"]}
-    if plain := sorted((added.keys() - special.keys()) & CONTROL_TOKENS):
-        raise CheckpointError(f"{source}: {plain[0]} is not marked special, so any text could contain it")
-    ids = model["vocab"] | added
-    names = sorted(ids, key=ids.__getitem__)
-    _require_ids([ids[name] for name in names], source, "every id once, without gaps")
-    tokens = [name.encode() if name in added else bytes(map(_BYTE_OF.__getitem__, name)) for name in names]
-    if missing := set(range(256)) - {token[0] for token in tokens if len(token) == 1}:
-        raise CheckpointError(f"{source}: {len(missing)} of the 256 bytes are no tokens; some texts have no encoding")
-    return _Vocabulary(tokens, special)
-
-
-def _require_byte_level(fields: dict[str, Any], source: str) -> None:
-    model, split = fields["model"], fields["pre_tokenizer"] or {}
-    kinds = {split.get("type"), *(part["type"] for part in split.get("pretokenizers", []))}
-    if model.get("type") != "BPE" or "ByteLevel" not in kinds:
-        raise CheckpointError(f"{source} holds a {model.get('type')} model; only byte-level BPE decodes without loss")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"):
-        if model.get(option):
-            raise CheckpointError(
-                f"{source} sets {option} to {str(model[option])[:50]}; byte-level BPE must not have it"
-            )
-
-
-def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    # The batch call skips the offsets, which takes half the time.
-    return list(tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
-
-
 class Tokenizer:
     """The tokenizer of an opened bundle. It never changes, and threads may share it.
 
     Special tokens are never read out of text: only `encode_prompt` and `render_chat` put them in.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, vocabulary: _Vocabulary, byte_lengths: list[int]) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, vocabulary: Vocabulary) -> None:
         self._tokens = vocabulary.tokens
+        self._splitter = Splitter(vocabulary.pattern)
+        self._pairs = BytePairs(vocabulary.ids, vocabulary.merges, vocabulary.whole)
+        self._cache: dict[str, list[int]] = {}
         self.special_tokens: dict[str, int] = dict(vocabulary.special)
-        self.byte_lengths: tuple[int, ...] = tuple(byte_lengths)
+        self.byte_lengths: tuple[int, ...] = tuple(token_byte_lengths(self._tokens, self.special_tokens.values()))
+        special = set(self.special_tokens.values())
+        self.longest_token_bytes = max(len(token) for i, token in enumerate(self._tokens) if i not in special)
+        """The most bytes of text that one token can stand for."""
 
     @classmethod
-    def open(cls, folder: Path) -> Tokenizer:
-        """Read the bundle's tokenizer folder: `tokenizer.json` and `token_bytes.json`."""
-        path = folder / BYTE_LENGTHS_FILE
+    def open(cls, folder: Path, tokens: int | None = None) -> Tokenizer:
+        """Read the bundle's tokenizer folder: `tokenizer.json` and `token_bytes.json`.
+
+        `tokens` is how many tokens the manifest says that there are (None: any number). Raises BundleError.
+        """
+        path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
+        limit = _MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
         try:
-            tokenizer, vocabulary = _parse(_read_text(folder / TOKENIZER_FILE), str(folder / TOKENIZER_FILE))
-            lengths = json.loads(_read_text(path))
-        except (CheckpointError, ValueError, RecursionError) as error:
+            text = read_text(path, "the tokenizer", CheckpointError, limit)
+            vocabulary = tokenizer_file.from_json(text, str(path), limit if tokens is None else tokens)
+            lengths = read_json(lengths_path, "the table of byte lengths", CheckpointError, limit)
+        except CheckpointError as error:
             raise BundleError(f"the tokenizer of the bundle is damaged: {error}; export the bundle again") from error
-        if lengths != token_byte_lengths(vocabulary.tokens, vocabulary.special.values()):
-            raise BundleError(f"{path} does not fit the tokens of {TOKENIZER_FILE}; export the bundle again")
-        return cls(tokenizer, vocabulary, lengths)
+        if tokens is not None and len(vocabulary.tokens) != tokens:
+            raise BundleError(
+                f"{path} has {len(vocabulary.tokens)} tokens where the manifest says {tokens}; export the bundle again"
+            )
+        opened = cls(vocabulary)
+        if lengths != list(opened.byte_lengths):
+            raise BundleError(f"{lengths_path} does not fit the tokens of {TOKENIZER_FILE}; export the bundle again")
+        return opened
 
     @property
     def vocab_size(self) -> int:
@@ -257,11 +159,39 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError:  # surrogates: pairs become their character, lone ones U+FFFD, as in tiktoken
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return _encode(self._tokenizer, text)
+        ids: list[int] = []
+        cached = self._cache.get
+        for piece in self._splitter.pieces(text):
+            ids += cached(piece) or self._encode_piece(piece)
+        return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The tokens of a text prompt: `<|bos|>` and the text."""
+    def encode_prompt(self, text: str, capacity: int | None = None) -> list[int]:
+        """The tokens of a text prompt: `<|bos|>` and the text.
+
+        Raises InputError, before anything is encoded, for a text that cannot fit into `capacity` tokens because it has
+        more bytes than so many of the longest token.
+        """
+        if capacity is not None:
+            self.check_fits(text, capacity)
         return [self.bos_id, *self.encode(text)]
+
+    def check_fits(self, text: str, capacity: int) -> None:
+        """Raise InputError if a text has more bytes than `capacity` tokens can stand for."""
+        # At least one byte for each character; only texts in between are worth being counted.
+        least = len(text) if len(text) > capacity * self.longest_token_bytes else len(text.encode("utf-8", "replace"))
+        if least > capacity * self.longest_token_bytes:
+            raise InputError(
+                f"the text has at least {least} bytes, which are {least // self.longest_token_bytes} tokens or more; "
+                f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
+            )
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        ids = self._pairs.encode(as_chars(piece.encode()))
+        if len(piece) <= _CACHED_LENGTH:
+            if len(self._cache) >= _CACHED_PIECES:
+                self._cache.clear()
+            self._cache[piece] = ids
+        return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens, special ones by name; bytes that are no UTF-8 become U+FFFD."""

@@ -75,7 +75,9 @@ class Lane:
         if not ready:
             return
         logits = self.state.logits_of(ready)
-        largest = logits.argmax(axis=1).tolist()
+        tokenizer = self.decoder.tokenizer
+        choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
+        largest = logits[:, :choices].argmax(axis=1).tolist()
         events = [self._take(row, logits[i], largest[i]) for i, row in enumerate(ready)]
         for row, event in zip(reversed(ready), reversed(events), strict=True):  # the last row moves into the gap
             if event.last:

@@ -211,7 +211,7 @@ class Decoder:
             raise InputError(
                 "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
             )
-        return self.tokenizer.encode_prompt(prompt)
+        return self.tokenizer.encode_prompt(prompt, self.max_seq_len)
 
     def _standing(self, state: DecodeState | None) -> DecodeState:
         if state is None or state.batch != 1:
@@ -279,7 +279,7 @@ def open_decoder(
     choice = choose(folder, manifest, backend, precision)
     check_contract(folder, manifest, choice.precision)
     check_threads(threads)
-    tokenizer = Tokenizer.open(folder / TOKENIZER) if manifest.tokenizer_tokens else None
+    tokenizer = Tokenizer.open(folder / TOKENIZER, manifest.tokenizer_tokens) if manifest.tokenizer_tokens else None
     loaded = load_backend(choice, folder, manifest, threads, cuda_graph)
     decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
     decoder.backend_reason = choice.reason

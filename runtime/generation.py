@@ -49,6 +49,8 @@ class Generation:
     stop_ids: frozenset[int]
     stream: TextStream | None
     sampler: Sampler
+    choices: int | None = None
+    """Only ids below this are chosen: those that the tokenizer has a text for. None: all."""
 
     @classmethod
     def of(
@@ -71,7 +73,8 @@ class Generation:
             stop_ids = sorted(tokenizer.stop_ids) if tokenizer else ()
         stream = TextStream(tokenizer.token_bytes_of, stop_strings) if tokenizer else None
         options = SamplingOptions(**sampling)  # type: ignore[arg-type]  # checked by the dataclass itself
-        return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options))
+        choices = tokenizer.vocab_size if tokenizer else None
+        return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options), choices)
 
 
 class Continuation:
@@ -84,12 +87,15 @@ class Continuation:
         self.options, self.history, self.made = options, list(tokens), 0
 
     def choose(self, logits: FloatArray) -> int:
-        """The next token, from logits (V)."""
-        return self.options.sampler.choose(logits, self.history)
+        """The next token, from logits (V), of those that have a text."""
+        count = self.options.choices
+        if count is None or count >= len(logits):
+            return self.options.sampler.choose(logits, self.history)
+        return self.options.sampler.choose(logits[:count], [token for token in self.history if token < count])
 
     @property
     def takes_the_largest(self) -> bool:
-        """Whether `choose` is nothing but the largest logit, so that a batch may do it for all rows at once."""
+        """Whether `choose` is nothing but the largest logit of the choices, so that a batch may do it for all rows."""
         sampling = self.options.sampler.options
         return sampling.temperature == 0 and sampling.repetition_penalty == 1
 

@@ -133,8 +133,8 @@ def test_a_chat_needs_a_tokenizer_with_the_chat_tokens(bundle, monkeypatch):
 
     opened = Tokenizer.open.__func__
 
-    def without_roles(cls, folder):
-        tokenizer = opened(cls, folder)
+    def without_roles(cls, *arguments):
+        tokenizer = opened(cls, *arguments)
         del tokenizer.special_tokens["<|user_start|>"]
         return tokenizer
 

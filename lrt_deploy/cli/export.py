@@ -18,7 +18,11 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder or weights file.")],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
     tokenizer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Tokenizer folder; default: the one beside the checkpoint.")
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Tokenizer folder, or its tokenizer.pkl or .json; none: without; default: the checkpoint's.",
+        ),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None,
     precision: Annotated[list[str] | None, typer.Option(help="Precision to export; repeatable; default: fp32.")] = None,
@@ -78,7 +82,6 @@ def export(
 
 def summary(manifest: Manifest) -> dict[str, str]:
     """What a bundle holds, for people."""
-    tokens = manifest.tokenizer_tokens
     origin = manifest.provenance.get("checkpoint") or {}
     chosen = {"checkpoint": str(origin["chosen"])} if origin.get("chosen") else {}
     return {
@@ -89,7 +92,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
         "prefill": ", ".join(manifest.prefill_policies),
         **table_rows(manifest),
-        "tokenizer": f"{tokens} tokens" if tokens else "none: prompts must be token ids",
+        "tokenizer": facts.tokenizer_line(manifest.tokenizer_tokens, manifest.model.vocab_size),
     }
 
 

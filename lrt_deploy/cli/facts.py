@@ -50,6 +50,18 @@ def model_line(config: LRTConfig) -> str:
     )
 
 
+def tokenizer_line(tokens: int | None, vocab_size: int) -> str:
+    """How many tokens the tokenizer has, and what becomes of the ids that it has none for."""
+    if not tokens:
+        return "none: prompts must be token ids"
+    if tokens == vocab_size:
+        return f"{tokens} tokens"
+    return (
+        f"{tokens} tokens for a vocab_size of {vocab_size}: is it the one that the model was trained with? The ids "
+        f"{tokens} to {vocab_size - 1} have no text, and generation never chooses them"
+    )
+
+
 def disk_text(folder: Path) -> str:
     """Size of all files in a folder."""
     return bytes_text(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -133,6 +133,8 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
     rows = ({"chosen": opened.chosen} if opened.chosen else {}) | {
         name.replace("_", " "): cell(fields[name]) for name in names
     }
+    if tokens := fields["tokenizer"]["tokens"]:
+        rows["tokenizer"] = facts.tokenizer_line(tokens, opened.config.vocab_size)
     line = facts.model_line(opened.config)
     return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
 

@@ -176,4 +176,4 @@ def prompt_ids(decoder: Decoder, prompt: str | list[int]) -> list[int]:
         return prompt
     if decoder.tokenizer is None:
         raise InputError("this bundle has no tokenizer, so give --tokens; or export it again with --tokenizer")
-    return decoder.tokenizer.encode_prompt(prompt)
+    return decoder.tokenizer.encode_prompt(prompt, decoder.max_seq_len)
