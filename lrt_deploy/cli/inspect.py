@@ -116,6 +116,7 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
     from lrt_deploy.checkpoint import open_checkpoint
 
     opened = open_checkpoint(path)
+    tokenizer = tokenizer_fields(opened)
     dtypes = Counter(tensor.dtype for tensor in opened.tensors.values())
     fields = {
         "config": opened.config.to_dict(),
@@ -127,14 +128,14 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
         "parameters": checkpoint_parameters(opened),
         "tensors": len(opened.tensors),
         "dtypes": dict(dtypes),
-        "tokenizer": tokenizer_fields(opened),
+        "tokenizer": tokenizer,
     }
     names = ("known_as", "step", "file", "sha256", "parameters", "tensors", "dtypes", "tokenizer")
     rows = ({"chosen": opened.chosen} if opened.chosen else {}) | {
         name.replace("_", " "): cell(fields[name]) for name in names
     }
-    if tokens := fields["tokenizer"]["tokens"]:
-        rows["tokenizer"] = facts.tokenizer_line(tokens, opened.config.vocab_size)
+    if tokenizer["tokens"]:
+        rows["tokenizer"] = facts.tokenizer_line(tokenizer["tokens"], opened.config.vocab_size)
     line = facts.model_line(opened.config)
     return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
 
