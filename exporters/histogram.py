@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 INT8_LEVELS = 127  # symmetric: -127 to 127, no zero point
 _BINS = 4096  # 32 a level at the full range
+_TINY = 1e-30
 # Candidates for the largest number that is still represented, as shares of the largest one seen.
 _SHARES = np.geomspace(0.02, 1.0, 80)
 
@@ -37,6 +38,8 @@ class Histogram:
         while self.largest > self.limit:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, np.int64)])
             self.limit *= 2
+        if self.limit < _TINY:  # the factor would be infinite in float32
+            sizes = sizes.astype(np.float64)
         bins = np.minimum((sizes * (_BINS / self.limit)).astype(np.int64), _BINS - 1)
         self.counts += np.bincount(bins, minlength=_BINS)
 

@@ -96,13 +96,15 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
     def _fill(self, model: LRT, name: str, source: Source) -> None:
-        tensors = [self._read(key, shape, source) for key, shape in zip(source.names, source.shapes, strict=True)]
-        if name in _TABLES and all(tensor.dtype == torch.bfloat16 for tensor in tensors):
+        """Copy the parts of one parameter, reading one part at a time."""
+        stored = [self.tensors[key].dtype for key in source.names if key in self.tensors]
+        if name in _TABLES and set(stored) == {"bfloat16"}:
             setattr(model, name, nn.Parameter(torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)))
-        parameter = model.get_parameter(name)
-        oriented = [tensor.T if source.transposed else tensor for tensor in tensors]
-        for target, tensor in zip(parameter.split([t.shape[-1] for t in oriented], dim=-1), oriented, strict=True):
-            target.copy_(tensor)
+        sizes = [shape[0 if source.transposed else -1] for shape in source.shapes]
+        parts = model.get_parameter(name).split(sizes, dim=-1)
+        for part, key, shape in zip(parts, source.names, source.shapes, strict=True):
+            tensor = self._read(key, shape, source)
+            part.copy_(tensor.T if source.transposed else tensor)
 
     def _check(self, key: str, shape: tuple[int, ...], optional: bool) -> None:
         """Hold a tensor's kind against the config without reading it."""
@@ -126,9 +128,11 @@ class Checkpoint:
             assert source.default is not None
             return torch.full(shape, source.default)
         tensor = self.tensors[key].load()
+        if tensor.dtype == torch.float64:  # what float32 cannot hold becomes infinite here and is refused
+            tensor = tensor.float()
         if count := int((~torch.isfinite(tensor)).sum()):
             raise CheckpointError(
-                f"{self.model_file}: {key!r} holds {count} numbers that are not finite; it cannot be run"
+                f"{self.model_file}: {key!r} holds {count} numbers that are not finite in float32; it cannot be run"
             )
         return tensor
 

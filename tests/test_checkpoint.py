@@ -226,6 +226,7 @@ def changed(**entries):
         (torch.zeros(8, 16).to_sparse(), ["sparse"]),
         (torch.full((8, 16), float("nan")), ["128", "not finite"]),
         (torch.zeros(8, 16).index_fill(0, torch.tensor([3]), float("inf")), ["16", "not finite"]),
+        (torch.full((8, 16), 1e300, dtype=torch.float64), ["128", "not finite in float32"]),
         (torch.empty(8, 16, device="meta"), []),
         (torch.zeros(8, 16).to(torch.float8_e4m3fn), []),
     ],

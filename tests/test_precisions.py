@@ -236,6 +236,14 @@ def test_a_histogram_finds_the_scale_that_costs_least():
         seen.add(np.array([np.nan], np.float32))
 
 
+@pytest.mark.parametrize("largest", [1e-45, 1e-40, 1e-31, 1.0, 1e30])
+def test_a_histogram_counts_values_of_any_scale(largest):
+    seen = Histogram()
+    seen.add(np.array([0, largest], np.float32))
+    assert (seen.counts[0], seen.counts[-1], seen.counts.sum()) == (1, 1, 2)
+    assert 0 < seen.scale() <= seen.largest
+
+
 # Calibration and what is decided from it.
 
 

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder or weights file.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, a weights file, or nanochat's base folder."),
+    ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
     tokenizer: Annotated[
         Path | None,
