@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from lrt_deploy.manifest import TABLE_ALIGNMENT as _PAGE_BYTES
+
 _INLINE_BYTES = 1024
-_PAGE_BYTES = 4096
 _CHUNK_BYTES = 16 * 2**20
 
 Progress = Callable[[int, int], None]

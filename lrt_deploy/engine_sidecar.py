@@ -13,15 +13,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import EngineError
-from .files import atomic_write
+from .fields import decode, shown
+from .files import atomic_write, open_regular, read_json
 
 SIDECAR_FORMAT = 1
+_LARGEST_SIDECAR_BYTES = 16 * 2**20  # a model with 100 layers has about 0.1 MB
 ENGINES, PLAN = "engines", "lrt.plan"
 DECODE, PREFILL = "decode", "prefill"
 
@@ -114,40 +118,31 @@ def write_sidecar(plan: Path, sidecar: EngineSidecar) -> None:
 def read_sidecar(plan: Path) -> EngineSidecar:
     """The sidecar of a plan, its types checked; EngineError for one that is missing, damaged or of another format."""
     path = sidecar_path(plan)
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    if not os.path.lexists(path):
         raise EngineError(
-            f"{plan} has no sidecar ({path.name}: {error.strerror}), so nobody can say what it was made from; "
+            f"{plan} has no sidecar ({path.name}), so it is unknown what it was made from; "
             "build the engine again with `lrt-deploy build --force`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
+        )
+    fields = read_json(path, "the sidecar", EngineError, _LARGEST_SIDECAR_BYTES)
     if not isinstance(fields, dict) or fields.pop("format_version", None) != SIDECAR_FORMAT:
         raise EngineError(f"{path} is not a sidecar of format {SIDECAR_FORMAT}; build the engine again")
     try:
-        return _parse(fields)
-    except (TypeError, ValueError, KeyError) as error:
+        sidecar = decode(EngineSidecar, fields)
+        _check(sidecar)
+    except ValueError as error:
         raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
+    return sidecar
 
 
 def check_plan(plan: Path, sidecar: EngineSidecar) -> None:
     """The plan must be there and as long as its sidecar says; EngineError for one that is missing or cut."""
-    try:
-        size = plan.stat().st_size
-    except OSError as error:
-        raise EngineError(f"cannot read {plan}: {error.strerror}; build the engine again") from error
-    if size != sidecar.plan_bytes:
-        raise EngineError(
-            f"{plan} has {size} bytes, its sidecar says {sidecar.plan_bytes}: truncated or altered; "
-            "build the engine again with --force"
-        )
+    _open_plan(plan, sidecar).close()
 
 
 def read_plan(plan: Path, sidecar: EngineSidecar) -> bytes:
     """The plan's bytes, read once and hashed; EngineError for one that is not the one its sidecar describes."""
-    check_plan(plan, sidecar)
-    data = plan.read_bytes()
+    with _open_plan(plan, sidecar) as file:
+        data = file.read(sidecar.plan_bytes + 1)
     if hashlib.sha256(data).hexdigest() != sidecar.plan_sha256:
         raise EngineError(
             f"{plan} does not match its sidecar's SHA-256: it was altered or is another plan; "
@@ -156,31 +151,37 @@ def read_plan(plan: Path, sidecar: EngineSidecar) -> bytes:
     return data
 
 
-def _parse(fields: Mapping[str, Any]) -> EngineSidecar:
-    """Hold every field against the type that the class declares, in its outlines."""
-    kinds = {"str": str, "int": int, "dict[str, Any]": dict}
-    known = {f.name: str(f.type) for f in dataclasses.fields(EngineSidecar)}
-    if set(fields) != set(known):
-        raise ValueError(f"it has {', '.join(sorted(set(fields) ^ set(known)))} too many or too few")
-    values: dict[str, Any] = {}
-    for name, declared in known.items():
-        value = fields[name]
-        if not isinstance(value, kinds.get(declared, list)) or isinstance(value, bool):
-            raise ValueError(f"{name} is {str(value)[:60]}")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    values["profiles"] = tuple(_profile(entry) for entry in values["profiles"])
-    return EngineSidecar(**values)
+def _open_plan(plan: Path, sidecar: EngineSidecar) -> BinaryIO:
+    file = open_regular(plan, "the engine's plan", EngineError)
+    if (size := os.fstat(file.fileno()).st_size) != sidecar.plan_bytes:
+        file.close()
+        raise EngineError(
+            f"{plan} has {size} bytes, its sidecar says {sidecar.plan_bytes}: truncated or altered; "
+            "build the engine again with --force"
+        )
+    return file
 
 
-def _profile(entry: Mapping[str, Any]) -> Profile:
-    return Profile(str(entry["name"]), _range(entry["batch"]), _range(entry["tokens"]))
-
-
-def _range(values: Sequence[Any]) -> Range:
-    smallest, typical, largest = (int(value) for value in values)
-    if not 1 <= smallest <= typical <= largest:
-        raise ValueError(f"a profile spans {smallest}, {typical}, {largest}")
-    return smallest, typical, largest
+def _check(sidecar: EngineSidecar) -> None:
+    """Refuse by ValueError what later code relies on beyond the types."""
+    if sidecar.plan_bytes < 1 or sidecar.max_seq_len < 1 or sidecar.max_batch_size < 1:
+        raise ValueError("plan_bytes, max_seq_len and max_batch_size are not all 1 or more")
+    if sidecar.capacity < sidecar.max_seq_len:
+        raise ValueError(f"capacity is {sidecar.capacity}, less than max_seq_len ({sidecar.max_seq_len})")
+    for named in sidecar.compute_capabilities:
+        if not re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}\+?", named):
+            raise ValueError(f"compute_capabilities has {shown(named)}, expected as in 8.9 or 8.0+")
+    for profile in sidecar.profiles:
+        for smallest, typical, largest in (profile.batch, profile.tokens):
+            if not 1 <= smallest <= typical <= largest:
+                raise ValueError(f"the profile {shown(profile.name)} spans {smallest}, {typical}, {largest}")
+    tensor, pair = {"name": str, "dtype": str, "shape": list}, {"past": str, "present": str, "in_place": bool}
+    for field_name, kinds in (("inputs", tensor), ("outputs", tensor), ("state", pair)):
+        for index, entry in enumerate(getattr(sidecar, field_name)):
+            for key, kind in kinds.items():
+                if not isinstance(entry.get(key), kind):
+                    name = f"{field_name}[{index}].{key}"
+                    raise ValueError(f"{name} is {shown(entry.get(key))}, expected {kind.__name__}")
 
 
 def runs_on(compute_capabilities: Sequence[str], found: tuple[int, int]) -> bool:

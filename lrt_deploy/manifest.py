@@ -15,14 +15,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
 
 from .config import LRTConfig
 from .contract import FLAVOURS, Flavour, embedding_inputs
 from .errors import BundleError, ConfigError
+from .fields import decode, decode_as, shown
+from .files import open_regular, parse_json, read_bytes
 from .precisions import ITEM_BYTES, PRECISIONS
 from .remembered_hashes import Remembered
 
@@ -33,7 +37,10 @@ PHASES = ("prefill", "decode_step")
 WEIGHTS = "weights.bin"
 TABLES = "tables.bin"  # of a bundle with host embeddings
 TOKENIZER = "tokenizer"
+TABLE_ALIGNMENT = 4096  # bytes; of tables in their file, so that they can be mapped
 _ALWAYS_HASHED_BYTES = 4 * 2**20
+# A manifest has about 0.3 MB for each precision of a model with 100 layers.
+_LARGEST_MANIFEST_BYTES, _LARGEST_DIGEST_BYTES = 16 * 2**20, 2**10
 
 Progress = Callable[[int, int], None]
 
@@ -54,17 +61,6 @@ class TableRecord:
     shape: tuple[int, int]
     offset: int
 
-    @classmethod
-    def of(cls, fields: dict[str, Any]) -> TableRecord:
-        """From JSON types; ValueError for what cannot be."""
-        rows, columns = fields["shape"]
-        record = cls(fields["dtype"], (rows, columns), fields["offset"])
-        if record.dtype not in ITEM_BYTES or not (_is_count(rows) and _is_count(columns)):
-            raise ValueError(f"a table is {str(fields)[:80]}")
-        if not isinstance(record.offset, int) or record.offset < 0:
-            raise ValueError(f"a table begins at {record.offset!r}")
-        return record
-
     @property
     def end(self) -> int:
         """One past its last byte."""
@@ -84,10 +80,10 @@ class Manifest:
     max_batch_size: int
     precisions: tuple[str, ...]
     prefill_policies: tuple[str, ...]
-    contracts: dict[str, Any]
+    contracts: dict[str, dict[str, Any]]
     tokenizer_tokens: int | None
     provenance: dict[str, Any]
-    precision_details: dict[str, Any] = field(default_factory=dict)
+    precision_details: dict[str, dict[str, Any]] = field(default_factory=dict)
     # With host embeddings: precision -> graph input -> where in `tables.bin` the table lies that its rows come from.
     tables: dict[str, dict[str, TableRecord]] = field(default_factory=dict)
     files: dict[str, FileRecord] = field(default_factory=dict)
@@ -134,24 +130,21 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {found}; expected a bundle folder, made by `lrt-deploy export`")
-    try:
-        text, digest = (folder / MANIFEST).read_bytes(), (folder / DIGEST).read_text(encoding="ascii", errors="replace")
-    except OSError as error:
-        raise BundleError(f"{folder} is not a bundle: {error.strerror} ({Path(error.filename).name})") from error
-    if digest != f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n":
+    if missing := [name for name in (MANIFEST, DIGEST) if not (folder / name).exists()]:
+        raise BundleError(f"{folder} is not a bundle: it has no {missing[0]}; bundles are made by `lrt-deploy export`")
+    data = read_bytes(folder / MANIFEST, "the manifest", BundleError, _LARGEST_MANIFEST_BYTES)
+    digest = read_bytes(folder / DIGEST, "the manifest's digest", BundleError, _LARGEST_DIGEST_BYTES)
+    if digest != f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode():
         raise BundleError(
             f"{folder / MANIFEST} does not match {DIGEST}: one of the two was altered; export the bundle again"
         )
-    try:
-        fields = json.loads(text)
-        version = fields.pop("format_version")
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{folder / MANIFEST} is not a manifest: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{folder / MANIFEST} is not a manifest: expected an object with a format_version") from error
+    fields = parse_json(data.decode("utf-8", "replace"), f"the manifest ({folder / MANIFEST})", BundleError)
+    if not isinstance(fields, dict) or "format_version" not in fields:
+        raise BundleError(f"{folder / MANIFEST} is not a manifest: expected an object with a format_version")
+    version = fields.pop("format_version")
     if version != FORMAT_VERSION:
         raise BundleError(
-            f"{folder} has the bundle format {version!r}, this lrt-deploy reads {FORMAT_VERSION}; export it again"
+            f"{folder} has the bundle format {shown(version)}, this lrt-deploy reads {FORMAT_VERSION}; export it again"
         )
     return _parse(folder, fields)
 
@@ -161,13 +154,9 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
     memory = Remembered.load()
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
-        path = _inside(folder, name)
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise BundleError(
-                f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again"
-            ) from error
+        path = folder / name
+        with _open(folder, name) as file:
+            stat = os.fstat(file.fileno())
         if stat.st_size != record.bytes:
             raise BundleError(
                 f"{path} has {stat.st_size} bytes, the manifest says {record.bytes}: truncated or altered"
@@ -184,66 +173,93 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
     memory.save()
 
 
+def _open(folder: Path, name: str) -> BinaryIO:
+    """Open a file of the bundle, which may be a link to a regular file anywhere: the hash says what it must hold."""
+    path = folder / name
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again")
+    return open_regular(path, f"{name} of the bundle", BundleError)
+
+
 def hash_file(path: Path) -> str:
-    """SHA-256, hex."""
-    with path.open("rb") as file:
+    """SHA-256 of a regular file, hex."""
+    with open_regular(path, path.name, BundleError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
+    """Hold every field against the type that `Manifest` declares, then against what later code relies on."""
     try:
-        model = LRTConfig.from_dict(fields.pop("model"))
-        files = {str(name): FileRecord(**record) for name, record in fields.pop("files").items()}
-        for name in files:
-            _inside(folder, name)
-        tables = {
-            precision: {name: TableRecord.of(table) for name, table in found.items()}
-            for precision, found in fields.pop("tables", {}).items()
-        }
-        precisions, policies = tuple(fields.pop("precisions")), tuple(fields.pop("prefill_policies"))
-        manifest = Manifest(
-            model=model, files=files, precisions=precisions, prefill_policies=policies, tables=tables, **fields
-        )
+        manifest = decode(Manifest, fields)
         _check(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError, ConfigError) as error:
-        raise BundleError(f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}") from error
+    except (ValueError, ConfigError) as error:
+        raise BundleError(
+            f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}; export the bundle again"
+        ) from error
     return manifest
 
 
 def _check(manifest: Manifest) -> None:
     """Refuse by ValueError what later code relies on."""
-    tokens = manifest.tokenizer_tokens
+    tokens, precisions = manifest.tokenizer_tokens, manifest.precisions
     rules = {
-        "max_seq_len": _is_count(manifest.max_seq_len) and manifest.max_seq_len <= manifest.model.max_positions,
-        "max_batch_size": _is_count(manifest.max_batch_size),
-        "tokenizer_tokens": tokens is None or (_is_count(tokens) and tokens <= manifest.model.vocab_size),
-        "precisions": bool(manifest.precisions) and set(manifest.precisions) <= set(PRECISIONS),
-        "contracts": isinstance(manifest.contracts, dict)
-        and all(isinstance(contracts, dict) for contracts in manifest.contracts.values()),
-        "precision_details": isinstance(manifest.precision_details, dict),
-        "provenance": isinstance(manifest.provenance, dict),
-        "files": all(isinstance(r.bytes, int) and isinstance(r.sha256, str) for r in manifest.files.values()),
+        "max_seq_len": 1 <= manifest.max_seq_len <= manifest.model.max_positions,
+        "max_batch_size": manifest.max_batch_size >= 1,
+        "tokenizer_tokens": tokens is None or 1 <= tokens <= manifest.model.vocab_size,
+        "precisions": bool(precisions) and set(precisions) <= set(PRECISIONS) and _once(precisions),
     }
     if broken := [name for name, holds in rules.items() if not holds]:
-        raise ValueError(f"{broken[0]} is {str(getattr(manifest, broken[0]))[:80]}")
+        raise ValueError(f"{broken[0]} is {shown(getattr(manifest, broken[0]))}")
+    for name, record in manifest.files.items():
+        _check_name(name)
+        if record.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", record.sha256):
+            raise ValueError(f"files.{shown(name)} is {shown(record)}, expected a size and a SHA-256")
+    for part in ("checkpoint", "versions"):
+        decode_as(dict[str, Any], manifest.provenance.get(part, {}), f"provenance.{part}")
+    for precision in precisions:
+        _check_details(manifest.precision_details.get(precision, {}), f"precision_details.{precision}")
     _check_tables(manifest)
     if missing := sorted(required_files(manifest) - set(manifest.files)):
         raise ValueError(f"{missing[0]} is not among its files")
 
 
+def _check_details(details: dict[str, Any], name: str) -> None:
+    """What the runtime and the builder of engines read of a precision; the rest is for people."""
+    for key, kind in (("keep_high", tuple[str, ...]), ("multiplied_in_float32", tuple[str, ...])):
+        decode_as(kind, details.get(key, []), f"{name}.{key}")
+    for key, most in (("bits", 8), ("block", 2**20)):
+        value = decode_as(int | None, details.get(key), f"{name}.{key}")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name}.{key} is {value}, expected 1 to {most}")
+
+
 def _check_tables(manifest: Manifest) -> None:
-    """All precisions have their tables on the host or none has, and the tables are those of the model."""
+    """All precisions have their tables on the host or none has, and the tables are those of the model.
+
+    They fill their file: each begins at the page after the one before, in any order, and the last ends with the file.
+    """
     if not manifest.tables:
         return
+    if stray := sorted(manifest.tables.keys() - set(manifest.precisions)):
+        raise ValueError(f"tables are given for {shown(stray[0])}, which is not among its precisions")
     rows = manifest.model.padded_vocab_size
     expected = {spec.name: (rows, spec.shape[-1]) for spec in embedding_inputs(manifest.model)}
     for precision in manifest.precisions:
         found = manifest.tables.get(precision, {})
         if {name: table.shape for name, table in found.items()} != expected:
-            raise ValueError(f"tables of {precision} are {str(found)[:80]}")
-        size = getattr(manifest.files.get(table_path(precision)), "bytes", 0)
-        if any(table.end > size for table in found.values()):
-            raise ValueError(f"tables of {precision} go beyond the {size} bytes of {table_path(precision)}")
+            raise ValueError(f"tables of {precision} are {shown(found)}, the model has {expected}")
+        path, end = table_path(precision), 0
+        for name, table in sorted(found.items(), key=lambda item: item[1].offset):
+            allowed = ("float32", "float16", "bfloat16") if precision == "fp32" else ("float16", "bfloat16")
+            if table.dtype not in allowed:
+                raise ValueError(f"tables.{precision}.{name}.dtype is {shown(table.dtype)}, expected one of {allowed}")
+            if table.offset != (begin := -(-end // TABLE_ALIGNMENT) * TABLE_ALIGNMENT):
+                raise ValueError(f"tables.{precision}.{name} begins at byte {table.offset} of {path}, expected {begin}")
+            end = table.end
+        if path in manifest.files and manifest.files[path].bytes != end:
+            raise ValueError(
+                f"tables of {precision} end at byte {end} of {path}, which has {manifest.files[path].bytes}"
+            )
 
 
 def weights_path(precision: str) -> str:
@@ -265,16 +281,14 @@ def required_files(manifest: Manifest) -> set[str]:
     return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def _once(names: tuple[str, ...]) -> bool:
+    return len(set(names)) == len(names)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Join a name from the manifest, which must not reach outside of the folder.
-
-    The file may be a link: the Hub's cache keeps files as links to blobs, and the hash says whether the content fits.
-    """
-    path = folder / name
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BundleError(f"{folder / MANIFEST} lists {name!r}, which lies outside the bundle")
-    return path
+def _check_name(name: str) -> None:
+    """Refuse a path that reaches outside of the bundle on any system, or that has two spellings."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or PureWindowsPath(name).drive or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(
+            f"files lists {shown(name)}, which lies outside the bundle or is no plain relative path with /"
+        )
