@@ -96,6 +96,11 @@ def verify(file: BinaryIO, records: Mapping[str, Record], source: str) -> str:
 
 def check_crc(record: Record, crc: int, source: str) -> None:
     """Raise CheckpointError if the CRC-32 of a record's bytes is not the one that the archive states."""
+    if crc != record.crc32 == 0:
+        raise CheckpointError(
+            f"{source} states no CRC-32 for the record {record.name!r}: it was saved with "
+            "torch.serialization.set_crc32_options(False), so damage cannot be told. Save it again with True"
+        )
     if crc != record.crc32:
         raise CheckpointError(
             f"{source} is damaged: the record {record.name!r} has the CRC-32 {crc:08x}, and the archive was written "

@@ -378,6 +378,15 @@ def test_an_archive_with_64_bit_sizes_is_read(folder):
     refused(folder, WEIGHTS)
 
 
+def test_an_archive_without_checksums_is_refused_with_the_way_out(folder):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"w": torch.zeros(2)}, folder / WEIGHTS)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    refused(folder, "no CRC-32", "set_crc32_options(False)")
+
+
 def test_the_format_before_zip_archives_is_refused_with_the_way_out(folder):
     torch.save({"w": torch.zeros(2)}, folder / WEIGHTS, _use_new_zipfile_serialization=False)
     refused(folder, "before version 1.6", "torch.save")

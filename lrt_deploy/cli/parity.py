@@ -160,6 +160,8 @@ def open_same_model(decoder: Decoder, path: Path, step: int | None) -> Checkpoin
     from lrt_deploy.errors import ParityError
 
     opened = open_checkpoint(path, step)
+    if opened.chosen:
+        output.say(f"{path}: {opened.chosen}")
     theirs, ours = opened.config.to_dict(), decoder.config.to_dict()
     if differing := [name for name in ours if ours[name] != theirs[name]]:
         found = ", ".join(f"{name} is {theirs[name]!r} and not {ours[name]!r}" for name in differing)
