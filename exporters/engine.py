@@ -34,6 +34,7 @@ from lrt_deploy.engine_sidecar import (
 from lrt_deploy.errors import EngineError
 from lrt_deploy.gpu import find_gpu
 from lrt_deploy.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
+from lrt_deploy.precisions import not_held
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
 
 from .atomic_folder import atomic_folder, recover
@@ -158,9 +159,7 @@ def _precision(manifest: Manifest, requested: str | None) -> str:
     if requested is None:
         raise EngineError(f"this bundle holds {', '.join(held)}; say with --precision which one to build")
     if requested not in held:
-        raise EngineError(
-            f"this bundle holds {', '.join(held)}, not {requested}; export it with --precision {requested}"
-        )
+        raise EngineError(not_held(held, requested))
     return requested
 
 

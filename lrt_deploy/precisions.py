@@ -15,6 +15,7 @@ stream, rotary embedding and softcap are float32 in all of them. How graphs come
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from .contract import Flavour
@@ -30,6 +31,13 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 
 _PLAIN: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
+
+
+def not_held(held: Sequence[str], requested: str) -> str:
+    """The message for a bundle that does not hold the requested precision."""
+    if requested in PRECISIONS:
+        return f"this bundle holds {', '.join(held)}, not {requested}; export it with --precision {requested}"
+    return f"there is no precision {requested!r}; this bundle holds {', '.join(held)}"
 
 
 def base_dtype(precision: str, flavour: Flavour) -> Dtype:

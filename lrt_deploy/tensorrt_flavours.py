@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from . import extras
 from .errors import EngineError
 
 
@@ -22,7 +23,7 @@ class TensorRTFlavour:
 
     backend: str
     module: str
-    extra: str
+    extra: extras.Extra
 
     @property
     def installed(self) -> bool:
@@ -36,7 +37,7 @@ class TensorRTFlavour:
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"the backend {self.backend} needs the Python module {error.name}, which is not installed; "
-                f"pip install '{self.extra}'"
+                f"{extras.install(self.extra)}"
             ) from error
         except Exception as error:  # a broken installation may raise anything
             raise EngineError(
@@ -46,8 +47,8 @@ class TensorRTFlavour:
 
 # Best first: what `auto` takes.
 FLAVOURS: dict[str, TensorRTFlavour] = {
-    "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "lrt-deploy[tensorrt]"),
-    "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "lrt-deploy[tensorrt-rtx]"),
+    "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx"),
 }
 
 
@@ -59,8 +60,11 @@ def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
         raise EngineError(f"engines are built for {' or '.join(FLAVOURS)}, or auto; {requested!r} is none of them")
     found = [flavour for flavour in FLAVOURS.values() if flavour.installed]
     if not found:
-        extras = " or ".join(f"pip install '{flavour.extra}'" for flavour in FLAVOURS.values())
-        raise EngineError(f"neither {' nor '.join(f.module for f in FLAVOURS.values())} is installed here; {extras}")
+        modules = " nor ".join(flavour.module for flavour in FLAVOURS.values())
+        raise EngineError(
+            f"neither {modules} is installed here; {extras.install('tensorrt-rtx')} (the extra 'tensorrt' is for GPUs "
+            "in data centres)"
+        )
     if found[0].backend == "tensorrt":
         return found[0], "because it is installed"
     return found[0], "because tensorrt is not installed"

@@ -14,7 +14,7 @@ from lrt_deploy.engine_sidecar import PLAN, build_command, engine_folder
 from lrt_deploy.errors import BackendError, BundleError
 from lrt_deploy.gpu import find_gpu
 from lrt_deploy.manifest import Manifest
-from lrt_deploy.precisions import PRECISIONS
+from lrt_deploy.precisions import PRECISIONS, not_held
 from lrt_deploy.tensorrt_flavours import FLAVOURS
 
 # Best first; `auto` takes the first that is present.
@@ -34,8 +34,7 @@ def choose(folder: Path, manifest: Manifest, backend: str, precision: str | None
     if backend != "auto" and backend not in BACKENDS:
         raise BackendError(f"there is no backend {backend!r}; this version has {', '.join(BACKENDS)} and auto")
     if precision is not None and precision not in manifest.precisions:
-        held = ", ".join(manifest.precisions)
-        raise BundleError(f"this bundle holds {held}, not {precision}; export it with --precision {precision}")
+        raise BundleError(not_held(manifest.precisions, precision))
     wanted = sorted(manifest.precisions, key=PRECISIONS.index) if precision is None else [precision]
     if backend != "auto":
         ready = [p for p in wanted if missing(folder, backend, p) is None]

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lrt_deploy import extras
 from lrt_deploy.errors import InputError
 from lrt_deploy.files import atomic_write, check_replaceable, user_cache_folder
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE
@@ -46,7 +47,7 @@ def require_matplotlib() -> None:
     """Raise InputError where it is not installed."""
     if not available():
         raise InputError(
-            "a plot needs matplotlib, which is not installed; pip install 'lrt-deploy[bench]', or leave out --plot"
+            f"a plot needs matplotlib, which is not installed; {extras.install('bench')}; or leave out --plot"
         )
 
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lrt_deploy import extras
 from lrt_deploy.errors import LRTDeployError
 
 from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
 
-EXPORT_EXTRA = {"torch", "onnx", "onnxscript", "onnx_ir", "onnx-ir"}
 READER_GONE = 141
 _WITH_TRACEBACK = "run again with --debug for the traceback"
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
@@ -67,7 +67,6 @@ app = typer.Typer(
     cls=Commands,
     help="Latent Recurrent Transformers, from checkpoint to running deployment.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -95,13 +94,13 @@ def guarded(verb: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except (Exception, KeyboardInterrupt, signals.Terminated) as error:
-            code = report(error, json=bool(options.get("json")), debug=bool(options.get("debug")))
+            code = report(error, json=bool(options.get("json")), debug=bool(options.get("debug")), verb=verb.__name__)
             raise typer.Exit(code) from None
 
     return run
 
 
-def report(error: BaseException, *, json: bool, debug: bool = False) -> int:
+def report(error: BaseException, *, json: bool, debug: bool = False, verb: str = "") -> int:
     """Report an error on stderr, and with `json` on stdout too; return the exit code.
 
     After a signal every error is the signal's: libraries turn its exception into others.
@@ -114,7 +113,7 @@ def report(error: BaseException, *, json: bool, debug: bool = False) -> int:
     if debug:
         output.say("".join(traceback.format_exception(error)).rstrip())
     if isinstance(error, Exception):
-        line, code = f"error: {describe(error)}", 1
+        line, code = f"error: {describe(error, verb)}", 1
     else:
         line, code = signals.describe(error), signals.exit_code(error)
     if json:
@@ -123,22 +122,25 @@ def report(error: BaseException, *, json: bool, debug: bool = False) -> int:
     return code
 
 
-def describe(error: Exception) -> str:
-    """One line that says what happened; only errors raised on purpose speak for themselves."""
+def describe(error: Exception, verb: str = "") -> str:
+    """Say in one line what happened; only errors raised on purpose speak for themselves."""
     if isinstance(error, LRTDeployError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] == "polygraphy":
-        return (
-            "this command needs an engine extra: pip install 'lrt-deploy[tensorrt-rtx]' (polygraphy is not installed)"
-        )
-    if isinstance(error, ModuleNotFoundError) and (root := (error.name or "").split(".")[0]) in EXPORT_EXTRA:
-        return f"this command needs the export extra: pip install 'lrt-deploy[export]' ({root} is not installed)"
+    if isinstance(error, ModuleNotFoundError) and (text := extras.explain(error, _extras_of(verb))):
+        return text
     if isinstance(error, MemoryError):
         return f"out of memory{_reason(error)}; {_WITH_TRACEBACK}"
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}; {_WITH_TRACEBACK}"
     return f"something broke inside lrt-deploy, {type(error).__name__}{_reason(error)}; {_WITH_TRACEBACK}"
+
+
+def _extras_of(verb: str) -> tuple[extras.Extra, ...]:
+    """The extras that a verb may need, the likeliest first."""
+    if verb != "build":
+        return ("export",)
+    return ("tensorrt", "tensorrt-rtx") if "tensorrt_rtx" in extras.missing("tensorrt-rtx") else ("tensorrt-rtx",)
 
 
 def _reason(error: Exception) -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LENGTHS = "32,64,128,256,512,1024,2048"
 _LONGEST_CONVERGENCE = 512
+_P99_SAMPLES = 100
 
 
 def bench(
@@ -74,7 +75,8 @@ def bench(
         output.document(fields)
     else:
         output.answer(bench_table.summary(fields, _LONGEST_CONVERGENCE))
-        output.table(bench_table.decode_rows(fields) | bench_table.prefill_rows(fields))
+        output.table(bench_table.decode_rows(fields))
+        output.table(bench_table.prefill_rows(fields))
 
 
 def announcer(quiet: bool) -> output.Progress:
@@ -177,11 +179,13 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
     item = item_bytes(base_dtype(decoder.precision, flavour))
     state = traffic.state_bytes_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
+    median_ms = float(tpot["p50"] or 0)
     return {
         "first_ttft_ms": times.first_ttft_ms,
         "ttft_ms": ttft,
         "tpot_ms": tpot,
-        "tokens_per_s": 1e3 / tpot["p50"],
+        "samples": {"ttft_ms": len(times.ttft_ms), "tpot_ms": len(times.tpot_ms)},
+        "tokens_per_s": 1e3 / median_ms,
         "weight_bytes_per_step": weights,
         "state_bytes_read_per_step": state,
         "state_bytes_copied_per_step": None if times.copies is None else times.copies.total,
@@ -194,16 +198,17 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
         "bandwidth_gb_s": memory.gb_s,
         "bandwidth_of": memory.of,
         "read_bandwidth_gb_s": memory.read_gb_s,
-        "roofline_fraction": (weights + state) / (tpot["p50"] / 1e3) / (memory.gb_s * 1e9),
+        "roofline_fraction": (weights + state) / (median_ms / 1e3) / (memory.gb_s * 1e9),
         "weights_fit_cache": weights < memory.cache_bytes,
     }
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Median and 99th percentile."""
+def percentiles(values: list[float]) -> dict[str, float | None]:
+    """Median and 99th percentile; the latter is None with fewer than 100 samples, where it would be the largest."""
     import numpy as np
 
-    return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99))}
+    enough = len(values) >= _P99_SAMPLES
+    return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99)) if enough else None}
 
 
 def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:

@@ -31,9 +31,9 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
     reading = fields["read_bandwidth_gb_s"]
     return {
         "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
-        "first token": f"p50 {ttft['p50']:.3g} ms, p99 {ttft['p99']:.3g} ms after {fields['prompt_tokens']} tokens",
+        "first token": f"{percentile_text(ttft, fields['samples']['ttft_ms'])} after {fields['prompt_tokens']} tokens",
         "after opening": f"{fields['open_ms']:.0f} ms to open, {fields['first_ttft_ms']:.3g} ms to a token",
-        "each token": f"p50 {tpot['p50']:.3g} ms, p99 {tpot['p99']:.3g} ms; "
+        "each token": f"{percentile_text(tpot, fields['samples']['tpot_ms'])}; "
         f"{fields['outside_backend_fraction']:.1%} outside of the backend",
         "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
         "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
@@ -46,15 +46,22 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
     }
 
 
+def percentile_text(times: dict[str, Any], samples: int) -> str:
+    """Median and 99th percentile of times, the latter only where there are enough samples."""
+    p99 = f"- ({samples} samples are too few)" if times["p99"] is None else f"{times['p99']:.3g} ms"
+    return f"p50 {times['p50']:.3g} ms, p99 {p99}"
+
+
 def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
-    """The policies, for people: one line each."""
+    """The policies, for people: one line each, with tokens and algorithm, and the errors against stepwise reading."""
     rows = {}
     for row in fields["prefill"]:
-        latent = "" if row["max_abs_latent_error"] is None else f"  latent off {row['max_abs_latent_error']:7.1e}"
+        latent = "" if row["max_abs_latent_error"] is None else f"  latent {row['max_abs_latent_error']:7.1e}"
         error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
         ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
-        rows[f"{row['tokens']} tokens, {row['algorithm']}"] = (
-            f"{row['seconds'] * 1e3:9.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
+        name = row["algorithm"].removeprefix("interleaved, ").removeprefix("one pass with ")
+        rows[f"{row['tokens']} {name}"] = (
+            f"{row['seconds'] * 1e3:8.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
         )
     if left_out := fields["prefill_lengths_left_out"]:
         rows["left out"] = f"{', '.join(map(str, left_out))} tokens do not fit"

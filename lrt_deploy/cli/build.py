@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options, output
+from .export import product_words
 from .smoke import smoke_test
 
 if TYPE_CHECKING:
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
 def build(
     bundle: options.BundlePath,
     backend: Annotated[
-        str, typer.Option(help="tensorrt, tensorrt-rtx, or auto: tensorrt where it is installed.")
+        options.EngineName,
+        typer.Option(
+            metavar="NAME",
+            help=f"Which TensorRT: {options.listed(options.EngineName)}; auto: tensorrt where it is installed.",
+        ),
     ] = "auto",
     precision: Annotated[
-        str | None, typer.Option(help="Which precision of the bundle to build; default: the only one in it.")
+        options.PrecisionName | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Precision to build: {options.listed(options.PrecisionName)}; default: the only one in it.",
+        ),
     ] = None,
     chunk_tokens: Annotated[
         int | None, typer.Option(help="Most prompt tokens that the engine takes at once; default: 512.")
@@ -88,7 +97,9 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         "flags": ", ".join(sidecar.flags),
         "cache updates in place": str(layers.get("kv_cache_update")),
         "attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s), {kernels}",
-        "products": ", ".join(f"{count} in {product}" for product, count in layers.get("matmul", {}).items()),
+        "products": "; ".join(
+            f"{count} {product_words(product)}" for product, count in layers.get("matmul", {}).items()
+        ),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
         "memory": ", ".join(f"{name} {max(sizes)}" for name, sizes in memory.items()),
         "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),

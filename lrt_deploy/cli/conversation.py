@@ -16,6 +16,7 @@ from lrt_deploy.errors import StateError
 
 from . import options, output, signals
 from .generate import Answer
+from .wrap import WordWrapper
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
@@ -58,15 +59,17 @@ class Conversation:
         self.count += 1
         begun = len(self.history)
         answer = Answer()
+        width = output.text_width()
+        lines = WordWrapper(width) if width else None
         try:
             for event in answer.timed(self.events(history)):
                 if echo:
-                    output.stream(event.text)
+                    output.stream(lines.push(event.text) if lines else event.text)
         except KeyboardInterrupt:
             signals.forget()
             answer.finish_reason = "interrupted"
         if echo:
-            output.stream("\n")
+            output.stream(f"{lines.finish() if lines else ''}\n")
         if answer.finish_reason == "interrupted" and not answer.tokens:
             output.say("stopped before the answer began; the message is taken back")
             return self.turn(message, answer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -28,7 +28,13 @@ def export(
         ),
     ] = None,
     step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None,
-    precision: Annotated[list[str] | None, typer.Option(help="Precision to export; repeatable; default: fp32.")] = None,
+    precision: Annotated[
+        list[options.PrecisionItem] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.",
+        ),
+    ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
     ] = None,
@@ -45,7 +51,7 @@ def export(
         bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
     ] = False,
     int4_block: Annotated[
-        int | None, typer.Option(help="Rows that share an int4 scale: 32 (default), 64 or 128.")
+        Literal["32", "64", "128"] | None, typer.Option(help="Rows of a matrix that share an int4 scale; default: 32.")
     ] = None,
     host_embeddings: Annotated[
         bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
@@ -62,7 +68,7 @@ def export(
         manifest = export_bundle(
             checkpoint,
             bundle,
-            precision=precision or ["fp32"],
+            precision=[str(name) for name in precision or ["fp32"]],
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             tokenizer=tokenizer,
@@ -71,7 +77,7 @@ def export(
             calibration=calibration,
             keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
             compensate=compensate,
-            int4_block=int4_block,
+            int4_block=None if int4_block is None else int(int4_block),
             host_embeddings=host_embeddings,
             progress=progress,
         )
@@ -108,6 +114,16 @@ def table_rows(manifest: Manifest) -> dict[str, str]:
     return {"tables": f"on the host, not in graphs and engines: {text}"} if sizes else {}
 
 
+def product_words(kind: str) -> str:
+    """How a kind of matrix product computes, in words: `int8, float16` is quantized on both sides."""
+    weights, _, result = kind.partition(", ")
+    if not result:
+        return f"in {kind}"
+    if weights == "int8":
+        return f"W8A8: int8 weights times int8 activations, results in {result}"
+    return f"with {weights}, computed in {result}"
+
+
 def precision_rows(manifest: Manifest) -> dict[str, str]:
     """What was decided for each precision, and on which text it was calibrated."""
     details, rows = manifest.precision_details, {}
@@ -116,7 +132,7 @@ def precision_rows(manifest: Manifest) -> dict[str, str]:
     for precision in manifest.precisions:
         found = details.get(precision) or {}
         for flavour, counts in (found.get("operations") or {}).items():
-            kinds = ", ".join(f"{number} in {kind}" for kind, number in counts["matmul"].items())
+            kinds = "; ".join(f"{number} {product_words(kind)}" for kind, number in counts["matmul"].items())
             rows[f"{precision} {flavour}"] = f"matrix products: {kinds}"
         if block := found.get("block"):
             rows[f"{precision} scales"] = f"one for {block} rows of a column"

@@ -1,6 +1,7 @@
 """The options that several verbs share, each declared once, and the few values they are gathered into.
 
-What a value may be is the library's to say: names of backends, precisions and prefill policies pass as they are.
+Names of backends, precisions and prefill policies are spelled out here, so that `--help` and completion list them and a
+wrong one is a usage error. Whether a number is in its range is the library's to say.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -21,15 +23,46 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.prompt_cache import PromptCache
 
+# The library's names; a test holds these lists against its own.
+BackendName = Literal["auto", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"]
+EngineName = Literal["auto", "tensorrt", "tensorrt-rtx"]
+PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only"]
+PolicyName = Literal["auto", "stepwise", "fixed-point", "zero"]
+
+
+def listed(names: Any) -> str:  # noqa: ANN401 - a literal type
+    """The values of a literal type for a help text, where no line break divides one."""
+    *others, last = get_args(names)
+    return f"{', '.join(others)} or {last}"
+
+
+# Typer takes literal types for single values and enums for lists of them.
+if TYPE_CHECKING:
+    PrecisionItem = str
+else:
+    PrecisionItem = StrEnum("PrecisionItem", [(name, name) for name in get_args(PrecisionName)])
+
 _SAMPLING, _RUN = "How tokens are chosen", "What runs it"
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by `lrt-deploy export`.")]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
 
-Backend = Annotated[str, typer.Option(help="Backend, or auto; `lrt-deploy doctor` lists them.", rich_help_panel=_RUN)]
+Backend = Annotated[
+    BackendName,
+    typer.Option(
+        metavar="NAME",
+        help=f"What runs the model: {listed(BackendName)}; `lrt-deploy doctor` says which can run here.",
+        rich_help_panel=_RUN,
+    ),
+]
 Precision = Annotated[
-    str | None, typer.Option(help="Precision to run; default: the most precise in the bundle.", rich_help_panel=_RUN)
+    PrecisionName | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Precision to run: {listed(PrecisionName)}; default: the most precise in the bundle.",
+        rich_help_panel=_RUN,
+    ),
 ]
 MaxSeqLen = Annotated[
     int | None, typer.Option(help="Lower the capacity of a sequence, and its memory.", rich_help_panel=_RUN)
@@ -39,7 +72,8 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Hash all files again, also those found intact before.", rich_help_panel=_RUN)
 ]
 Prefill = Annotated[
-    str, typer.Option(help="How prompts are read: auto, stepwise, fixed-point, zero.", rich_help_panel=_RUN)
+    PolicyName,
+    typer.Option(metavar="NAME", help=f"How prompts are read: {listed(PolicyName)}.", rich_help_panel=_RUN),
 ]
 Tolerance = Annotated[
     float | None,

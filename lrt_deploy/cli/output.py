@@ -9,17 +9,21 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from . import signals
+from .wrap import table_lines
 
 Progress = Callable[[str, int, int], None]
 
+_COLOURS = {"PASS": "32", "FAIL": "31"}  # green and red
 _has_document = False  # stdout has its one JSON document
 
 
@@ -33,8 +37,25 @@ def begin() -> None:
 
 
 def answer(line: str) -> None:
-    """One line on stdout."""
+    """Print one line on stdout; on a terminal the verdict that it begins with has its colour."""
+    word = next((word for word in _COLOURS if re.match(rf"{word}\b", line)), None)
+    if word is not None and _in_colour(sys.stdout):
+        line = f"\x1b[{_COLOURS[word]}m{word}\x1b[0m{line[len(word) :]}"
     stream(f"{line}\n")
+
+
+def _in_colour(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal that shows colours, and the user has not switched them off (no-color.org)."""
+    if stream is None or not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return False
+    return not os.environ.get("NO_COLOR")
+
+
+def text_width() -> int | None:
+    """Columns of the terminal that stdout is; None if it is none."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return None
+    return shutil.get_terminal_size().columns
 
 
 def stream(text: str) -> None:
@@ -92,17 +113,20 @@ def ask(text: str) -> None:
 
 
 def table(rows: Mapping[str, object]) -> None:
-    """Two columns for a person, on stderr."""
+    """Print two columns for a person, on stderr, in the terminal's width or 80 columns."""
+    signals.check()
     if not for_people():
         width = max(map(len, rows), default=0)
         for label, value in rows.items():
-            say(f"{label:{width}}  {value}")
+            say("\n".join(table_lines(label, str(value), width)))
         return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    grid = Table(show_header=False, box=None, pad_edge=False)
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
     for label, value in rows.items():
         grid.add_row(Text(label, style="bold cyan"), Text(str(value)))
     Console(stderr=True).print(grid)
@@ -117,16 +141,23 @@ def for_people() -> bool:
 def progress(quiet: bool = False) -> Iterator[Progress]:
     """A function (what, done, total) that shows how far things are; 0, 0 where there is nothing to count.
 
-    A bar on a terminal, a line for each new `what` elsewhere, nothing there if `quiet`.
+    A spinner, a bar and the time on a terminal, where a thread keeps them moving while nothing is reported; a line for
+    each new `what` elsewhere, nothing there if `quiet`.
     """
     if not for_people():
         yield _lines(quiet)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
     with Bars(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task("starting", total=None)
 

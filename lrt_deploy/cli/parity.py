@@ -75,7 +75,9 @@ def parity(
             budget.show(fields, json)
             raise typer.Exit(0 if fields["passed"] else 1)
         ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
-        checked = checks.run_checks(bundle, decoder, runner, check, ids, tolerance) if check else []
+        checked = (
+            checks.run_checks(bundle, decoder, runner, [str(name) for name in check], ids, tolerance) if check else []
+        )
         checked += [checks.against_golden(decoder, golden, json)] if golden else []
         fields = checks.document(decoder, checked)
         if checkpoint is not None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
+
+from . import options
 
 STEPS = 128
 
@@ -16,12 +19,19 @@ CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it
 Steps = Annotated[
     int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
 ]
+# The names of `lrt_deploy.mutual_checks`; a test holds them against it.
+CheckName = Literal[
+    "fixed-point-vs-stepwise", "chunked-vs-whole", "batch-vs-alone", "restored-vs-straight", "cuda-graph", "all"
+]
+if TYPE_CHECKING:
+    _CheckItem = str
+else:
+    _CheckItem = StrEnum("_CheckItem", [(name, name) for name in get_args(CheckName)])
 Check = Annotated[
-    list[str] | None,
+    list[_CheckItem] | None,
     typer.Option(
         metavar="NAME",
-        help="Check the decoder against itself: fixed-point-vs-stepwise, chunked-vs-whole, batch-vs-alone, "
-        "restored-vs-straight, cuda-graph, or all; repeatable, needs no checkpoint.",
+        help=f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.",
     ),
 ]
 Golden = Annotated[

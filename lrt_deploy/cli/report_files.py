@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lrt_deploy import extras
 from lrt_deploy.precisions import PRECISIONS
 
 from . import output
@@ -30,7 +31,7 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     with atomic_write(folder / f"{name}.html", private=True) as path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not plots.available():
-        output.say("no pictures beside the page: matplotlib is not installed (pip install 'lrt-deploy[bench]')")
+        output.say(f"no pictures beside the page: matplotlib is not installed; {extras.install('bench')}")
         return folder / f"{name}.html"
     parity_plots.plot_parity(folder / f"{name}.png", fields, title)
     if len(others) > 1:
