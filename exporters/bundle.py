@@ -17,7 +17,7 @@ from typing import Any
 from lrt_deploy import contract, manifest
 from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import ExportError
+from lrt_deploy.errors import ExportError, InputError
 from lrt_deploy.files import read_json, read_text
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.model import LRT
@@ -29,8 +29,9 @@ from . import passes
 from .atomic_folder import atomic_folder, recover
 from .calibration import Calibration, calibrate
 from .calibration_text import calibration_rows
+from .early_checks import check_batch, check_space, check_target
 from .ort_verify import verify_graphs
-from .plan import make_plan, needs_calibration
+from .plan import make_plan, matching, needs_calibration
 from .precision_graphs import write_precision
 from .trace import trace
 
@@ -72,10 +73,13 @@ def export_bundle(
     """
     target = Path(bundle) if Path(bundle).name else Path(bundle).resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
+    check_options(options)
+    check_target(target, ExportError)
     progress("reading the checkpoint", 0, 0)
     opened = open_checkpoint(checkpoint, options.step)
     capacity = check_limits(opened.config, options)
     tokenizer = find_tokenizer(opened, options.tokenizer)
+    check_space(target, opened.config, options.precisions)
     with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
@@ -137,21 +141,27 @@ def _foreign_in(folder: Path) -> str | None:
 
 
 def check_limits(config: LRTConfig, options: ExportOptions) -> int:
-    """The capacity in tokens; refuses what the model or this version cannot do."""
+    """Return the capacity in tokens; refuse what the model cannot do."""
     capacity = config.sequence_len if options.max_seq_len is None else options.max_seq_len
     if not 1 <= capacity <= config.max_positions:
         raise ExportError(
             f"max_seq_len is {capacity}; this model's rotary tables cover 1 to {config.max_positions} positions "
             f"(10 x sequence_len, as the authors built them)"
         )
-    if options.max_batch_size < 1:
-        raise ExportError(f"max_batch_size is {options.max_batch_size}, expected at least 1")
+    check_batch(config, options.precisions, options.max_batch_size, capacity)
+    matching(options.keep_high or (), matrix_shapes(config), strict=True)
+    return capacity
+
+
+def check_options(options: ExportOptions) -> None:
+    """Refuse what this version cannot do, whatever the model."""
+    if options.calibration is not None and not options.calibration.exists():
+        raise InputError(f"the calibration text {options.calibration} does not exist")
     unknown = [p for p in options.precisions if p not in PRECISIONS]
     if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
         asked, held = ", ".join(options.precisions) or "empty", ", ".join(PRECISIONS)
         raise ExportError(f"precision is {asked}; this version exports {held}, each once")
     _check_int4_block(options)
-    return capacity
 
 
 def _check_int4_block(options: ExportOptions) -> None:

@@ -65,7 +65,7 @@ def make_plan(
         return Plan(precision)
     kind = format_of(precision, int4_block)
     patterns = (DEFAULT_KEEP_HIGH if kind else ()) if keep_high is None else keep_high
-    named = _matching(patterns, matrices, strict=keep_high is not None)
+    named = matching(patterns, matrices, strict=keep_high is not None)
     wide = _beyond_float16(precision, seen) if seen and base_dtype(precision, "full") == "float16" else ()
     if kind is None:
         float32 = tuple(name for name in matrices if name in named or name in wide)
@@ -90,7 +90,7 @@ def make_plan(
     return Plan(precision, kind, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
 
 
-def _matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:
+def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:
     """Matrices named in full, by the last or first part of their name, or by a pattern with *."""
     found: set[str] = set()
     for pattern in patterns:

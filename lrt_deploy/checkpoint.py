@@ -29,6 +29,7 @@ from .checkpoint_folder import Found, find_checkpoint
 from .config import LRTConfig
 from .errors import CheckpointError, ConfigError
 from .files import open_regular, read_json, refuse_placeholder
+from .kinds import instead_of_checkpoint
 from .model import LRT
 from .pt_file import StoredTensor, read_state_dict
 from .weights import Source, weight_sources
@@ -150,6 +151,8 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     `step` picks one of several, default the last. A `.pt` file is read once from end to end, and its checksums are
     verified. Raises CheckpointError naming the file, or ConfigError for a contradictory config.
     """
+    if mistaken := instead_of_checkpoint(Path(path)):
+        raise CheckpointError(mistaken)
     found = find_checkpoint(Path(path), step)
     return _open_native(found) if found.native else _open_authors(found)
 

@@ -27,6 +27,7 @@ from .contract import FLAVOURS, Flavour, embedding_inputs
 from .errors import BundleError, ConfigError
 from .fields import decode, decode_as, shown
 from .files import open_regular, parse_json, read_bytes
+from .kinds import instead_of_bundle
 from .precisions import ITEM_BYTES, PRECISIONS
 from .remembered_hashes import Remembered
 
@@ -127,6 +128,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read and check `manifest.json` against its digest; raises BundleError by name."""
+    if mistaken := instead_of_bundle(folder):
+        raise BundleError(mistaken)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
         raise BundleError(f"{folder} {found}; expected a bundle folder, made by `lrt-deploy export`")

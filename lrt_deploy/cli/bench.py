@@ -65,6 +65,9 @@ def bench(
     lengths = parse_lengths(prefill_lengths)
     if plot is not None:
         plots.require_matplotlib()
+        options.check_writable(plot.parent, "the plot")
+    options.check_file(None if text in (None, "-") else Path(text), "the text")
+    options.check_tolerance(tolerance)
     started = time.perf_counter()
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         opened_ms = (time.perf_counter() - started) * 1e3

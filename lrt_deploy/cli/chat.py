@@ -55,10 +55,14 @@ def chat(
     numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     numbers |= {"repetition_penalty": repetition_penalty}
     sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
+    sampling.check()
+    options.check_tolerance(tolerance)
+    cache = options.open_prompt_cache(prompt_cache)
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
         conversation = Conversation(decoder, chat_tokenizer(decoder), system, sampling, reading)
-        conversation.cache = options.open_prompt_cache(prompt_cache)
+        conversation.cache = cache
+        conversation.check()
         branches = Branches({"main": conversation})
         output.say(f"{decoder.backend}, {decoder.precision}, {decoder.max_seq_len} tokens; /help lists the commands")
         turns = [turn for line in messages(echo=not json) if (turn := branches.take(line, not json))]

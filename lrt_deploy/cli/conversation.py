@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lrt_deploy.errors import StateError
+from lrt_deploy.errors import InputError, StateError
 
 from . import options, output, signals
 from .generate import Answer
@@ -81,6 +81,16 @@ class Conversation:
         if answer.finish_reason == "capacity":
             output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {WAY_ON}")
         return self.turn(message, answer)
+
+    def check(self) -> None:
+        """Refuse a system message that fills the context, and a way of reading that the model or precision lacks."""
+        from lrt_deploy.runtime.prefill import PrefillRequest
+
+        policy, tolerance = self.reading["policy"], self.reading["tolerance"]
+        PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
+        if self.system is not None and len(self.with_message("")) >= self.decoder.max_seq_len:
+            limit = self.decoder.max_seq_len
+            raise InputError(f"the system message leaves no room in a context of {limit} tokens; give a shorter one")
 
     def events(self, history: list[int]) -> Iterator[Event]:
         """Read what the state lacks of the history, then generate."""

@@ -38,11 +38,15 @@ def evaluate(
     """Measure bits per byte on a file, token by token from an empty state."""
     from lrt_deploy import evaluation
 
+    options.check_file(file, "the file to measure on,")
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         if decoder.tokenizer is None:
             raise InputError(
                 "this bundle has no tokenizer, which says how many bytes a token counts; export one with it"
             )
+        largest = decoder.manifest.max_batch_size
+        if batch_size is not None and not 1 <= batch_size <= largest:
+            raise InputError(f"--batch-size is {batch_size}; this bundle was exported for 1 to {largest} sequences")
         x, y = rows(file, decoder.tokenizer, decoder.max_seq_len)
         started = time.perf_counter()
         with output.progress(quiet=json) as progress:
@@ -51,7 +55,7 @@ def evaluate(
                 x,
                 y,
                 decoder.tokenizer.byte_lengths,
-                decoder.manifest.max_batch_size if batch_size is None else batch_size,
+                largest if batch_size is None else batch_size,
                 progress,
             )
         seconds = time.perf_counter() - started

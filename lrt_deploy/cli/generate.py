@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from lrt_deploy.interface import PrefillReport
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.generation import Event
+    from lrt_deploy.runtime.prompt_cache import PromptCache
 
 
 def generate(
@@ -55,11 +55,14 @@ def generate(
     numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     numbers |= {"repetition_penalty": repetition_penalty}
     sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
+    sampling.check()
+    options.check_tolerance(tolerance)
     reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
+    cache = options.open_prompt_cache(prompt_cache)
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
-        for event in answer.timed(events(decoder, ids, prompt_cache, reading, sampling)):
+        for event in answer.timed(events(decoder, ids, cache, reading, sampling)):
             if not json:
                 output.stream(event.text if decoder.tokenizer else f"{event.token} ")
         report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
@@ -73,10 +76,9 @@ def generate(
 
 
 def events(
-    decoder: Decoder, ids: list[int], prompt_cache: Path | None, reading: dict[str, Any], sampling: options.Sampling
+    decoder: Decoder, ids: list[int], cache: PromptCache | None, reading: dict[str, Any], sampling: options.Sampling
 ) -> Iterator[Event]:
     """Read the prompt, through a cache if there is one, and generate."""
-    cache = options.open_prompt_cache(prompt_cache)
     if cache is None:
         yield from decoder.generate(ids, **reading, **sampling.arguments())
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as json_module
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +22,10 @@ from .graph_facts import graph_fields
 
 if TYPE_CHECKING:
     from lrt_deploy.checkpoint import Checkpoint
+    from lrt_deploy.kinds import Kind
     from lrt_deploy.manifest import Manifest
 
-_KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (.plan)"
-_KINDS = {".onnx": "graph", ".plan": "plan"}
+_KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (its folder or .plan)"
 
 
 def inspect(
@@ -34,10 +35,14 @@ def inspect(
     debug: options.Debug = False,
 ) -> None:
     """Tell what a bundle, checkpoint, graph or engine holds."""
-    look = {"bundle": inspect_bundle, "checkpoint": inspect_checkpoint, "graph": inspect_graph, "plan": inspect_plan}[
-        kind_of(path)
-    ]
-    fields, line, rows = look(path, verify)
+    look: dict[Kind, Callable[[Path, bool], Findings]] = {
+        "bundle": inspect_bundle,
+        "checkpoint": inspect_checkpoint,
+        "graph": inspect_graph,
+        "plan": inspect_plan,
+        "engine": inspect_engine,
+    }
+    fields, line, rows = look[kind_of(path)](path, verify)
     if json:
         output.document(fields)
     else:
@@ -48,21 +53,17 @@ def inspect(
 Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line for stdout, the table for people
 
 
-def kind_of(path: Path) -> str:
-    """`bundle`, `checkpoint`, `graph` or `plan`, by names alone; InputError for anything else."""
-    from lrt_deploy.checkpoint_folder import is_checkpoint
-    from lrt_deploy.manifest import DIGEST, MANIFEST
+def kind_of(path: Path) -> Kind:
+    """What lies at a path; InputError for what cannot be inspected."""
+    from lrt_deploy import kinds
 
     if not path.exists():
         found = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
         raise InputError(f"{path} {found}; expected {_KNOWN}")
-    if path.is_dir() and ((path / MANIFEST).exists() or (path / DIGEST).exists()):
-        return "bundle"
-    if is_checkpoint(path):
-        return "checkpoint"
-    if path.suffix in _KINDS and not path.is_dir():
-        return _KINDS[path.suffix]
-    raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
+    kind = kinds.kind_of(path)
+    if kind is None:
+        raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
+    return kind
 
 
 def inspect_bundle(path: Path, verify: bool) -> Findings:
@@ -171,6 +172,13 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
     contract = fields["contract"]
     made = f", the {contract['flavour']} flavour" if contract else ", not made by lrt-deploy export"
     return fields, f"{path} is an ONNX graph{made}", rows
+
+
+def inspect_engine(path: Path, verify: bool) -> Findings:
+    """The engine in a folder of its own; see `inspect_plan`."""
+    from lrt_deploy.engine_sidecar import PLAN
+
+    return inspect_plan(path / PLAN, verify)
 
 
 def inspect_plan(path: Path, verify: bool) -> Findings:

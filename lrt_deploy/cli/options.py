@@ -6,10 +6,12 @@ wrong one is a usage error. Whether a number is in its range is the library's to
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
@@ -151,6 +153,14 @@ class Sampling:
     numbers: dict[str, Any]  # temperature, top_k, top_p, min_p, repetition_penalty
     seed: int | None
 
+    def check(self) -> None:
+        """Refuse values out of their ranges, before a bundle is opened or a message is read."""
+        from lrt_deploy.runtime.sampling import SamplingOptions
+
+        SamplingOptions(**self.numbers, seed=self.seed)
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {self.max_new_tokens}, expected at least 1")
+
     def arguments(self, turn: int = 0) -> dict[str, Any]:
         """Keyword arguments for `Decoder.generate`; each turn of a chat draws from its own seed."""
         return self.numbers | {
@@ -191,6 +201,27 @@ def parse_tokens(text: str) -> list[int]:
         if not re.fullmatch(r"[+-]?[0-9]{1,30}", part):
             raise typer.BadParameter(f"--tokens has {part[:40]!r} where a whole number is expected, as in 1,2,3")
     return [int(part) for part in parts]
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse a tolerance that is no positive number; whether a precision can reach it is said when a prompt is read."""
+    if tolerance is not None and not (isfinite(tolerance) and tolerance >= 0):
+        raise InputError(f"tolerance is {tolerance}, expected a number, 0 or more")
+
+
+def check_file(path: Path | None, what: str) -> None:
+    """Refuse a file that is not there, before anything that takes time."""
+    if path is not None and not path.exists():
+        raise InputError(f"{what} {path} does not exist")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse a folder that cannot be made or written to, before anything that takes time."""
+    existing = next((parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent)), folder)
+    if not existing.is_dir():
+        raise InputError(f"{what} cannot be written to {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{what} cannot be written to {folder}: {existing} may not be written to")
 
 
 def read_text(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lrt_deploy.errors import CheckpointError
 from lrt_deploy.parity_report import as_json
 
 from . import budget, checks, options, output
@@ -66,6 +67,9 @@ def parity(
         raise typer.BadParameter(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
+    check_inputs(checkpoint, golden, calibration, tolerance)
+    if write_report or report_dir is not None:
+        options.check_writable(bundle / "reports" if report_dir is None else report_dir, "the report")
     runner = options.Runner(backend, precision, max_seq_len, threads, verify)
     with runner.open(bundle) as decoder:
         if checkpoint is not None and fit_budget is not None:
@@ -90,6 +94,18 @@ def parity(
     show(checks.joined(fields, checked), json)
     if not fields["passed"]:
         raise typer.Exit(1)
+
+
+def check_inputs(checkpoint: Path | None, golden: Path | None, text: Path | None, tolerance: float | None) -> None:
+    """Refuse what is not there before the bundle is opened."""
+    from lrt_deploy import kinds
+
+    if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
+        raise CheckpointError(mistaken)
+    options.check_file(checkpoint, "the checkpoint")
+    options.check_file(golden, "the recording")
+    options.check_file(text, "the calibration text")
+    options.check_tolerance(tolerance)
 
 
 @dataclass(frozen=True)
