@@ -80,7 +80,8 @@ def document(bundles, small_memory):
 def test_the_document_has_the_fields_that_scripts_rely_on(document):
     assert (document["backend"], document["precision"]) == ("ort-cpu", "fp32")
     for name in ("ttft_ms", "tpot_ms"):
-        assert 0 < document[name]["p50"] <= document[name]["p99"]
+        assert 0 < document[name]["p50"] and document[name]["p99"] is None
+        assert 0 < document["samples"][name] < 100
     assert document["tokens_per_s"] == pytest.approx(1e3 / document["tpot_ms"]["p50"])
     assert document["bandwidth_gb_s"] > 0 and document["read_bandwidth_gb_s"] > 0
     assert document["open_ms"] > 0 and document["first_ttft_ms"] > 0
@@ -178,8 +179,8 @@ def test_people_get_one_line_and_a_table(bundles, small_memory):
     assert " ms a token (" in result.stdout and "; a prompt of 64 tokens is read " in result.stdout
     for part in (
         "0 bytes copied",
-        "16 tokens, plain",
-        "64 tokens, stepwise",
+        "16 plain",
+        "64 stepwise",
         "4096 tokens do not fit",
         "GB/s (triad, 1 thread)",
     ):

@@ -148,11 +148,9 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--precision", "fp64"], "fp64"),
         (["--max-seq-len", "321"], "max_seq_len is 321"),
         (["--step", "5"], "no step 5"),
         (["--tokenizer", "nowhere"], "nowhere"),
-        (["--precision", "int4-weight-only", "--int4-block", "48"], "int4_block is 48"),
         (["--int4-block", "32"], "fp32 has no int4 weights"),
     ],
 )
@@ -276,8 +274,6 @@ def test_a_prompt_that_is_missing_double_or_malformed_is_a_usage_error(bundle, p
         (["--tokens", ""], "empty"),
         (["--tokens", ",".join(["1"] * (CAPACITY + 1))], f"capacity of {CAPACITY}"),
         (["--prompt", "a", "--precision", "fp16"], "holds fp32, not fp16"),
-        (["--prompt", "a", "--backend", "abacus"], "no backend 'abacus'"),
-        (["--prompt", "a", "--prefill", "guess"], "'guess'"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0"),
         (["--prompt", "a", "--threads", "0"], "threads is 0"),
