@@ -144,7 +144,7 @@ def test_an_existing_engine_is_kept_unless_forced_and_nothing_is_left_behind(bun
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (BuildOptions("tensorrt-rtx", "fp64"), "not fp64; export it with --precision fp64"),
+        (BuildOptions("tensorrt-rtx", "fp64"), "there is no precision .fp64.; this bundle holds fp32"),
         (BuildOptions("cuda"), "'cuda' is none of them"),
         (BuildOptions("tensorrt-rtx", chunk_tokens=0), "chunk_tokens is 0"),
     ],
