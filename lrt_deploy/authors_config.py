@@ -228,9 +228,9 @@ def _known_as(evidence: _Evidence, config: LRTConfig) -> str:
     if _SOFTCAP not in evidence.fields:
         raise CheckpointError(
             f"{evidence.weights} is of plain nanochat between 2026-01-17 and 2026-03-08, and its files do not tell "
-            f"whether its logits are capped at {LOGIT_SOFTCAP:g} (until 2026-03-01) or at 20 (from 2026-03-02, commit "
-            f'aba30cb; this version does not run it). If it was trained before, say so: add "{_SOFTCAP}": '
-            f"{LOGIT_SOFTCAP:g} to model_config in {evidence.meta}"
+            f"whether its logits are capped at {LOGIT_SOFTCAP:g} (until 2026-03-01 and in the LRT authors' code) or at "
+            f"20 (from 2026-03-02, commit aba30cb; this version does not run it). If it was trained with "
+            f'{LOGIT_SOFTCAP:g}, say so: add "{_SOFTCAP}": {LOGIT_SOFTCAP:g} to model_config in {evidence.meta}'
         )
     return f"plain nanochat of 2026-01-17 to 03-01, with the softcap of {LOGIT_SOFTCAP:g} that its meta states"
 
