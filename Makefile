@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test check clean
+.PHONY: install demo test check kills clean
 
 install: .venv/installed
 
@@ -26,6 +26,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pytest --quiet tests/test_types.py tests/test_layout.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 -m "not slow"
+
+# 100 kills of each thing that writes files, and as many full disks and file limits; ten minutes.
+kills: install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis
