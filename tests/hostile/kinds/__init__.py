@@ -1,0 +1,48 @@
+"""All kinds of hostile input by name, and how many of each a campaign of a hundred makes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from hostile.originals import Originals
+from hostile.trial import Trial
+
+from . import bundles, checkpoints, configs, exported, graphs, inputs, small_files, states, tokenizers_
+
+Make = Callable[[Random, Path, Originals], Trial]
+
+# Kind -> what makes a trial of it, and its share of a campaign in percent (`exported`: of a thousand in all).
+KINDS: dict[str, tuple[Make, float]] = {
+    "checkpoints (.pt)": (checkpoints.weights, 9.0),
+    "configs (JSON)": (configs.configs, 7.0),
+    "safetensors": (checkpoints.native, 7.0),
+    "tokenizer pickles": (tokenizers_.pickles, 7.0),
+    "tokenizer.json": (tokenizers_.tokenizer_json, 6.5),
+    "token byte counts": (tokenizers_.byte_counts, 4.5),
+    "bundles, hashes recomputed": (bundles.manifests, 7.0),
+    "graphs, hashes recomputed": (graphs.graphs, 7.0),
+    "bundles, hashes as they were": (bundles.damaged, 5.0),
+    "remembered hashes": (bundles.memory_of_hashes, 4.5),
+    "states": (states.states, 6.5),
+    "prompt cache entries": (states.cache_entries, 5.5),
+    "engine sidecars": (small_files.sidecars, 5.5),
+    "recorded arrays (npz)": (small_files.recordings, 5.0),
+    "token input": (inputs.tokens, 5.5),
+    "options": (inputs.options, 5.0),
+    "text input": (inputs.texts, 5.5),
+    "text files": (small_files.text_files, 5.0),
+    "full exports": (exported.exports, 0.03),
+}
+
+
+class SelfTest:
+    """Makes trials for the tests of a campaign itself: by number one that is fine, one that dies, one that waits."""
+
+    def __call__(self, rng: Random, place: Path, originals: Originals, index: int = 0) -> Trial:
+        """The trial of an index."""
+        acts = {1: os.abort, 2: lambda: time.sleep(3600)}
+        return Trial("self test", True, acts.get(index, lambda: ("equal", "")))
