@@ -1,9 +1,17 @@
 # make demo: export the demo checkpoint, prove parity, generate.   make test: everything.   make check: before a commit.
+# make fuzz: hostile inputs in great number (FUZZ_INPUTS, FUZZ_SEED, FUZZ_WORKERS, FUZZ_KINDS); goes on where it stopped.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test check kills clean
+.PHONY: install demo test check kills fuzz clean
+
+FUZZ_INPUTS ?= 100000
+FUZZ_LEAST ?= 5000
+FUZZ_SEED ?= 1
+FUZZ_WORKERS ?= 2
+FUZZ_KINDS ?=
+FUZZ_RESULTS ?= build/fuzz
 
 install: .venv/installed
 
@@ -30,6 +38,15 @@ check: install
 # 100 kills of each thing that writes files, and as many full disks and file limits; ten minutes.
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
+
+# Results are lines in build/fuzz: an interrupted campaign of the same commit and seed goes on there. The table by kind
+# goes into docs/hostile-inputs.md when all kinds were run.
+fuzz: install
+	mkdir -p $(FUZZ_RESULTS)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -P -m hostile --inputs $(FUZZ_INPUTS) --least $(FUZZ_LEAST) \
+	  --seed $(FUZZ_SEED) --workers $(FUZZ_WORKERS) --kinds "$(FUZZ_KINDS)" --originals $(FUZZ_RESULTS)/originals \
+	  --results $(FUZZ_RESULTS)/results-$(FUZZ_SEED).jsonl --summary $(FUZZ_RESULTS)/summary.json \
+	  $(if $(FUZZ_KINDS),,--page docs/hostile-inputs.md)
 
 clean:
 	rm -rf .venv build dist *.egg-info demo/bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis

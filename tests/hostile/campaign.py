@@ -123,9 +123,8 @@ class Campaign:
             with self.results.open("a") as file:
                 file.write(json.dumps(result) + "\n")
         if result["verdict"] not in FINE:
-            say(
-                f"{result['verdict'].upper()} {result['kind']} #{result['index']}: {result['what'][:120]} -> {result['detail'][:300]}"
-            )
+            name = f"{result['verdict'].upper()} {result['kind']} #{result['index']}"
+            say(f"{name}: {result['what'][:120]} -> {result['detail'][:300]}")
         if len(self.found) % 1000 == 0:
             rate = len(self.found) / (time.monotonic() - self._started)
             say(f"{len(self.found)} of {sum(self.counts.values())} ({rate:.0f} a second)")

@@ -204,12 +204,8 @@ def rebuilt(rng, path, name, originals):
     elif kind == "zip_bomb":
         chosen.data, chosen.method = bytes(rng.choice((10**6, 3 * 10**8))), 8
     elif kind == "strays":
-        records.append(
-            Record(
-                f"{records[0].name.split('/')[0]}/{rng.choice(('code/x.py', 'constants.pkl', 'data/99999', '.format_version'))}",
-                rng.randbytes(40),
-            )
-        )
+        stray = rng.choice(("code/x.py", "constants.pkl", "data/99999", ".format_version"))
+        records.append(Record(f"{records[0].name.split('/')[0]}/{stray}", rng.randbytes(40)))
     elif kind == "upper":
         path.write_bytes(gzipped(originals.bytes_of(f"{name}/{MODEL}"), rng))
         return "gzip, tar or another container", True
