@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
@@ -65,6 +66,24 @@ class Record:
     def __init__(self, name: str, data: bytes, start: int = 0) -> None:
         self.name, self.data, self.start = name, data, start
         self.method, self.crc, self.flags, self.size, self.extra = 0, None, 0, None, b""
+        self.packed: bytes | None = None  # deflated, where that was done before
+
+    def bomb(self, header: bytes, zeros: int) -> None:
+        """Hold some bytes and very many zeros, deflated to a thousandth."""
+        self.data, self.method = b"", 8
+        self.packed, self.crc, self.size = deflated_zeros(header, zeros)
+
+
+@functools.lru_cache(maxsize=16)
+def deflated_zeros(header: bytes, zeros: int) -> tuple[bytes, int, int]:
+    """Some bytes and then zeros as one deflate stream; their CRC-32, and how many they are."""
+    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
+    parts, crc, block = [packer.compress(header)], zlib.crc32(header), bytes(2**20)
+    for start in range(0, zeros, len(block)):
+        some = block[: zeros - start]
+        parts.append(packer.compress(some))
+        crc = zlib.crc32(some, crc)
+    return b"".join([*parts, packer.flush()]), crc, len(header) + zeros
 
 
 def read_records(data: bytes) -> list[Record]:
@@ -85,7 +104,9 @@ def write_records(records: list[Record], comment: bytes = b"", padded: bool = Tr
         name = record.name.encode("utf-8", "surrogatepass")
         crc = zlib.crc32(record.data) if record.crc is None else record.crc
         body = record.data
-        if record.method == 8:
+        if record.packed is not None:
+            body = record.packed
+        elif record.method == 8:
             packer = zlib.compressobj(6, zlib.DEFLATED, -15)
             body = packer.compress(record.data) + packer.flush()
         size = len(record.data) if record.size is None else record.size
@@ -202,7 +223,7 @@ def rebuilt(rng, path, name, originals):
             rng.choice((0, 8)),
         )
     elif kind == "zip_bomb":
-        chosen.data, chosen.method = bytes(rng.choice((10**6, 3 * 10**8))), 8
+        chosen.bomb(b"", rng.choice((10**6, 3 * 10**8)))
     elif kind == "strays":
         stray = rng.choice(("code/x.py", "constants.pkl", "data/99999", ".format_version"))
         records.append(Record(f"{records[0].name.split('/')[0]}/{stray}", rng.randbytes(40)))

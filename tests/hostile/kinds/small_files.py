@@ -205,7 +205,7 @@ def changed_members(rng: random.Random, data: bytes, kind: str) -> tuple[bytes, 
         old = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 12, 1000000), }"
         count = rng.choice((10**6, 3 * 10**8))
         header = old.replace(b"1000000", str(count // 24 // 4).encode()).ljust(117) + b"\n"
-        record.data, record.method = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(count), 8
+        record.bomb(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header, count)
     elif what == "crc":
         record.crc = rng.randrange(2**32)
     elif what == "size":
