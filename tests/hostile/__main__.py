@@ -9,7 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import campaign, originals, table
+from . import campaign, originals, table, worker
 from .kinds import KINDS
 
 
@@ -69,12 +69,11 @@ def again(kind: str, index: int, seed: str, folder: Path) -> int:
     """One trial in this process, with its traceback."""
     import logging
     import traceback
-    from random import Random
 
     logging.disable()
     found = originals.Originals(folder)
     with tempfile.TemporaryDirectory(prefix="lrt-hostile-one-") as place:
-        trial = KINDS[kind][0](Random(f"{seed}/{kind}/{index}"), Path(place), found)  # noqa: S311
+        trial = worker.made(KINDS[kind][0], f"{seed}/{kind}/{index}", Path(place), found)
         print(f"{trial.what}\nparses: {trial.parses}\n{sorted(Path(place).rglob('*'))[:20]}")  # noqa: T201
         try:
             print(trial.act())  # noqa: T201

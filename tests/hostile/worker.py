@@ -63,9 +63,22 @@ def one(make, kind: str, index: int, seed: str, box: Path, originals, watched: t
     place = box / "trial"
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir()
-    trial = make(Random(f"{seed}/{kind}/{index}"), place, originals)  # noqa: S311 - chooses damage, no secret
+    trial = made(make, f"{seed}/{kind}/{index}", place, originals)
     result = run(trial, place, watched)
     return {"kind": kind, "index": index} | dataclasses.asdict(result)
+
+
+def made(make, seed: str, place: Path, originals):
+    """The trial of a seed; where a second change does not fit what a first one left, another one."""
+    for attempt in range(9):
+        try:
+            return make(Random(f"{seed}/{attempt}" if attempt else seed), place, originals)  # noqa: S311
+        except (LookupError, ValueError, TypeError, AttributeError, OSError, StopIteration):
+            if attempt == 8:
+                raise
+            shutil.rmtree(place)
+            place.mkdir()
+    raise AssertionError
 
 
 def warm_up(originals) -> None:

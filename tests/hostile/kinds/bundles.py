@@ -17,7 +17,18 @@ from hostile.reference import full_graph_numbers
 from hostile.trial import EQUAL, OTHER, WRONG, Trial, command
 
 BUNDLES = ("bundle", "bundle", "hosted", "hosted", "narrow")
-NAMES = ("manifest", "bundle", "graphs", "tokenizer", "weights.bin", "tables.bin", "model config", "ONNX", "onnx", "not finite")
+NAMES = (
+    "manifest",
+    "bundle",
+    "graphs",
+    "tokenizer",
+    "weights.bin",
+    "tables.bin",
+    "model config",
+    "ONNX",
+    "onnx",
+    "not finite",
+)
 
 
 def linked(source: Path, target: Path) -> Path:

@@ -8,6 +8,7 @@ import json
 import pickle
 import pickletools
 import random
+import re
 import shutil
 import struct
 import zipfile
@@ -588,11 +589,11 @@ def agrees_with_torch(path: Path, found) -> tuple[str, str]:
     import torch
 
     expected = torch.load(path, weights_only=True, map_location="cpu")
-    expected = {key.removeprefix("_orig_mod."): value for key, value in expected.items()}
+    expected = {re.sub(r"^(_orig_mod\.|module\.)+", "", key): value for key, value in expected.items()}
     if expected.keys() != found.tensors.keys():
         return WRONG, "other tensors than torch reads"
     for key, value in expected.items():
-        if not torch.equal(value.float(), found.tensors[key].float()):
+        if not torch.equal(value.float(), found.tensors[key].load().float()):
             return WRONG, f"{key} differs from what torch reads"
     return OTHER, "other weights"
 
@@ -756,7 +757,7 @@ def opened_native(folder: Path, data: bytes, originals: Originals, use_cli: bool
         entry = header[key]
         if entry["dtype"] in types:
             expected = np.frombuffer(body[slice(*entry["data_offsets"])], types[entry["dtype"]]).reshape(entry["shape"])
-            if not np.array_equal(expected, tensor.numpy()):
+            if not np.array_equal(expected, tensor.load().numpy()):
                 return WRONG, f"{key} is not what the file holds"
     if set(found.tensors) != set(header) - {"__metadata__"}:
         return WRONG, "other tensors than the header names"

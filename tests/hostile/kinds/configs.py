@@ -75,7 +75,7 @@ def opened(folder: Path, name: str, data: bytes, originals: Originals, use_cli: 
     for key, value in fields.items():
         if key in UNKNOWN or (key not in FIELDS and name == "native" and key not in OWN):
             return WRONG, f"the unknown field {key} was ignored"
-        if key in FIELDS and key not in settled:
+        if key in FIELDS and key not in settled and not (value is None and key.startswith("use_") and settled):
             expected = value.upper() if key == "window_pattern" and isinstance(value, str) else value
             if config[key] != expected or type(config[key]) is not type(expected):
                 return WRONG, f"{key} is {config[key]!r}, the file says {value!r}"

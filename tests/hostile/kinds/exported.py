@@ -35,7 +35,7 @@ def whole(folder: Path, target: Path, precision: str, hosted: bool):
     """Export and open it: float32 equals the reference; a failed export leaves nothing."""
     import lrt_deploy
     from lrt_deploy.checkpoint import open_checkpoint
-    from lrt_deploy.reference import Reference
+    from lrt_deploy.reference import ReferenceDecoder
 
     try:
         lrt_deploy.export_bundle(folder, target, precision=precision, max_seq_len=16, host_embeddings=hosted)
@@ -43,7 +43,7 @@ def whole(folder: Path, target: Path, precision: str, hosted: bool):
         if target.exists():
             return WRONG, "a failed export left a folder"
         raise
-    reference = Reference(open_checkpoint(folder).model())
+    reference = ReferenceDecoder(open_checkpoint(folder).model())
     with lrt_deploy.open_decoder(target, threads=1) as decoder:
         state, truth = decoder.prefill([PROMPT], policy="stepwise"), reference.prefill([PROMPT])
         for _ in range(STEPS):

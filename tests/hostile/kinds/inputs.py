@@ -134,6 +134,8 @@ def tokens(rng: random.Random, place: Path, originals: Originals) -> Trial:
 def is_rows(rows: object) -> bool:
     """Whether numpy makes at least one array of whole numbers of it: the first thing that looks at it."""
     try:
+        if any(isinstance(row, Length) for row in rows):  # type: ignore[attr-defined]
+            return True
         return all(np.asarray(row).dtype.kind in "iub" for row in rows)  # type: ignore[attr-defined]
     except Exception:
         return False
