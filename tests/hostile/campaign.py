@@ -55,6 +55,8 @@ class Campaign:
             thread.start()
         for thread in threads:
             thread.join()
+        if missing := sum(self.counts.values()) - len(self.found):
+            raise RuntimeError(f"{missing} trials were not run, because workers did not start; run it again")
         return self.found
 
     def _resume(self) -> set[tuple[str, int]]:
