@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -135,14 +136,19 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
     return [[tokenizer.bos_id, *piece[:-1]] for piece in y], y
 
 
-# What numpy raises on archives that are damaged or none.
-NPZ_ERRORS = (OSError, ValueError, EOFError, MemoryError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+# What numpy raises on archives that are damaged or none; a header is parsed as Python's literals.
+NPZ_ERRORS = (
+    *(OSError, ValueError, EOFError, MemoryError, NotImplementedError, RecursionError, OverflowError, TypeError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
 
 
 def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     """The arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, as they are. Runs nothing in the file."""
     arrays = _read_arrays(path, ("x", "y"))
     for name, array in arrays.items():
+        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+            raise InputError(f"{path}: {name} holds the token id {array.max()}, which no vocabulary has")
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
             raise InputError(
                 f"{path}: {name} is {array.dtype} of shape {array.shape}, expected token ids (rows, tokens), not empty"
@@ -187,9 +193,18 @@ def _read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, npt.NDAr
                     f"{path} has no array {' and no array '.join(missing)}, but {', '.join(archive) or 'none'}; "
                     "expected token rows x and their targets y"
                 )
-            return {name: archive[name] for name in names}
+            return {name: read_member(archive, name) for name in names}
     except NPZ_ERRORS as error:
-        raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {error}") from error
+        reason = str(error)[:300]
+        raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {reason}") from error
+
+
+def read_member(archive: Any, name: str) -> npt.NDArray[Any]:  # noqa: ANN401 - an NpzFile
+    """An array of an archive; ValueError for a member that is none, which numpy gives as bytes."""
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"its member {name} is no array")
+    return array
 
 
 def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[_Row]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .config import LRTConfig
 from .errors import ParityError
-from .evaluation import NPZ_ERRORS, load_archive
+from .evaluation import NPZ_ERRORS, load_archive, read_member
 from .interface import FloatArray, IntArray, StatefulDecoder
 from .parity_report import as_json
 from .prompts import check_prompts
@@ -71,10 +71,10 @@ def read_recording(path: Path, config: LRTConfig) -> Recording:
                     f"{path} lacks ids, {_LOGITS} or {_LATENTS}; it holds {', '.join(file) or 'nothing'}. Expected "
                     "token rows with the logits and latents computed for them (lrt_deploy/recorded.py has the names)"
                 )
-            ids, logits = file["ids"], file[names[0]]
-            latents = file[_LATENTS] if config.memory else None
+            ids, logits = read_member(file, "ids"), read_member(file, names[0])
+            latents = read_member(file, _LATENTS) if config.memory else None
     except NPZ_ERRORS as error:
-        raise ParityError(f"{path} cannot be read as an .npz of recorded arrays: {error}") from error
+        raise ParityError(f"{path} cannot be read as an .npz of recorded arrays: {str(error)[:300]}") from error
     _check_shapes(path, ids, logits, latents, config)
     check_prompts(list(ids), config.vocab_size)
     return Recording(ids.astype(np.int64), logits, latents)
