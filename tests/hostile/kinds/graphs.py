@@ -340,7 +340,7 @@ def bombs(rng, model, onnx) -> str:
         graph.node.extend(nodes)
     elif kind == "deep":
         inner = helper.make_graph([], "g", [], [])
-        for _ in range(rng.choice((20, 95))):
+        for _ in range(rng.choice((8, 24))):
             inner = helper.make_graph(
                 [
                     helper.make_node(

@@ -264,10 +264,14 @@ def as_pickle_reads_it(path: Path, data: bytes):
     state = _Safe(io.BytesIO(without_frames(data))).load().state
     if {k: getattr(found, k) for k in state} != state:
         return WRONG, "read otherwise than pickle reads it"
-    encoding = tiktoken.Encoding(**state)
     tokenizer = written(path.parent, source)
-    for text in SAMPLES:
-        if tokenizer.encode(text) != encoding.encode_ordinary(text):
+    try:
+        encoding = tiktoken.Encoding(**state)
+        expected = [encoding.encode_ordinary(text) for text in SAMPLES]
+    except BaseException as error:  # a panic
+        return WRONG, f"tiktoken itself cannot use it: {str(error)[:200]}"
+    for text, ids in zip(SAMPLES, expected, strict=True):
+        if tokenizer.encode(text) != ids:
             return WRONG, f"{text[:30]!a} encodes otherwise than in tiktoken"
     return (EQUAL if state == encoding_state() else OTHER), ""
 
@@ -536,19 +540,23 @@ def as_the_library_reads_it(folder: Path, data: bytes, originals: Originals, in_
     from lrt_deploy.tokenizer import Tokenizer, load_source_tokenizer
 
     found = Tokenizer.open(folder) if in_bundle else written(folder, load_source_tokenizer(folder, SIZES["vocab_size"]))
-    raw = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-    raw.no_truncation()
-    raw.no_padding()
-    raw.encode_special_tokens = True
-    equal = True
+    try:
+        raw = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        raw.no_truncation()
+        raw.no_padding()
+        raw.encode_special_tokens = True
+    except Exception:  # it is stricter about fields that mean nothing here: then nothing may have changed
+        raw = None
+    truth, equal = originals.decoder.tokenizer, True
     for text in SAMPLES:
         ids = found.encode(text)
-        if ids != raw.encode(text, add_special_tokens=False).ids:
+        expected = truth.encode(text) if raw is None else raw.encode(text, add_special_tokens=False).ids
+        if ids != expected:
             return WRONG, f"{text[:30]!a} encodes otherwise than in the library"
         if any(not 0 <= token < found.vocab_size for token in ids):
             return WRONG, f"{text[:30]!a} has ids beyond the vocabulary"
         found.decode(ids)
-        equal = equal and ids == originals.decoder.tokenizer.encode(text)
+        equal = equal and ids == truth.encode(text)
     if found.vocab_size > SIZES["vocab_size"] and not in_bundle:
         return WRONG, "more tokens than the model has"
     return (EQUAL if equal else OTHER), ""
