@@ -80,10 +80,10 @@ def run(trial: Trial, place: Path, watched: tuple[Path, ...]) -> Result:
         verdict, detail = TRACEBACK, _where(error)
     cpu = time.process_time() - started
     grown = _peak() - baseline
-    if verdict in FINE and cpu > SLOW_CPU_SECONDS:
-        verdict, detail = HANG, f"took {cpu:.1f} s; {verdict}: {detail}"
     if verdict in FINE and grown > GROWTH_BYTES:
         verdict, detail = MEMORY, f"took {grown / 2**20:.0f} MiB; {verdict}: {detail}"
+    if verdict in FINE and cpu > SLOW_CPU_SECONDS:
+        verdict, detail = HANG, f"took {cpu:.1f} s; {verdict}: {detail}"
     left = _listing(place) - before - set(trial.writes)
     for folder, found in zip(watched, outside, strict=True):
         left |= {f"{folder.name}/{name}" for name in _listing(folder) - found}
