@@ -33,15 +33,16 @@ from lrt_deploy.engine_sidecar import (
 )
 from lrt_deploy.errors import EngineError
 from lrt_deploy.gpu import find_gpu
+from lrt_deploy.graph_file import check_graph_file
 from lrt_deploy.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.precisions import not_held
-from lrt_deploy.tensorrt_flavours import TensorRTFlavour, choose_flavour
+from lrt_deploy.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
 
 from .atomic_folder import atomic_folder, recover
 from .tensorrt_builder import NoFusedAttentionError, Parsed, Plan, build, parse
 from .tensorrt_graph import tensorrt_copy
 from .tensorrt_log import Progress
-from .tensorrt_proof import DTYPES, promise_of, prove
+from .tensorrt_proof import promise_of, prove
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
 _RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built without naming any
@@ -89,6 +90,7 @@ def build_engine(
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
     check_replaceable(target)
     verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
+    check_graph_file(folder / job.graph, folder / weights_path(job.precision))
     started = time.perf_counter()
     built = None
     with suppress(NoFusedAttentionError):
@@ -224,7 +226,7 @@ def _described(tensors: Sequence[Any], specs: Sequence[contract.TensorSpec]) -> 
     return tuple(
         {
             "name": tensor.name,
-            "dtype": DTYPES.get(tensor.dtype.name, tensor.dtype.name),
+            "dtype": TENSORRT_DTYPES.get(tensor.dtype.name, tensor.dtype.name),
             "shape": [dims[tensor.name][axis] if size < 0 else int(size) for axis, size in enumerate(tensor.shape)],
         }
         for tensor in tensors

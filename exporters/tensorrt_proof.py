@@ -20,10 +20,9 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError
 from lrt_deploy.manifest import Manifest
 from lrt_deploy.precisions import base_dtype
+from lrt_deploy.tensorrt_flavours import TENSORRT_DTYPES
 from lrt_deploy.weights import matrix_shapes
 
-# TensorRT's names of types, in those of the contract.
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT8": "int8", "INT4": "int4", "INT64": "int64"}
 _QUANTIZED = {"int8": ("int8", "int8"), "int8-weight-only": ("int8", None), "int4-weight-only": ("int4", None)}
 _MASK = 3  # position among the inputs of an attention layer: query, key, value, mask
 # What may stand between a weight and the product that uses it.
@@ -222,4 +221,4 @@ def _outputs(layer: Any) -> Iterator[Any]:  # noqa: ANN401
 
 def _dtype(tensor: Any) -> str:  # noqa: ANN401
     name = str(tensor.dtype.name)
-    return DTYPES.get(name, name.lower())
+    return TENSORRT_DTYPES.get(name, name.lower())

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import EngineError
-from .fields import decode, shown
+from .fields import decode, decode_as, shown
 from .files import atomic_write, open_regular, read_json
 
 SIDECAR_FORMAT = 1
@@ -175,6 +175,10 @@ def _check(sidecar: EngineSidecar) -> None:
         for smallest, typical, largest in (profile.batch, profile.tokens):
             if not 1 <= smallest <= typical <= largest:
                 raise ValueError(f"the profile {shown(profile.name)} spans {smallest}, {typical}, {largest}")
+    for kind in ("matmul", "norms"):
+        decode_as(dict[str, int], sidecar.layers.get(kind, {}), f"layers.{kind}")
+    decode_as(dict[str, tuple[int, ...]], sidecar.build.get("memory", {}), "build.memory")
+    decode_as(int | None, sidecar.build.get("peak_host_bytes"), "build.peak_host_bytes")
     tensor, pair = {"name": str, "dtype": str, "shape": list}, {"past": str, "present": str, "in_place": bool}
     for field_name, kinds in (("inputs", tensor), ("outputs", tensor), ("state", pair)):
         for index, entry in enumerate(getattr(sidecar, field_name)):

@@ -45,6 +45,16 @@ class TensorRTFlavour:
             ) from error
 
 
+# TensorRT's names of types, in those of the contract.
+TENSORRT_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT4": "int4",
+    "INT64": "int64",
+}
+
 # Best first: what `auto` takes.
 FLAVOURS: dict[str, TensorRTFlavour] = {
     "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "tensorrt"),

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from lrt_deploy import contract
 from lrt_deploy.errors import BackendError
+from lrt_deploy.graph_file import check_graph_file
 from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.manifest import Manifest, graph_path, table_path, weights_path
 from lrt_deploy.precisions import base_dtype
@@ -28,6 +29,7 @@ from .backend import Block, BlockLimits, SlotArrays
 from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
 from .huge_pages import Moved, in_huge_pages
+from .ort_contract import check_session
 from .ort_quantized import quantized_entries
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
@@ -56,6 +58,7 @@ class OrtCpuBackend:
         files = (weights_path(precision), *([table_path(precision)] if self.tables else []))
         small = sum((folder / name).stat().st_size for name in files) < _SMALL_BYTES
         threads = 1 if threads is None and small else threads
+        check_graph_file(graph, folder / weights_path(precision))
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.log_severity_level = log_level
@@ -67,6 +70,7 @@ class OrtCpuBackend:
                 self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own unrelated types
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph}: {error}") from error
+        check_session(self.session, graph, manifest, precision, "windowed")
         self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
         if moved.bytes:
             self.detail += f", {moved.bytes / 2**20:.0f} MiB of weights in huge pages"

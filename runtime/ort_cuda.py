@@ -20,7 +20,8 @@ from lrt_deploy import contract
 from lrt_deploy.engine_sidecar import cache_capacity
 from lrt_deploy.errors import BackendError
 from lrt_deploy.gpu import find_gpu
-from lrt_deploy.manifest import Manifest, graph_path
+from lrt_deploy.graph_file import check_graph_file
+from lrt_deploy.manifest import Manifest, graph_path, weights_path
 from lrt_deploy.precisions import QUANTIZED, base_dtype
 
 from .backend import BlockLimits
@@ -28,6 +29,7 @@ from .cuda_device import Arena, CudaDevice, Device
 from .device_buffers import DeviceBuffers
 from .device_steps import PrefillStep, Setup
 from .host_tables import HostTables
+from .ort_contract import check_session
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -46,7 +48,10 @@ class OrtCudaBackend:
         base = base_dtype(precision, "full")
         dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
         self.precision, self.capacity, self.state_dtype = precision, manifest.max_seq_len, dtype.name
-        session = open_session(folder / graph_path(precision, "prefill", "full"), kind, device.stream)
+        graph = folder / graph_path(precision, "prefill", "full")
+        check_graph_file(graph, folder / weights_path(precision))
+        session = open_session(graph, kind, device.stream)
+        check_session(session, graph, manifest, precision, "full")
         outputs = [spec.to_dict() for spec in contract.graph_outputs(manifest.model, base)]
         self.device = device
         self.setup = Setup(

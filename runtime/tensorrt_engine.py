@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lrt_deploy import contract
 from lrt_deploy.engine_sidecar import (
     DECODE,
     PLAN,
@@ -24,7 +25,8 @@ from lrt_deploy.engine_sidecar import (
 from lrt_deploy.errors import BackendError, EngineError
 from lrt_deploy.gpu import Gpu
 from lrt_deploy.manifest import Manifest, weights_path
-from lrt_deploy.tensorrt_flavours import FLAVOURS, collecting_logger
+from lrt_deploy.precisions import base_dtype
+from lrt_deploy.tensorrt_flavours import FLAVOURS, TENSORRT_DTYPES, collecting_logger
 
 
 @dataclass
@@ -138,11 +140,34 @@ def find_misfit(
     if not runs_on(sidecar.compute_capabilities, gpu.compute_capability):
         named = ", ".join(sidecar.compute_capabilities)
         return f"it was made for GPUs of compute capability {named}, and {gpu.name} has {gpu.capability_text}"
+    if misfit := _find_contract_misfit(sidecar, manifest):
+        return misfit
     if sidecar.max_seq_len < manifest.max_seq_len or sidecar.max_batch_size < manifest.max_batch_size:
         return (
             f"it holds {sidecar.max_seq_len} tokens and {sidecar.max_batch_size} sequences, the bundle "
             f"{manifest.max_seq_len} and {manifest.max_batch_size}"
         )
+    return None
+
+
+def _find_contract_misfit(sidecar: EngineSidecar, manifest: Manifest) -> str | None:
+    """Which input, output or pair of state the sidecar describes otherwise than the model's configuration does."""
+    base, sizes = base_dtype(sidecar.precision, "full"), {"capacity": sidecar.capacity, "rows": 1}
+    expected = {
+        "inputs": contract.graph_inputs(manifest.model, "full", base, manifest.host_embeddings),
+        "outputs": contract.graph_outputs(manifest.model, base),
+    }
+    for way, specs in expected.items():
+        found = {spec["name"]: (spec["dtype"], list(spec["shape"])) for spec in getattr(sidecar, way)}
+        wanted = {s.name: (s.dtype, [sizes.get(d, d) if isinstance(d, str) else d for d in s.shape]) for s in specs}
+        for name in sorted(found.keys() | wanted.keys()):
+            if found.get(name) != wanted.get(name):
+                return (
+                    f"its sidecar lists {name} among its {way} as {found.get(name)}, the model has {wanted.get(name)}"
+                )
+    pairs = [pair.to_dict() for pair in contract.state_pairs(manifest.model, base)]
+    if list(sidecar.state) != pairs:
+        return "its sidecar describes another state than the model has"
     return None
 
 
@@ -162,6 +187,14 @@ def find_io_misfit(opened: Engine) -> str | None:
     expected = [spec["name"] for spec in (*sidecar.inputs, *sidecar.outputs)]
     if sorted(names) != sorted(expected):
         return f"its inputs and outputs are {', '.join(names)}, its sidecar says {', '.join(expected)}"
+    for spec in (*sidecar.inputs, *sidecar.outputs):
+        dtype = TENSORRT_DTYPES.get(engine.get_tensor_dtype(spec["name"]).name)
+        # A dimension that TensorRT leaves free is -1; of an output it may know more than the contract says.
+        shape = tuple(engine.get_tensor_shape(spec["name"]))
+        sizes = [-1 if isinstance(dim, str) else dim for dim in spec["shape"]]
+        fits = len(shape) == len(sizes) and all(a == b or b == -1 for a, b in zip(shape, sizes, strict=True))
+        if dtype != spec["dtype"] or not fits:
+            return f"its {spec['name']} is {dtype} {shape}, its sidecar says {spec['dtype']} {spec['shape']}"
     if engine.num_optimization_profiles != len(sidecar.profiles):
         return f"it has {engine.num_optimization_profiles} profiles, its sidecar says {len(sidecar.profiles)}"
     for index, profile in enumerate(sidecar.profiles):

@@ -9,12 +9,14 @@ import os
 import shutil
 from typing import Any, Literal
 
+import onnx
 import pytest
 
 import lrt_deploy
 from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, Profile, engine_folder, read_plan, read_sidecar, sidecar_path
-from lrt_deploy.errors import BundleError, EngineError
+from lrt_deploy.errors import BackendError, BundleError, EngineError
 from lrt_deploy.fields import decode, decode_as, shown
+from lrt_deploy.graph_file import check_graph_file
 from lrt_deploy.manifest import DIGEST, MANIFEST, read_manifest
 
 NAME = "gate32"
@@ -346,3 +348,117 @@ def test_a_plan_that_is_another_one_is_refused(plan):
 def test_the_manifest_of_an_export_is_read_as_it_was_written(export_once):
     manifest = read_manifest(export_once(NAME))
     assert json.loads((export_once(NAME) / MANIFEST).read_text()) == json.loads(manifest.to_json())
+
+
+# Graphs
+
+
+def put_graph(folder, name, data):
+    """Write a graph, and let the manifest have its hash and size."""
+    (folder / name).write_bytes(data)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    rewrite(folder, files=files)
+
+
+WINDOWED = "graphs/fp32/prefill.windowed.onnx"
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ("graphs/fp32/prefill.onnx", "it has no input window_start_"),
+        (
+            "graphs/fp32/decode_step.windowed.onnx",
+            r"its input input_ids is int64 \(batch, 1\), expected int64",
+        ),
+        ("graphs/fp32/decode_step.onnx", "and"),
+    ],
+)
+def test_another_graph_of_the_bundle_under_the_right_name_is_refused(bundle, other, message):
+    put_graph(bundle, WINDOWED, (bundle / other).read_bytes())
+    with pytest.raises(BundleError, match=rf"prefill\.windowed\.onnx is not the windowed graph in fp32 .*{message}"):
+        lrt_deploy.open_decoder(bundle)
+
+
+def test_the_graph_of_another_model_is_refused(bundle, export_once):
+    for name in ("graphs/fp32/weights.bin", WINDOWED):
+        put_graph(bundle, name, (export_once("padded_vocab") / name).read_bytes())
+    with pytest.raises(BundleError, match=r"is not the windowed graph in fp32 of the model .*expected"):
+        lrt_deploy.open_decoder(bundle)
+
+
+def changed(bundle, change):
+    """The windowed graph after `change`."""
+    model = onnx.load(bundle / WINDOWED, load_external_data=False)
+    change(model)
+    return model.SerializeToString()
+
+
+def set_place(model, **entries):
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    for entry in tensor.external_data:
+        entry.value = entries.get(entry.key, entry.value)
+
+
+def set_metadata(model, key, value):
+    next(entry for entry in model.metadata_props if entry.key == key).value = value
+
+
+def add_loop(model):
+    body = onnx.helper.make_graph([], "body", [], [])
+    model.graph.node.append(onnx.helper.make_node("Loop", ["n", "c"], ["x"], body=body))
+
+
+def add_constant(model):
+    tensor = onnx.helper.make_tensor("t", onnx.TensorProto.FLOAT, [1], [1.0])
+    model.graph.node.append(onnx.helper.make_node("Constant", [], ["x"], value=tensor))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: set_place(m, location="../../secret"), r"lies in '\.\./\.\./secret', expected weights\.bin"),
+        (lambda m: set_place(m, location="/etc/passwd"), r"lies in '/etc/passwd', expected weights\.bin"),
+        (lambda m: set_place(m, location="decode_step.onnx"), r"lies in 'decode_step\.onnx', expected weights\.bin"),
+        (lambda m: set_place(m, location=""), "lies in '', expected"),
+        (lambda m: set_place(m, offset="-4096"), "the offset of .* is '-4096', expected a number of bytes"),
+        (lambda m: set_place(m, offset=str(2**40)), "lies at bytes 1099511627776 to .*, which has"),
+        (lambda m: set_place(m, offset="9" * 5000), "the offset of .* is a str of length 5000"),
+        (lambda m: set_place(m, length="8"), "has 8 bytes, which is not what its type and shape"),
+        (lambda m: set_place(m, length="x"), "the length of .* is 'x', expected a number of bytes"),
+        (lambda m: m.graph.initializer.add(name="w", data_type=1, dims=[2], data_location=1), "'w' lies in None"),
+        (lambda m: m.graph.sparse_initializer.add(), "it holds sparse weights"),
+        (lambda m: m.functions.add(name="f", domain="x"), "it holds functions"),
+        (lambda m: m.graph.node.add(op_type="Add", domain="evil"), "a node is of the domain 'evil'"),
+        (add_loop, "a node holds a graph"),
+        (add_constant, "a node holds a tensor"),
+        (lambda m: m.ClearField("graph"), "it holds 0 graphs"),
+        (lambda m: set_metadata(m, "lrt_deploy.precision", "int8"), "its metadata say that the precision is 'int8'"),
+        (lambda m: set_metadata(m, "lrt_deploy.model", "{}"), "do not say what model it is of"),
+        (lambda m: set_metadata(m, "lrt_deploy.model", "[" * 10**5), "do not say what model it is of"),
+        (lambda m: m.ClearField("metadata_props"), "say that the precision is None"),
+        (lambda m: m.graph.input[1].CopyFrom(m.graph.input[0]), ""),
+    ],
+    ids=range(21),
+)
+def test_a_graph_that_is_no_graph_of_this_bundle_is_refused_with_the_reason(bundle, change, message):
+    put_graph(bundle, WINDOWED, changed(bundle, change))
+    with pytest.raises((BundleError, BackendError), match=rf"prefill\.windowed\.onnx.*{message}") as caught:
+        lrt_deploy.open_decoder(bundle)
+    assert isinstance(caught.value, BundleError) or not message
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100, b"\x08" * 1000, b"\x3a\xff\xff\xff\xff\x0f", b"\xff" * 50])
+def test_what_is_no_protobuf_message_is_refused(bundle, data):
+    put_graph(bundle, WINDOWED, data)
+    with pytest.raises(BundleError, match=r"windowed\.onnx is no graph of a bundle: it (is no protobuf|holds 0)"):
+        lrt_deploy.open_decoder(bundle)
+
+
+def test_all_graphs_of_an_export_pass(in_every_precision):
+    folder = in_every_precision("demo")
+    graphs = sorted(folder.rglob("*.onnx"))
+    assert len(graphs) == 24
+    for graph in graphs:
+        check_graph_file(graph, graph.with_name("weights.bin"))

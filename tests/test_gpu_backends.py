@@ -44,6 +44,7 @@ from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
 from lrt_deploy.runtime.tensorrt_engine import open_engine
 from lrt_deploy.runtime.traffic import count_copies
+from lrt_deploy.tensorrt_flavours import TENSORRT_DTYPES
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = "mr_gqa_SSSL"
@@ -207,11 +208,21 @@ class FakeEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = ort.InferenceSession(str(bundle / sidecar.onnx), options, providers=["CPUExecutionProvider"])
-        self.runs, self.contexts = [], []
+        self.runs, self.contexts, self.types, self.shapes = [], [], {}, {}  # types and shapes other than the sidecar's
         self.aliased = {pair["present"]: pair["past"] for pair in sidecar.state if pair["in_place"]}
 
     def get_tensor_name(self, index):
         return self.names[index]
+
+    def spec(self, name):
+        return next(spec for spec in (*self.sidecar.inputs, *self.sidecar.outputs) if spec["name"] == name)
+
+    def get_tensor_dtype(self, name):
+        names = {dtype: theirs for theirs, dtype in TENSORRT_DTYPES.items()}
+        return SimpleNamespace(name=names[self.types.get(name, self.spec(name)["dtype"])])
+
+    def get_tensor_shape(self, name):
+        return self.shapes.get(name, [-1 if isinstance(dim, str) else dim for dim in self.spec(name)["shape"]])
 
     def get_tensor_profile_shape(self, name, index):
         smallest, largest = self.limits(name, index)
@@ -589,6 +600,10 @@ def refused(bundle, monkeypatch, gpu=GPU, library=None, **changes):
         ({"max_batch_size": 2}, "it holds 128 tokens and 2 sequences"),
         ({"plan_bytes": 10}, "has 9 bytes, its sidecar says 10: truncated or altered"),
         ({"plan_sha256": "0" * 64}, "does not match its sidecar's SHA-256"),
+        ({"inputs": ()}, "its sidecar lists input_ids among its inputs as None, the model has ('int64', ['batch', "),
+        ({"outputs": ({"name": "logits", "dtype": "float32", "shape": ["batch", 1, 7]},)}, "its sidecar lists logits"),
+        ({"state": ()}, "its sidecar describes another state than the model has"),
+        ({"capacity": 256}, "among its inputs as ('float32', ['batch', "),
     ],
 )
 def test_a_plan_that_does_not_fit_is_refused_with_the_command(bundle, monkeypatch, changes, message):
@@ -610,6 +625,10 @@ def test_what_the_library_cannot_read_is_refused_with_its_words(bundle, monkeypa
     [
         (lambda engine: engine.names.remove("logits"), "its inputs and outputs are"),
         (lambda engine: setattr(engine, "num_optimization_profiles", 1), "it has 1 profiles"),
+        (lambda engine: engine.types.update(past_key_1="float16"), "its past_key_1 is float16 (-1,"),
+        (lambda engine: engine.types.update(logits="float16"), "its logits is float16 "),
+        (lambda engine: engine.shapes.update(past_latent=(-1, -1, 7)), "its past_latent is float32 (-1, -1, 7)"),
+        (lambda engine: engine.shapes.update(present_latent=(-1, -1)), "its present_latent is float32 (-1, -1), its"),
         (lambda engine: engine.aliased.pop("present_key_1"), "would copy past_key_1 to present_key_1"),
         (lambda engine: setattr(engine, "limits", lambda name, index: ((1, 1), (4, 1))), "its profile decode takes"),
     ],

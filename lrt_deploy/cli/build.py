@@ -101,7 +101,7 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
             f"{count} {product_words(product)}" for product, count in layers.get("matmul", {}).items()
         ),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
-        "memory": ", ".join(f"{name} {max(sizes)}" for name, sizes in memory.items()),
+        "memory": ", ".join(f"{name} {max(sizes, default=0)}" for name, sizes in memory.items()),
         "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),
         "smoke test": smoke_text(sidecar.smoke),
     }
