@@ -175,8 +175,8 @@ def _check(sidecar: EngineSidecar) -> None:
         for smallest, typical, largest in (profile.batch, profile.tokens):
             if not 1 <= smallest <= typical <= largest:
                 raise ValueError(f"the profile {shown(profile.name)} spans {smallest}, {typical}, {largest}")
-    for kind in ("matmul", "norms"):
-        decode_as(dict[str, int], sidecar.layers.get(kind, {}), f"layers.{kind}")
+    for counts in ("matmul", "norms"):
+        decode_as(dict[str, int], sidecar.layers.get(counts, {}), f"layers.{counts}")
     decode_as(dict[str, tuple[int, ...]], sidecar.build.get("memory", {}), "build.memory")
     decode_as(int | None, sidecar.build.get("peak_host_bytes"), "build.peak_host_bytes")
     tensor, pair = {"name": str, "dtype": str, "shape": list}, {"past": str, "present": str, "in_place": bool}
