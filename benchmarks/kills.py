@@ -210,17 +210,20 @@ def state_operations(bundle: Path) -> Iterator[Operation]:
 
 
 def try_all(operation: Operation, scratch: Path, trials: int, chance: random.Random) -> dict[str, Any]:
-    """Kills, a full disk and a limit on the size of files."""
-    print(f"{operation.name}: kills", file=sys.stderr)
-    report: dict[str, Any] = {"kills": kills(operation, fresh(scratch, operation), trials, chance)}
-    print(f"{operation.name}: file limit", file=sys.stderr)
-    report["file limit"] = failing(operation, fresh(scratch, operation), trials, chance, file_limit)
-    print(f"{operation.name}: full disk", file=sys.stderr)
+    """Kills, a limit on the size of files, and a full disk; each is reported on stderr when it is done."""
+    report: dict[str, Any] = {}
+
+    def done(kind: str, found: dict[str, Any]) -> None:
+        report[kind] = found
+        print(f"{operation.name}: {kind}: {json.dumps(found)}", file=sys.stderr, flush=True)
+
+    done("kills", kills(operation, fresh(scratch, operation), trials, chance))
+    done("file limit", failing(operation, fresh(scratch, operation), trials, chance, file_limit))
     with small_disk(scratch / "disk") as refused:
         if refused:
-            report["full disk"] = {"skipped": refused, "faults": []}
+            done("full disk", {"skipped": refused, "faults": []})
         else:
-            report["full disk"] = failing(operation, scratch / "disk", trials, chance, full_disk)
+            done("full disk", failing(operation, scratch / "disk", trials, chance, full_disk))
     return report
 
 

@@ -294,6 +294,10 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Text, tokenizer, training, checkpoint, report."""
     args = options()
+    if earlier := [*args.out.glob("model_*.pt"), *args.out.glob("meta_*.json")]:
+        raise SystemExit(
+            f"{args.out} holds {earlier[0].name}, which would be removed; name a folder without a checkpoint"
+        )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     groups = list(documents())  # every 20th is held out whole

@@ -62,9 +62,14 @@ def new_figure(width: float, height: float, dpi: int, title: str) -> Figure:
     return figure
 
 
+def check_target(path: Path) -> None:
+    """Raise InputError for a file that is no PNG, which a plot would replace."""
+    check_replaceable(path, "the plot", lambda head: head.startswith(_PNG), InputError)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, in place of an older PNG only; raises InputError for another file."""
-    check_replaceable(path, "the plot", lambda head: head.startswith(_PNG), InputError)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # About letters of a title that its fonts lack: they are drawn as boxes.
     with warnings.catch_warnings(), atomic_write(path) as partial:

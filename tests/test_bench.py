@@ -369,6 +369,14 @@ def test_plot_puts_it_elsewhere(document, bundles, small_memory, tmp_path):
     assert path.read_bytes()[:8] == PNG
 
 
+def test_a_file_of_another_kind_is_not_replaced_by_a_plot(bundles, tmp_path):
+    """Said before anything is measured."""
+    path = tmp_path / "thesis.tex"
+    path.write_text("years of work")
+    assert "thesis.tex exists and is a file of another kind; the plot" in refusal(bundles(NAME), "--plot", path)
+    assert path.read_text() == "years of work"
+
+
 def test_without_lengths_there_is_nothing_to_plot(bundles, small_memory):
     result = run("bench", bundles(NAME), *SMALL[:-1], "", "--json")
     fields = json.loads(result.stdout)

@@ -30,8 +30,7 @@ from lrt_deploy.cli.app import app
 
 tokens = ",".join(map(str, range(1, 21)))
 verbs = [
-    ["export", checkpoint, "模型", "--precision", "int8", "--max-seq-len", "48"],
-    ["export", checkpoint, "模型", "--force", "--max-seq-len", "48"],
+    ["export", checkpoint, "模型", "--max-seq-len", "48"],
     ["generate", "模型", "--tokens", tokens, "--max-new-tokens", "4", "--prompt-cache", "prompts"],
     ["parity", "模型", "--checkpoint", checkpoint, "--steps", "4", "--report-dir", "pages"],
     ["bench", "模型", "--prompt-tokens", "4", "--new-tokens", "4", "--prefill-lengths", "8", "--repeats", "1"],
@@ -48,8 +47,7 @@ for words in verbs:
     except SystemExit as error:
         code = error.code
     codes[words[0]] = codes.get(words[0]) or code or 0
-lrt_deploy.export_bundle(checkpoint, "api", max_seq_len=48)
-with lrt_deploy.open_decoder("api") as decoder:
+with lrt_deploy.open_decoder("模型") as decoder:
     state = decoder.prefill([[1, 2, 3]])
     state.save("chat.state")
 pathlib.Path("result.json").write_text(json.dumps({"codes": codes, "sockets": opened}))
@@ -101,7 +99,7 @@ def test_a_home_that_was_empty_holds_our_own_cache_alone(visited):
 @pytest.mark.slow
 def test_the_working_folder_holds_what_was_named_alone(visited):
     place, _, _ = visited
-    named = ["api", "chat.state", "pages", "prompts", "result.json", "text.txt", "模型"]
+    named = ["chat.state", "pages", "prompts", "result.json", "text.txt", "模型"]
     assert sorted(path.name for path in (place / "work").iterdir()) == sorted(named)
     assert not [path for path in (place / "work").rglob("*") if ".partial-" in path.name or ".tmp" in path.name]
 

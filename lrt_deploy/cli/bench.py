@@ -65,6 +65,7 @@ def bench(
     lengths = parse_lengths(prefill_lengths)
     if plot is not None:
         plots.require_matplotlib()
+        plots.check_target(plot)
         options.check_writable(plot.parent, "the plot")
     options.check_file(None if text in (None, "-") else Path(text), "the text")
     options.check_tolerance(tolerance)
