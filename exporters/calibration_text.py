@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lrt_deploy.chat_form import BOS
 from lrt_deploy.errors import ExportError
+from lrt_deploy.files import MAX_TEXT_BYTES, read_text
 from lrt_deploy.tokenizer import Tokenizer
 
 ROWS, ROW_TOKENS = 16, 256
@@ -57,10 +58,6 @@ def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size:
 
 
 def _read(file: Path | None) -> str:
-    try:
-        data = files("lrt_deploy").joinpath("calibration.txt").read_bytes() if file is None else file.read_bytes()
-        return data.decode("utf-8")
-    except OSError as error:
-        raise ExportError(f"cannot read the calibration text {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ExportError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    if file is None:
+        return files("lrt_deploy").joinpath("calibration.txt").read_text(encoding="utf-8")
+    return read_text(file, "the calibration text", ExportError, MAX_TEXT_BYTES)

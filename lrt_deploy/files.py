@@ -32,6 +32,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to evaluate or to calibrate on
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600  # only where there are no locks
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)

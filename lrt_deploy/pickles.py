@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from .errors import CheckpointError
+from .files import read_bytes
 
-# Bounds for memory and time, 15 and 5 times what the largest public vocabulary (200 thousand tokens) needs.
+# Bounds for memory and time, 15 and 2 times what the largest public vocabulary (200 thousand tokens) needs.
 MAX_FILE_BYTES = 64 * 1024 * 1024
-MAX_OPCODES = 8_000_000
+MAX_OPCODES = 2_000_000
 PROTOCOLS = range(2, 6)
 STATE_KEYS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
 
@@ -68,7 +69,7 @@ _MARK = _Mark()
 
 def read_encoding(path: Path) -> EncodingData:
     """The data of the tiktoken `Encoding` pickled in the file `path`; nothing in the file can run."""
-    return parse_encoding(_read_file(path), str(path))
+    return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, MAX_FILE_BYTES), str(path))
 
 
 def parse_encoding(data: bytes, source: str) -> EncodingData:
@@ -85,19 +86,6 @@ def parse_encoding(data: bytes, source: str) -> EncodingData:
     except Exception as error:  # the opcode reader raises many types on damaged files; all mean the same here
         text = ascii(str(error))[:200]
         raise CheckpointError(f"{source} is not a readable pickle ({text}); it is cut off or damaged") from error
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file; expected a pickled tiktoken Encoding")
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if len(data) > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path} is larger than {MAX_FILE_BYTES} bytes; no tokenizer is. Check what the file is")
-    return data
 
 
 class _Machine:

@@ -6,6 +6,7 @@ end in ONNX Gather: both would compute something, so both are refused here.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,7 +18,7 @@ from .interface import IntArray
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[IntArray]:
     """Rows of token ids as int64 arrays; refuses no rows, an empty row, and ids outside the vocabulary."""
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)) or not len(prompts):
-        raise InputError(f"prompts is {prompts!r}, expected a list with one list of token ids per sequence")
+        raise InputError(f"prompts is {reprlib.repr(prompts)}, expected a list with one list of token ids per sequence")
     rows = [_as_ids(row, f"prompt {i}") for i, row in enumerate(prompts)]
     for i, row in enumerate(rows):
         if row.size == 0:

@@ -9,6 +9,7 @@ given a function from a token to its bytes.
 from __future__ import annotations
 
 import codecs
+import reprlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -24,7 +25,7 @@ class TextStream:
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop_strings: Sequence[str] = ()) -> None:
         if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            shown = repr(stop_strings)[:200]
+            shown = reprlib.repr(stop_strings)
             raise InputError(f"stop strings are a list of texts of at least one character, found {shown}")
         self._token_bytes = token_bytes
         self._searches = [_Search(stop) for stop in dict.fromkeys(stop_strings)]

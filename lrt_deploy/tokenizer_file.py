@@ -104,6 +104,9 @@ def to_json(vocabulary: Vocabulary) -> str:
     """The text of a `tokenizer.json` that tokenizers reads as the same tokenizer."""
     split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern.text}, "behavior": "Isolated", "invert": False}
     special = sorted(vocabulary.special.items(), key=lambda item: item[1])
+    vocab = vocabulary.ids
+    if any(token < len(vocab) for _, token in special):  # else the library gives them other ids: the next free ones
+        vocab = dict(sorted({**vocab, **vocabulary.special}.items(), key=lambda item: item[1]))
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     fields = {
         "version": "1.0",
@@ -120,7 +123,7 @@ def to_json(vocabulary: Vocabulary) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": vocabulary.whole,
-            "vocab": vocabulary.ids,
+            "vocab": vocab,
             "merges": vocabulary.merges,
         },
     }

@@ -209,7 +209,7 @@ def test_files_of_absurd_size_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(pickles, "MAX_FILE_BYTES", len(SMALL_PICKLE))
     assert read_encoding(path).name == "s"
     monkeypatch.setattr(pickles, "MAX_FILE_BYTES", len(SMALL_PICKLE) - 1)
-    with pytest.raises(CheckpointError, match="larger than"):
+    with pytest.raises(CheckpointError, match="at most"):
         read_encoding(path)
 
 
@@ -327,10 +327,10 @@ def test_what_is_wrong_is_said(code, message):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot read"):
+    with pytest.raises(CheckpointError, match="cannot be opened"):
         read_encoding(tmp_path / "absent.pkl")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match="is a folder"):
         read_encoding(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="not a regular file"):
+    with pytest.raises(CheckpointError, match="named pipe"):
         read_encoding(tmp_path / "pipe")

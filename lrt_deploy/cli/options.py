@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from lrt_deploy import files
 from lrt_deploy.errors import InputError
 
 from . import output
@@ -225,14 +226,19 @@ def check_writable(folder: Path, what: str) -> None:
 
 
 def read_text(name: str) -> str:
-    """The text of a file, or of stdin for `-`, newlines as they are."""
+    """The text of a regular file, or of stdin for `-`, newlines as they are."""
+    if name != "-":
+        return files.read_text(Path(name), "the text", InputError, files.MAX_TEXT_BYTES)
     try:
-        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        return data.decode("utf-8")
+        data = sys.stdin.buffer.read(files.MAX_TEXT_BYTES + 1)
     except OSError as error:
-        raise InputError(f"cannot read {name}: {error.strerror}") from error
+        raise InputError(f"the text cannot be read from stdin: {error.strerror}") from error
+    if len(data) > files.MAX_TEXT_BYTES:
+        raise InputError(f"the text on stdin has more than {files.MAX_TEXT_BYTES} bytes, the most that are accepted")
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        raise InputError(f"the text on stdin is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from error
 
 
 def prompt_ids(decoder: Decoder, prompt: str | list[int]) -> list[int]:
