@@ -13,7 +13,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ from lrt_deploy.precisions import not_held
 from lrt_deploy.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
 
 from .atomic_folder import atomic_folder, recover
-from .tensorrt_builder import NoFusedAttentionError, Parsed, Plan, build, parse
+from .early_checks import check_target
+from .tensorrt_builder import NoFusedAttentionError, Parsed, Plan, Settings, build, parse
 from .tensorrt_graph import tensorrt_copy
 from .tensorrt_log import Progress
 from .tensorrt_proof import promise_of, prove
@@ -50,12 +51,21 @@ _RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built wi
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `build_engine` takes beside the bundle. `precision` None: the only one in it."""
+    """What `build_engine` takes beside the bundle.
+
+    `precision` None: the only one in it. `chunk_tokens` None: 512, or the capacity if that is less. `max_batch_size`
+    None: the bundle's. `workspace_bytes` None: TensorRT's own limit. `timing_cache` None: a file beside the engines.
+    `listener` is called with severity and text of TensorRT's messages.
+    """
 
     backend: str = "auto"
     precision: str | None = None
     force: bool = False
-    chunk_tokens: int = CHUNK_TOKENS
+    chunk_tokens: int | None = None
+    max_batch_size: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    listener: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +78,10 @@ class _Job:
     precision: str
     capacity: int
     profiles: tuple[Profile, ...]
+    max_batch_size: int
     compute_capabilities: tuple[str, ...]
+    settings: Settings
+    listener: Callable[[str, str], None] | None = None
 
     @property
     def graph(self) -> str:
@@ -89,6 +102,7 @@ def build_engine(
     if os.path.lexists(target) and not options.force:
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
     check_replaceable(target)
+    check_target(target, EngineError)
     verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
     check_graph_file(folder / job.graph, folder / weights_path(job.precision))
     started = time.perf_counter()
@@ -126,11 +140,11 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
     """The network, what it was proven to consist of, and the plan made of it."""
     graph, promise = job.bundle / job.graph, promise_of(job.manifest, job.precision)
     progress("parsing", 0, 0)
-    parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph)
+    parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
     progress("proving", 0, 0)
     layers = prove(parsed.trt, parsed.network, promise)
     decomposable = {"attention_decomposable": decompose or promise.base == "float32"}
-    return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, _timing_cache(job), progress)
+    return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, job.settings, progress)
 
 
 def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:
@@ -144,14 +158,36 @@ def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[
 
 def _job(folder: Path, options: BuildOptions) -> _Job:
     manifest = read_manifest(folder)
-    if options.chunk_tokens < 1:
-        raise EngineError(f"chunk_tokens is {options.chunk_tokens}, expected at least 1")
     flavour, _ = choose_flavour(options.backend)
     flavour.load()  # what is missing here is said before anything is hashed
-    shapes = profiles(manifest.max_seq_len, manifest.max_batch_size, options.chunk_tokens)
-    capacity = cache_capacity(manifest.max_seq_len)
-    precision = _precision(manifest, options.precision)
-    return _Job(folder, manifest, flavour, precision, capacity, shapes, _compute_capabilities(flavour))
+    chunk = _within("chunk_tokens", options.chunk_tokens, manifest.max_seq_len, CHUNK_TOKENS)
+    batch = _within("max_batch_size", options.max_batch_size, manifest.max_batch_size, manifest.max_batch_size)
+    if options.workspace_bytes is not None and options.workspace_bytes < 1:
+        raise EngineError(f"workspace_bytes is {options.workspace_bytes}, expected at least 1")
+    return _Job(
+        folder,
+        manifest,
+        flavour,
+        _precision(manifest, options.precision),
+        cache_capacity(manifest.max_seq_len),
+        profiles(manifest.max_seq_len, batch, chunk),
+        batch,
+        _compute_capabilities(flavour),
+        Settings(options.workspace_bytes, _timing_cache(folder, flavour, options.timing_cache)),
+        options.listener,
+    )
+
+
+def _within(name: str, asked: int | None, largest: int, default: int) -> int:
+    """The size that was asked for, which the bundle must allow, or the default, which it may lower."""
+    if asked is None:
+        return min(default, largest)
+    if not 1 <= asked <= largest:
+        limit = "max_seq_len" if name == "chunk_tokens" else name
+        raise EngineError(
+            f"{name} is {asked}; this bundle was exported with {limit} {largest}: expected 1 to {largest}"
+        )
+    return asked
 
 
 def _precision(manifest: Manifest, requested: str | None) -> str:
@@ -165,12 +201,17 @@ def _precision(manifest: Manifest, requested: str | None) -> str:
     return requested
 
 
-def _timing_cache(job: _Job) -> Path | None:
-    """Measured kernel times of earlier builds; TensorRT-RTX measures nothing when it builds."""
-    if job.flavour.backend == "tensorrt-rtx":
+def _timing_cache(bundle: Path, flavour: TensorRTFlavour, asked: Path | None) -> Path | None:
+    """Where measured kernel times of earlier builds lie; TensorRT-RTX measures nothing when it builds."""
+    if flavour.backend == "tensorrt-rtx":
+        if asked is not None:
+            raise EngineError("tensorrt-rtx measures no kernels when it builds and has no timing cache; leave it out")
         return None
-    (job.bundle / ENGINES).mkdir(exist_ok=True)
-    return job.bundle / ENGINES / f"{job.flavour.backend}.timing"
+    if asked is not None:
+        check_target(asked, EngineError)
+        return asked
+    (bundle / ENGINES).mkdir(exist_ok=True)
+    return bundle / ENGINES / f"{flavour.backend}.timing"
 
 
 def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:
@@ -192,7 +233,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
         flags=plan.flags,
         capacity=job.capacity,
         max_seq_len=manifest.max_seq_len,
-        max_batch_size=manifest.max_batch_size,
+        max_batch_size=job.max_batch_size,
         inputs=_described(
             inputs, contract.graph_inputs(manifest.model, "full", promise.base, manifest.host_embeddings)
         ),

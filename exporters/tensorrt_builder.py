@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +18,13 @@ from typing import Any
 
 from lrt_deploy.engine_sidecar import Profile, Range
 from lrt_deploy.errors import EngineError
+from lrt_deploy.files import atomic_write, read_bytes
 from lrt_deploy.tensorrt_flavours import TensorRTFlavour, collecting_logger
 
 from .tensorrt_log import BuildLog, Cancellation, Progress, progress_monitor, run_interruptibly
 
 # What TensorRT says where attention has a shape or type that none of its fused kernels is for.
+_LARGEST_CACHE = 2**30  # bytes; measured times of one model take a few MB
 _NO_FUSED_KERNEL = "not supported by a dedicated kernel"
 
 
@@ -49,9 +51,26 @@ class Plan:
     flags: tuple[str, ...]
 
 
-def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path) -> Parsed:
-    """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network."""
-    trt, log = flavour.load(), BuildLog()
+@dataclass(frozen=True)
+class Settings:
+    """What the builder is told beside the profiles.
+
+    `workspace_bytes` bounds the scratch memory of a layer; None: TensorRT's own limit. `timing_cache` is read where it
+    exists and replaced after the build.
+    """
+
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+
+
+def parse(
+    flavour: TensorRTFlavour, model: bytes, weights_beside: Path, listener: Callable[[str, str], None] | None = None
+) -> Parsed:
+    """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network.
+
+    `listener` is called with severity and text of every message of TensorRT, during the build as well.
+    """
+    trt, log = flavour.load(), BuildLog(listener=listener)
     logger = collecting_logger(trt, log.take)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -67,29 +86,34 @@ def build(
     flavour: TensorRTFlavour,
     parsed: Parsed,
     profiles: Sequence[Profile],
-    timing_cache: Path | None,
+    settings: Settings,
     progress: Progress,
 ) -> Plan:
-    """Build a plan with these profiles. `timing_cache` is read where it exists and written for the next build.
+    """Build a plan with these profiles.
 
     What `progress` raises, and an interrupt of this thread, cancel the build and pass through.
     """
     cancellation = Cancellation()
     polygraphy = _polygraphy(flavour)
     shapes = [polygraphy_profile(polygraphy, parsed.network, profile) for profile in profiles]
-    known = str(timing_cache) if timing_cache is not None and timing_cache.is_file() else None
+    cache = settings.timing_cache
+    limits = {parsed.trt.MemoryPoolType.WORKSPACE: settings.workspace_bytes} if settings.workspace_bytes else None
     with _quiet(), _errors_named(flavour, parsed):
         config = polygraphy.CreateConfig(
             profiles=shapes,
-            load_timing_cache=known,
+            memory_pool_limits=limits,
             progress_monitor=progress_monitor(parsed.trt, progress, cancellation),
         )(parsed.builder, parsed.network)
+        if cache is not None:  # Polygraphy would leave a lock file beside it
+            known = read_bytes(cache, "the timing cache", EngineError, _LARGEST_CACHE) if cache.exists() else b""
+            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
         flags = tuple(sorted(_flags(parsed.trt, config, parsed.network)))
-        save = None if timing_cache is None else str(timing_cache)
-        loader = polygraphy.EngineBytesFromNetwork(
-            (parsed.builder, parsed.network, parsed.parser), config, save_timing_cache=save
-        )
-        return Plan(memoryview(run_interruptibly(loader, cancellation)), flags)
+        loader = polygraphy.EngineBytesFromNetwork((parsed.builder, parsed.network, parsed.parser), config)
+        plan = Plan(memoryview(run_interruptibly(loader, cancellation)), flags)
+        if cache is not None:
+            with atomic_write(cache) as partial:
+                partial.write_bytes(bytes(config.get_timing_cache().serialize()))
+        return plan
 
 
 def input_shapes(network: Any, sizes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:  # noqa: ANN401

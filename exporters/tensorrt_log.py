@@ -30,10 +30,13 @@ class BuildLog:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)
+    listener: Callable[[str, str], None] | None = None  # hears every message as it comes
 
     def take(self, severity: str, text: str) -> None:
         """Sort one message in."""
         text = " ".join(text.split())
+        if self.listener is not None:
+            self.listener(severity, text)
         if found := _MEMORY.search(text):
             name = f"{found[1].lower().replace(' ', '_')}_bytes"
             self.memory.setdefault(name, []).append(int(found[2]))

@@ -108,21 +108,48 @@ def build_engine(
     backend: str = "auto",
     precision: str | None = None,
     chunk_tokens: int | None = None,
+    max_batch_size: int | None = None,
+    workspace_bytes: int | None = None,
+    timing_cache: str | Path | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_message: Callable[[str, str], None] | None = None,
 ) -> EngineSidecar:
     """Build a TensorRT engine beside the graphs of a bundle and return what its sidecar says.
 
-    `backend` is `tensorrt`, `tensorrt-rtx`, or `auto` for the first of the two that is installed. `precision` defaults
-    to the only one in the bundle. `chunk_tokens` bounds the prompt tokens that the engine takes at once. `force`
-    replaces an existing engine. Raises EngineError, also when the network is not what the precision promises, and then
-    leaves what was there.
+    Args:
+        bundle: the bundle folder.
+        backend: `tensorrt`, `tensorrt-rtx`, or `auto` for the first of the two that is installed.
+        precision: which precision of the bundle; None: the only one in it.
+        chunk_tokens: most prompt tokens that the engine takes at once; None: 512, or the capacity if that is less.
+        max_batch_size: most sequences that the engine decodes together; None: the bundle's, which it may not exceed.
+        workspace_bytes: most scratch memory that a layer may take, in bytes; None: TensorRT's own limit.
+        timing_cache: a file with measured kernel times, read where it exists and replaced after the build; None: one
+            beside the engines. TensorRT-RTX has none.
+        force: replace an existing engine.
+        progress: called with (what, done, total). What it raises cancels the build.
+        on_message: called with severity and text of each message of TensorRT.
+
+    Raises:
+        BundleError: the bundle is not intact.
+        EngineError: the engine cannot be built, or its network is not what the precision promises. What was there
+            before stays.
+
     """
-    from .exporters.engine import CHUNK_TOKENS, BuildOptions
+    from .exporters.engine import BuildOptions
     from .exporters.engine import build_engine as build
 
-    chunk = CHUNK_TOKENS if chunk_tokens is None else chunk_tokens
-    return build(bundle, BuildOptions(backend, precision, force, chunk), progress)
+    options = BuildOptions(
+        backend=backend,
+        precision=precision,
+        force=force,
+        chunk_tokens=chunk_tokens,
+        max_batch_size=max_batch_size,
+        workspace_bytes=workspace_bytes,
+        timing_cache=None if timing_cache is None else Path(timing_cache),
+        listener=on_message,
+    )
+    return build(bundle, options, progress)
 
 
 def open_decoder(

@@ -24,7 +24,7 @@ from .backend import Backend, check_finite
 from .choice import choose
 from .cuda_device import Device
 from .generation import Event, Generation, generate
-from .opening import check_contract, check_threads, limit_capacity, load_backend
+from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
 from .origin import Identity, Origin
 from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, rewind_to_prefix
@@ -232,7 +232,8 @@ class Decoder:
 
     def _check_rows(self, rows: int, what: str = "slots were asked for") -> None:
         if not 1 <= rows <= self.manifest.max_batch_size:
-            raise InputError(f"{rows} {what}; this bundle was exported for {self.manifest.max_batch_size}")
+            limit = self.manifest.max_batch_size
+            raise InputError(f"{rows} {what}; expected 1 to {limit}, the max_batch_size of the bundle or its engine")
 
     def _check(self, state: DecodeState, more: Sequence[int], anew: bool = False) -> None:
         """The state must be of this decoder, and each row have room for `more` tokens; `anew`: for them alone."""
@@ -278,6 +279,7 @@ def open_decoder(
     verify_files(folder, manifest, force=verify)
     choice = choose(folder, manifest, backend, precision)
     check_contract(folder, manifest, choice.precision)
+    manifest = limit_batch(folder, manifest, choice)
     check_threads(threads)
     tokenizer = Tokenizer.open(folder / TOKENIZER, manifest.tokenizer_tokens) if manifest.tokenizer_tokens else None
     loaded = load_backend(choice, folder, manifest, threads, cuda_graph)

@@ -8,9 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lrt_deploy import contract
+from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.errors import BundleError, InputError
 from lrt_deploy.manifest import Manifest, table_path, weights_path
 from lrt_deploy.precisions import base_dtype
+from lrt_deploy.tensorrt_flavours import FLAVOURS
 
 from .backend import Backend
 from .choice import Choice
@@ -40,6 +42,14 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
             f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
         )
     return dataclasses.replace(manifest, max_seq_len=max_seq_len)
+
+
+def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
+    """The manifest with the batch of the engine that was chosen, which may be smaller than the bundle's."""
+    plan = engine_folder(folder, choice.backend, choice.precision) / PLAN
+    if choice.backend not in FLAVOURS or not plan.exists():  # a missing engine is reported where it is loaded
+        return manifest
+    return dataclasses.replace(manifest, max_batch_size=min(manifest.max_batch_size, read_sidecar(plan).max_batch_size))
 
 
 def check_threads(threads: int | None) -> None:

@@ -32,7 +32,10 @@ FILES = (
 CALLS = {
     "Builder.create_network": ["flags"],
     "BuilderFlag": None,
+    "IBuilderConfig.create_timing_cache": ["serialized_timing_cache"],
     "IBuilderConfig.get_flag": ["flag"],
+    "IBuilderConfig.get_timing_cache": [],
+    "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
     "IConstantLayer.weights": None,
     "ICudaEngine.create_execution_context": [],
     "ICudaEngine.get_aliased_input_tensor": ["name"],
@@ -66,6 +69,8 @@ CALLS = {
     "ITensor.get_dimension_name": ["index"],
     "ITensor.name": None,
     "ITensor.shape": None,
+    "ITimingCache.serialize": [],
+    "MemoryPoolType.WORKSPACE": None,
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED": None,
     "OnnxParser.get_error": ["index"],
     "OnnxParser.num_errors": None,
@@ -101,6 +106,7 @@ OURS = {
     "pop",
     "progress_monitor",
     "size",
+    "start",
     "tensorrt_version",
 }
 

@@ -6,6 +6,9 @@ Where a GPU is present the plan is run at once and held against ONNX Runtime on 
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +39,23 @@ def build(
         ),
     ] = None,
     chunk_tokens: Annotated[
-        int | None, typer.Option(help="Most prompt tokens that the engine takes at once; default: 512.")
+        int | None,
+        typer.Option(help="Most prompt tokens that the engine takes at once; default: 512, or the bundle's capacity."),
     ] = None,
+    max_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Most sequences that the engine decodes together; default and limit: the bundle's."),
+    ] = None,
+    workspace: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Most scratch memory of a layer, in bytes or as 512MiB or 4GiB."),
+    ] = None,
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured kernel times, read and replaced; default: beside the engines."),
+    ] = None,
+    device: Annotated[int | None, typer.Option(help="GPU to build on, by CUDA's number; default: the first.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print all messages of TensorRT on stderr.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False,
     json: options.Json = False,
     debug: options.Debug = False,
@@ -47,6 +65,9 @@ def build(
     from lrt_deploy.engine_sidecar import PLAN, engine_folder, write_sidecar
     from lrt_deploy.tensorrt_flavours import choose_flavour
 
+    memory = None if workspace is None else parse_bytes(workspace)
+    if device is not None:
+        use_device(device)
     flavour, reason = choose_flavour(backend)
     output.say(f"building for {flavour.backend}, {reason}")
     with output.progress(quiet=json) as progress:
@@ -55,8 +76,12 @@ def build(
             backend=flavour.backend,
             precision=precision,
             chunk_tokens=chunk_tokens,
+            max_batch_size=max_batch_size,
+            workspace_bytes=memory,
+            timing_cache=timing_cache,
             force=force,
             progress=progress,
+            on_message=print_message if verbose else None,
         )
         plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
         smoke = smoke_test(bundle, sidecar.backend, sidecar.precision, progress)
@@ -67,14 +92,61 @@ def build(
         raise typer.Exit(1)
 
 
+def parse_bytes(text: str) -> int:
+    """A size in bytes from `1048576`, `512MiB` or `4GiB`."""
+    match = re.fullmatch(r"([0-9]{1,15})\s*(KiB|MiB|GiB|)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"--workspace is {text[:40]!r}; expected bytes, or a size as 512MiB or 4GiB")
+    return int(match[1]) << {"": 0, "kib": 10, "mib": 20, "gib": 30}[match[2].lower()]
+
+
+def use_device(number: int) -> None:
+    """Let this process see one GPU only; must come before CUDA is loaded."""
+    from lrt_deploy.errors import EngineError
+    from lrt_deploy.gpu import find_gpu
+
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    if number < 0 or (visible and number >= len(visible)):
+        raise EngineError(f"--device is {number}; CUDA_VISIBLE_DEVICES shows {','.join(visible) or 'all'}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[number] if visible else str(number)
+    gpu, reason = find_gpu()
+    if gpu is None:
+        raise EngineError(f"--device is {number}, and there is no such GPU here: {reason}")
+    output.say(f"device {number}: {reason}")
+
+
+def print_message(severity: str, text: str) -> None:
+    """One message of TensorRT, for people."""
+    output.say(f"TensorRT {severity.lower()}: {text}")
+
+
+def plain_commands(plan: Path, sidecar: EngineSidecar) -> dict[str, str]:
+    """Commands that load the plan without lrt-deploy, at the smallest shapes of the decode profile."""
+    shapes = {
+        value["name"]: [size if isinstance(size, int) else 1 for size in value["shape"]] for value in sidecar.inputs
+    }
+    polygraphy = ["polygraphy", "run", str(plan), "--model-type", "engine", "--trt", "--optimization-profile", "0"]
+    polygraphy += ["--input-shapes", *(f"{name}:{sizes}".replace(" ", "") for name, sizes in shapes.items())]
+    sizes = ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    trtexec = ["trtexec", f"--loadEngine={plan}", "--useProfile=0", f"--shapes={sizes}"]
+    if sidecar.backend == "tensorrt":
+        return {"polygraphy": shlex.join(polygraphy), "trtexec": shlex.join(trtexec)}
+    # TensorRT-RTX calls its trtexec by its own name.
+    trtexec[0] = "tensorrt_rtx"
+    return {"polygraphy": f"POLYGRAPHY_USE_TENSORRT_RTX=1 {shlex.join(polygraphy)}", "trtexec": shlex.join(trtexec)}
+
+
 def show(plan: Path, sidecar: EngineSidecar, json: bool) -> None:
     """The answer, and the table for people."""
+    commands = plain_commands(plan, sidecar)
     if json:
-        output.document({"plan": str(plan)} | sidecar.to_dict())
+        output.document({"plan": str(plan)} | sidecar.to_dict() | {"commands": commands})
         return
     size = output.bytes_text(sidecar.plan_bytes)
     output.answer(f"built {plan} ({size}) in {sidecar.build['seconds']:.1f} s; {smoke_text(sidecar.smoke)}")
     output.table(engine_rows(sidecar))
+    for command in commands.values():  # one line each, to be copied
+        output.say(command)
 
 
 def smoke_text(smoke: dict[str, Any]) -> str:
