@@ -2,9 +2,9 @@
 
 Rollouts of 256 greedy steps from each of the golden's prompts against the PyTorch reference in float32, on ONNX
 Runtime's CPU provider; bits per byte of the golden's rows. Two more rows: INT4 with every matrix quantized, and with
-those kept precise that `parity --fit-budget` names for a KL budget, both exported and measured like the others.
+the head and the attention output projections kept precise and the others rounded by GPTQ, measured like the others.
 
-    python benchmarks/precision_rollouts.py GOLDEN_FOLDER --budget KL [--steps 256] [--work FOLDER] [--picture FILE.png]
+    python benchmarks/precision_rollouts.py GOLDEN_FOLDER [--steps 256] [--work FOLDER] [--picture FILE.png]
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import numpy as np
 import lrt_deploy
 from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.evaluation import evaluate
-from lrt_deploy.exporters.budget import Fit, fit_budget
-from lrt_deploy.exporters.calibration_text import calibration_rows
 from lrt_deploy.manifest import weights_path
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.rollout import Reading, roll_out
@@ -29,6 +27,7 @@ from lrt_deploy.runtime.parity_plots import plot_precisions
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 INT4 = "int4-weight-only"
+KEPT = ("gate", "lm_head", "attention_out")
 CAPACITY = 384
 
 
@@ -68,15 +67,6 @@ def measure(golden: Golden, bundle: Path, precision: str, steps: int, label: str
     }
 
 
-def fitted(golden: Golden, bundle: Path, budget: float) -> Fit:
-    """The list for the budget, searched on the calibration text."""
-    from lrt_deploy.tokenizer import Tokenizer
-
-    model = open_checkpoint(golden.folder).model(CAPACITY)
-    rows = calibration_rows(None, Tokenizer.open(bundle / "tokenizer"), model.config.vocab_size, CAPACITY)
-    return fit_budget(model, INT4, budget, rows.tokens)
-
-
 def show(rows: list[dict[str, Any]], steps: int) -> None:
     """The table in Markdown."""
     print(
@@ -91,10 +81,9 @@ def show(rows: list[dict[str, Any]], steps: int) -> None:
 
 
 def main() -> None:
-    """Export, fit, measure, print, draw."""
+    """Export, measure, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden", type=Path)
-    parser.add_argument("--budget", type=float, required=True)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--work", type=Path, help="folder for bundles, kept; default: a temporary one")
     parser.add_argument("--picture", type=Path)
@@ -110,21 +99,19 @@ def main() -> None:
             lrt_deploy.export_bundle(args.golden, plain, precision=INT4, max_seq_len=CAPACITY, keep_high=())
         rows = [measure(golden, every, precision, args.steps, precision) for precision in PRECISIONS]
         rows.append(measure(golden, plain, INT4, args.steps, f"{INT4}, all quantized"))
-        fit = fitted(golden, every, args.budget)
-        print(fit.line)
-        best = work / "fitted"
+        best = work / "kept"
         lrt_deploy.export_bundle(
             args.golden,
             best,
             precision=INT4,
             max_seq_len=CAPACITY,
-            keep_high=fit.keep_high,
-            compensate=fit.compensated,
+            keep_high=KEPT,
+            compensate=True,
             force=True,
         )
-        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, fitted"))
+        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, {', '.join(KEPT)} kept, compensated"))
     show(rows, args.steps)
-    print(f"\nINT4: {rows[-2]['mean_kl'] / rows[-1]['mean_kl']:.2f} times less KL with the fitted list")
+    print(f"\nINT4: {rows[-2]['mean_kl'] / rows[-1]['mean_kl']:.2f} times less KL with these kept")
     if args.picture:
         plot_precisions(args.picture, rows, f"Precisions on a trained model, {args.steps} steps from each prompt")
 

@@ -50,11 +50,11 @@ def probed(path: Path, stages: Sequence[str]) -> ProbedGraph:
     outputs = {value.name for value in model.graph.outputs}
     model.graph.outputs.extend(values[name] for name in found if name not in outputs)
     known = frozenset(found)
-    origins = {name: _origin(values[name], known) for name in found}
+    origins = {name: origin_of(values[name], known) for name in found}
     return ProbedGraph(ir.to_proto(model).SerializeToString(), path.parent, origins)
 
 
-def _origin(value: ir.Value, known: frozenset[str]) -> Origin:
+def origin_of(value: ir.Value, known: frozenset[str]) -> Origin:
     """Walk back to values that are known themselves, graph inputs and initializers."""
     ops: dict[ir.Node, None] = {}
     sources: dict[str, None] = {}

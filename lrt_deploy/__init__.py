@@ -1,7 +1,7 @@
 """lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment.
 
-The public surface is `export_bundle`, `build_engine`, `open_decoder` and the errors. Importing this package is cheap:
-torch, onnx and onnxruntime are imported when a function needs them, torch only by exports and parity.
+The public surface is `export_bundle`, `build_engine`, `open_decoder`, `parity` and the errors. Importing this package
+is cheap: torch, onnx and onnxruntime are imported when a function needs them, torch only by exports and parity.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from .engine_sidecar import EngineSidecar
+    from .interface import PrefillPolicy
     from .manifest import Manifest
+    from .parity_report import ParityReport
     from .runtime.decoder import Decoder
     from .runtime.prefill import PrefillOptions
 
@@ -48,6 +50,7 @@ __all__ = [
     "build_engine",
     "export_bundle",
     "open_decoder",
+    "parity",
 ]
 
 
@@ -176,3 +179,46 @@ def open_decoder(
         prefill_options=prefill_options,
         cuda_graph=cuda_graph,
     )
+
+
+def parity(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    *,
+    backend: str = "ort-cpu",
+    precision: str | None = None,
+    prompt: str | Sequence[int] | None = None,
+    steps: int | None = None,
+    step: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    prefill: PrefillPolicy = "fixed-point",
+    tolerance: float | None = None,
+    float64: bool = False,
+    bisect: bool = False,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    verify: bool = False,
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> ParityReport:
+    """Compare a bundle with the checkpoint that it should be, as the verb `parity` does; for tests of your own.
+
+    `report.passed` is the answer and `report.verdict` says why in a line; `report.weights`, `.arithmetic` and
+    `.quality` are its parts, and `report.to_dict()` has the fields of the JSON document. A difference is a result:
+    nothing is raised for it. `prompt` is text or token ids (default: a text of our own) and `steps` greedy tokens
+    follow (default: 128, or what the capacity leaves); `step` is which saved step of the checkpoint to read. `max_kl`
+    and `min_agreement` take the place of the limits of a precision that is judged by quality. `prefill` and `tolerance`
+    say how the decoder reads the prompt where that is checked, `float64` runs the reference in float64, `bisect` looks
+    for the place of a fault (`report.bisect`); the rest is as in `open_decoder`. Raises CheckpointError, BundleError
+    and BackendError for what cannot be opened, ParityError for models that cannot be compared, InputError for a prompt
+    or limit that cannot be used.
+    """
+    from .parity_run import ParityOptions, parity_of, parity_of_stored, stored_only_precision
+
+    folder, source = Path(bundle), Path(checkpoint)
+    options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
+    stored_only = stored_only_precision(folder, backend, precision)
+    if stored_only is not None:
+        return parity_of_stored(folder, source, stored_only, options, verify, progress)
+    with open_decoder(folder, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify) as decoder:
+        return parity_of(folder, decoder, source, options, progress)

@@ -39,7 +39,9 @@ class Bisection:
     """What was found; `line` says it in one line.
 
     `kind` is `stage` (the first value that is off has a name), `state` (the step is right, what it was given is not),
-    `call` (step and state are right, so the fault is between them), or `clean` (nothing is off).
+    `call` (step and state are right, so the fault is between them), or `clean` (nothing is off). Of the parts of a
+    verdict: `weights` (a stored matrix), `graph` (what no single step shows), `kernels` (what runs, not the graph),
+    `quality` (no fault but what rounding costs).
     """
 
     kind: str
@@ -80,6 +82,57 @@ def bisect(
         return _at_stage(off, position, compared, origins)
     fault = find_state_fault(reference, decoder, report.tokens, position)
     return _in_state(fault, position, compared)
+
+
+def bisect_parts(
+    reference: ObservedDecoder, probe: Observer, report: ParityReport, origins: Mapping[str, object]
+) -> Bisection:
+    """Name the part of a quantized bundle's verdict that fails, and its place.
+
+    `reference` has the weights that the bundle stores and `probe` shows its graph in float32, so that their stages
+    agree up to float32's noise wherever the graph is right.
+    """
+    arithmetic, quality = report.arithmetic, report.quality
+    if arithmetic is not None and not arithmetic.graph.passed:
+        return _in_graph(reference, probe, report, origins)
+    if arithmetic is not None and not arithmetic.passed:
+        line = f"{arithmetic.fault}; the graph itself computes every value right"
+        if arithmetic.kernels is None or arithmetic.kernels.passed:
+            return Bisection("graph", line)
+        position = arithmetic.kernels.first_exceeded
+        line += ": look at the kernels, and at the state that the decoder hands on (`--check all`)"
+        return Bisection("kernels", line, position)
+    if quality is not None and not quality.passed:
+        worst = max(report.points, key=lambda point: point.kl)
+        line = (
+            "no part computes wrong: the stored weights are the checkpoint's, and the graph and its kernels compute "
+            f"with them as they should. What is lost is lost by rounding (largest KL {worst.kl:.1e} at position "
+            f"{worst.position}): keep more matrices precise (--keep-high), round by GPTQ (--compensate), or take more "
+            "bits"
+        )
+        return Bisection("quality", line, worst.position)
+    return Bisection("clean", "nothing to bisect: no part is beyond its limits")
+
+
+def _in_graph(
+    reference: ObservedDecoder, probe: Observer, report: ParityReport, origins: Mapping[str, object]
+) -> Bisection:
+    """The first value that the graph computes wrong, at the first position beyond the limits or the worst one."""
+    assert report.arithmetic is not None
+    errors = report.arithmetic.graph
+    compared: tuple[StageError, ...] = ()
+    for position in (errors.first_exceeded, errors.worst_position):
+        if position is None:
+            continue
+        token, config = report.tokens[position], reference.config
+        step = StepInput.first(token, config)
+        if position:
+            step = StepInput.after(_replay(reference, report.tokens[:position]), token, config)
+        compared = compare_stages(reference, probe, step)
+        if off := next((stage for stage in compared if not stage.error <= STAGE_ERROR), None):
+            return _at_stage(off, position, compared, origins)
+    line = f"{report.arithmetic.fault}; one step by itself computes every value right, so it reads several tokens wrong"
+    return Bisection("graph", line, errors.first_exceeded, stages=compared)
 
 
 def first_bad(report: ParityReport) -> int | None:

@@ -85,16 +85,20 @@ class Checkpoint:
         `max_positions` is the length of its rotary tables (default: the authors' limit). Raises CheckpointError when a
         tensor is missing, unknown, of another shape, not floating point, or not finite.
         """
-        sources = weight_sources(self.config)
-        self._refuse_unknown({name for source in sources.values() for name in source.names})
-        for source in sources.values():  # before anything of the config's size is allocated
-            for key, shape in zip(source.names, source.shapes, strict=True):
-                self._check(key, shape, source.default is not None)
+        self.check_tensors()  # before anything of the config's size is allocated
         model = LRT(self.config, max_positions)
         with torch.no_grad():
-            for name, source in sources.items():
+            for name, source in weight_sources(self.config).items():
                 self._fill(model, name, source)
         return model.eval().requires_grad_(False)
+
+    def check_tensors(self) -> None:
+        """Hold names, shapes and types of all tensors against the config, reading none; raises CheckpointError."""
+        sources = weight_sources(self.config)
+        self._refuse_unknown({name for source in sources.values() for name in source.names})
+        for source in sources.values():
+            for key, shape in zip(source.names, source.shapes, strict=True):
+                self._check(key, shape, source.default is not None)
 
     def _fill(self, model: LRT, name: str, source: Source) -> None:
         """Copy the parts of one parameter, reading one part at a time."""

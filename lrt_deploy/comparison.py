@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from .errors import ParityError
 from .interface import PrefillPolicy, StatefulDecoder
+from .parity_arithmetic import ArithmeticPart
 from .parity_report import Drift, FreeRun, ParityReport, Rollout
+from .parity_weights import WeightsPart
 from .prompts import check_prompts
 from .rollout import Progress, Reading, kl_divergence, roll_out
 from .tolerances import ParityLimits, limits
-from .verdict import judge
+from .verdict import judge_all
 
-__all__ = ["ParityReport", "Progress", "compare", "kl_divergence"]
+__all__ = ["About", "ParityReport", "Parts", "Progress", "compare", "follow", "kl_divergence", "report_of"]
 
 
 def compare(
@@ -38,35 +41,69 @@ def compare(
 
     A difference is a result, and so is a decoder that fails on the way. Raises ParityError for what cannot be compared,
     InputError for a prompt that cannot be read. `checkpoint_matches` is reported and decides nothing. `prefill` and
-    `tolerance` say how the decoder reads the prompt where that is checked.
+    `tolerance` say how the decoder reads the prompt where that is checked. Stored weights are not looked at: that, and
+    the whole verdict, is `lrt_deploy.parity`'s.
     """
-    bounds = limits(precision)
+    about = About(precision, backend, checkpoint_matches, limits(precision))
+    rollout = follow(reference, decoder, prompt, steps, Reading(prefill, tolerance), progress)
+    return report_of(rollout, about)
+
+
+def follow(
+    reference: StatefulDecoder,
+    decoder: StatefulDecoder,
+    prompt: Sequence[int],
+    steps: int,
+    reading: Reading,
+    progress: Progress = lambda what, done, total: None,
+) -> Rollout:
+    """Roll both out and judge nothing. Raises as `compare` does."""
     _check_comparable(reference, decoder)
     tokens = check_prompts([prompt], reference.config.vocab_size)[0].tolist()
     _check_length(reference, decoder, len(tokens), steps)
-    rollout = roll_out(reference, decoder, tokens, steps, Reading(prefill, tolerance), progress)
-    return _report(rollout, bounds, precision, backend, checkpoint_matches)
+    return roll_out(reference, decoder, tokens, steps, reading, progress)
 
 
-def _report(
-    rollout: Rollout, bounds: ParityLimits, precision: str, backend: str, checkpoint_matches: bool | None
-) -> ParityReport:
-    passed, verdict = judge(rollout, bounds)
-    points = rollout.points
+@dataclass(frozen=True)
+class About:
+    """What is compared, and by which limits it is judged."""
+
+    precision: str
+    backend: str
+    checkpoint_matches: bool | None
+    limits: ParityLimits
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What was found beside the rollout; None where a part was not judged."""
+
+    weights: WeightsPart | None = None
+    arithmetic: ArithmeticPart | None = None
+    bits_per_byte: tuple[float, float] | None = None  # the reference's and the decoder's, on the prompt
+
+
+def report_of(rollout: Rollout, about: About, parts: Parts | None = None) -> ParityReport:
+    """The verdict on a rollout and all numbers behind it; with `parts`, on them as well."""
+    parts, bounds, points = parts or Parts(), about.limits, rollout.points
+    judgement = judge_all(rollout, bounds, parts.weights, parts.arithmetic, parts.bits_per_byte)
+    verdict = judgement.verdict
+    if about.checkpoint_matches is False:
+        verdict += "; checkpoint_matches: no (the file is not the one that was exported)"
     kl = [point.kl for point in points] or [math.inf]
     return ParityReport(
-        passed=passed,
+        passed=judgement.passed,
         verdict=verdict,
-        checkpoint_matches=checkpoint_matches,
-        backend=backend,
-        precision=precision,
+        checkpoint_matches=about.checkpoint_matches,
+        backend=about.backend,
+        precision=about.precision,
         steps=rollout.steps,
         prompt_tokens=rollout.prompt_tokens,
         max_abs_logit_error=max((point.logit_error for point in points), default=math.inf),
         max_abs_latent_error=max((p.latent_error for p in points if p.latent_error is not None), default=None),
         mean_kl=sum(kl) / len(kl),
         max_kl=max(kl),
-        top1_agreement=sum(point.same_top1 for point in points) / max(1, len(points)),
+        top1_agreement=sum(point.same_top1 for point in points) / len(points) if points else math.nan,
         first_divergence=rollout.first_divergence(bounds),
         prefill=rollout.prefill,
         limits=bounds,
@@ -76,6 +113,9 @@ def _report(
         drift=Drift.of(points),
         free_running=FreeRun.of(rollout),
         tokens=tuple(rollout.tokens),
+        weights=parts.weights,
+        arithmetic=parts.arithmetic,
+        quality=judgement.quality,
     )
 
 

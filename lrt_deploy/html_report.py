@@ -53,15 +53,15 @@ table.cards td:first-child{font-weight:700}table.cards td:first-child::before{co
 
 def page(title: str, report: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page of `report`, the JSON fields of a parity run; `others` are runs to stand beside it, itself included."""
+    ran = bool(report["positions"]["position"])
     parts = [
         _verdict(report),
         '<div class="grid">',
-        _facts(report),
-        _errors(report),
-        _kl(report),
-        _layers(report),
-        _side_by_side(report, others),
+        _parts(report),
+        *([_facts(report), _errors(report), _kl(report), _layers(report)] if ran else []),
+        _side_by_side(report, others) if ran else "",
         _bisection(report),
+        _provenance(report),
         "</div>",
     ]
     return (
@@ -80,6 +80,43 @@ def _verdict(report: Mapping[str, Any]) -> str:
     return f'<div class="verdict {kind}"><p><b>{escape(word.rstrip(":"))}</b> {escape(rest)}</p>{place}</div>'
 
 
+def _parts(report: Mapping[str, Any]) -> str:
+    """The parts of the verdict, each with its own line; none in a page of an older report."""
+    rows = []
+    for name in ("weights", "arithmetic", "quality"):
+        part = report.get(name)
+        if not part:
+            continue
+        word, line = "PASS" if part["passed"] else "FAIL", str(part["line"]).removeprefix(f"{name}: ")
+        rows.append(f"<dt>{name}: {word}</dt><dd>{escape(line)}</dd>")
+    if not rows:
+        return ""
+    return f'<section class="wide"><h2>Parts of the verdict</h2><dl>{"".join(rows)}</dl></section>'
+
+
+def _provenance(report: Mapping[str, Any]) -> str:
+    """What it takes to make the report again; prompt and tokens as they were read."""
+    found = report.get("provenance")
+    if not found:
+        return ""
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in _flat(found))
+    return f'<section class="wide"><h2>Provenance</h2><dl>{rows}</dl></section>'
+
+
+def _flat(fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """One line for each group of fields."""
+    for name, value in fields.items():
+        if isinstance(value, Mapping):
+            parts = (f"{key} {_words(item)}" for key, item in value.items() if item is not None)
+            yield name, "; ".join(parts)
+        else:
+            yield name, _words(value)
+
+
+def _words(value: object) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def _facts(report: Mapping[str, Any]) -> str:
     divergence, prefill = report.get("first_divergence"), report.get("prefill") or {}
     parts = "none"
@@ -96,7 +133,7 @@ def _facts(report: Mapping[str, Any]) -> str:
         "KL, mean and largest": f"{number(report['mean_kl'])}, {number(report['max_kl'])}",
         "same first choice": f"{report['top1_agreement']:.2%} of positions",
         "tokens part": parts,
-        "free-running": f"{free.get('token_agreement', 0):.2%} of tokens equal",
+        "free-running": f"{free.get('token_agreement') or 0:.2%} of tokens equal (reported, not judged)",
         "drift of the latent": f"× {number(drift['growth'])} from first to last quarter" if drift else "no memory",
         "prefill": f"{prefill.get('policy')}, {number(prefill.get('passes'))} passes",
         "checkpoint": {True: "the one exported", False: "another file", None: "unknown"}[report["checkpoint_matches"]],
@@ -185,7 +222,7 @@ def _comparison(report: Mapping[str, Any]) -> dict[str, str]:
         "largest KL": number(report["max_kl"]),
         "same first choice": f"{report['top1_agreement']:.1%}",
         "first divergence": "none" if not divergence else f"step {divergence['step']}",
-        "free-running": f"{free.get('token_agreement', 0):.1%}",
+        "free-running": f"{free.get('token_agreement') or 0:.1%}",
         "latent error": number(report["max_abs_latent_error"]),
     }
 

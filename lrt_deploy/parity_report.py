@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from .interface import FloatArray, State
+from .parity_arithmetic import ArithmeticPart
+from .parity_weights import WeightsPart
 from .tolerances import ParityLimits
 
 
@@ -75,6 +78,22 @@ class PrefillCheck:
 
 
 @dataclass
+class Trace:
+    """One side of the teacher-forced rollout: what it computed after each token, and its state after the last."""
+
+    memory: bool
+    logits: list[FloatArray] = field(default_factory=list)  # (V) a position
+    latents: list[FloatArray | None] = field(default_factory=list)  # (C) a position
+    last: State | None = None
+
+    def add(self, state: State) -> None:
+        """Copy logits and latent of the state's first row."""
+        self.logits.append(state.logits[0].copy())
+        self.latents.append(state.latent[0].copy() if self.memory and state.latent is not None else None)
+        self.last = state
+
+
+@dataclass
 class Rollout:
     """What was seen, in the order of positions; `stopped` says why it ended early.
 
@@ -89,6 +108,8 @@ class Rollout:
     tokens: list[int] = field(default_factory=list)
     prefill: PrefillCheck = field(default_factory=PrefillCheck)
     stopped: str | None = None
+    reference: Trace = field(default_factory=lambda: Trace(memory=False))
+    decoder: Trace = field(default_factory=lambda: Trace(memory=False))
 
     @property
     def choices(self) -> list[Point]:
@@ -149,7 +170,28 @@ class FreeRun:
         same = [point.same_top1 for point in choices]
         kl = [point.kl for point in rollout.free] or [math.inf]
         equal = same.index(False) if False in same else len(same)
-        return cls(sum(same) / max(1, rollout.steps), equal, sum(kl) / len(kl), tuple(rollout.free))
+        agreement = sum(same) / max(1, rollout.steps) if rollout.points else math.nan
+        return cls(agreement, equal, sum(kl) / len(kl), tuple(rollout.free))
+
+
+@dataclass(frozen=True)
+class QualityPart:
+    """The part `quality` of a verdict: how good a model the decoder is, against the original in float32.
+
+    Bits per byte are those of the prompt's own tokens, both sides stepwise; None without a tokenizer. `level` says that
+    the model hardly prefers any token, so that first choices say little; `median_margin` is that of its best two
+    logits.
+    """
+
+    passed: bool
+    line: str
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    median_margin: float
+    level: bool
+    bits_per_byte: float | None = None
+    reference_bits_per_byte: float | None = None
 
 
 @dataclass(frozen=True)
@@ -178,10 +220,19 @@ class ParityReport:
     drift: Drift | None
     free_running: FreeRun
     tokens: tuple[int, ...]
+    # The parts of the verdict, None where a part was not judged: arithmetic and quality go with fewer bits than fp32.
+    weights: WeightsPart | None = None
+    arithmetic: ArithmeticPart | None = None
+    quality: QualityPart | None = None
+    provenance: Mapping[str, Any] | None = None
+    bisect: Any = None  # a `bisect.Bisection`
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; the curves as columns under `positions`, null for numbers that are not finite."""
         fields = dataclasses.asdict(self)
+        fields["weights"] = None if self.weights is None else self.weights.to_dict()
+        if self.bisect is None:
+            del fields["bisect"]
         fields["positions"] = _columns(fields.pop("points"))
         fields["free_running"]["positions"] = _columns(fields["free_running"].pop("points"))
         result: dict[str, Any] = as_json(fields)

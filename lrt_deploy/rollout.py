@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .errors import BackendError
 from .interface import FloatArray, PrefillPolicy, PrefillReport, State, StatefulDecoder
-from .parity_report import Point, PrefillCheck, Rollout
+from .parity_report import Point, PrefillCheck, Rollout, Trace
 
 # Called with what is being done, and done and total of it.
 Progress = Callable[[str, int, int], None]
@@ -32,21 +32,6 @@ class Reading:
 
     policy: PrefillPolicy = "auto"
     tolerance: float | None = None
-
-
-@dataclass
-class _Seen:
-    """The reference's side of the teacher-forced rollout, for the free one to be held against."""
-
-    memory: bool
-    logits: list[FloatArray] = field(default_factory=list)  # (V) a position
-    latents: list[FloatArray | None] = field(default_factory=list)  # (C) a position
-    last: State | None = None
-
-    def add(self, state: State) -> None:
-        self.logits.append(state.logits[0].copy())
-        self.latents.append(state.latent[0].copy() if self.memory and state.latent is not None else None)
-        self.last = state
 
 
 def roll_out(
@@ -61,10 +46,11 @@ def roll_out(
 
     Ends early where numbers end or the decoder fails, which is a result too.
     """
-    rollout, seen = Rollout(len(prompt), steps, tokens=list(prompt)), _Seen(reference.config.memory)
+    memory = reference.config.memory
+    rollout = Rollout(len(prompt), steps, tokens=list(prompt), reference=Trace(memory), decoder=Trace(memory))
     try:
-        _teacher_forced(reference, decoder, rollout, seen, reading, progress)
-        rollout.free = _free_running(decoder, rollout, seen, progress)
+        _teacher_forced(reference, decoder, rollout, reading, progress)
+        rollout.free = _free_running(decoder, rollout, progress)
     except BackendError as error:
         rollout.stopped = f"the rollout stopped at position {len(rollout.points)}: {error}"
     return rollout
@@ -74,17 +60,18 @@ def _teacher_forced(
     reference: StatefulDecoder,
     decoder: StatefulDecoder,
     rollout: Rollout,
-    seen: _Seen,
     reading: Reading,
     progress: Progress,
 ) -> None:
     """Feed both sides the prompt, then the reference's choices."""
-    tokens, points, total = rollout.tokens, rollout.points, rollout.prompt_tokens + rollout.steps
+    tokens, points, seen = rollout.tokens, rollout.points, rollout.reference
+    total = rollout.prompt_tokens + rollout.steps
     expected = reference.prefill([tokens[:1]], policy="stepwise")
     found = decoder.prefill([tokens[:1]], policy="stepwise")
     try:
         while True:
             seen.add(expected)
+            rollout.decoder.add(found)
             points.append(_measure(len(points), seen, found))
             progress("rollout", len(points), total)
             if fault := _not_finite("reference", expected) or _not_finite("decoder", found):
@@ -102,7 +89,7 @@ def _teacher_forced(
         rollout.points[:] = with_cache_errors(points, expected, found, decoder.config.n_layer)
 
 
-def _free_running(decoder: StatefulDecoder, rollout: Rollout, seen: _Seen, progress: Progress) -> list[Point]:
+def _free_running(decoder: StatefulDecoder, rollout: Rollout, progress: Progress) -> list[Point]:
     """The decoder on its own choices; the points of the teacher-forced run up to where they part."""
     parts = next((point.position for point in rollout.choices if point.finite and not point.same_top1), None)
     if parts is None or rollout.stopped:
@@ -113,13 +100,13 @@ def _free_running(decoder: StatefulDecoder, rollout: Rollout, seen: _Seen, progr
         decoder.step(state, [token])
     while len(points) < total:
         decoder.step(state, [points[-1].decoder_token])
-        points.append(_measure(len(points), seen, state))
+        points.append(_measure(len(points), rollout.reference, state))
         progress("free-running rollout", len(points), total)
-    assert seen.last is not None
-    return with_cache_errors(points, seen.last, state, decoder.config.n_layer)
+    assert rollout.reference.last is not None
+    return with_cache_errors(points, rollout.reference.last, state, decoder.config.n_layer)
 
 
-def _measure(position: int, seen: _Seen, found: State) -> Point:
+def _measure(position: int, seen: Trace, found: State) -> Point:
     """The decoder's state against what the reference had at this position."""
     p, q = seen.logits[position].astype(np.float64), found.logits[0].astype(np.float64)  # (V)
     latent = seen.latents[position]

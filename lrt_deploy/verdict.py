@@ -1,27 +1,73 @@
-"""The verdict on a parity rollout: one line in terms of tokens, KL, and the worst error's position.
+"""The verdict of parity: one line in terms of stored weights, tokens, KL, and the worst error's position.
 
 Two kinds of precision, two questions. Where errors are bounded (float32) the decoder must be the same function: the
 tokens are equal or part at a near tie, and every number lies within its limit. Where none can be (fewer bits), it must
 be as good a model: mean KL and the share of equal greedy choices are bounded, and tokens may part.
 
-The verdict comes from numbers alone; what is known of file hashes is reported beside it. The limits are in
-`tolerances`.
+Beside the rollout stand what the bundle stores (`parity_weights`) and, with fewer bits, how it computes with that
+(`parity_arithmetic`): limits wide enough for few bits would pass a wrong model, theirs do not. The verdict comes from
+numbers alone; what is known of file hashes is reported beside it. The limits are in `tolerances`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
 
-from .parity_report import Divergence, Point, PrefillCheck, Rollout
-from .tolerances import ParityLimits
+from .parity_arithmetic import ArithmeticPart
+from .parity_report import Divergence, FreeRun, Point, PrefillCheck, QualityPart, Rollout
+from .parity_weights import WeightsPart
+from .tolerances import LEVEL_MARGIN, ParityLimits
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The result of all parts; `quality` is None in a precision whose errors are bounded."""
+
+    passed: bool
+    verdict: str
+    quality: QualityPart | None = None
 
 
 def judge(rollout: Rollout, limits: ParityLimits) -> tuple[bool, str]:
-    """Whether the rollout passes, and the one line that says why."""
+    """Whether the rollout alone passes, and the one line that says why."""
     points = [point for point in rollout.points if point.finite]
     if limits.top1_agreement is None:
         return _judge_function(rollout, points, limits)
-    return _judge_quality(rollout, points, limits)
+    quality = judge_quality(rollout, limits, None)
+    return quality.passed, f"{'PASS' if quality.passed else 'FAIL'}: {quality.line}"
+
+
+def judge_all(
+    rollout: Rollout,
+    limits: ParityLimits,
+    weights: WeightsPart | None,
+    arithmetic: ArithmeticPart | None,
+    bits_per_byte: tuple[float, float] | None,
+) -> Judgement:
+    """The verdict on the parts that there are: weights, arithmetic, and the rollout, whose line comes last.
+
+    Where a part fails, its line stands first. Stored weights that are others end the matter: then nothing was run.
+    """
+    if weights is not None and not weights.passed and not rollout.points:
+        return Judgement(False, f"FAIL: {weights.line}; nothing was run")
+    if limits.top1_agreement is None:
+        passed, line = judge(rollout, limits)
+        if weights is None:
+            return Judgement(passed, line)
+        if not weights.passed:
+            return Judgement(False, f"FAIL: {weights.line}; {line}")
+        return Judgement(passed, f"{line}; {weights.line}")
+    quality = judge_quality(rollout, limits, bits_per_byte)
+    parts = [part for part in (weights, arithmetic) if part is not None]
+    if not parts:
+        return Judgement(quality.passed, f"{'PASS' if quality.passed else 'FAIL'}: {quality.line}", quality)
+    lines = [(part.passed, part.line) for part in parts] + [(quality.passed, f"quality: {quality.line}")]
+    passed = all(fine for fine, _ in lines)
+    ordered = [line for fine, line in lines if not fine] + [line for fine, line in lines if fine]
+    return Judgement(passed, f"{'PASS' if passed else 'FAIL'}: {'; '.join(ordered)}", quality)
 
 
 def _judge_function(rollout: Rollout, points: list[Point], limits: ParityLimits) -> tuple[bool, str]:
@@ -43,11 +89,14 @@ def _judge_function(rollout: Rollout, points: list[Point], limits: ParityLimits)
     return True, f"PASS: {rollout.steps} of {rollout.steps} greedy tokens equal, {kl}"
 
 
-def _judge_quality(rollout: Rollout, points: list[Point], limits: ParityLimits) -> tuple[bool, str]:
+def judge_quality(rollout: Rollout, limits: ParityLimits, bits_per_byte: tuple[float, float] | None) -> QualityPart:
     """As good a model: the distributions are close, and the first choice is nearly always the same."""
     assert limits.top1_agreement is not None
+    points = [point for point in rollout.points if point.finite]
     same = sum(point.same_top1 for point in points) / max(1, len(points))
     mean = sum(point.kl for point in points) / max(1, len(points))
+    margin = median([point.margin for point in points]) if points else math.nan
+    level = margin < LEVEL_MARGIN
     faults = [fault for fault in (rollout.stopped, _mean_kl_fault(points, limits)) if fault]
     if same < limits.top1_agreement:
         faults.append(f"the first choice is the same at {same:.1%} of positions (limit {limits.top1_agreement:.1%})")
@@ -57,10 +106,28 @@ def _judge_quality(rollout: Rollout, points: list[Point], limits: ParityLimits) 
     tokens = f"all {rollout.steps} greedy tokens equal"
     if divergence:
         tokens = f"greedy tokens part at step {_describe(divergence, rollout, limits)}"
-    if faults:
-        return False, f"FAIL: {'; '.join(faults)}; {tokens}"
+        free = FreeRun.of(rollout)
+        tokens += f"; of its own free-running tokens {free.token_agreement:.1%} are equal (reported, not judged)"
+    if level:
+        tokens += (
+            f"; this model's logits are nearly level (its best two are {margin:.2g} apart in the median), so its first "
+            "choices say little, as in a model that is not trained"
+        )
+    if bits_per_byte is not None:
+        tokens += f"; bits per byte of the prompt {bits_per_byte[1]:.4f}, in float32 {bits_per_byte[0]:.4f}"
     kl = f"mean KL {mean:.1e} (limit {limits.mean_kl:.1e})"
-    return True, f"PASS: {kl}, first choice the same at {same:.1%} of positions; {tokens}"
+    line = f"{'; '.join(faults)}" if faults else f"{kl}, first choice the same at {same:.1%} of positions"
+    return QualityPart(
+        passed=not faults,
+        line=f"{line}; {tokens}",
+        mean_kl=mean,
+        max_kl=max((point.kl for point in points), default=math.inf),
+        top1_agreement=same,
+        median_margin=margin,
+        level=level,
+        bits_per_byte=None if bits_per_byte is None else bits_per_byte[1],
+        reference_bits_per_byte=None if bits_per_byte is None else bits_per_byte[0],
+    )
 
 
 def _describe(divergence: Divergence, rollout: Rollout, limits: ParityLimits) -> str:

@@ -342,15 +342,20 @@ def test_parity_with_other_weights_fails_with_exit_code_1(bundle, tmp_path):
     result = run(*command)
     assert result.exit_code == 1
     assert result.stdout.startswith("FAIL") and result.stdout.count("\n") == 1
-    assert "max abs logit error" in result.stderr and "error: " not in result.stderr
+    assert "blocks.1.mlp_in is not the checkpoint's" in result.stdout and "nothing was run" in result.stdout
+    assert "checkpoint_matches: no" in result.stdout
+    assert "rollout" not in result.stderr and "error: " not in result.stderr
     fields = json.loads(run(*command, "--json").stdout)
     assert (fields["passed"], fields["checkpoint_matches"]) == (False, False)
+    assert (fields["weights"]["passed"], fields["weights"]["worst"]["matrix"]) == (False, "blocks.1.mlp_in")
+    assert fields["weights"]["failed"] == ["blocks.1.mlp_in"]
+    assert fields["max_abs_logit_error"] is None and fields["positions"]["position"] == []
     result = run(*command, "--bisect")
     verdict, place = result.stdout.splitlines()
     assert result.exit_code == 1 and verdict.startswith("FAIL")
-    assert place.startswith("begins at position 0 in blocks.1.mlp_hidden (")
+    assert place.startswith("weights: blocks.1.mlp_in is not the checkpoint's: row ")
     found = json.loads(run(*command, "--bisect", "--json").stdout)["bisect"]
-    assert (found["kind"], found["layer"], found["tensor"]) == ("stage", 1, "blocks.1.mlp_hidden")
+    assert (found["kind"], found["layer"], found["tensor"]) == ("weights", 1, "blocks.1.mlp_in")
 
 
 def test_parity_writes_a_report_where_asked_and_says_where(bundle, tmp_path):

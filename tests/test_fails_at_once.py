@@ -165,15 +165,12 @@ def test_files_that_are_not_there_are_named_before_the_bundle_is_opened(unopened
         ["bench", "b", "--text", gone],
         ["parity", "b", "--golden", gone],
         ["parity", "b", "--checkpoint", gone],
-        ["parity", "b", "--checkpoint", CHECKPOINT, "--fit-budget", 1, "--calibration", gone],
     ):
         assert f"{gone} does not exist" in refusal(*command)
 
 
-def test_a_report_or_plot_that_cannot_be_written_is_refused_before_the_bundle_is_opened(unopened, tmp_path):
+def test_a_plot_that_cannot_be_written_is_refused_before_the_bundle_is_opened(unopened, tmp_path):
     (tmp_path / "file").touch()
-    found = refusal("parity", "b", "--checkpoint", CHECKPOINT, "--report-dir", tmp_path / "file" / "reports")
-    assert "the report cannot be written" in found and "is not a folder" in found
     assert "the plot cannot be written" in refusal("bench", "b", "--plot", tmp_path / "file" / "x.png")
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from lrt_deploy.bisect import Bisection, StageError
 from lrt_deploy.cli.report_files import comparable
-from lrt_deploy.comparison import _report
+from lrt_deploy.comparison import About, report_of
 from lrt_deploy.html_report import number, page
 from lrt_deploy.parity_report import Point, Rollout, as_json
 from lrt_deploy.svg_charts import Curve, curves, heat_map
@@ -64,7 +64,7 @@ def points(count=12, layers=2, differs_at=None, error=1e-6):
 def fields(precision="fp32", verdict=None, **options):
     seen = points(**options)
     rollout = Rollout(4, len(seen) - 4, seen, free=seen, tokens=list(range(len(seen))))
-    report = _report(rollout, FP32, precision, "ort-cpu", True)
+    report = report_of(rollout, About(precision, "ort-cpu", True, FP32))
     if verdict:
         report = dataclasses.replace(report, verdict=verdict)
     return json.loads(json.dumps(report.to_dict(), allow_nan=False))

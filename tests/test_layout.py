@@ -49,8 +49,20 @@ RULES = (
     Rule(
         "the vocabulary does not know who uses it",
         files=("lrt_deploy/*",),
-        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py"),
+        # `parity_run` brings reference and decoder together, as the command line does: a user's own tests call it.
+        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py", "lrt_deploy/parity_run.py"),
         forbidden=EXPORTERS + RUNTIME + CLI,
+    ),
+    Rule(
+        "parity as a function is not the command line",
+        files=("lrt_deploy/parity_run.py",),
+        forbidden=CLI,
+    ),
+    Rule(
+        "parity as a function loads reference and decoder when it is called",
+        files=("lrt_deploy/parity_run.py",),
+        forbidden=TORCH + GRAPH_TOOLS + TORCH_CORE + EXPORTERS + RUNTIME,
+        late=True,
     ),
     Rule(
         "exporters and runtime meet in the manifest, and neither knows the command line",
@@ -283,6 +295,8 @@ def test_no_module_is_named_after_nothing():
         ("exporters/engine.py", "import polygraphy.backend.trt"),
         ("runtime/decoder.py", "import importlib\nimportlib.import_module('cuda.bindings.runtime')"),
         ("lrt_deploy/tokenizer.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        ("lrt_deploy/parity_run.py", "from lrt_deploy.runtime import open_decoder"),
+        ("lrt_deploy/parity_run.py", "def f():\n    from .cli import app"),
         ("lrt_deploy/cli/app.py", "from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "class A:\n    import onnx"),
         ("lrt_deploy/cli/app.py", "from ..checkpoint import load"),

@@ -142,6 +142,10 @@ def test_equal_decoders_pass_with_these_fields():
         "max_abs_value_error": 0.0,
         "drift": {"first_quarter": 0.0, "last_quarter": 0.0, "growth": 1.0},
         "tokens": [*PROMPT, 2, 3, 0, 1],
+        "weights": None,
+        "arithmetic": None,
+        "quality": None,
+        "provenance": None,
     }
 
 

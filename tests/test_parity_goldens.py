@@ -44,11 +44,16 @@ def checkpoint(golden):
     return open_checkpoint(golden.folder)
 
 
+def scaled(tensor, factor):
+    """The same tensor, multiplied when it is read."""
+    return dataclasses.replace(tensor, load=lambda: tensor.load() * factor)
+
+
 def reference_of(checkpoint, factors=None):
     """The reference with some of the checkpoint's matrices multiplied by a factor."""
     from lrt_deploy.reference import ReferenceDecoder
 
-    changed = {name: checkpoint.tensors[name] * factor for name, factor in (factors or {}).items()}
+    changed = {name: scaled(checkpoint.tensors[name], factor) for name, factor in (factors or {}).items()}
     model = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **changed}).model()
     return ReferenceDecoder(model, max_seq_len=128)
 

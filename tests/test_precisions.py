@@ -17,7 +17,6 @@ import torch
 import lrt_deploy
 from lrt_deploy import contract
 from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.cli.parity import PROMPT
 from lrt_deploy.comparison import compare
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.exporters import precision_graphs, promises
@@ -30,6 +29,7 @@ from lrt_deploy.exporters.ort_verify import verify_graphs
 from lrt_deploy.exporters.plan import make_plan
 from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
 from lrt_deploy.manifest import PHASES, graph_path, read_manifest
+from lrt_deploy.parity_run import PROMPT
 from lrt_deploy.precisions import PRECISIONS, base_dtype
 from lrt_deploy.reference import ReferenceDecoder
 from lrt_deploy.runtime import ort_cpu

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrt_deploy.errors import InputError
+from lrt_deploy.machine import cpu_model, peak_rss_bytes
 
 from . import bench_table, doctor, options, output, signals
-from .machine import cpu_model, peak_rss_bytes
 
 if TYPE_CHECKING:
     from lrt_deploy.contract import Flavour

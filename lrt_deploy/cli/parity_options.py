@@ -10,14 +10,12 @@ import typer
 
 from . import options
 
-STEPS = 128
-
 Checkpoint = Annotated[
     Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
 ]
 CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")]
 Steps = Annotated[
-    int | None, typer.Option(help=f"Decode steps after the prompt; default: {STEPS}, or what the capacity leaves.")
+    int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
 ]
 # The names of `lrt_deploy.mutual_checks`; a test holds them against it.
 CheckName = Literal[
@@ -41,12 +39,13 @@ Golden = Annotated[
     ),
 ]
 Bisect = Annotated[bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")]
-FitBudget = Annotated[
+MaxKl = Annotated[
     float | None,
-    typer.Option(metavar="KL", help="Find the matrices to keep precise for this mean KL, instead of comparing."),
+    typer.Option(metavar="KL", help="Largest mean KL in nats, in precisions judged by quality.", show_default=False),
 ]
-CalibrationText = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The text for --fit-budget; default: our own.", show_default=False)
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Smallest share of equal first choices, 0 to 1, likewise.", show_default=False),
 ]
 Report = Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")]
 ReportDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)]

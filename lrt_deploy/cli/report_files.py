@@ -30,6 +30,8 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     others = comparable(folder, fields)
     with atomic_write(folder / f"{name}.html", private=True) as path:
         path.write_text(page(title, fields, others), encoding="utf-8")
+    if not fields["positions"]["position"]:  # stored weights alone were judged
+        return folder / f"{name}.html"
     if not plots.available():
         output.say(f"no pictures beside the page: matplotlib is not installed; {extras.install('bench')}")
         return folder / f"{name}.html"
@@ -47,6 +49,7 @@ def comparable(folder: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
             other = json.loads(path.read_text(encoding="utf-8"))
             same = all(other[name] == fields[name] for name in ("prompt_tokens", "steps"))
             prompt = fields["prompt_tokens"]
+            same = same and bool(other["positions"]["position"])  # something was run
             if same and other["tokens"][:prompt] == fields["tokens"][:prompt] and other["precision"] in PRECISIONS:
                 found.append(other)
         except (ValueError, KeyError, TypeError):
