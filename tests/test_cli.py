@@ -287,6 +287,16 @@ def test_generate_refuses_by_name(bundle, options, message, form):
     assert message in refusal("generate", bundle, *options, *form)
 
 
+@pytest.mark.parametrize("target", ["/dev/zero", "pipe", "huge"])
+def test_texts_are_read_from_regular_files_within_a_size(bundle, target, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(2**28 + 1)
+    reason = {"/dev/zero": "character device", "pipe": "named pipe", "huge": "at most 268435456"}[target]
+    assert reason in refusal("generate", bundle, "--prompt-file", tmp_path / target)
+    assert reason in refusal("eval", bundle, tmp_path / target)
+
+
 def test_a_prompt_file_that_is_not_text_is_refused(bundle):
     assert "not UTF-8" in refusal("generate", bundle, "--prompt-file", "-", input=b"\xff\xfe")
 

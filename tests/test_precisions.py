@@ -345,7 +345,7 @@ def test_rows_without_a_tokenizer_are_made_up_and_say_so(tmp_path):
 
 def test_a_calibration_text_that_cannot_be_used_is_refused(bundle, tmp_path):
     tokenizer = Tokenizer.open(bundle / "tokenizer")
-    with pytest.raises(ExportError, match="cannot read"):
+    with pytest.raises(ExportError, match="cannot be opened"):
         calibration_rows(tmp_path / "absent", tokenizer, 100, 32)
     (tmp_path / "empty").write_text("")
     with pytest.raises(ExportError, match="0 tokens"):

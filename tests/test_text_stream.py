@@ -98,6 +98,16 @@ def test_a_replacement_character_can_be_a_stop_string():
     assert text.stopped == "\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize(
+    ("stop", "piece"), [("a" * 10**6 + "b", "a"), ("ab" * 500_000 + "c", "abab"), ("a" * 999, "ab")]
+)
+def test_long_stop_strings_take_no_more_work_than_the_text_is_long(stop, piece):
+    """With a search that starts anew at every token this would take hours."""
+    text, count = TextStream(lambda _: piece.encode(), [stop]), 50_000
+    parts = [*(text.push(0) for _ in range(count)), text.finish()]
+    assert "".join(parts) == piece * count and text.stopped is None
+
+
 def test_finishing_twice_says_nothing_more():
     text = TextStream(lambda _: b"\xe2", ())
     text.push(0)
