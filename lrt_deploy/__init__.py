@@ -1,7 +1,17 @@
 """lrt-deploy: Latent Recurrent Transformers, from checkpoint to running deployment.
 
-The public surface is `export_bundle`, `build_engine`, `open_decoder`, `parity` and the errors. Importing this package
-is cheap: torch, onnx and onnxruntime are imported when a function needs them, torch only by exports and parity.
+    lrt_deploy.export_bundle("checkpoint_dir", "bundle_dir")            # checkpoint -> ONNX graphs, weights, manifest
+    with lrt_deploy.open_decoder("bundle_dir") as decoder:              # -> Decoder
+        state = decoder.prefill([[1, 2, 3], [4, 5]])                    # -> DecodeState: KV caches, latent, positions
+        logits = decoder.step(state, [7, 8])                            # (B, V) float32
+        for event in decoder.generate([1, 2, 3], max_new_tokens=64):    # -> Event: token, text, ...
+            print(event.text)
+
+Functions: `export_bundle`, `build_engine`, `open_decoder`, `parity`. Classes: `Decoder`, `DecodeState`, `BatchDecoder`,
+`PromptCache`, `SamplingOptions`, `PrefillOptions`, `Event`. Errors: all are `LRTDeployError`.
+
+Importing this package is cheap: torch, onnx and onnxruntime are imported when a function needs them, torch only by
+exports and parity.
 """
 
 from __future__ import annotations
@@ -9,17 +19,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import (
     BackendError,
     BundleError,
+    Busy,
     CheckpointError,
     ConfigError,
     EngineError,
     ExportError,
     InputError,
     LRTDeployError,
+    NonFiniteError,
     ParityError,
     StateError,
 )
@@ -33,25 +45,75 @@ if TYPE_CHECKING:
     from .interface import PrefillPolicy
     from .manifest import Manifest
     from .parity_report import ParityReport
-    from .runtime.decoder import Decoder
+    from .runtime.batch_decoder import BatchDecoder
+    from .runtime.decoder import Decoder, open_decoder
+    from .runtime.generation import Event
     from .runtime.prefill import PrefillOptions
+    from .runtime.prompt_cache import PromptCache
+    from .runtime.sampling import SamplingOptions
+    from .runtime.state import DecodeState
+
+    __version__: str
 
 __all__ = [
     "BackendError",
+    "BatchDecoder",
     "BundleError",
+    "Busy",
     "CheckpointError",
     "ConfigError",
+    "DecodeState",
+    "Decoder",
     "EngineError",
+    "Event",
     "ExportError",
     "InputError",
     "LRTDeployError",
+    "NonFiniteError",
     "ParityError",
+    "PrefillOptions",
+    "PromptCache",
+    "SamplingOptions",
     "StateError",
+    "__version__",
     "build_engine",
     "export_bundle",
     "open_decoder",
     "parity",
 ]
+
+# Public names that are imported when they are first used, and the modules that have them.
+_LAZY = {
+    "BatchDecoder": "runtime.batch_decoder",
+    "DecodeState": "runtime.state",
+    "Decoder": "runtime.decoder",
+    "Event": "runtime.generation",
+    "PrefillOptions": "runtime.prefill",
+    "PromptCache": "runtime.prompt_cache",
+    "SamplingOptions": "runtime.sampling",
+    "open_decoder": "runtime.decoder",
+}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - whatever the name stands for
+    """Import a public name when it is first used (PEP 562)."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("lrt-deploy")
+    elif name in _LAZY:
+        from importlib import import_module
+
+        value = getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Show the public names only."""
+    return sorted(__all__)
 
 
 def export_bundle(
@@ -71,19 +133,29 @@ def export_bundle(
     host_embeddings: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Manifest:
-    """Export a checkpoint folder to a bundle folder and return the manifest.
+    """Export a checkpoint to a bundle folder and return the bundle's manifest.
 
-    `max_seq_len` defaults to the model's `sequence_len` and may be up to 10 times that. `tokenizer` is a folder with
-    `tokenizer.pkl` or `tokenizer.json`, that file itself, or "none" (default: the checkpoint's). `step` picks one of
-    several saved steps (default: the last). `force` replaces an existing bundle. `calibration` is a text file on which
-    ranges and int8 activations are measured (default: a short one shipped with the package); `keep_high` names matrices
-    that stay precise, as in `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0` (default: gates, in quantized
-    precisions; empty: none). `compensate` rounds int4 weights so that later rows make up for the error of earlier ones,
-    on the calibration text; `int4_block` says how many rows of a column share an int4 scale: 32 (the default), 64 or
-    128.
-    `host_embeddings` keeps the embedding tables out of the graphs: the runtime maps them and hands in the rows of the
-    tokens, so that neither engines nor GPU memory hold them. `progress` is called with (what, done, total), in bytes or
-    0, 0. Raises CheckpointError, ConfigError or ExportError, and then leaves nothing behind.
+    Args:
+        checkpoint: a checkpoint folder or weights file, in the authors' layout or the native one.
+        bundle: the folder to make. It is whole or absent.
+        precision: one or several of `fp32`, `fp16`, `bf16`, `int8` (W8A8), `int8-weight-only`, `int4-weight-only`.
+        max_seq_len: tokens that a sequence can hold; None: the model's `sequence_len`. At most 10 times that.
+        max_batch_size: sequences that can run together.
+        tokenizer: a folder with `tokenizer.pkl` or `tokenizer.json`; None: the one beside the checkpoint, if any.
+        step: which of several saved steps; None: the last.
+        force: replace an existing bundle.
+        calibration: a text file on which ranges and int8 activations are measured; None: the one that is shipped.
+        keep_high: matrices that stay precise, as `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0`; None: the
+            default of each precision; empty: none.
+        compensate: round int4 weights so that later rows make up for the error of earlier ones (GPTQ).
+        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: 32.
+        host_embeddings: keep the embedding tables out of graphs and engines; the runtime maps them.
+        progress: called with (what, done, total), in bytes or 0, 0. What it raises ends the export.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be read, or is of no model that this version knows.
+        ExportError: the bundle cannot be made as asked for. Nothing is left behind.
+
     """
     from .exporters.bundle import ExportOptions
     from .exporters.bundle import export_bundle as export
@@ -155,32 +227,6 @@ def build_engine(
     return build(bundle, options, progress)
 
 
-def open_decoder(
-    bundle: str | Path,
-    backend: str = "ort-cpu",
-    precision: str | None = None,
-    *,
-    threads: int | None = None,
-    max_seq_len: int | None = None,
-    verify: bool = False,
-    prefill_options: PrefillOptions | None = None,
-    cuda_graph: bool = True,
-) -> Decoder:
-    """Open a bundle for decoding; see `lrt_deploy.runtime.decoder.open_decoder`."""
-    from .runtime.decoder import open_decoder as open_
-
-    return open_(
-        bundle,
-        backend,
-        precision,
-        threads=threads,
-        max_seq_len=max_seq_len,
-        verify=verify,
-        prefill_options=prefill_options,
-        cuda_graph=cuda_graph,
-    )
-
-
 def parity(
     bundle: str | Path,
     checkpoint: str | Path,
@@ -214,11 +260,12 @@ def parity(
     or limit that cannot be used.
     """
     from .parity_run import ParityOptions, parity_of, parity_of_stored, stored_only_precision
+    from .runtime.decoder import open_decoder as open_
 
     folder, source = Path(bundle), Path(checkpoint)
     options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
     stored_only = stored_only_precision(folder, backend, precision)
     if stored_only is not None:
         return parity_of_stored(folder, source, stored_only, options, verify, progress)
-    with open_decoder(folder, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify) as decoder:
+    with open_(folder, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify) as decoder:
         return parity_of(folder, decoder, source, options, progress)

@@ -10,7 +10,8 @@ LRTDeployError
 │   └── NonFiniteError    the last of these, with the rows that it happened in
 ├── StateError        a decode state used in a way it does not allow (capacity, batch, foreign state)
 ├── InputError        a prompt, token id, option or file content that cannot be used
-└── ParityError       a comparison that could not be made (a failed comparison is a result, not an error)
+├── ParityError       a comparison that could not be made (a failed comparison is a result, not an error)
+└── Busy              no room at the moment for one more request; the same request may be sent again later
 
 A message says what was found, what was expected and who says so, and what to do.
 This module knows nothing else of the project and imports nothing.
@@ -63,3 +64,7 @@ class InputError(LRTDeployError):
 
 class ParityError(LRTDeployError):
     """A comparison could not be made; a comparison that fails is a result instead."""
+
+
+class Busy(LRTDeployError):  # noqa: N818 - a condition that passes, not a fault
+    """There is no room at the moment for one more request; the same request may be sent again later."""

@@ -1,0 +1,100 @@
+"""What `import lrt_deploy` offers: the names of the contract, lazily, typed for a client, and nothing else."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pydoc
+import shutil
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import lrt_deploy
+from lrt_deploy import errors
+
+ROOT = Path(__file__).parents[1]
+ERRORS = {name for name, thing in vars(errors).items() if inspect.isclass(thing)}
+NAMES = {
+    *ERRORS,
+    *("export_bundle", "build_engine", "open_decoder", "parity", "__version__"),
+    *("Decoder", "DecodeState", "BatchDecoder", "PromptCache", "SamplingOptions", "PrefillOptions", "Event"),
+}
+CLIENT = """
+import lrt_deploy
+
+manifest = lrt_deploy.export_bundle("checkpoint", "bundle", precision=["fp32"], max_seq_len=64)
+with lrt_deploy.open_decoder("bundle", backend="ort-cpu") as decoder:
+    state = decoder.prefill([[1, 2, 3]], policy="auto")
+    reveal_type(state)
+    reveal_type(decoder.step(state, [1]))
+    for event in decoder.generate([1, 2], max_new_tokens=4, temperature=0.0):
+        reveal_type(event)
+cache = lrt_deploy.PromptCache("folder")
+error: type[lrt_deploy.LRTDeployError] = lrt_deploy.Busy
+reveal_type(lrt_deploy.__version__)
+decoder.prefill([[1]], policy="guess")
+"""
+
+
+def test_the_public_names_are_those_of_the_contract():
+    assert set(lrt_deploy.__all__) >= NAMES
+    assert dir(lrt_deploy) == sorted(lrt_deploy.__all__)
+    assert all(getattr(lrt_deploy, name) is not None for name in lrt_deploy.__all__)
+    assert lrt_deploy.__version__ == version("lrt-deploy")
+    with pytest.raises(AttributeError, match="no attribute 'Nonsense'"):
+        _ = lrt_deploy.Nonsense
+
+
+def test_every_error_is_public_and_in_one_tree():
+    assert all(issubclass(getattr(lrt_deploy, name), lrt_deploy.LRTDeployError) for name in ERRORS)
+    assert issubclass(lrt_deploy.NonFiniteError, lrt_deploy.BackendError)
+    assert all(name in errors.__doc__ for name in ERRORS)
+
+
+def test_importing_the_package_loads_nothing_of_the_runtime():
+    code = (
+        "import sys, lrt_deploy; dir(lrt_deploy)\n"
+        "print(sorted(n for n in sys.modules if n.split('.')[0] in ('numpy', 'torch', 'onnx', 'onnxruntime', 'typer')"
+        " or n.startswith('lrt_deploy.')))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "['lrt_deploy.errors']\n"
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - ERRORS - {"__version__"}))
+def test_help_explains_every_function_and_class(name):
+    thing = getattr(lrt_deploy, name)
+    assert inspect.getdoc(thing)
+    text = pydoc.render_doc(thing, renderer=pydoc.plaintext)
+    methods = [member for member, _ in inspect.getmembers(thing, inspect.isfunction) if not member.startswith("_")]
+    assert all(inspect.getdoc(getattr(thing, method)) for method in methods) and name in text
+
+
+@pytest.mark.slow
+def test_a_client_s_mypy_sees_the_types_of_an_installed_wheel(tmp_path):
+    """The wheel unpacked into a folder; `tests/test_packaging.py` holds that the wheel is complete."""
+    installed = tmp_path / "installed" / "lrt_deploy"
+    for name, target in (("lrt_deploy", ""), ("exporters", "exporters"), ("runtime", "runtime")):
+        shutil.copytree(
+            ROOT / name, installed / target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+        )
+    found = client_types(tmp_path, installed.parent)
+    for kind in ("runtime.state.DecodeState", "ndarray", "runtime.generation.Event", "str"):
+        assert kind in found, found
+    assert "\"Literal['guess']\"; expected" in found or "has incompatible type \"Literal['guess']\"" in found, found
+    assert found.count(": error:") == 1, found
+
+
+def client_types(folder, package):
+    """What mypy says of the client file when it finds the package in a folder."""
+    (folder / "client.py").write_text(CLIENT)
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "--follow-imports=silent", "client.py"]
+    settings = {"MYPYPATH": str(package), "MYPY_CACHE_DIR": os.devnull}
+    result = subprocess.run(
+        command, cwd=folder, env=os.environ | settings, capture_output=True, text=True, timeout=400, check=False
+    )
+    return result.stdout + result.stderr
