@@ -140,7 +140,10 @@ class PromptCache:
             del self._known[path]  # evicted, maybe by another process
         for path, status in sorted(entries.items()):
             if not os.access(path, os.R_OK):
-                troubles[:] = [_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path)))]
+                if not os.access(path, os.F_OK):  # another process has made room
+                    continue
+                if not troubles:  # one is enough: all are another user's
+                    troubles.append(_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path))))
                 continue
             try:
                 if path not in self._known or self._known[path][0] != status.st_ino:
@@ -235,6 +238,8 @@ def _claim(folder: Path) -> None:
         number = os.open(marker, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(number, "w", encoding="utf-8") as file:
             file.write(_MARKER_TEXT)
+    for place in _places(folder):
+        place.chmod(0o700)  # version 0.1 left it to the umask
 
 
 def _foreign(folder: Path) -> str | None:

@@ -185,8 +185,9 @@ def test_a_cache_of_version_0_1_which_has_no_marker_is_taken_over(cache, decoder
     read(cache, decoder, PROMPT)
     (cache.folder / MARKER).unlink()
     (cache.folder / ".lock").touch()
+    entries(cache)[0].parent.chmod(0o755)
     assert read(PromptCache(cache.folder), decoder, PROMPT).prefill.reused_tokens == len(PROMPT)
-    assert (cache.folder / MARKER).is_file()
+    assert (cache.folder / MARKER).is_file() and entries(cache)[0].parent.stat().st_mode & 0o777 == 0o700
     (cache.folder / MARKER).unlink()
     (entries(cache)[0].parent / "notes.txt").touch()
     with pytest.raises(InputError, match=r"it holds [0-9a-f]{40}/notes\.txt"):
