@@ -35,11 +35,12 @@ def main() -> int:
         parser.error(f"no kind contains {options.kinds!r}; there are {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="lrt-hostile-originals-") as temporary:
         folder = options.originals or Path(temporary)
-        if not (folder / "made").exists():
+        mark = folder / "made"
+        if not mark.exists() or mark.read_text() != campaign.commit():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             originals.make(folder)
-            (folder / "made").touch()
+            mark.write_text(campaign.commit())
         if options.one is not None:
             return again(next(iter(kinds)), options.one, options.seed, folder)
         return many(kinds, options, folder)
