@@ -5,16 +5,18 @@ The weights stay on disk. Knows ONNX, and of this project only the names of the 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrt_deploy.errors import InputError
+from lrt_deploy.files import parse_json, read_bytes
 
 if TYPE_CHECKING:
     import onnx
+
+_LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's own limit
 
 
 def graph_fields(path: Path) -> dict[str, Any]:
@@ -29,7 +31,7 @@ def graph_fields(path: Path) -> dict[str, Any]:
         "outputs": [value_fields(value) for value in graph.output],
         "nodes": len(graph.node),
         "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
-        "computes": computes(model),
+        "computes": computes(path, model),
         "initializers": len(graph.initializer),
         "initializer_bytes": sum(tensor_bytes(tensor) for tensor in graph.initializer),
         "external_files": sorted(
@@ -40,13 +42,17 @@ def graph_fields(path: Path) -> dict[str, Any]:
     }
 
 
-def computes(model: onnx.ModelProto) -> dict[str, dict[str, int]]:
+def computes(path: Path, model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     """How many products, attentions and cache writes run in which type, counted as an export counts them."""
     import onnx_ir as ir
 
     from lrt_deploy.exporters.promises import count
 
-    return count(ir.serde.deserialize_model(model).graph)
+    try:
+        return count(ir.serde.deserialize_model(model).graph)
+    except Exception as error:  # of many types, each for another contradiction in a graph
+        reason = _first_line(error.__cause__ or error)
+        raise InputError(f"{path} is no valid ONNX graph: {reason}; it is damaged, or contradicts itself") from error
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -54,10 +60,9 @@ def load_graph(path: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
+    data = read_bytes(path, "the graph", InputError, _LARGEST_MESSAGE_BYTES)
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        model = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise InputError(f"{path} is not an ONNX graph: {error}; it is damaged or something else") from error
     if not model.graph.node:
@@ -91,11 +96,16 @@ def dtype_of(data_type: int) -> tuple[str, int]:
     return name, bits if data_type in known else 0
 
 
-def parse_metadata(path: Path, metadata: Mapping[str, str], name: str) -> Any:  # noqa: ANN401 - JSON
-    """The JSON in one metadata entry, None if there is none."""
+def parse_metadata(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any] | None:
+    """The JSON object in one metadata entry, None if there is none."""
     if name not in metadata:
         return None
-    try:
-        return json.loads(metadata[name])
-    except ValueError as error:
-        raise InputError(f"the metadata {name} of {path} is damaged: {error}") from error
+    found = parse_json(metadata[name], f"the metadata {name} of {path}", InputError)
+    if not isinstance(found, dict):
+        raise InputError(f"the metadata {name} of {path} is {str(found)[:60]}, expected an object")
+    return found
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__} {text.splitlines()[0][:200]}" if text else type(error).__name__

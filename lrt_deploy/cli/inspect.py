@@ -170,7 +170,7 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
     for way in ("input", "output"):
         rows |= {f"{way} {value['name']}": f"{value['dtype']} {value['dims']}" for value in fields[f"{way}s"]}
     contract = fields["contract"]
-    made = f", the {contract['flavour']} flavour" if contract else ", not made by lrt-deploy export"
+    made = f", the {cell(contract.get('flavour'))} flavour" if contract else ", not made by lrt-deploy export"
     return fields, f"{path} is an ONNX graph{made}", rows
 
 
