@@ -91,7 +91,9 @@ def make(folder: Path) -> None:
     options = {"max_seq_len": CAPACITY, "max_batch_size": BATCH}
     lrt_deploy.export_bundle(folder / "lrt", folder / "bundle", **options)
     lrt_deploy.export_bundle(folder / "lrt", folder / "hosted", host_embeddings=True, **options)
-    lrt_deploy.export_bundle(folder / "plain", folder / "narrow", precision=("int8", "int4-weight-only"), **options)
+    (folder / "text.txt").write_text("The king is in the tree, and the three things in there are thin.\n" * 2)
+    quantized = {"precision": ("int8", "int4-weight-only"), "calibration": folder / "text.txt"}
+    lrt_deploy.export_bundle(folder / "plain", folder / "narrow", **quantized, **options)
     _write_large(folder)
     _write_states(folder)
     _write_engine(folder)
