@@ -19,7 +19,7 @@ def main() -> int:
         prog="hostile", description="Hostile inputs in great number, each outcome classified."
     )
     parser.add_argument("--inputs", type=int, default=100_000, help="how many in all; each kind has its share")
-    parser.add_argument("--least", type=int, default=0, help="at least so many of each kind (full exports apart)")
+    parser.add_argument("--least", type=int, default=0, help="at least so many of each kind but the smallest two")
     parser.add_argument("--kinds", default="", help="only kinds whose names contain one of these, comma-separated")
     parser.add_argument("--seed", default="1")
     parser.add_argument("--workers", type=int, default=2)
@@ -52,7 +52,7 @@ def many(kinds: dict, options: argparse.Namespace, folder: Path) -> int:
     counts = {}
     for kind, (_, share) in kinds.items():
         count = round(options.inputs * share / shares)
-        counts[kind] = count if share < 1 else max(count, options.least)
+        counts[kind] = count if share < 3 else max(count, options.least)
     run = campaign.Campaign(counts, options.seed, folder, options.results, options.workers)
     results = run.run(lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201
     order = {kind: place for place, kind in enumerate(KINDS)}
