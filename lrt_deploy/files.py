@@ -33,6 +33,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to evaluate or to calibrate on
+_PART_BYTES = 2**20
 PARTIAL = ".partial-"
 STALE_SECONDS = 24 * 3600  # only where there are no locks
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
@@ -74,12 +75,16 @@ def read_bytes(path: Path, what: str, error: type[LRTDeployError], limit: int) -
     """Read a regular file of at most `limit` bytes; see `open_regular`."""
     with open_regular(path, what, error, limit) as file:
         try:
-            data = file.read(limit + 1)
+            # In parts: Python allocates all that it is asked for before it reads.
+            parts, size = [], 0
+            while size <= limit and (part := file.read(min(_PART_BYTES, limit + 1 - size))):
+                parts.append(part)
+                size += len(part)
         except OSError as cause:
             raise error(f"{what} cannot be read: {_reason(cause)} ({path})") from cause
-    if len(data) > limit:  # it has grown since it was opened
+    if size > limit:  # it has grown since it was opened
         raise error(f"{what} ({path}) has more than {limit} bytes; at most {limit} are accepted")
-    return data
+    return b"".join(parts)
 
 
 def read_text(path: Path, what: str, error: type[LRTDeployError], limit: int) -> str:

@@ -219,6 +219,7 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"files.{shown(name)} is {shown(record)}, expected a size and a SHA-256")
     for part in ("checkpoint", "versions"):
         decode_as(dict[str, Any], manifest.provenance.get(part, {}), f"provenance.{part}")
+    decode_as(dict[str, Any], manifest.precision_details.get("calibration", {}), "precision_details.calibration")
     for precision in precisions:
         _check_details(manifest.precision_details.get(precision, {}), f"precision_details.{precision}")
     _check_tables(manifest)
@@ -227,7 +228,8 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_details(details: dict[str, Any], name: str) -> None:
-    """What the runtime and the builder of engines read of a precision; the rest is for people."""
+    """What the runtime, the builder of engines and summaries read of a precision; the rest is for people."""
+    decode_as(dict[str, dict[str, dict[str, int]]], details.get("operations", {}), f"{name}.operations")
     for key, kind in (("keep_high", tuple[str, ...]), ("multiplied_in_float32", tuple[str, ...])):
         decode_as(kind, details.get(key, []), f"{name}.{key}")
     for key, most in (("bits", 8), ("block", 2**20)):

@@ -128,11 +128,11 @@ def precision_rows(manifest: Manifest) -> dict[str, str]:
     """What was decided for each precision, and on which text it was calibrated."""
     details, rows = manifest.precision_details, {}
     if about := details.get("calibration"):
-        rows["calibrated on"] = f"{about['text']}, {about['rows']} rows of {about['row_tokens']} tokens"
+        rows["calibrated on"] = f"{about.get('text')}, {about.get('rows')} rows of {about.get('row_tokens')} tokens"
     for precision in manifest.precisions:
         found = details.get(precision) or {}
         for flavour, counts in (found.get("operations") or {}).items():
-            kinds = "; ".join(f"{number} {product_words(kind)}" for kind, number in counts["matmul"].items())
+            kinds = "; ".join(f"{number} {product_words(kind)}" for kind, number in counts.get("matmul", {}).items())
             rows[f"{precision} {flavour}"] = f"matrix products: {kinds}"
         if block := found.get("block"):
             rows[f"{precision} scales"] = f"one for {block} rows of a column"

@@ -196,6 +196,7 @@ def changed_tables(rng: random.Random, bundle: Path, fields: dict) -> tuple[str,
     elif kind == "swap" and len(tables) > 1:
         first, second = list(tables)[:2]
         tables[first]["offset"], tables[second]["offset"] = tables[second]["offset"], tables[first]["offset"]
+        return f"{kind} of {name}", True  # of one size: then they are these tables, by the word of the manifest
     elif kind == "drop":
         del tables[name]
     elif kind == "extra":

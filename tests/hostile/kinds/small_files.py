@@ -281,7 +281,7 @@ def text_files(rng: random.Random, place: Path, originals: Originals) -> Trial:
     path.write_bytes(data)
     if kind == "odd":
         what = odd_file(rng, path)
-        data = b""
+        data = path.read_bytes() if what == "pointer" else b""
     use = rng.choice(("prompt", "prompt", "prompt", "calibration", "calibration", "eval"))
     return Trial(
         f"{use} {kind}: {what}",
