@@ -62,7 +62,7 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
     data = read_bytes(path, "the graph", InputError, _LARGEST_MESSAGE_BYTES)
     try:
-        model = onnx.ModelProto.FromString(data)
+        model: onnx.ModelProto = onnx.ModelProto.FromString(data)
     except DecodeError as error:
         raise InputError(f"{path} is not an ONNX graph: {error}; it is damaged or something else") from error
     if not model.graph.node:
