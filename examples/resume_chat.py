@@ -27,10 +27,10 @@ def main(bundle: str, file: str, message: str) -> None:
         for event in decoder.generate(None, 48, state=state):
             print(event.text, end="", flush=True)
         print()
-        # Close the answer: what was chosen last is not fed yet.
+        # Close the answer, where it did not end by itself.
         end = decoder.tokenizer.special_tokens[ASSISTANT_END]
-        closing = [end] if event.finish_reason == "stop_token" else [event.token, end]
-        decoder.prefill([closing], state=state)
+        if event.token != end:
+            decoder.prefill([[end]], state=state)
         state.save(file)
         print(f"{read} tokens with the message, {state.lengths[0]} saved, {state.num_bytes} bytes", file=sys.stderr)
 

@@ -8,7 +8,7 @@ that move cache entries, `read_slots` and `write_slots`, of which saving, forkin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,12 +68,6 @@ class StateBuffers(Protocol):
     def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
 
-    def mark(self) -> int:
-        """Which place the current latent is in. A step reads one and writes another, so it still is there after it."""
-
-    def take_back(self, mark: int) -> None:
-        """Make the latent of a mark current again, after at most one `decode` since, which may have failed."""
-
     def expect(self, total: int) -> None:
         """Say how many tokens the longest row will hold after the prompts that follow; caches may grow that far."""
 
@@ -96,6 +90,9 @@ class StateBuffers(Protocol):
 
         With `move`, the row's cache entries, until now in that order, are put back in the order of their positions.
         """
+
+    def reset_order(self) -> None:
+        """Forget every order that was declared: a reading did not end. Slots hold their own positions again."""
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as views or copies on the host."""
@@ -124,7 +121,7 @@ class Backend(Protocol):
         """Zeroed buffers for a state of this many sequences."""
 
 
-def check_finite(logits: FloatArray, positions: IntArray, backend: Backend) -> None:
+def check_finite(logits: FloatArray, positions: Sequence[int] | IntArray, backend: Backend) -> None:
     """Refuse logits (B, V) that no token may be chosen from; positions (B) are those of the tokens before them."""
     if all(_is_finite(row) for row in logits):
         return

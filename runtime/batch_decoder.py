@@ -11,21 +11,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from lrt_deploy.errors import InputError, StateError
+from lrt_deploy.errors import InputError, LRTDeployError, StateError
 from lrt_deploy.interface import PrefillPolicy
 from lrt_deploy.prompts import check_prompts
 
-from .batch_lane import BatchEvent, Lane, Request
-from .generation import Generation
+from .batch_lane import BatchEvent, Book, Lane, Request
+from .generation import Continuation, Generation
 from .prefill import PrefillRequest
 from .state import DecodeState
 
 if TYPE_CHECKING:
     from .decoder import Decoder
+
+_Found = TypeVar("_Found")
 
 
 class BatchDecoder:
@@ -42,18 +44,19 @@ class BatchDecoder:
         self.decoder, self.slots = decoder, slots
         self._lanes = [Lane(decoder, (slots + i) // lanes) for i in range(lanes)]
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
-        self._queue: deque[Request] = deque()
-        self._submitted = 0
+        self._feeding: list[Future[None]] = []
+        self._queue: deque[Request] = deque()  # which of them count, the book says
+        self._book = Book()
 
     @property
     def waiting(self) -> int:
         """Requests without a slot."""
-        return len(self._queue)
+        return self._book.submitted - self._book.joined - len(self._book.cancelled)
 
     @property
     def running(self) -> int:
         """Requests with a slot."""
-        return sum(len(lane.requests) for lane in self._lanes)
+        return len(self._book.made)
 
     def submit(
         self,
@@ -77,44 +80,103 @@ class BatchDecoder:
         reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
         if (prompt is None) == (state is None):
             raise InputError("a request starts from a prompt or from a state, and needs exactly one of the two")
-        request = Request(self._submitted, options, reading)
-        if state is not None:
-            request.state, request.prefill = self._start(state), state.prefill
-        elif prompt is not None:
-            request.unread = self._prompt(prompt)
-        self._submitted += 1
+        book, start = self._book, None if state is None else self._start(state)
+        tokens = self._prompt(prompt) if start is None else start.row_tokens(0)
+        request = Request(book.submitted, Continuation(options, tokens), reading, start)
+        while self._queue and self._queue[-1].number >= request.number:  # left by an interrupt
+            self._queue.pop()
         self._queue.append(request)
-        return request.number
+        try:
+            self._book = book._replace(submitted=book.submitted + 1)
+            return request.number
+        except BaseException:
+            self._book = book
+            raise
 
     def cancel(self, request: int) -> None:
         """Forget a request, waiting or running; nothing more is heard of it."""
-        self._queue = deque(waiting for waiting in self._queue if waiting.number != request)
-        for lane in self._lanes:
-            for row in [row for row, running in enumerate(lane.requests) if running.number == request]:
-                lane.leave(row)
+        book = self._book
+        if book.joined <= request < book.submitted:
+            book = book._replace(cancelled=book.cancelled | {request})
+        events = tuple(event for event in book.events if event.request != request)
+        self._book = book.ended({request}, ())._replace(events=events)
 
     def run(self) -> Iterator[BatchEvent]:
-        """Events of all requests as they come, until none is left; more may be submitted meanwhile."""
-        while self._queue or self.running:
-            yield from self.step()
+        """Events of all requests as they come, until none is left; more may be submitted meanwhile.
+
+        Events that were not taken, because of an error or because the iterator was closed, come with the next call.
+        """
+        while True:
+            while self._book.events:
+                yield self._deliver(self._book.events[0], self._book.events[1:])
+            if not (self.waiting or self.running):
+                return
+            self._advance()
 
     def step(self) -> list[BatchEvent]:
         """Choose a token for every row whose logits are there, fill the slots, and feed all rows.
 
-        Raises what a backend raises; then nothing is lost, and the next step goes on from there.
+        Raises what a backend raises; then nothing is lost, and the next step goes on from there. The same holds for an
+        interrupt.
         """
+        self._advance()
+        return self._deliver(list(self._book.events), ())
+
+    def _advance(self) -> None:
+        """Everything that `step` does but delivering."""
+        self._wait()
         for lane in self._lanes:
-            lane.choose()
-        while self._queue and (lane := max(self._lanes, key=lambda lane: lane.room)).room:
-            lane.join(self._queue.popleft())
+            self._book = lane.report(self._book)
+            self._book = lane.choose(self._book)
+            lane.free(self._book)
+        while (request := self._next()) and (lane := max(self._lanes, key=lambda lane: lane.room)).room:
+            self._join(request, lane)
         if self._threads is None:
-            self._lanes[0].feed()
+            self._lanes[0].feed(self._book.made)
         else:
-            feeding = [self._threads.submit(lane.feed) for lane in self._lanes]
-            wait(feeding)
-            for fed in feeding:
+            for lane in self._lanes:
+                self._feeding.append(self._threads.submit(lane.feed, self._book.made))
+            for fed in self._wait():
                 fed.result()
-        return [event for lane in self._lanes for event in lane.take_events()]
+        for lane in self._lanes:
+            self._book = lane.report(self._book)
+
+    def _next(self) -> Request | None:
+        """The first request in the queue; those that do not count any more are removed."""
+        book, queue = self._book, self._queue
+        while queue and (queue[0].number < book.joined or queue[0].number in book.cancelled):
+            queue.popleft()
+        return queue[0] if queue and queue[0].number < book.submitted else None
+
+    def _join(self, request: Request, lane: Lane) -> None:
+        """Move a request from the queue to a lane; one whose logits are there chooses at once."""
+        number, book = request.number, self._book
+        book = book._replace(joined=number + 1, cancelled=frozenset(n for n in book.cancelled if n > number))
+        try:
+            lane.join(request)
+        except LRTDeployError as error:
+            self._book = book.ended(set(), (BatchEvent(number, error=error),))
+            return
+        self._book = book._replace(made={**book.made, number: 0})
+        request.state = None
+        self._book = lane.choose(self._book)
+        lane.free(self._book)
+
+    def _wait(self) -> list[Future[None]]:
+        """Wait for lanes that are being fed, those included that an interrupt has left alone."""
+        wait(self._feeding)
+        done, self._feeding = self._feeding, []
+        return done
+
+    def _deliver(self, found: _Found, rest: tuple[BatchEvent, ...]) -> _Found:
+        """Hand out events, in one step with noting that only `rest` is left to be delivered."""
+        book = self._book
+        try:
+            self._book = book._replace(events=rest)
+            return found
+        except BaseException:
+            self._book = book
+            raise
 
     def close(self) -> None:
         """End the threads."""
@@ -135,9 +197,10 @@ class BatchDecoder:
         self._lanes[0].state.origin.check_same(state.origin)
         return state.fork()
 
-    def _prompt(self, prompt: str | Sequence[int]) -> deque[int]:
+    def _prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
+        assert prompt is not None
         ids = self.decoder.prompt_ids(prompt)
         check_prompts([ids], self.decoder.config.vocab_size)
         if len(ids) > self.decoder.max_seq_len:
             raise StateError(f"the prompt has {len(ids)} tokens and a slot holds {self.decoder.max_seq_len}")
-        return deque(ids)
+        return ids

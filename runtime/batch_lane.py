@@ -1,20 +1,23 @@
 """One lane of a batch: the rows of one state, a request on each, stepped together.
 
-Every step feeds one token to every row: its own last token, or the next one of its prompt. Knows no queue.
+Every step feeds one token to every row: its own last token, or the next one of its prompt. Knows no queue. What a lane
+has done is told from its state alone: a row carries its request, and the row's length says what has been fed. So
+nothing has to be kept in step with anything else when an interrupt comes.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
+from threading import RLock
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
 from lrt_deploy.errors import LRTDeployError, NonFiniteError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
 
-from .generation import Continuation, Event, Generation
+from .generation import Continuation, Event
 from .prefill import PrefillRequest, way_of
 from .state import DecodeState
 
@@ -36,18 +39,36 @@ class BatchEvent:
         return self.event is None or self.event.finish_reason is not None
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
-    """A request that waits or runs; `unread` are the tokens of its prompt that were not yet fed."""
+    """A request that waits or runs."""
 
     number: int
-    options: Generation
+    continuation: Continuation  # of the tokens of its prompt, or of the state that it starts from
     reading: PrefillRequest
-    unread: deque[int] = field(default_factory=deque)
     state: DecodeState | None = None  # where it starts from, if not from a prompt
     prefill: PrefillReport | None = None
-    continuation: Continuation | None = None
-    token: int | None = None  # chosen and not yet fed
+
+    def next_token(self, made: int | None, length: int) -> int | None:
+        """The token to feed to a row of `length` tokens; None where none was chosen, or the request does not run."""
+        if made is None or length == self.continuation.read + made:
+            return None
+        return self.continuation.history[length]
+
+
+class Book(NamedTuple):
+    """Where the requests of a batch stand. Replaced in one assignment."""
+
+    submitted: int = 0  # numbers below are taken
+    joined: int = 0  # requests of numbers below have been taken from the queue
+    cancelled: frozenset[int] = frozenset()  # of those in the queue
+    made: Mapping[int, int] = {}  # tokens that were chosen so far, by the number of each running request
+    events: tuple[BatchEvent, ...] = ()  # not delivered yet
+
+    def ended(self, numbers: set[int], events: tuple[BatchEvent, ...]) -> Book:
+        """The same without these running requests, and with these events more."""
+        made = {number: count for number, count in self.made.items() if number not in numbers}
+        return self._replace(made=made, events=self.events + events)
 
 
 class Lane:
@@ -55,95 +76,113 @@ class Lane:
 
     def __init__(self, decoder: Decoder, slots: int) -> None:
         self.decoder, self.state = decoder, decoder.new_state(slots)
-        self.requests: list[Request] = []
-        self._events: list[BatchEvent] = []  # kept until they are taken, also when a backend fails in between
+        self._lock = RLock()  # a thread may still be feeding when an interrupt has ended the step that started it
+        self._failed: tuple[BatchEvent, ...] = ()  # of requests whose rows gave unusable numbers
         self._reader: DecodeState | None = None
 
     @property
     def room(self) -> int:
         """Free rows."""
-        return self.state.slots - len(self.requests)
+        return self.state.slots - self.state.batch
 
-    def take_events(self) -> list[BatchEvent]:
-        """What has happened since the last call."""
-        events, self._events = self._events, []
-        return events
+    @property
+    def requests(self) -> list[Request]:
+        """The request of each row."""
+        return cast("list[Request]", self.state.tags)
 
-    def choose(self) -> None:
-        """Choose a token for every row whose logits are there; rows that end leave."""
-        ready = [row for row, request in enumerate(self.requests) if not request.unread and request.token is None]
-        if not ready:
-            return
-        logits = self.state.logits_of(ready)
-        tokenizer = self.decoder.tokenizer
-        choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
-        largest = logits[:, :choices].argmax(axis=1).tolist()
-        events = [self._take(row, logits[i], largest[i]) for i, row in enumerate(ready)]
-        for row, event in zip(reversed(ready), reversed(events), strict=True):  # the last row moves into the gap
-            if event.last:
-                self.leave(row)
-        self._events += events
+    def choose(self, book: Book) -> Book:
+        """Choose a token for every row whose logits are there; rows of requests that do not run are freed."""
+        with self._lock:
+            self._free(book.made)
+            requests = self.requests
+            ready = [
+                row
+                for row, request in enumerate(requests)
+                if self.state.length(row) == request.continuation.read + book.made[request.number]
+            ]
+            if not ready:
+                return book
+            logits = self.state.logits_of(ready)
+            tokenizer = self.decoder.tokenizer
+            choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
+            largest = logits[:, :choices].argmax(axis=1).tolist()
+            made, events = dict(book.made), []
+            for i, row in enumerate(ready):
+                number = requests[row].number
+                event = self._take(row, requests[row], made[number], logits[i], largest[i])
+                events.append(event)
+                made[number] += 1
+                if event.last:
+                    del made[number]
+            return book._replace(made=made, events=(*book.events, *events))
 
     def join(self, request: Request) -> None:
-        """Give a request a row; one whose logits are there chooses at once."""
-        ids = np.array(request.unread, np.int64)
-        options, reading = self.decoder.prefill_options, request.reading
-        if request.state is None and way_of(ids, self.decoder.config.memory, reading, options) == "stepwise":
-            below = options.stepwise_below if reading.policy == "auto" else None
-            request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
-            self.state.add()
-            self.requests.append(request)
-            return
-        try:
+        """Give a request a row; raises LRTDeployError where it cannot be started."""
+        with self._lock:
+            read = request.continuation.read
+            ids = np.array(request.continuation.history[:read], np.int64)
+            options, reading = self.decoder.prefill_options, request.reading
+            if request.state is None and way_of(ids, self.decoder.config.memory, reading, options) == "stepwise":
+                below = options.stepwise_below if reading.policy == "auto" else None
+                request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
+                self.state.add(tag=request)
+                return
             source = self._read(ids, reading) if request.state is None else request.state
-            self.state.add(source)
-        except LRTDeployError as error:
-            self._events.append(BatchEvent(request.number, error=error))
-            return
-        request.prefill, request.state = source.prefill, None
-        request.unread.clear()
-        self.requests.append(request)
-        self.choose()
+            request.prefill = source.prefill
+            self.state.add(source, tag=request)
 
-    def feed(self) -> None:
-        """One decode step for all rows; rows with unusable numbers leave, and the others are stepped without them."""
-        while self.requests:
-            tokens = [request.unread[0] if request.unread else request.token for request in self.requests]
-            try:
-                self.decoder.advance(self.state, np.array(tokens, np.int64))
-            except NonFiniteError as error:
-                for row in reversed(error.rows):
-                    self._events.append(BatchEvent(self.requests[row].number, error=error))
-                    self.leave(row)
-                continue
-            for request in self.requests:
-                if request.unread:
-                    request.unread.popleft()
-                request.token = None
-            return
+    def feed(self, made: Mapping[int, int]) -> None:
+        """One decode step for all rows; rows with unusable numbers leave, and the others are stepped without them.
 
-    def leave(self, row: int) -> None:
-        """Free a row."""
-        self.state.drop(row)
-        last = self.requests.pop()
-        if row < len(self.requests):
-            self.requests[row] = last
+        Does nothing where a row has no token to be fed: what was to be done has been done.
+        """
+        with self._lock:
+            while requests := self.requests:
+                tokens = [r.next_token(made.get(r.number), self.state.length(row)) for row, r in enumerate(requests)]
+                if None in tokens:
+                    return
+                try:
+                    self.decoder.advance(self.state, np.array(tokens, np.int64))
+                except NonFiniteError as error:
+                    for row in reversed(error.rows):
+                        self._failed = (*self._failed, BatchEvent(requests[row].number, error=error))
+                        self.state.drop(row)
+                    continue
+                return
 
-    def _take(self, row: int, logits: FloatArray, largest: int) -> BatchEvent:
-        request = self.requests[row]
-        if request.continuation is None:
-            request.continuation = Continuation(request.options, self.state.row_tokens(row))
+    def report(self, book: Book) -> Book:
+        """End the requests that have failed while they were fed."""
+        with self._lock:
+            self._failed = tuple(event for event in self._failed if event.request in book.made)
+            failed = self._failed
+        return book.ended({event.request for event in failed}, failed) if failed else book
+
+    def _free(self, made: Mapping[int, int]) -> None:
+        """Drop the rows of requests that do not run, the last one first: the last row moves into the gap."""
+        requests = self.requests
+        for row in reversed(range(len(requests))):
+            if requests[row].number not in made:
+                self.state.drop(row)
+
+    def free(self, book: Book) -> None:
+        """Drop the rows of requests that do not run."""
+        with self._lock:
+            self._free(book.made)
+
+    def _take(self, row: int, request: Request, made: int, logits: FloatArray, largest: int) -> BatchEvent:
         continuation, report = request.continuation, request.prefill
         assert report is not None
-        request.token = largest if continuation.takes_the_largest else continuation.choose(logits)
+        continuation.resume(made)
+        token = largest if continuation.takes_the_largest else continuation.choose(logits)
         full = self.state.length(row) == self.state.capacity
-        return BatchEvent(request.number, continuation.take(request.token, report, full))
+        return BatchEvent(request.number, continuation.take(token, report, full))
 
     def _read(self, ids: IntArray, reading: PrefillRequest) -> DecodeState:
         """Read a prompt by itself, into a state that is used again for the next."""
         if self._reader is None:
-            self._reader = self.decoder.new_state(1)
-            self._reader.add()
+            reader = self.decoder.new_state(1)
+            reader.add()
+            self._reader = reader
         self._reader.rewind(0)
         rows = [ids.tolist()]
         return self.decoder.prefill(rows, state=self._reader, policy=reading.policy, tolerance=reading.tolerance)

@@ -11,8 +11,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
-
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
@@ -26,9 +24,8 @@ from .cuda_device import Device
 from .generation import Event, Generation, generate
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
 from .origin import Identity, Origin
-from .prefill import PrefillOptions, PrefillRequest, read_prompts, settle
-from .prefix import reused, rewind_to_prefix
-from .rewind import unchanged_on_error, undo_step
+from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, settle
+from .prefix import reused, shared_tokens
 from .state import DecodeState
 from .state_file import load_state
 
@@ -92,8 +89,8 @@ class Decoder:
     ) -> DecodeState:
         """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
 
-        With `reuse`, the prompts are whole sequences: `state` is first rewound to the tokens that it shares with them,
-        and only the rest is read (see `prefix`). An error then leaves it at the shared tokens.
+        With `reuse`, the prompts are whole sequences: `state` is cut to the tokens that it shares with them, and only
+        the rest is read (see `prefix`).
 
         `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance`
         of that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the
@@ -111,42 +108,42 @@ class Decoder:
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
         self._check(state, [len(row) for row in rows], anew=reuse)
-        shared = rewind_to_prefix(state, rows, request) if reuse else [0] * len(rows)
-        rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
-        if any(map(len, rest)):
-            self._read(state, rest, request)
-        else:
-            state.prefill = dataclasses.replace(state.prefill, passes=0.0, note=None)
-        if reuse:
-            state.prefill = reused(state.prefill, shared, rows)
-        return state
+        return self._read(state, rows, request, shared_tokens(state, rows, request) if reuse else None)
 
-    def _read(self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> None:
-        with unchanged_on_error(state, rows):
-            logits, report = read_prompts(state, rows, request, self.prefill_options)
-            check_finite(logits, state.lengths + counted(rows) - 1, state.owner)
-            state.extend(rows, logits)
-        state.finish_reading(report, sum(map(len, rows)))
+    def _read(
+        self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest, shared: list[int] | None
+    ) -> DecodeState:
+        """Read what follows the first `shared` tokens of each of `rows`; None: all of them, after what is there."""
+        past = state.lengths.tolist() if shared is None else shared
+        rest = rows if shared is None else [row[count:] for row, count in zip(rows, shared, strict=True)]
+        before = state.open(past, [len(row) for row in rest])
+        try:
+            logits, report = None, dataclasses.replace(before.prefill, passes=0.0, note=None)
+            if any(map(len, rest)):
+                place = Place(state.buffers, state.history, past, self.config.memory)
+                logits, report = read_prompts(place, rest, request, self.prefill_options)
+                check_finite(logits, [start + len(row) - 1 for start, row in zip(past, rest, strict=True)], state.owner)
+            state.close(past, rest, logits, report, report if shared is None else reused(report, shared, rows))
+            return state
+        except BaseException:
+            state.restore(before)
+            raise
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
-        self.advance(state, check_tokens(tokens, self.config.vocab_size, state.batch))
-        return state.logits
+        ids = check_tokens(tokens, self.config.vocab_size, state.batch)
+        self._check(state, [1] * state.batch)
+        return state.advance(ids, give=True)
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
         self._check(state, [1] * state.batch)
-        positions = state.lengths  # (B)
-        buffers, mark = state.buffers, state.buffers.mark()
-        try:
-            logits = buffers.decode(ids, positions, head=True)
-            assert logits is not None
-            state.history.write_step(positions, buffers.latent)
-            check_finite(logits, positions, state.owner)
-            state.append(ids, logits)
-        except BaseException:
-            undo_step(state, mark)
-            raise
+        state.advance(ids)
+
+    def catch_up(self, state: DecodeState) -> None:
+        """Feed the token that `generate` has emitted last, where that has not been done yet."""
+        self._check(state, [0] * state.batch)
+        state.computed()
 
     def load_state(self, path: str | Path) -> DecodeState:
         """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
@@ -180,12 +177,13 @@ class Decoder:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
 
         `state` continues an existing state of one sequence; without a prompt (None) from where it stands, with `reuse`
-        as in `prefill`. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
+        as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
+        token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
         """
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
         if prompt is None:
-            return generate(self, options, lambda: self._standing(state))
+            return generate(self, options, lambda: self._standing(state), reads=False)
         ids = self.prompt_ids(prompt)
         check_prompts([ids], self.config.vocab_size)
         reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance, "reuse": reuse and state is not None}
@@ -248,11 +246,6 @@ class Decoder:
                     f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
                     f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
                 )
-
-
-def counted(rows: Sequence[IntArray]) -> IntArray:
-    """(B) tokens in each row."""
-    return np.array([len(row) for row in rows])
 
 
 def open_decoder(

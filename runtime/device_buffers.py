@@ -61,14 +61,6 @@ class DeviceBuffers:
         self._device.synchronize()
         self._latents[self._turn][rows] = values
 
-    def mark(self) -> int:
-        """Which of the two latents is the current one."""
-        return self._turn
-
-    def take_back(self, mark: int) -> None:
-        """The other one has been written at most."""
-        self._turn = mark
-
     def expect(self, total: int) -> None:
         """Caches are as long as the capacity from the start."""
 
@@ -95,6 +87,9 @@ class DeviceBuffers:
         """Only the order of positions is possible here."""
         if not np.array_equal(order, np.arange(len(order))):
             raise BackendError("this backend keeps cache slots in the order of positions; read with stride 1")
+
+    def reset_order(self) -> None:
+        """Slots are always in the order of positions."""
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as copies on the host."""

@@ -152,15 +152,14 @@ class Sweeps:
     def converge(self, tolerance: float) -> bool:
         """Go on until the bound on the error is within tolerance; False when that is not to be expected.
 
-        A sweep that has begun need not be finished.
+        A sweep that has begun need not be finished. After an exception the slots are out of order, see
+        `StateBuffers.reset_order`.
         """
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
-        try:
-            while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
-                self.read_block()
-        finally:  # also when a backend fails or the user interrupts: the state is used again
-            self.buffers.reorder(self.row, self.start, order, move=True)
+        while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
+            self.read_block()
+        self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
 
     def sweep(self) -> None:

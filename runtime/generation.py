@@ -1,6 +1,7 @@
 """The generation loop: choose a token, emit what text is certain, stop, or feed it back.
 
-One sequence, one event per token. The last token chosen is not fed to the state: nobody has asked for its successor.
+One sequence, one event per token. A token is appended to the state as its event is handed out, and fed when its
+successor is wanted: the state holds what was emitted, and the last token costs nothing until it is needed.
 """
 
 from __future__ import annotations
@@ -8,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
-
-import numpy as np
 
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import FloatArray, PrefillReport
@@ -47,7 +46,8 @@ class Generation:
 
     max_new_tokens: int
     stop_ids: frozenset[int]
-    stream: TextStream | None
+    stop_strings: tuple[str, ...]
+    tokenizer: Tokenizer | None
     sampler: Sampler
     choices: int | None = None
     """Only ids below this are chosen: those that the tokenizer has a text for. None: all."""
@@ -71,27 +71,47 @@ class Generation:
             raise InputError(f"there is no sampling option {unknown[0]!r}; expected {', '.join(known)}")
         if stop_ids is None:
             stop_ids = sorted(tokenizer.stop_ids) if tokenizer else ()
-        stream = TextStream(tokenizer.token_bytes_of, stop_strings) if tokenizer else None
         options = SamplingOptions(**sampling)  # type: ignore[arg-type]  # checked by the dataclass itself
+        if tokenizer is not None:
+            TextStream(tokenizer.token_bytes_of, stop_strings)  # checks them
         choices = tokenizer.vocab_size if tokenizer else None
-        return cls(max_new_tokens, frozenset(stop_ids), stream, Sampler(options), choices)
+        return cls(max_new_tokens, frozenset(stop_ids), tuple(stop_strings), tokenizer, Sampler(options), choices)
+
+    def stream(self) -> TextStream | None:
+        """A new stream for the text of the tokens, where there is a tokenizer."""
+        return TextStream(self.tokenizer.token_bytes_of, self.stop_strings) if self.tokenizer else None
 
 
 class Continuation:
     """One sequence that is being continued: chooses its tokens, turns them to text, and knows when it ends.
 
-    Knows nothing of where logits come from: a state of its own, or a row in a batch.
+    Knows nothing of where logits come from: a state of its own, or a row in a batch. Choosing a token and taking it may
+    be interrupted and done again, with the same outcome; see `resume`.
     """
 
     def __init__(self, options: Generation, tokens: Sequence[int]) -> None:
         self.options, self.history, self.made = options, list(tokens), 0
+        self.emitted = 0
+        self.read, self._stream = len(self.history), options.stream()  # tokens that were there before
+
+    def resume(self, made: int) -> None:
+        """Go on after `made` tokens, also where an interrupt came while the next one was being taken."""
+        if self.made == made:
+            return
+        self.made, stream = -1, self.options.stream()
+        del self.history[self.read + made :]
+        for token in self.history[self.read :]:
+            if stream is not None:
+                stream.push(token)
+        self._stream, self.made = stream, made
 
     def choose(self, logits: FloatArray) -> int:
         """The next token, from logits (V), of those that have a text."""
         count = self.options.choices
         if count is None or count >= len(logits):
-            return self.options.sampler.choose(logits, self.history)
-        return self.options.sampler.choose(logits[:count], [token for token in self.history if token < count])
+            return self.options.sampler.choose(logits, self.history, self.made)
+        history = [token for token in self.history if token < count]
+        return self.options.sampler.choose(logits[:count], history, self.made)
 
     @property
     def takes_the_largest(self) -> bool:
@@ -101,36 +121,59 @@ class Continuation:
 
     def take(self, token: int, prefill: PrefillReport, full: bool) -> Event:
         """The event of a chosen token; `full` says that the state has no room for it."""
-        options = self.options
-        self.made += 1
+        options, made = self.options, self.made + 1
+        self.made = -1  # until all of it is done
         self.history.append(token)
-        text, reason = _outcome(token, options)
-        if reason is None and self.made == options.max_new_tokens:
+        text, reason = self._outcome(token)
+        if reason is None and made == options.max_new_tokens:
             reason = "length"
         if reason is None and full:
             reason = "capacity"
-        if reason is not None and reason != "stop_string" and options.stream:
-            text += options.stream.finish()
+        if reason is not None and reason != "stop_string" and self._stream:
+            text += self._stream.finish()
+        self.made = made
         return Event(token, text, reason, prefill)
 
+    def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
+        """The event, in one step with appending its token to the state where there is room."""
+        emitted = self.emitted
+        try:
+            self.emitted = emitted + 1
+            return event if full else state.defer((event.token,), event)
+        except BaseException:
+            self.emitted = emitted
+            raise
 
-def generate(decoder: Decoder, options: Generation, read: Callable[[], DecodeState]) -> Iterator[Event]:
-    """Read the prompt, then yield events until something stops it."""
-    state = read()
-    continuation = Continuation(options, state.tokens[0])
-    while True:
-        token = continuation.choose(state.row_logits(0))
-        event = continuation.take(token, state.prefill, full=state.length(0) == state.capacity)
-        yield event
-        if event.finish_reason is not None:
-            return
-        decoder.advance(state, np.array([token]))
+    def _outcome(self, token: int) -> tuple[str, FinishReason | None]:
+        if token in self.options.stop_ids:
+            return "", "stop_token"
+        if self._stream is None:
+            return "", None
+        text = self._stream.push(token)
+        return text, "stop_string" if self._stream.stopped is not None else None
 
 
-def _outcome(token: int, options: Generation) -> tuple[str, FinishReason | None]:
-    if token in options.stop_ids:
-        return "", "stop_token"
-    if options.stream is None:
-        return "", None
-    text = options.stream.push(token)
-    return text, "stop_string" if options.stream.stopped is not None else None
+def generate(
+    decoder: Decoder, options: Generation, read: Callable[[], DecodeState], reads: bool = True
+) -> Iterator[Event]:
+    """Read the prompt, then yield events until something stops it.
+
+    After an exception before the first event the prompt, if `read` reads one, is not in the state either.
+    """
+    state = undo = continuation = None
+    try:
+        state = read()
+        undo = state.undo
+        continuation = Continuation(options, state.tokens[0])
+        reason = None
+        while reason is None:
+            decoder.catch_up(state)
+            token = continuation.choose(state.row_logits(0))
+            full = state.length(0) == state.capacity
+            event = continuation.take(token, state.prefill, full)
+            reason = event.finish_reason
+            yield continuation.emit(state, event, full)
+    except BaseException:
+        if reads and state is not None and not (continuation and continuation.emitted):
+            state.take_back(undo or state.undo)
+        raise

@@ -30,6 +30,7 @@ from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
 from .huge_pages import Moved, in_huge_pages
 from .ort_contract import check_session
+from .ort_errors import ORT_ERRORS, is_foreign
 from .ort_quantized import quantized_entries
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
@@ -68,7 +69,9 @@ class OrtCpuBackend:
         try:
             with nullcontext(Moved()) if small else in_huge_pages() as moved:
                 self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own unrelated types
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph}: {error}") from error
         check_session(self.session, graph, manifest, precision, "windowed")
         self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
@@ -94,6 +97,21 @@ class _Call:
     rows: Rows  # of the tokens in the embedding tables, where the graph does not hold these
 
 
+@dataclass
+class _Bound:
+    """What belongs to caches of one size."""
+
+    room: int  # slots that each cache has
+    seen_positions: IntArray  # (room) of the slots, or `_NO_POSITION`
+    decodes: dict[tuple[int, bool, int], _Call]
+    reads: dict[tuple[int, int, int], _Call]
+
+    @classmethod
+    def of(cls, room: int) -> _Bound:
+        """Nothing is bound yet."""
+        return cls(room, np.full(room, _NO_POSITION), {}, {})
+
+
 class OrtCpuBuffers:
     """Caches and latent of B sequences, and the bindings that run on them. See `backend.StateBuffers`."""
 
@@ -105,9 +123,10 @@ class OrtCpuBuffers:
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         self._dtype = backend.dtype
         self._tables, self._rows = backend.tables, RowArrays(backend.tables)
-        self._room = 0  # slots that the caches have
+        self._bound = _Bound.of(0)
+        self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
         self._expected = self.capacity  # tokens that the longest row will come to hold
-        shape = (batch, config.n_kv_head, self._room, config.head_dim)
+        shape = (batch, config.n_kv_head, 0, config.head_dim)
         self._caches = {
             pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
         }
@@ -130,26 +149,32 @@ class OrtCpuBuffers:
         """Replace the latent of some rows: rows (n), latent (n, C)."""
         self._latent_rows[self._turn][rows] = latent
 
-    def mark(self) -> int:
-        """Which of the two latents is the current one."""
-        return self._turn
-
-    def take_back(self, mark: int) -> None:
-        """The other one has been written at most."""
-        self._turn = mark
-
     def _make_room(self, end: int, room: int | None = None) -> None:
-        """Have slots up to `end`, if not `room` of them. Nothing is bound yet to caches that replace smaller ones."""
-        if end <= self._room:
-            return
-        old, self._room = self._room, min(room or room_for(end), self.capacity)
+        """Have slots up to `end`, if not `room` of them."""
+        if self._growing:
+            self._finish_growing()
+        if end > self._bound.room:
+            slots = min(room or room_for(end), self.capacity)
+            # All is allocated before anything is changed. The system commits pages only when they are written.
+            larger = {
+                name: np.zeros((*cache.shape[:2], slots, cache.shape[3]), cache.dtype)
+                for name, cache in self._caches.items()
+            }
+            bound = _Bound.of(slots)
+            self._growing = larger, bound
+            self._finish_growing()
+
+    def _finish_growing(self) -> None:
+        """Move into larger caches one at a time, so that old ones can go; goes on where an interrupt ended it."""
+        larger, bound = self._growing
+        self._bound = bound  # bindings hold the old caches
         for name, cache in self._caches.items():
-            larger = np.zeros((*cache.shape[:2], self._room, cache.shape[3]), cache.dtype)
-            larger[:, :, :old] = cache
-            self._caches[name] = larger  # one at a time: the old one can go
-        self._seen_positions = np.full(self._room, _NO_POSITION)
-        self._decodes: dict[tuple[int, bool, int], _Call] = {}
-        self._reads: dict[tuple[int, int, int], _Call] = {}
+            new = larger[name]
+            if cache is not new:
+                new[:, :, : cache.shape[2]] = cache
+                self._caches[name] = new
+                del cache
+        self._growing = None
 
     def expect(self, total: int) -> None:
         """Caches grow in few and large steps to what this many tokens need, and not beyond."""
@@ -192,6 +217,10 @@ class OrtCpuBuffers:
                 cache[row, :, slots] = cache[row, :, slots][:, back]
             self._slot_positions[slots] = np.arange(start, start + len(order))
 
+    def reset_order(self) -> None:
+        """Every slot holds its own position."""
+        self._slot_positions[:] = np.arange(self.capacity)
+
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """(B, G, length, D) of a layer's keys and values: views, or copies where the caches are not float32."""
         keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
@@ -217,33 +246,36 @@ class OrtCpuBuffers:
             first = max(0, oldest - window)
             start[0] = first if ordered is None else min(first, ordered)
         self._end[0] = end
-        self._seen_positions[:end] = self._slot_positions[:end]
-        self._seen_positions[end:] = _NO_POSITION
+        seen = self._bound.seen_positions
+        seen[:end] = self._slot_positions[:end]
+        seen[end:] = _NO_POSITION
 
     def _run(self, call: _Call) -> None:
         self._tables.take(call.ids, call.rows)
         try:
             self._session.run_with_iobinding(call.binding)
-        except Exception as error:
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime failed: {error}") from error
 
     def _decode_call(self, rows: int, head: bool, turn: int) -> _Call:
         """One token for each of the first `rows` rows, from the latent `turn` to the other one."""
-        key = (rows, head, turn)
-        if key not in self._decodes:
+        key, calls = (rows, head, turn), self._bound.decodes
+        if key not in calls:
             before, after = self._latents[turn][:rows], self._latents[1 - turn][:rows]
-            self._decodes[key] = self._bind(slice(0, rows), int(head), before, after)
-        return self._decodes[key]
+            calls[key] = self._bind(slice(0, rows), int(head), before, after)
+        return calls[key]
 
     def _read_call(self, row: int, count: int, logit_rows: int) -> _Call:
         """`count` tokens of one row, between two latent arrays of their own; the last few are kept."""
-        key = (row, count, logit_rows)
-        if key not in self._reads:
-            while len(self._reads) >= _KEPT_READS:
-                del self._reads[next(iter(self._reads))]
+        key, calls = (row, count, logit_rows), self._bound.reads
+        if key not in calls:
+            while len(calls) >= _KEPT_READS:
+                del calls[next(iter(calls))]
             latents = np.zeros((2, 1, count, self._config.n_embd), self._dtype)
-            self._reads[key] = self._bind(slice(row, row + 1), logit_rows, latents[0], latents[1])
-        return self._reads[key]
+            calls[key] = self._bind(slice(row, row + 1), logit_rows, latents[0], latents[1])
+        return calls[key]
 
     def _bind(self, rows: slice, logit_rows: int, latents_in: NDArray[Any], latents_out: NDArray[Any]) -> _Call:
         """Bind a call on some rows; `logit_rows` is 1 (the last token's) or 0 (no head)."""
@@ -264,7 +296,7 @@ class OrtCpuBuffers:
             "write_index": call.write_index,
             "last_index": np.full((batch, logit_rows), count - 1, np.int64),
             contract.WINDOW_END: self._end,
-            contract.SLOT_POSITIONS: self._seen_positions,
+            contract.SLOT_POSITIONS: self._bound.seen_positions,
         } | {contract.window_start(window): start for window, start in self._starts.items()}
         outputs: dict[str, NDArray[Any]] = {"logits": call.logits}
         if self._config.memory:

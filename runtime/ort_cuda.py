@@ -30,6 +30,7 @@ from .device_buffers import DeviceBuffers
 from .device_steps import PrefillStep, Setup
 from .host_tables import HostTables
 from .ort_contract import check_session
+from .ort_errors import ORT_ERRORS, is_foreign
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -143,7 +144,9 @@ class OrtContext:
             self._bindings[key] = self._bound()
         try:
             self._runner.session.run_with_iobinding(self._bindings[key])
-        except Exception as error:  # onnxruntime raises its own unrelated types
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime failed on {self._runner.kind}: {error}") from error
 
     def _bound(self) -> Any:  # noqa: ANN401 - onnxruntime is untyped
@@ -169,7 +172,9 @@ def open_session(graph: Path, kind: str, stream: int) -> Any:  # noqa: ANN401 - 
         raise BackendError(f"ONNX Runtime {ort.__version__} was built without {provider}; pip install onnxruntime-gpu")
     try:
         session = ort.InferenceSession(str(graph), options, providers=[(provider, settings)])
-    except Exception as error:
+    except ORT_ERRORS as error:
+        if is_foreign(error):
+            raise
         raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph} with {provider}: {error}") from error
     if session.get_providers()[0] != provider:
         raise BackendError(

@@ -20,6 +20,7 @@ from lrt_deploy.interface import FloatArray
 from lrt_deploy.stages import StepInput
 
 from .host_tables import HostTables, RowArrays
+from .ort_errors import ORT_ERRORS, is_foreign
 
 _LOG_ERRORS = 3
 _DTYPES: dict[str, Any] = {
@@ -43,7 +44,9 @@ class OrtProbe:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own unrelated types
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot open the graph with probes: {error}") from error
         self._inputs = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
         wanted = {*stages.in_order(config)}
@@ -55,7 +58,9 @@ class OrtProbe:
         feed = {name: np.asarray(arrays[name], dtype) for name, dtype in self._inputs.items()}
         try:
             found = self._session.run(self._outputs, feed)
-        except Exception as error:
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime failed on the graph with probes: {error}") from error
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, found, strict=True)}
 

@@ -18,9 +18,9 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 
-from .backend import BlockLimits
+from .backend import BlockLimits, StateBuffers
 from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
-from .state import DecodeState
+from .latent_history import LatentHistory
 from .traffic import matrix_elements
 
 ZERO_NOTE = "zero memory: this is not the model as trained"
@@ -103,52 +103,60 @@ class PrefillRequest:
         return {"stepwise": 0.0, "zero": math.inf}.get(self.policy, self.tolerance)
 
 
-def read_prompts(
-    state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
-) -> tuple[FloatArray, PrefillReport]:
-    """Append `rows` to the state's sequences; returns logits (B, V) and the report.
+@dataclass(frozen=True)
+class Place:
+    """Where prompts are read to: the memory of a state that was opened for it, after the first `past` (B) tokens."""
 
-    The lengths of the state are left to the caller, who advances it when the logits are found good.
+    buffers: StateBuffers
+    history: LatentHistory
+    past: Sequence[int]
+    memory: bool
+
+
+def read_prompts(
+    place: Place, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
+) -> tuple[FloatArray, PrefillReport]:
+    """Append `rows` to the sequences; returns logits (B, V) and the report.
+
+    Whether they count is left to the caller, who commits them when the logits are found good.
     """
-    ways = [way_of(row, state.latent is not None, request, options) for row in rows]
+    ways = [way_of(row, place.memory, request, options) for row in rows]
     if all(way == "stepwise" for way in ways):
-        logits, report = read_stepwise(state, rows, _stepwise_note(request))
+        logits, report = read_stepwise(place, rows, _stepwise_note(request))
     else:
-        state.buffers.expect(max(state.length(i) + len(row) for i, row in enumerate(rows)))
+        place.buffers.expect(max(place.past[i] + len(row) for i, row in enumerate(rows)))
         numbered = enumerate(zip(rows, ways, strict=True))
-        readings = [_read_row(state, i, row, way, request, options) for i, (row, way) in numbered]
+        readings = [_read_row(place, i, row, way, request, options) for i, (row, way) in numbered]
         for i, reading in enumerate(readings):
-            state.history.write_row(i, state.length(i), reading.latents)
-        state.buffers.set_latent(np.arange(state.batch), np.stack([reading.latents[-1] for reading in readings]))
+            place.history.write_row(i, place.past[i], reading.latents)
+        place.buffers.set_latent(np.arange(len(rows)), np.stack([reading.latents[-1] for reading in readings]))
         logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
-        if report.policy == "fixed-point" and state.latent is not None:
+        if report.policy == "fixed-point" and place.memory:
             report = replace(report, note=options.note)
     if request.policy == "auto":
         report = replace(report, stepwise_below=options.stepwise_below)
     return logits, report
 
 
-def read_stepwise(
-    state: DecodeState, rows: Sequence[IntArray], note: str | None = None
-) -> tuple[FloatArray, PrefillReport]:
+def read_stepwise(place: Place, rows: Sequence[IntArray], note: str | None = None) -> tuple[FloatArray, PrefillReport]:
     """Append `rows`, one decode step per token, the head in the last one alone.
 
     Until a row starts, its place in the batch holds a placeholder token whose effects are undone: the cache slot is
     overwritten by the row's first token, and the latent is put back.
     """
-    buffers, past = state.buffers, state.lengths
+    buffers, past = place.buffers, np.array(place.past)
     counts = np.array([len(row) for row in rows])
     steps = int(counts.max())
     starts = steps - counts  # (B) the step at which each row begins
     padded = np.stack(
         [np.concatenate([np.repeat(row[:1], start), row]) for row, start in zip(rows, starts, strict=True)]
     )
-    carried = buffers.latent[: state.batch].copy()
+    carried = buffers.latent[: len(rows)].copy()
     logits: FloatArray | None = None
     for t in range(steps):
         positions = past + np.maximum(0, t - starts)
         logits = buffers.decode(padded[:, t], positions, head=t == steps - 1)
-        state.history.write_step(positions, buffers.latent[: state.batch])
+        place.history.write_step(positions, buffers.latent[: len(rows)])
         waiting = np.flatnonzero(t < starts)
         if waiting.size:
             buffers.set_latent(waiting, carried[waiting])
@@ -178,15 +186,15 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
 
 
 def _read_row(
-    state: DecodeState, index: int, row: IntArray, way: str, request: PrefillRequest, options: PrefillOptions
+    place: Place, index: int, row: IntArray, way: str, request: PrefillRequest, options: PrefillOptions
 ) -> Reading:
-    past = state.length(index)
-    if way == "zero" or state.latent is None:
-        return read_row_once(state.buffers, index, row, past, options.sweeps)
+    buffers, past = place.buffers, place.past[index]
+    if way == "zero" or not place.memory:
+        return read_row_once(buffers, index, row, past, options.sweeps)
     if way == "stepwise":
-        return read_row_stepwise(state.buffers, index, row, past)
+        return read_row_stepwise(buffers, index, row, past)
     sweeps = replace(options.sweeps, noise=request.limits.noise)
-    return read_row(state.buffers, index, row, past, request.tolerance, sweeps)
+    return read_row(buffers, index, row, past, request.tolerance, sweeps)
 
 
 def _report(rows: Sequence[IntArray], readings: Sequence[Reading], request: PrefillRequest) -> PrefillReport:

@@ -24,8 +24,8 @@ def common_prefix(first: IntArray, second: IntArray) -> int:
     return int(different[0]) if different.size else length
 
 
-def rewind_to_prefix(state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> list[int]:
-    """Cut each row to what it shares with its prompt; returns how many tokens of each prompt need not be read.
+def shared_tokens(state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest) -> list[int]:
+    """How many tokens of each prompt the state has already read.
 
     A prompt that is wholly there is left one token to read when others have some: all rows are read together.
     """
@@ -34,7 +34,6 @@ def rewind_to_prefix(state: DecodeState, rows: Sequence[IntArray], request: Pref
         shared = [0] * len(rows)
     if any(count < len(row) for count, row in zip(shared, rows, strict=True)):
         shared = [min(count, len(row) - 1) for count, row in zip(shared, rows, strict=True)]
-    state.rewind(shared)
     return shared
 
 

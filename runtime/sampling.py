@@ -30,6 +30,8 @@ from lrt_deploy.errors import BackendError, InputError
 MAX_TEMPERATURE = 1e4
 MAX_REPETITION_PENALTY = 1e6
 
+_DRAWN_AT_ONCE = 32
+
 _Ids = NDArray[np.intp]
 _Floats = NDArray[np.floating[Any]]
 
@@ -70,6 +72,14 @@ class Distribution(NamedTuple):
     probabilities: NDArray[np.float64]
 
 
+class _Drawn(NamedTuple):
+    """Random numbers that were drawn together, and how to go on."""
+
+    first: int  # index of the first of them in the stream
+    numbers: list[float]
+    state: Any  # of the generator after them
+
+
 class Sampler:
     """Chooses tokens for one sequence from its own stream of random numbers.
 
@@ -79,16 +89,25 @@ class Sampler:
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
         self._random = np.random.Generator(np.random.PCG64(options.seed))
+        self._drawn = _Drawn(0, [], self._random.bit_generator.state)
+        self._next = 0
 
-    def choose(self, logits: NDArray[np.float32], history: Sequence[int]) -> int:
-        """Pick the next token from logits (V,); `history` is the tokens so far, read only by the repetition penalty."""
+    def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int | None = None) -> int:
+        """Pick the next token from logits (V,); `history` is the tokens so far, read only by the repetition penalty.
+
+        `index` is the number of tokens chosen before (default: of calls before). The last one may be chosen again, with
+        the same random number: an interrupt may have come before it was used.
+        """
         scores = self._scores(logits, history)
         if self.options.temperature == 0:
             return int(scores.argmax())
         ids, weights = self._kept(scores)
         reached = weights.cumsum()
-        # random() is at most 1 - 2**-53, so the product rounds below the total and the search stays inside.
-        return int(ids[reached.searchsorted(self._random.random() * reached[-1], side="right")])
+        index = self._next if index is None else index
+        # A number is at most 1 - 2**-53, so the product rounds below the total and the search stays inside.
+        token = int(ids[reached.searchsorted(self._number(index) * reached[-1], side="right")])
+        self._next = index + 1
+        return token
 
     def distribution(self, logits: NDArray[np.float32], history: Sequence[int]) -> Distribution:
         """What `choose` would draw from; leaves the random stream where it is."""
@@ -97,6 +116,14 @@ class Sampler:
             return Distribution(np.array([scores.argmax()]), np.ones(1))
         ids, weights = self._kept(scores)
         return Distribution(ids, weights / weights.sum())
+
+    def _number(self, index: int) -> float:
+        """The random number of this index; all before it that were drawn earlier can no longer be asked for."""
+        if index - self._drawn.first == len(self._drawn.numbers):
+            self._random.bit_generator.state = self._drawn.state  # also after an interrupt in the next line
+            numbers = self._random.random(_DRAWN_AT_ONCE).tolist()
+            self._drawn = _Drawn(index, numbers, self._random.bit_generator.state)
+        return self._drawn.numbers[index - self._drawn.first]
 
     def _scores(self, logits: NDArray[np.float32], history: Sequence[int]) -> _Floats:
         """Steps up to the penalty; without one, the logits themselves and not a copy."""

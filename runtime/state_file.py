@@ -90,10 +90,9 @@ def load_state(path: Path, origin: Origin) -> DecodeState:
         )
     state = DecodeState(origin, len(lengths))
     _check_arrays(file, state)
-    for row, length in enumerate(lengths):
-        state.import_row(row, length, file.row(row))
-    for name in ("prefill", "read_within", "computed_tokens", "extra"):
-        setattr(state, name, file.book[name])
+    numbers = {name: file.book[name] for name in ("prefill", "read_within", "computed_tokens")}
+    state.fill([file.row(row) for row in range(state.batch)], **numbers)
+    state.extra = file.book["extra"]
     return state
 
 

@@ -251,7 +251,7 @@ class MemoryForgotten(Faulty):
 class StartsFromSomething(Faulty):
     def prefill(self, prompts, **options):
         state = self._decoder.prefill([prompts[0][:1]], policy="stepwise")
-        state._lengths[:] = [0] * len(state._lengths)
+        state.rewind(0)
         state.buffers.set_latent(np.arange(1), np.full_like(state.latent, 0.1))
         return self._decoder.prefill(prompts, state=state, **options)
 

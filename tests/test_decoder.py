@@ -10,6 +10,7 @@ from lrt_deploy.errors import BackendError, BundleError, InputError, NonFiniteEr
 from lrt_deploy.runtime import decoder as decoder_module
 from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.state import DecodeState
 
 NAME = "padded_vocab"  # ids 0 to 299; the tables have 320 rows
 VOCAB, PADDED, CAPACITY, BATCH = 300, 320, 128, 8
@@ -312,10 +313,10 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
     state, healthy = fresh.prefill([LONG, SHORT]), fresh.prefill([LONG, SHORT])
     with monkeypatch.context() as patch:
         poison(patch, "decode", float("nan"))
-        patch.setattr(OrtCpuBuffers, "take_back", lambda self, mark: None)
+        patch.setattr(DecodeState, "_set_latents", lambda self, lengths: None)
         with pytest.raises(BackendError, match="not finite"):
             fresh.step(state, [1, 2])
-    assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))
+        assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -407,16 +408,19 @@ def test_generated_tokens_are_those_of_prefill_and_step(decoder):
 
 def test_events_come_as_they_are_chosen(decoder, monkeypatch):
     steps = []
-    advance = type(decoder).advance
-    monkeypatch.setattr(type(decoder), "advance", lambda self, *a: steps.append(1) or advance(self, *a))
-    events = decoder.generate(SHORT, 5, stop_ids=[])
+    decode = OrtCpuBuffers.decode
+    state = decoder.prefill([SHORT])
+    monkeypatch.setattr(OrtCpuBuffers, "decode", lambda self, *a, **k: steps.append(1) or decode(self, *a, **k))
+    events = decoder.generate(None, 5, state=state, stop_ids=[])
     assert steps == []
     next(events)
     assert len(steps) == 0
     next(events)
     assert len(steps) == 1
     assert len(list(events)) == 3
-    assert len(steps) == 4  # the last token is not fed: nobody asked for its successor
+    assert len(steps) == 4  # the last token is fed when something that follows from it is asked for
+    assert state.length(0) == len(SHORT) + 5 and len(steps) == 4
+    assert state.logits.shape == (1, decoder.config.vocab_size) and len(steps) == 5
 
 
 def test_a_stop_token_ends_and_has_no_text(decoder):
@@ -491,7 +495,7 @@ def test_generation_continues_a_state(decoder):
     continued = generated(decoder, SHORT, 8, state=state, stop_ids=[])
     afresh = generated(decoder, LONG + SHORT, 8, stop_ids=[])
     assert [event.token for event in continued] == [event.token for event in afresh]
-    assert state.lengths.tolist() == [len(LONG) + len(SHORT) + 7]
+    assert state.tokens == [LONG + SHORT + [event.token for event in continued]]
 
 
 @pytest.mark.parametrize(

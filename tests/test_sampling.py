@@ -146,20 +146,10 @@ def test_the_stream_of_a_seed_is_the_same_in_every_release():
     assert [sampler.choose(np.zeros(10, np.float32), ()) for _ in range(8)] == [9, 3, 9, 2, 3, 1, 2, 3]
 
 
-class Fixed:
-    """Stands for a generator, and gives one number."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def random(self):
-        return self.number
-
-
 @pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (0.5, 2), (math.nextafter(1, 0), 2)])
 def test_the_ends_of_the_unit_interval_never_draw_an_impossible_token(number, expected):
     sampler = Sampler(SamplingOptions(temperature=1.0))
-    sampler._random = Fixed(number)
+    sampler._drawn = sampler._drawn._replace(numbers=[number])
     assert sampler.choose(row(-1e9, 1, 1, -1e9), ()) == expected
 
 

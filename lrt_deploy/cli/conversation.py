@@ -1,7 +1,7 @@
 """A conversation: one state through all turns, and every token of it, fed or not.
 
-A turn feeds only what the state has not seen: what was chosen but not fed, the closing `<|assistant_end|>`, and the new
-message in the chat form. Going back a turn, branching, saving and loading are operations on the state; where turns
+A turn feeds only what the state has not seen: the closing `<|assistant_end|>`, where the answer did not end with it,
+and the new message in the chat form. Going back a turn, branching, saving and loading are operations on the state; where turns
 begin is kept in its `extra`, so that a saved chat can be loaded and rewound. Tool tokens are ordinary output here:
 what stands between them is text, and nothing is ever run.
 """
@@ -111,7 +111,7 @@ class Conversation:
             system = [] if self.system is None else [{"role": "system", "content": self.system}]
             return self.tokenizer.render_chat([*system, {"role": "user", "content": message}])
         end, bos = (self.tokenizer.special_tokens[name] for name in (ASSISTANT_END, BOS))
-        history = self.history[:-1] if self.history[-1] in (end, bos) and len(self.history) > self.fed else self.history
+        history = self.history[:-1] if self.history[-1] in (end, bos) else self.history
         return [*history, end, *self.tokenizer.render_chat([{"role": "user", "content": message}])[1:]]
 
     def reset(self) -> None:
@@ -127,7 +127,7 @@ class Conversation:
         if begun == 0:
             self.reset()
         elif self.state is not None:
-            self.state.rewind(min(begun - 1, self.fed))  # the answer's last token was not fed then
+            self.state.rewind(min(begun, self.fed))
 
     def save(self, path: str) -> None:
         """Write the chat to a file."""
