@@ -311,7 +311,10 @@ class DecodeState:
     # One token more
 
     def advance(self, ids: IntArray, give: bool = False) -> FloatArray:
-        """Run one token of each row (B); ids and room have been checked. Returns the logits (B, V), copied if `give`."""
+        """Run one token of each row (B); ids and room have been checked.
+
+        Returns the logits (B, V), a copy if `give`, otherwise an array that later steps overwrite.
+        """
         return self._feed(self.computed(), ids, give)
 
     def defer(self, ids: Sequence[int], result: _Result) -> _Result:

@@ -1,9 +1,9 @@
 """A conversation: one state through all turns, and every token of it, fed or not.
 
 A turn feeds only what the state has not seen: the closing `<|assistant_end|>`, where the answer did not end with it,
-and the new message in the chat form. Going back a turn, branching, saving and loading are operations on the state; where turns
-begin is kept in its `extra`, so that a saved chat can be loaded and rewound. Tool tokens are ordinary output here:
-what stands between them is text, and nothing is ever run.
+and the new message in the chat form. Going back a turn, branching, saving and loading are operations on the state;
+where turns begin is kept in its `extra`, so that a saved chat can be loaded and rewound. Tool tokens are ordinary
+output here: what stands between them is text, and nothing is ever run.
 """
 
 from __future__ import annotations
