@@ -8,6 +8,7 @@ it cannot be overwritten). All that a call needs is bound once per shape; a deco
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -59,6 +60,8 @@ class OrtCpuBackend:
         files = (weights_path(precision), *([table_path(precision)] if self.tables else []))
         small = sum((folder / name).stat().st_size for name in files) < _SMALL_BYTES
         threads = 1 if threads is None and small else threads
+        # A process that is forked from this one has the memory, but not the threads that would do the work.
+        self.process = None if threads == 1 else os.getpid()
         check_graph_file(graph, folder / weights_path(precision))
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
@@ -119,7 +122,7 @@ class OrtCpuBuffers:
 
     def __init__(self, backend: OrtCpuBackend, batch: int) -> None:
         config = backend.config
-        self._session, self._config = backend.session, config
+        self._session, self._config, self._process = backend.session, config, backend.process
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         self._dtype = backend.dtype
         self._tables, self._rows = backend.tables, RowArrays(backend.tables)
@@ -152,7 +155,7 @@ class OrtCpuBuffers:
     def _make_room(self, end: int, room: int | None = None) -> None:
         """Have slots up to `end`, if not `room` of them."""
         if self._growing:
-            self._finish_growing()
+            self._move_into(*self._growing)
         if end > self._bound.room:
             slots = min(room or room_for(end), self.capacity)
             # All is allocated before anything is changed. The system commits pages only when they are written.
@@ -162,11 +165,10 @@ class OrtCpuBuffers:
             }
             bound = _Bound.of(slots)
             self._growing = larger, bound
-            self._finish_growing()
+            self._move_into(larger, bound)
 
-    def _finish_growing(self) -> None:
+    def _move_into(self, larger: dict[str, NDArray[Any]], bound: _Bound) -> None:
         """Move into larger caches one at a time, so that old ones can go; goes on where an interrupt ended it."""
-        larger, bound = self._growing
         self._bound = bound  # bindings hold the old caches
         for name, cache in self._caches.items():
             new = larger[name]
@@ -251,6 +253,11 @@ class OrtCpuBuffers:
         seen[end:] = _NO_POSITION
 
     def _run(self, call: _Call) -> None:
+        if self._process is not None and self._process != os.getpid():
+            raise BackendError(
+                f"this decoder was opened in the process {self._process} with several threads, which a fork of it does "
+                "not have; open the bundle in each process, or with threads=1 before the fork"
+            )
         self._tables.take(call.ids, call.rows)
         try:
             self._session.run_with_iobinding(call.binding)

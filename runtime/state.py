@@ -61,7 +61,7 @@ class Undo(NamedTuple):
     """What takes back an operation for as long as it has not replaced `before`."""
 
     before: Content
-    count: int  # slots beyond the length of each row that may have been written
+    beyond: int  # slots beyond the length of each row that may have been written
     saved: tuple[tuple[int, int, SlotArrays, FloatArray], ...]  # row, first slot, its cache entries, its latents
 
 
@@ -183,8 +183,9 @@ class DecodeState:
         """Live bytes: cache entries, latents and tokens of the lengths so far, and the logits that are held."""
         rows = self._now.rows
         kept = sum(len(row.kept) for row in rows)
-        row_of_logits = self._now.logits.shape[1] * self._now.logits.itemsize
-        return int(self.lengths.sum()) * self.bytes_per_token + (len(rows) + kept) * row_of_logits
+        row_of_logits: int = self._now.logits[0:1].nbytes
+        tokens = sum(self.length(row) for row in range(len(rows)))
+        return tokens * self.bytes_per_token + (len(rows) + kept) * row_of_logits
 
     @property
     def bytes_per_token(self) -> int:
@@ -283,7 +284,7 @@ class DecodeState:
         """
         self.buffers.reset_order()
         for index, row in enumerate(undo.before.rows):
-            entries = self.buffers.read_slots(index, row.length, min(row.length + undo.count, self.capacity))
+            entries = self.buffers.read_slots(index, row.length, min(row.length + undo.beyond, self.capacity))
             self.buffers.write_slots(index, row.length, {name: np.zeros_like(a) for name, a in entries.items()})
         for index, start, entries, latents in undo.saved:
             self.buffers.write_slots(index, start, entries)

@@ -1,6 +1,7 @@
 """Decode states as files: one safetensors file with the live part of every row, its history, and where it came from.
 
-    metadata   format, format_version, model_sha256, bundle_sha256, precision, state_dtype, backend, book, sha256
+    metadata   format, format_version, model_sha256, bundle_sha256, checkpoint_sha256, precision, state_dtype, backend,
+               book, sha256
     N.tokens   (n) int64                     N.latents   (n, C) float32, what each token left
     N.past_key_L, N.past_value_L             (G, n, D) in the caches' own type; bfloat16 as its 16 bits
     N.logits   (V) float32, if known         N.kept.M    (V) float32, logits after M tokens
@@ -128,7 +129,9 @@ def read_file(path: Path) -> StateFile:
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
         raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
     try:
-        return StateFile(path, Identity(*(metadata[name] for name in _IDENTITY)), _parse_book(metadata["book"]), arrays)
+        source = metadata.get("checkpoint_sha256", "")  # version 0.1.0 did not write it
+        identity = Identity(*(metadata[name] for name in _IDENTITY), source)
+        return StateFile(path, identity, _parse_book(metadata["book"]), arrays)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateError(f"{path} is not of the state format {FORMAT_VERSION}: {error!r}") from error
 
@@ -185,6 +188,7 @@ def _metadata(state: DecodeState, path: Path) -> dict[str, str]:
         "format_version": str(FORMAT_VERSION),
         "model_sha256": identity.model_sha256,
         "bundle_sha256": identity.bundle_sha256,
+        "checkpoint_sha256": identity.checkpoint_sha256,
         "precision": identity.precision,
         "state_dtype": identity.state_dtype,
         "backend": state.owner.name,

@@ -327,7 +327,7 @@ def test_a_call_with_a_wrong_mask_is_neither_a_layer_nor_the_state(reference, de
     def without_the_first_slot(self, oldest, end, ordered=None):
         right(self, oldest, end, ordered)
         if end > 3:
-            self._seen_positions[0] = 10**9
+            self._bound.seen_positions[0] = 10**9
 
     monkeypatch.setattr(buffers, "_look_back", without_the_first_slot)
     report, result = found(reference, decoder, export_once(GOLDEN))
