@@ -5,6 +5,7 @@ What is copied or put back is compared to the bit; what is computed in a batch o
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import lrt_deploy
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime import decoder as decoder_module
+from lrt_deploy.runtime import ort_cpu
 from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
@@ -317,3 +319,136 @@ def test_numbers_that_are_not_finite_never_reach_a_neighbour(one, monkeypatch, p
             one.prefill([OTHER, OTHER], state=state, policy=policy)
     for tokens in STEPS:
         assert np.array_equal(one.step(state, tokens), one.step(healthy, tokens))
+
+
+# Caches that grow
+
+
+class Short:
+    """numpy, whose n-th large `zeros` fails."""
+
+    def __init__(self, fail_at):
+        self.left = fail_at
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def zeros(self, shape, *rest):
+        if np.prod(shape) > 1000:
+            self.left -= 1
+            if self.left == 0:
+                raise MemoryError(f"Unable to allocate {shape}")
+        return np.zeros(shape, *rest)
+
+
+@pytest.mark.parametrize("fail_at", range(1, 7))  # a cache each
+def test_a_cache_that_cannot_grow_leaves_the_state_as_it_was(one, monkeypatch, fail_at):
+    tokens = (LONG * 3)[:100]
+    expected, state, failures = one.prefill([tokens], policy="stepwise"), one.prefill([tokens[:1]]), 0
+    for token in tokens[1:]:
+        with monkeypatch.context() as patch:
+            patch.setattr(ort_cpu, "np", Short(fail_at))
+            try:
+                one.step(state, [token])
+                continue
+            except MemoryError:
+                failures += 1
+        assert np.isfinite(state.logits).all()  # what needs no memory still works
+        one.step(state, [token])
+    assert failures and equal(snapshot(state), snapshot(expected))
+
+
+def test_growing_keeps_one_old_cache_at_most_beside_the_larger_ones(one, monkeypatch):
+    state, alive = one.prefill([list(range(31))], policy="stepwise"), []
+    old = [weakref.ref(cache) for cache in state.buffers._caches.values()]
+    move = OrtCpuBuffers._move_into
+
+    class Watched(dict):
+        def __getitem__(self, name):
+            alive.append(sum(cache() is not None for cache in old))
+            return super().__getitem__(name)
+
+    monkeypatch.setattr(OrtCpuBuffers, "_move_into", lambda self, larger, bound: move(self, Watched(larger), bound))
+    for token in (1, 2, 3):
+        one.step(state, [token])
+    assert alive == list(range(len(old), 0, -1))
+    assert not any(cache() is not None for cache in old)
+
+
+# After generating
+
+
+def emitted(one, state, prompt, count, **options):
+    return [event.token for event in one.generate(prompt, count, state=state, **({"stop_ids": []} | options))]
+
+
+def test_two_generations_give_the_tokens_of_one(decoder):
+    whole = [event.token for event in decoder.generate(LONG, 20, stop_ids=[])]
+    state = decoder.prefill([LONG])
+    assert emitted(decoder, state, None, 8) + emitted(decoder, state, None, 12) == whole
+    assert state.tokens == [LONG + whole]
+
+
+def test_what_follows_an_answer_knows_all_of_it(decoder):
+    state = decoder.prefill([LONG], policy="stepwise")
+    said = emitted(decoder, state, None, 8)
+    kept, saved = state.fork(), state.rows([0])
+    decoder.prefill([SHORT], state=state, policy="stepwise")
+    assert equal(snapshot(state), snapshot(decoder.prefill([LONG + said + SHORT], policy="stepwise")))
+    assert equal(snapshot(kept), snapshot(decoder.prefill([LONG + said], policy="stepwise")))
+    assert equal(snapshot(saved), snapshot(kept))
+
+
+def test_a_saved_state_holds_the_last_token_that_was_emitted(one, tmp_path):
+    state = one.prefill([LONG])
+    said = emitted(one, state, None, 3)
+    state.save(tmp_path / "one.state")
+    loaded = one.load_state(tmp_path / "one.state")
+    assert loaded.tokens == [LONG + said] and equal(snapshot(loaded), snapshot(state))
+
+
+def test_an_answer_that_is_not_listened_to_the_end_leaves_what_was_heard(one):
+    state = one.prefill([LONG], policy="stepwise")
+    events = one.generate(SHORT, 9, state=state, policy="stepwise", stop_ids=[])
+    heard = [next(events).token for _ in range(3)]
+    events.close()
+    assert equal(snapshot(state), snapshot(one.prefill([LONG + SHORT + heard], policy="stepwise")))
+
+
+def test_stop_tokens_and_the_tokens_of_stop_strings_are_in_the_state(one):
+    whole = [event.token for event in one.generate(LONG, 9, stop_ids=[])]
+    at = next(i for i, token in enumerate(whole) if i and token not in whole[:i])
+    state = one.prefill([LONG])
+    assert emitted(one, state, None, 9, stop_ids=[whole[at]]) == whole[: at + 1]
+    assert state.tokens == [LONG + whole[: at + 1]]
+
+
+def test_the_token_that_found_the_state_full_is_not_in_it(export_once):
+    with lrt_deploy.open_decoder(export_once("padded_vocab"), max_seq_len=12) as small:
+        state = small.prefill([LONG[:9]])
+        events = list(small.generate(None, 20, state=state, stop_ids=[]))
+        assert (len(events), events[-1].finish_reason) == (4, "capacity")
+        assert state.tokens == [LONG[:9] + [event.token for event in events[:3]]]
+        assert int(state.logits.argmax()) == events[-1].token  # it follows from what is there
+        with pytest.raises(StateError, match="do not fit its capacity of 12"):
+            small.step(state, [events[-1].token])
+
+
+def test_taking_back_the_last_token_of_an_answer_computes_nothing(one, monkeypatch):
+    state = one.prefill([LONG])
+    said, steps = emitted(one, state, None, 3), []
+    decode = OrtCpuBuffers.decode
+    monkeypatch.setattr(OrtCpuBuffers, "decode", lambda self, *a, **k: steps.append(1) or decode(self, *a, **k))
+    assert state.length(0) == len(LONG) + 3 and state.computed_tokens == len(LONG) + 2
+    state.rewind(len(LONG) + 3)
+    state.rewind(len(LONG) + 2)
+    assert state.tokens == [LONG + said[:2]] and state.latent is not None and steps == []
+
+
+def test_a_closed_decoder_does_not_go_on_with_an_answer(export_once):
+    decoder = lrt_deploy.open_decoder(export_once("padded_vocab"))
+    events = decoder.generate(LONG, 5, stop_ids=[])
+    next(events)
+    decoder.close()
+    with pytest.raises(BackendError, match="closed"):
+        next(events)

@@ -354,3 +354,46 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(decoder, export_once,
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
         assert load_state(path, decoder._origin).tokens[0] in ([1] * 100, [2] * 100)
+
+
+# What is said of a state that is not of this precision or model
+
+
+def test_a_state_of_another_precision_is_called_that(in_every_precision, tmp_path):
+    bundle, path = in_every_precision(NAME), tmp_path / "one.state"
+    with (
+        lrt_deploy.open_decoder(bundle, precision="fp32") as full,
+        lrt_deploy.open_decoder(bundle, precision="int8") as quantized,
+    ):
+        state = full.prefill([SHORT])
+        state.save(path)
+        for refused_by in (lambda: quantized.load_state(path), lambda: quantized.adopt(state)):
+            with pytest.raises(StateError, match="it is of fp32 with float32 caches, expected int8") as caught:
+                refused_by()
+            assert "another model" not in str(caught.value)
+
+
+def test_a_precision_in_a_bundle_of_its_own_is_told_by_the_checkpoint(decoder, in_every_precision):
+    with lrt_deploy.open_decoder(in_every_precision(NAME), precision="int8") as quantized:
+        assert quantized.identity.bundle_sha256 != decoder.identity.bundle_sha256
+        with pytest.raises(StateError, match="it is of fp32 with float32 caches, expected int8"):
+            quantized.adopt(decoder.prefill([SHORT]))
+
+
+def test_another_model_in_another_precision_is_called_both(decoder_of, in_every_precision):
+    words, other = "another model.*and of fp32 with float32 caches instead of int8", decoder_of("gate32")
+    with (
+        lrt_deploy.open_decoder(in_every_precision(NAME), precision="int8") as quantized,
+        pytest.raises(StateError, match=words),
+    ):
+        quantized.adopt(other.prefill([SHORT]))
+
+
+def test_a_file_of_version_0_1_0_still_loads(decoder, saved, tmp_path):
+    """It does not name the checkpoint."""
+    state, path = saved
+    with safe_open(path, framework="np") as file:
+        metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del metadata["checkpoint_sha256"], metadata["sha256"]
+    save_file(arrays, tmp_path / "old.state", metadata | {"sha256": state_file._digest(metadata, arrays)})
+    assert decoder.load_state(tmp_path / "old.state").tokens == state.tokens
