@@ -130,7 +130,7 @@ def read_file(path: Path) -> StateFile:
         raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
     try:
         source = metadata.get("checkpoint_sha256", "")  # version 0.1.0 did not write it
-        identity = Identity(*(metadata[name] for name in _IDENTITY), source)
+        identity = Identity(**{name: metadata[name] for name in _IDENTITY}, checkpoint_sha256=source)
         return StateFile(path, identity, _parse_book(metadata["book"]), arrays)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise StateError(f"{path} is not of the state format {FORMAT_VERSION}: {error!r}") from error

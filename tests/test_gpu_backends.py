@@ -33,7 +33,7 @@ from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.gpu import Gpu, find_gpu
 from lrt_deploy.manifest import graph_path, read_manifest
 from lrt_deploy.runtime import bandwidth, choice, ort_cuda, tensorrt_backend
-from lrt_deploy.runtime import decoder as decoder_module
+from lrt_deploy.runtime import state as state_module
 from lrt_deploy.runtime.backend import check_finite
 from lrt_deploy.runtime.benchmark import count_step_copies, random_tokens, variants
 from lrt_deploy.runtime.cuda_device import Arena
@@ -870,7 +870,7 @@ def test_a_step_that_fails_leaves_the_latent_where_it_was(open_fake, device, mon
         if failing == "the run":
             patch.setattr(device, "launch", lambda graph: (_ for _ in ()).throw(BackendError("the device is gone")))
         else:
-            patch.setattr(decoder_module, "check_finite", lambda logits, *rest: check_finite(logits * np.nan, *rest))
+            patch.setattr(state_module, "check_finite", lambda logits, *rest: check_finite(logits * np.nan, *rest))
         with pytest.raises(BackendError, match=r"the device is gone|not finite"):
             decoder.step(state, [1, 2])
     assert np.array_equal(state.latent, latent) and state.lengths.tolist() == [len(PROMPT), 4]
