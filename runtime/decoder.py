@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, StateError
@@ -26,6 +26,8 @@ from .opening import check_contract, check_threads, limit_batch, limit_capacity,
 from .origin import Identity, Origin
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, shared_tokens
+from .sampling import SamplingArguments
+from .scoring import score
 from .state import DecodeState
 from .state_file import load_state
 
@@ -172,7 +174,7 @@ class Decoder:
         policy: PrefillPolicy = "auto",
         tolerance: float | None = None,
         reuse: bool = False,
-        **sampling: float | int | None,
+        **sampling: Unpack[SamplingArguments],
     ) -> Iterator[Event]:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
 
@@ -200,6 +202,15 @@ class Decoder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def score(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """Return the log-probabilities of each row's tokens after its first: an array (T - 1) for a row of T token ids.
+
+        Natural logarithms, from the logits as the model gives them, whatever sampling would do to them. Rows are read
+        stepwise from an empty state, any number of them and of any lengths. Raises InputError for a row that is empty,
+        has ids outside the vocabulary or does not fit the capacity.
+        """
+        return score(self, rows)
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids as given, or those of a text with `<|bos|>` in front."""

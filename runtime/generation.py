@@ -59,7 +59,7 @@ class Generation:
         max_new_tokens: int,
         stop_ids: Sequence[int] | None,
         stop_strings: Sequence[str],
-        sampling: Mapping[str, float | int | None],
+        sampling: Mapping[str, object],
     ) -> Generation:
         """Check and complete what a caller gave."""
         if max_new_tokens < 1:

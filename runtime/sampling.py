@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,17 @@ class SamplingOptions:
         _require(_is_real(penalty) and low <= penalty <= high, "repetition_penalty", penalty, expected)
         seed = self.seed
         _require(seed is None or (_is_whole(seed) and seed >= 0), "seed", seed, "a whole number, 0 or more, or None")
+
+
+class SamplingArguments(TypedDict, total=False):
+    """The fields of `SamplingOptions` as keyword arguments, so that type checkers and completion know them."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
 
 
 class Distribution(NamedTuple):

@@ -37,6 +37,8 @@ cache = lrt_deploy.PromptCache("folder")
 error: type[lrt_deploy.LRTDeployError] = lrt_deploy.Busy
 reveal_type(lrt_deploy.__version__)
 decoder.prefill([[1]], policy="guess")
+decoder.generate([1], temprature=0.5)
+reveal_type(decoder.score([[1, 2]]))
 """
 
 
@@ -53,6 +55,12 @@ def test_every_error_is_public_and_in_one_tree():
     assert all(issubclass(getattr(lrt_deploy, name), lrt_deploy.LRTDeployError) for name in ERRORS)
     assert issubclass(lrt_deploy.NonFiniteError, lrt_deploy.BackendError)
     assert all(name in errors.__doc__ for name in ERRORS)
+
+
+def test_sampling_options_and_their_keyword_arguments_are_the_same():
+    from lrt_deploy.runtime.sampling import SamplingArguments
+
+    assert list(SamplingArguments.__annotations__) == list(lrt_deploy.SamplingOptions.__dataclass_fields__)
 
 
 def test_importing_the_package_loads_nothing_of_the_runtime():
@@ -86,7 +94,8 @@ def test_a_client_s_mypy_sees_the_types_of_an_installed_wheel(tmp_path):
     for kind in ("runtime.state.DecodeState", "ndarray", "runtime.generation.Event", "str"):
         assert kind in found, found
     assert "\"Literal['guess']\"; expected" in found or "has incompatible type \"Literal['guess']\"" in found, found
-    assert found.count(": error:") == 1, found
+    assert 'Unexpected keyword argument "temprature"' in found, found
+    assert found.count(": error:") == 2, found
 
 
 def client_types(folder, package):
