@@ -8,6 +8,7 @@ installs handlers; libraries never do. Imports almost nothing, because it must b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -73,7 +74,14 @@ def end_at_once() -> None:
     for name in _NAMES:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is _raise:
-            signal.signal(number, lambda number, frame: os._exit(128 + number))
+            signal.signal(number, _exit)
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    error = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+    with contextlib.suppress(OSError):
+        os.write(2, f"{describe(error)}\n".encode())
+    os._exit(exit_code(error))
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
