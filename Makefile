@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test check kills fuzz clean
+.PHONY: install demo test check kills interrupts fuzz clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -38,6 +38,10 @@ check: install
 # 100 kills of each thing that writes files, and as many full disks and file limits; ten minutes.
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
+
+# An exception at every line of every operation on states, generations and batches; prints counts.
+interrupts: install
+	LRT_DEPLOY_ALL_LINES=1 OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 tests/test_interrupts.py
 
 # Results are lines in build/fuzz: an interrupted campaign of the same commit and seed goes on there. The table by kind
 # goes into docs/hostile-inputs.md when all kinds were run.

@@ -19,6 +19,7 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray
 
 from .host_tables import HostTables, RowArrays
+from .ort_errors import ORT_ERRORS, is_foreign
 
 _LOG_ERRORS = 3
 BLOCK_TOKENS = 128
@@ -36,7 +37,9 @@ class OrtExact:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own unrelated types
+        except ORT_ERRORS as error:
+            if is_foreign(error):
+                raise
             raise BackendError(f"ONNX Runtime {ort.__version__} cannot open the graph in float32: {error}") from error
         self._inputs = {value.name for value in self._session.get_inputs()}
         state = [pair.present for pair in contract.state_pairs(config) if pair.in_place]
@@ -57,7 +60,9 @@ class OrtExact:
             feed = self._feed(tokens, latents, start, end) | caches
             try:
                 found = self._session.run(self._outputs, {k: v for k, v in feed.items() if k in self._inputs})
-            except Exception as error:
+            except ORT_ERRORS as error:
+                if is_foreign(error):
+                    raise
                 raise BackendError(f"ONNX Runtime failed on the graph in float32: {error}") from error
             logits[start:end] = found[0][0]
             if config.memory:
