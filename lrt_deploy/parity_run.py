@@ -11,6 +11,7 @@ exporters and runtime, inside functions. What is measured and tolerated is said 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -53,7 +54,9 @@ PROMPT = (
     "that today they would write down what they had seen: how high the water stood, what it carried, and who was there."
 )
 _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
-_PACKAGES = ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "onnxruntime", "tensorrt", "tensorrt-rtx")
+# What computes, by the name under which it is reported, and the packages that it may come in.
+_PACKAGES = {name: (name,) for name in ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx")}
+_PACKAGES["onnxruntime"] = ("onnxruntime", "onnxruntime-gpu")
 
 
 def _silent(what: str, done: int, total: int) -> None:
@@ -347,11 +350,10 @@ def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, to
 
 def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    for name, packages in _PACKAGES.items():
+        for package in packages:
+            with contextlib.suppress(PackageNotFoundError):
+                found[name] = version(package)
     return found
 
 
@@ -388,5 +390,5 @@ def _bisect_parts(subject: Subject, model: LRT, capacity: int, report: ParityRep
     held = subject.manifest
     graph = exact_graph(subject.graph, held.model, stages.in_order(held.model))
     tables = HostTables.open(subject.bundle, held, subject.precision)
-    probe = OrtProbe(graph.model, graph.folder, held.model, tables)
+    probe = OrtProbe(graph.model, graph.folder, held.model, tables, fused=False)
     return bisect_parts(ReferenceDecoder(model, capacity), probe, report, graph.origins)

@@ -32,15 +32,22 @@ _DTYPES: dict[str, Any] = {
 
 
 class OrtProbe:
-    """Shows the stages of single steps; see `stages.Observer`. `model` is a serialized graph of either flavour."""
+    """Shows the stages of single steps; see `stages.Observer`. `model` is a serialized graph of either flavour.
 
-    def __init__(self, model: bytes, folder: Path, config: LRTConfig, tables: HostTables | None = None) -> None:
+    `fused` False computes each op as it stands: quantized products as float32 ones.
+    """
+
+    def __init__(
+        self, model: bytes, folder: Path, config: LRTConfig, tables: HostTables | None = None, fused: bool = True
+    ) -> None:
         self._config, self._tables = config, tables or HostTables({})
         self._rows = RowArrays(self._tables).of(1, 1)
         options = ort.SessionOptions()
         options.log_severity_level = _LOG_ERRORS
         options.intra_op_num_threads = 1
         options.enable_mem_pattern = False
+        if not fused:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
