@@ -7,6 +7,7 @@ a time. Compares nothing with a checkpoint: see `lrt_deploy.parity_weights`.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,11 +41,12 @@ class _Use:
     tensor: ir.TensorProtocol
     scales: ir.TensorProtocol | None = None
     block: int | None = None
+    rows: int | None = None  # of the matrix itself; None: all that are stored
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What must be the same in all graphs. Rows of zeros that fill a last block may be there or not."""
-        return (_place(self.tensor), None if self.scales is None else _content(self.scales), self.block)
+        return (_place(self.tensor, self.rows), None if self.scales is None else _content(self.scales), self.block)
 
 
 class StoredWeights:
@@ -88,11 +90,12 @@ class StoredWeights:
 
 def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
     """Every matrix that a product of the graph multiplies by, and every table that it gathers from."""
-    graph = ir.load(path).graph
+    graph, shapes = ir.load(path).graph, matrix_shapes(config)
     found: dict[str, _Use] = {}
     for node in graph:
         if node.op_type == "MatMul":
             name, use = _matrix(node.inputs[1], path)
+            use = dataclasses.replace(use, rows=shapes[name][0] if name in shapes else None)
         elif node.op_type == "Gather" and _is_table(node.inputs[0]):
             value = node.inputs[0]
             assert value is not None
@@ -166,13 +169,13 @@ def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
     return tensor
 
 
-def _place(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
+def _place(tensor: ir.TensorProtocol, rows: int | None) -> tuple[Any, ...]:
     """Where a matrix lies, or, inside a graph, what its numbers are; the same for graphs that share it."""
     if isinstance(tensor, ir.ExternalTensor):
         return (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())[1:])
-    return _content(tensor)
+    return _content(tensor, rows)
 
 
-def _content(tensor: ir.TensorProtocol) -> tuple[Any, ...]:
-    data = tensor.numpy()
+def _content(tensor: ir.TensorProtocol, rows: int | None = None) -> tuple[Any, ...]:
+    data = tensor.numpy()[:rows] if rows is not None else tensor.numpy()
     return (tensor.dtype, tuple(data.shape), hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest())
