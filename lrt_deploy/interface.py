@@ -27,7 +27,8 @@ class PrefillReport:
     """How a prompt was read.
 
     `policy` is what ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory pass
-    included; `residual` is the certified bound on the error of the latent (max abs), None where nothing was iterated.
+    included; `residual` is the measured estimate of the latent's error, with margins (max abs; how often it
+    was too low: docs/numerics.md), None where nothing was iterated.
     `stepwise_below` is the prompt length from which `auto` iterates, where `auto` was asked for. `reused_tokens` of the
     prompts were found in a state or a cache and not computed.
     """

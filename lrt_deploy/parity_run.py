@@ -55,7 +55,9 @@ PROMPT = (
 )
 _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
 # What computes, by the name under which it is reported, and the packages that it may come in.
-_PACKAGES = {name: (name,) for name in ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx")}
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    name: (name,) for name in ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx")
+}
 _PACKAGES["onnxruntime"] = ("onnxruntime", "onnxruntime-gpu")
 
 

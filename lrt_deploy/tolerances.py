@@ -191,7 +191,7 @@ GOLDEN = GoldenLimits(logits=5e-5, latent=2e-5, cache=2e-5, nll=5e-5, bits_per_b
 
 # Successive float32 passes at the fixed point itself still differ by 2e-6 to 8e-6 (max abs, latent).
 FLOAT32_RESIDUAL_NOISE = 5e-6
-# Below this, no float32 iteration can certify the latent; the prompt is read stepwise instead.
+# Below this, no float32 iteration can estimate the latent's error; the prompt is read stepwise instead.
 SMALLEST_PREFILL_TOLERANCE = 1e-5
 # Error of the latent (max abs, RMS 1) up to which a prompt is read by default: the largest round one at which the next
 # token's KL stayed below 1e-6 on every prompt measured (docs/numerics.md).
@@ -202,8 +202,8 @@ DEFAULT_PREFILL_TOLERANCE = 1e-2
 class PrefillLimits:
     """How exactly a precision can read a prompt by iterating, max abs of the latent, whose RMS is 1.
 
-    `noise`: by how much passes differ at the fixed point. `smallest`: the tolerance that can still be certified;
-    `default`: the one that is taken.
+    `noise`: by how much passes differ at the fixed point. `smallest`: the smallest tolerance that errors can be
+    estimated to; `default`: the one that is taken.
     """
 
     noise: float

@@ -94,7 +94,7 @@ class Decoder:
         With `reuse`, the prompts are whole sequences: `state` is cut to the tokens that it shares with them, and only
         the rest is read (see `prefix`).
 
-        `policy`: `stepwise` is exact; `fixed-point` iterates until every latent is certified to be within `tolerance`
+        `policy`: `stepwise` is exact; `fixed-point` iterates until every latent's estimated error is within `tolerance`
         of that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the
         length of each prompt; `zero` is one pass with zero memory, which is not the model as trained. `state.prefill`
         reports. Raises InputError for an empty prompt, ids outside the vocabulary, an unknown policy or tolerance,

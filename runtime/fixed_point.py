@@ -1,4 +1,4 @@
-"""Read one prompt by iterating the recurrence to its fixed point, in interleaved sweeps, with a certificate.
+"""Read one prompt by iterating the recurrence to its fixed point, in interleaved sweeps, with an error estimate.
 
 h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. Starting from zero memory, a *sweep* computes every
 position of a chunk once, in `stride` blocks: first the positions 0, s, 2s, ..., then 1, s + 1, ..., each with the
@@ -8,11 +8,11 @@ full speed: on trained models the error falls 8 to 10 times a sweep, against 3 t
 table).
 
 Exact by construction: with every block one more of the leading positions equals stepwise reading, so a chunk that does
-not contract is finished stepwise from there. After every block `certificate` bounds the error by what the blocks have
-changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. Long prompts are read
-chunk by chunk, each to its end: memory stays bounded and little of the attention is computed in vain. During sweeps the
-slots of a chunk hold its tokens block by block, because caches are written in consecutive slots; `StateBuffers.reorder`
-tells the mask, and puts them back at the end.
+not contract is finished stepwise from there. After every block `error_estimate` estimates the error from what the
+blocks have changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. Long
+prompts are read chunk by chunk, each to its end: memory stays bounded and little of the attention is computed in vain.
+During sweeps the slots of a chunk hold its tokens block by block, because caches are written in consecutive slots;
+`StateBuffers.reorder` tells the mask, and puts them back at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 
 from .backend import Block, SlotArrays, StateBuffers
-from .certificate import FIRST_MARGIN_CACHE, contraction, error_bound, largest_change
+from .error_estimate import FIRST_MARGIN_CACHE, contraction, error_bound, largest_change
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Sweeps:
         """
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
-        while not (finished := self._certified(tolerance)) and not self._hopeless(tolerance):
+        while not (finished := self._within(tolerance)) and not self._hopeless(tolerance):
             self.read_block()
         self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
@@ -207,7 +207,7 @@ class Sweeps:
             self.computed += 1
         self.logits, self.residual = logits.copy(), 0.0
 
-    def _certified(self, tolerance: float) -> bool:
+    def _within(self, tolerance: float) -> bool:
         if self.done and self.exact == len(self.tokens):
             self.residual = 0.0
             return True

@@ -94,7 +94,7 @@ class PrefillRequest:
 
     @property
     def limits(self) -> PrefillLimits:
-        """What the precision can certify."""
+        """What the precision can estimate."""
         return prefill_limits(self.precision)
 
     @property
@@ -180,7 +180,7 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
     if request.policy == "stepwise" or request.tolerance >= request.limits.smallest:
         return None
     return (
-        f"read stepwise: {request.precision} certifies no tolerance below {request.limits.smallest:.0e}, "
+        f"read stepwise: {request.precision} estimates no error below {request.limits.smallest:.0e}, "
         f"and {request.tolerance:.0e} was asked for"
     )
 

@@ -399,11 +399,11 @@ def test_precisions_are_ordered_by_their_limits():
         assert 2 * bounds.noise <= bounds.smallest * 1.05 and bounds.smallest <= bounds.default
 
 
-def test_a_tolerance_below_what_a_precision_certifies_is_read_stepwise(bundle):
+def test_a_tolerance_below_what_a_precision_can_estimate_is_read_stepwise(bundle):
     with lrt_deploy.open_decoder(bundle, precision="int8") as decoder:
         state = decoder.prefill([list(range(1, 90))], policy="fixed-point", tolerance=0.01)
         assert state.prefill.policy == "stepwise"
-        assert "int8 certifies no tolerance below 1e+00" in state.prefill.note
+        assert "int8 estimates no error below 1e+00" in state.prefill.note
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def errors(truth: Truth, state, latents) -> dict[str, float]:
 
 
 def too_large(found: dict[str, float], tolerance: float, turns: int = 1) -> dict[str, float]:
-    """Each turn is certified against stepwise reading on the same state, so that over several turns errors add up."""
+    """Each turn is estimated against stepwise reading on the same state, so that over several turns errors add up."""
     bounds = {"latents": tolerance, "carried": tolerance, "caches": CACHE_ERROR, "logits": LOGIT_ERROR}
     return {name: error for name, error in found.items() if not error <= turns * bounds[name]}
 
@@ -337,11 +337,11 @@ def test_the_threshold_of_auto_can_be_pinned(decoder, monkeypatch):
 
 @pytest.mark.parametrize("tolerance", [0, 1e-9, 0.99 * SMALLEST_PREFILL_TOLERANCE])
 @pytest.mark.parametrize("policy", ["auto", "fixed-point"])
-def test_what_float32_cannot_certify_is_read_stepwise_and_says_so(decoder, policy, tolerance):
+def test_what_float32_cannot_estimate_is_read_stepwise_and_says_so(decoder, policy, tolerance):
     ids = prompt(decoder, 100)
     state = decoder.prefill([ids], policy=policy, tolerance=tolerance)
     assert (state.prefill.policy, state.prefill.passes) == ("stepwise", 1.0)
-    assert "fp32 certifies no tolerance below 1e-05" in state.prefill.note
+    assert "fp32 estimates no error below 1e-05" in state.prefill.note
     assert np.array_equal(state.logits, decoder.prefill([ids], policy="stepwise").logits)
     assert decoder.prefill([ids], policy="stepwise", tolerance=tolerance).prefill.note is None
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime.certificate import contraction, error_bound
 from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.error_estimate import contraction, error_bound
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
 from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.prefill import PrefillOptions
@@ -28,7 +28,7 @@ from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLER
 CAPACITY, VOCAB, BATCH = 200, 100, 3
 NOISE = SMALLEST_PREFILL_TOLERANCE  # what two float32 readings of one prompt may always differ by
 CACHE_NOISE = 5e-5
-LARGEST_BOUND = 0.1  # of an error in a latent of RMS 1: beyond it, nothing is certified that anyone would ask for
+LARGEST_BOUND = 0.1  # of an error in a latent of RMS 1: beyond it, nothing is estimated that anyone would ask for
 BASE = {"sequence_len": 24, "vocab_size": VOCAB, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
 # Windows that bite, grouped heads, one head each, the paper's other variants; and the strength of the memory.
 MODELS = {
@@ -165,7 +165,7 @@ def test_what_is_refused_leaves_the_state_as_it_was(decoder_with, name, seed, sw
     assert np.array_equal(state.logits, twin.logits)
 
 
-# The certificate
+# The error estimate
 
 
 def reseeded(bundle, folder, seed, scale):
@@ -201,21 +201,21 @@ def histories(backend, ids):
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
-def test_the_certified_bound_is_never_below_the_true_error(bundle_of, tmp_path, name):
+def test_the_estimated_error_is_never_below_the_true_error(bundle_of, tmp_path, name):
     """5 weights x 4 lengths x 4 strides a model, after every block; without the margin for a measured q it would be."""
-    certified, series_alone = [], []
+    estimated, series_alone = [], []
     for seed in range(5):
         backend = reseeded(bundle_of(name), tmp_path / str(seed), seed, MODELS[name][1] * (0.6 + 0.2 * seed))
         for length in (12, 40, 100, 200):
             ids = np.array(prompt(seed, length))
             for stride, changes, error in histories(backend, ids):
                 if (bound := error_bound(changes, stride)) <= LARGEST_BOUND:
-                    certified.append(error / max(bound, NOISE))
+                    estimated.append(error / max(bound, NOISE))
                     q = contraction(changes, stride)
                     series = max(changes[-stride:]) * q / (1 - q)
                     series_alone.append(error / max(series, NOISE))
-    assert len(certified) >= 100
-    assert max(certified) <= 1
+    assert len(estimated) >= 100
+    assert max(estimated) <= 1
     assert max(series_alone) > 1
 
 
@@ -251,7 +251,7 @@ def test_a_memory_too_weak_to_measure_is_no_reason_to_fall_back(bundle_of, tmp_p
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_sweep_to_numbers_that_are_not_finite_is_never_certified(decoder_with, monkeypatch, value):
+def test_a_sweep_to_numbers_that_are_not_finite_is_never_accepted(decoder_with, monkeypatch, value):
     decoder, calls = decoder_with("short"), []
     ids, zeros, options = np.array(prompt(1, 100)), np.zeros(32, np.float32), SweepOptions(stride=8)
     sweeps = Sweeps(decoder._backend.allocate(1), 0, ids, 0, zeros, options)

@@ -1,10 +1,11 @@
-"""How far an iteration is from its fixed point, told from what it changes: a bound on the error, with its margins.
+"""Estimate how far an iteration is from its fixed point, from what it changes: a measured bound, with margins.
 
 The unit is the *block*: a sweep over a chunk computes its positions in `blocks` blocks in turn, each with all that is
 known by then, and every block's change against the sweep before it is one number. Comparing a block with the same
 block one sweep earlier gives a ratio, so that interleaved sweeps show their contraction `blocks` times a sweep.
 
-Knows nothing of graphs, tokens or tolerances. How far true errors stayed below the bound: docs/numerics.md.
+It is a measurement and not a proof. Knows nothing of graphs, tokens or tolerances. How far true errors stayed below the
+bound, and how often they did not: docs/numerics.md.
 """
 
 from __future__ import annotations
