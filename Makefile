@@ -39,9 +39,11 @@ check: install
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
 
-# An exception at every line of every operation on states, generations and batches; prints counts.
+# An exception at every line of every operation on states, generations and batches; counts, a line a process. Hours.
 interrupts: install
-	LRT_DEPLOY_ALL_LINES=1 OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 tests/test_interrupts.py
+	rm -f build/interrupts.jsonl
+	LRT_DEPLOY_ALL_LINES=all OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 tests/test_interrupts.py
+	cat build/interrupts.jsonl
 
 # Results are lines in build/fuzz: an interrupted campaign of the same commit and seed goes on there. The table by kind
 # goes into docs/hostile-inputs.md when all kinds were run.

@@ -5,11 +5,13 @@ handler or an allocation that fails may end an operation. Afterwards the very ex
 state must be what it was to the bit, or refuse with StateError. A batch must give every token of an undisturbed run
 once.
 
-Walks a seeded sample of lines; all of them with LRT_DEPLOY_ALL_LINES=1 (`make interrupts`), which prints counts.
+Walks a seeded sample of lines. With LRT_DEPLOY_ALL_LINES=all (`make interrupts`) it raises every kind of error at every
+line, with `one` one kind at each line in turn; counts are then appended to build/interrupts.jsonl.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections import Counter
@@ -23,9 +25,10 @@ from lrt_deploy.errors import NonFiniteError, StateError
 from lrt_deploy.runtime.batch_decoder import BatchDecoder
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
 
-ALL_LINES = bool(os.environ.get("LRT_DEPLOY_ALL_LINES"))
+ALL_LINES = os.environ.get("LRT_DEPLOY_ALL_LINES", "")
 SAMPLE = 6  # lines of each walk where not all are walked
-RUNTIME = str(Path(__file__).parents[1] / "runtime")
+ROOT = Path(__file__).parents[1]
+RUNTIME = str(ROOT / "runtime")
 LONG, SHORT = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3]
 OTHER, NEXT = [8, 9, 7, 9], [11, 12]
 
@@ -70,8 +73,10 @@ def count_lines(action):
 
 def walked(lines, seed, sample=SAMPLE):
     """(line, kind of error) pairs: all, or a sample."""
-    if ALL_LINES:
+    if ALL_LINES == "all":
         return [(line, kind) for line in range(1, lines + 1) for kind in ERRORS]
+    if ALL_LINES == "one":
+        return [(line, ERRORS[line % 3]) for line in range(1, lines + 1)]
     chosen = np.random.default_rng([*seed.encode()]).permutation(lines)[:sample] + 1
     return [(line, ERRORS[i % 3]) for i, line in enumerate(chosen.tolist())]
 
@@ -122,7 +127,10 @@ COUNTS = Counter()
 def _counts():
     yield
     if ALL_LINES:
-        sys.stderr.write("\n" + "\n".join(f"{name}: {count}" for name, count in sorted(COUNTS.items())) + "\n")
+        path = ROOT / "build" / "interrupts.jsonl"
+        path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({"walked": ALL_LINES} | COUNTS, sort_keys=True) + "\n")
 
 
 @pytest.fixture(scope="module", params=["mr_gqa_SSSL", "baseline_ve"])
