@@ -24,6 +24,7 @@ import lrt_deploy
 from lrt_deploy.errors import NonFiniteError, StateError
 from lrt_deploy.runtime.batch_decoder import BatchDecoder
 from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.state import DecodeState
 
 ALL_LINES = os.environ.get("LRT_DEPLOY_ALL_LINES", "")
 SAMPLE = 6  # lines of each walk where not all are walked
@@ -445,3 +446,34 @@ def test_a_batch_is_interrupted_while_a_request_fails(decoder):
             found = work(client)
         assert found == expected, f"line {line}"
         COUNTS[f"{kind.__name__}, batch goes on"] += 1
+
+
+@pytest.mark.parametrize("broken", ["nothing is undone", "the commit is not taken back"])
+def test_a_state_that_is_not_put_back_is_found_out(decoder_of, monkeypatch, broken):
+    """The twin: the walk must see the faults that it is here for."""
+    decoder = decoder_of("mr_gqa_SSSL")
+    expected, found = content(decoder, ragged(decoder)), Counter()
+    lines = count_lines(lambda: decoder.step(ragged(decoder), NEXT)) - count_lines(lambda: ragged(decoder))
+    if broken == "nothing is undone":
+        monkeypatch.setattr(DecodeState, "_take_back", lambda self, undo: setattr(self, "_undo", None))
+    else:
+        monkeypatch.setattr(DecodeState, "_now", Sticky(), raising=False)
+    for line in range(1, lines + 1):
+        state = ragged(decoder)
+        if raised_at(line, KeyboardInterrupt, lambda state=state: decoder.step(state, NEXT)):
+            try:
+                found[outcome(decoder, state, expected)] += 1
+            except (AssertionError, NonFiniteError):
+                found["wrong"] += 1
+    assert found["wrong"] and found["unchanged"]
+
+
+class Sticky:
+    """An attribute that does not go back to what it was before."""
+
+    def __get__(self, state, owner=None):
+        return vars(state)["now"]
+
+    def __set__(self, state, value):
+        if "now" not in vars(state) or vars(state).get("past") is not value:
+            vars(state)["past"], vars(state)["now"] = vars(state).get("now"), value
