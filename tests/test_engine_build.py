@@ -428,9 +428,9 @@ def test_every_build_of_a_process_hears_its_own_messages(bundle):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: f.pop("plan_sha256"), "plan_sha256 too many or too few"),
-        (lambda f: f.update(surprise=1), "surprise too many or too few"),
-        (lambda f: f.update(capacity="128"), "capacity is 128"),
+        (lambda f: f.pop("plan_sha256"), "plan_sha256 is missing"),
+        (lambda f: f.update(surprise=1), "surprise is not a known field"),
+        (lambda f: f.update(capacity="128"), "capacity is .128., expected a whole number"),
         (lambda f: f.update(capacity=True), "capacity is True"),
         (lambda f: f.update(profiles=[{"name": "decode", "batch": [2, 1, 1], "tokens": [1, 1, 1]}]), "spans 2, 1, 1"),
         (lambda f: f.update(profiles=[{}]), "damaged"),
@@ -451,7 +451,7 @@ def test_a_plan_without_a_sidecar_is_refused(tmp_path):
     with pytest.raises(EngineError, match="has no sidecar"):
         read_sidecar(tmp_path / PLAN)
     sidecar_path(tmp_path / PLAN).write_text("{")
-    with pytest.raises(EngineError, match="damaged"):
+    with pytest.raises(EngineError, match="is not valid JSON"):
         read_sidecar(tmp_path / PLAN)
 
 
