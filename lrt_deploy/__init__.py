@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .arguments import check_callable, check_flag, check_path, check_text, check_texts, check_whole
 from .errors import (
     BackendError,
     BundleError,
@@ -157,19 +158,28 @@ def export_bundle(
         ExportError: the bundle cannot be made as asked for. Nothing is left behind.
 
     """
+    checkpoint, bundle = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
+    precisions = (precision,) if isinstance(precision, str) else check_texts(precision, "precision")
+    for name, value, least in (("max_seq_len", max_seq_len, 0), ("step", step, 0), ("int4_block", int4_block, 0)):
+        if value is not None:
+            check_whole(value, name, least)
+    check_whole(max_batch_size, "max_batch_size")
+    flags = {"force": force, "compensate": compensate, "host_embeddings": host_embeddings}
+    for name, flag in flags.items():
+        check_flag(flag, name)
+    check_callable(progress, "progress")
     from .exporters.bundle import ExportOptions
     from .exporters.bundle import export_bundle as export
 
-    precisions = (precision,) if isinstance(precision, str) else tuple(precision)
     options = ExportOptions(
         precisions=precisions,
         max_seq_len=max_seq_len,
         max_batch_size=max_batch_size,
-        tokenizer=None if tokenizer is None else Path(tokenizer),
+        tokenizer=None if tokenizer is None else check_path(tokenizer, "tokenizer"),
         step=step,
         force=force,
-        calibration=None if calibration is None else Path(calibration),
-        keep_high=None if keep_high is None else tuple(keep_high),
+        calibration=None if calibration is None else check_path(calibration, "calibration"),
+        keep_high=None if keep_high is None else check_texts(keep_high, "keep_high"),
         compensate=compensate,
         int4_block=int4_block,
         host_embeddings=host_embeddings,
@@ -211,6 +221,16 @@ def build_engine(
             before stays.
 
     """
+    bundle, backend = check_path(bundle, "bundle"), check_text(backend, "backend")
+    if precision is not None:
+        check_text(precision, "precision")
+    if chunk_tokens is not None:
+        check_whole(chunk_tokens, "chunk_tokens", 1)
+    check_flag(force, "force")
+    for name, value in (("max_batch_size", max_batch_size), ("workspace_bytes", workspace_bytes)):
+        if value is not None:
+            check_whole(value, name, most=2**63 - 1)
+    check_callable(progress, "progress")
     from .exporters.engine import BuildOptions
     from .exporters.engine import build_engine as build
 
@@ -221,7 +241,7 @@ def build_engine(
         chunk_tokens=chunk_tokens,
         max_batch_size=max_batch_size,
         workspace_bytes=workspace_bytes,
-        timing_cache=None if timing_cache is None else Path(timing_cache),
+        timing_cache=None if timing_cache is None else check_path(timing_cache, "timing_cache"),
         listener=on_message,
     )
     return build(bundle, options, progress)

@@ -6,19 +6,20 @@ end in ONNX Gather: both would compute something, so both are refused here.
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from .errors import InputError
+from .fields import shown
 from .interface import IntArray
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[IntArray]:
     """Rows of token ids as int64 arrays; refuses no rows, an empty row, and ids outside the vocabulary."""
-    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)) or not len(prompts):
-        raise InputError(f"prompts is {reprlib.repr(prompts)}, expected a list with one list of token ids per sequence")
+    is_list = (isinstance(prompts, np.ndarray) and prompts.ndim > 0) or isinstance(prompts, Sequence)
+    if isinstance(prompts, (str, bytes)) or not is_list or not len(prompts):
+        raise InputError(f"prompts is {shown(prompts)}, expected a list with one list of token ids per sequence")
     rows = [_as_ids(row, f"prompt {i}") for i, row in enumerate(prompts)]
     for i, row in enumerate(rows):
         if row.size == 0:
@@ -36,12 +37,30 @@ def check_tokens(tokens: Sequence[int] | IntArray, vocab_size: int, batch: int) 
     return ids
 
 
-def _as_ids(row: Sequence[int] | IntArray, name: str) -> IntArray:
+def check_ids(ids: object, vocab_size: int, name: str) -> list[int]:
+    """Token ids in any number and order, as a list; a set will do."""
+    found = _as_ids(_listed(ids), name)
+    _check_range(found, vocab_size, name)
+    listed: list[int] = found.tolist()
+    return listed
+
+
+def _listed(ids: object) -> object:
+    """The members of a set as a list; anything else as it is."""
+    return list(ids) if isinstance(ids, (set, frozenset)) else ids
+
+
+def _as_ids(row: object, name: str) -> IntArray:
+    if isinstance(row, (str, bytes)) or not isinstance(row, (Sequence, np.ndarray)):
+        raise InputError(f"{name} is {shown(row)}, expected a flat list of token ids")
+    # NumPy would make numbers of them.
+    if not isinstance(row, np.ndarray) and (at := _first_bool(row)) is not None:
+        raise InputError(f"{name} holds True or False at index {at}, expected token ids")
     try:
         array = np.asarray(row)
     except (ValueError, OverflowError) as error:
         raise InputError(f"{name} is not a flat list of token ids: {error}") from error
-    if array.size == 0:
+    if array.size == 0 and array.ndim == 1:
         return np.zeros(0, np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise InputError(
@@ -50,6 +69,10 @@ def _as_ids(row: Sequence[int] | IntArray, name: str) -> IntArray:
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise InputError(f"{name} holds the token id {array.max()}, which no vocabulary has")
     return array.astype(np.int64)
+
+
+def _first_bool(row: Sequence[object]) -> int | None:
+    return next((i for i, item in enumerate(row) if isinstance(item, (bool, np.bool_))), None)
 
 
 def _check_range(ids: IntArray, vocab_size: int, name: str) -> None:

@@ -9,11 +9,12 @@ given a function from a token to its bytes.
 from __future__ import annotations
 
 import codecs
-import reprlib
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from .arguments import check_texts
 from .errors import InputError
+from .fields import shown
 
 
 class TextStream:
@@ -24,9 +25,9 @@ class TextStream:
     """
 
     def __init__(self, token_bytes: Callable[[int], bytes], stop_strings: Sequence[str] = ()) -> None:
-        if isinstance(stop_strings, str) or not all(isinstance(s, str) and s for s in stop_strings):
-            shown = reprlib.repr(stop_strings)
-            raise InputError(f"stop strings are a list of texts of at least one character, found {shown}")
+        stop_strings = check_texts(stop_strings, "stop strings")
+        if not all(stop_strings):
+            raise InputError(f"stop strings are {shown(stop_strings)}, expected texts of at least one character")
         self._token_bytes = token_bytes
         self._searches = [_Search(stop) for stop in dict.fromkeys(stop_strings)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

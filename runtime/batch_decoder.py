@@ -15,9 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
+from lrt_deploy.arguments import check_is, check_whole
 from lrt_deploy.errors import InputError, LRTDeployError, StateError
 from lrt_deploy.interface import PrefillPolicy
-from lrt_deploy.prompts import check_prompts
+from lrt_deploy.prompts import check_ids, check_prompts
 
 from .batch_lane import BatchEvent, Book, Lane, Request
 from .generation import Continuation, Generation
@@ -38,7 +39,11 @@ class BatchDecoder:
     """
 
     def __init__(self, decoder: Decoder, slots: int | None = None, lanes: int = 1) -> None:
-        slots = decoder.manifest.max_batch_size if slots is None else slots
+        from .decoder import Decoder
+
+        most = check_is(decoder, Decoder, "decoder").manifest.max_batch_size
+        slots = most if slots is None else check_whole(slots, "slots", 1, most)
+        lanes = check_whole(lanes, "lanes", 1)
         if not 1 <= lanes <= slots:
             raise InputError(f"{lanes} lanes were asked for on {slots} slots; expected 1 to {slots}")
         self.decoder, self.slots = decoder, slots
@@ -76,6 +81,7 @@ class BatchDecoder:
         has its first token sooner with `policy="auto"`, at the cost of the others.
         Without a prompt it continues a copy of `state`, of one sequence: n times the same one for n continuations.
         """
+        stop_ids = None if stop_ids is None else check_ids(stop_ids, self.decoder.config.vocab_size, "stop_ids")
         options = Generation.of(self.decoder.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
         reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
         if (prompt is None) == (state is None):
@@ -95,7 +101,7 @@ class BatchDecoder:
 
     def cancel(self, request: int) -> None:
         """Forget a request, waiting or running; nothing more is heard of it."""
-        book = self._book
+        request, book = check_whole(request, "request"), self._book
         if book.joined <= request < book.submitted:
             book = book._replace(cancelled=book.cancelled | {request})
         events = tuple(event for event in book.events if event.request != request)

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
 
+from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
 from lrt_deploy.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
-from lrt_deploy.prompts import check_prompts, check_tokens
+from lrt_deploy.prompts import check_ids, check_prompts, check_tokens
 from lrt_deploy.tokenizer import Tokenizer
 
 from .backend import Backend, check_finite
@@ -102,10 +103,11 @@ class Decoder:
         """
         rows = check_prompts(prompts, self.config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)
+        check_flag(reuse, "reuse")
         if state is None:
             self._check_rows(len(rows), "prompts were given")
             state = DecodeState(self._live_origin, len(rows))
-        elif len(rows) != state.batch:
+        elif len(rows) != check_is(state, DecodeState, "state").batch:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
@@ -133,6 +135,7 @@ class Decoder:
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
+        check_is(state, DecodeState, "state")
         ids = check_tokens(tokens, self.config.vocab_size, state.batch)
         self._check(state, [1] * state.batch)
         return state.advance(ids, give=True)
@@ -152,15 +155,15 @@ class Decoder:
 
         Raises StateError for a file that is damaged, of a later format, or of another model or precision.
         """
-        return load_state(Path(path), self._live_origin)
+        return load_state(check_path(path, "path"), self._live_origin)
 
     def adopt(self, state: DecodeState) -> DecodeState:
         """A copy of another decoder's state, to be continued here: same model and precision, any backend."""
-        return state.copied_to(self._live_origin, range(state.batch))
+        return check_is(state, DecodeState, "state").copied_to(self._live_origin, range(state.batch))
 
     def new_state(self, slots: int) -> DecodeState:
         """A state without rows that has room for some; see `DecodeState.add`."""
-        self._check_rows(slots)
+        self._check_rows(check_whole(slots, "slots"))
         return DecodeState(self._live_origin, 0, slots)
 
     def generate(
@@ -183,7 +186,12 @@ class Decoder:
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
         """
+        stop_ids = None if stop_ids is None else check_ids(stop_ids, self.config.vocab_size, "stop_ids")
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
+        check_flag(reuse, "reuse")
+        if state is not None:
+            check_is(state, DecodeState, "state")
+        PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)  # checks them before the first event
         if prompt is None:
             return generate(self, options, lambda: self._standing(state), reads=False)
         ids = self.prompt_ids(prompt)
@@ -215,7 +223,9 @@ class Decoder:
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids as given, or those of a text with `<|bos|>` in front."""
         if not isinstance(prompt, str):
-            return list(prompt)
+            (row,) = check_prompts([prompt], self.config.vocab_size)
+            listed: list[int] = row.tolist()
+            return listed
         if self.tokenizer is None:
             raise InputError(
                 "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
@@ -278,7 +288,14 @@ def open_decoder(
     Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there, EngineError for
     an engine that is not there or must not be used here.
     """
-    folder = Path(bundle)
+    folder = check_path(bundle, "bundle")
+    check_text(backend, "backend")
+    if precision is not None:
+        check_text(precision, "precision")
+    if prefill_options is not None:
+        check_is(prefill_options, PrefillOptions, "prefill_options")
+    check_flag(verify, "verify")
+    check_flag(cuda_graph, "cuda_graph")
     manifest = limit_capacity(read_manifest(folder), max_seq_len)
     verify_files(folder, manifest, force=verify)
     choice = choose(folder, manifest, backend, precision)

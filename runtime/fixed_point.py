@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lrt_deploy.arguments import check_number, check_whole
 from lrt_deploy.interface import FloatArray, IntArray
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 
@@ -40,6 +41,11 @@ class SweepOptions:
     max_sweeps: int = 16
     min_block_tokens: int = 8
     noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: by how much passes differ at the fixed point
+
+    def __post_init__(self) -> None:
+        for name in ("stride", "chunk_tokens", "largest_chunk_tokens", "max_sweeps", "min_block_tokens"):
+            check_whole(getattr(self, name), name, 1)
+        check_number(self.noise, "noise", 0)
 
 
 # The plain iteration, to compare with: a sweep is one parallel pass over the chunk.

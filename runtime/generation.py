@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from lrt_deploy.arguments import check_texts, check_whole
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import FloatArray, PrefillReport
 from lrt_deploy.text_stream import TextStream
@@ -62,9 +63,8 @@ class Generation:
         sampling: Mapping[str, object],
     ) -> Generation:
         """Check and complete what a caller gave."""
-        if max_new_tokens < 1:
-            raise InputError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
-        if tokenizer is None and stop_strings:
+        max_new_tokens = check_whole(max_new_tokens, "max_new_tokens", 1)
+        if tokenizer is None and check_texts(stop_strings, "stop strings"):
             raise InputError("stop strings need a tokenizer, and this bundle has none; use stop token ids")
         known = SamplingOptions.__dataclass_fields__
         if unknown := sorted(set(sampling) - set(known)):

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from lrt_deploy import contract
+from lrt_deploy.arguments import check_whole
 from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.errors import BundleError, InputError
 from lrt_deploy.manifest import Manifest, table_path, weights_path
@@ -37,7 +38,7 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
     """The manifest with a lower capacity."""
     if max_seq_len is None:
         return manifest
-    if not 1 <= max_seq_len <= manifest.max_seq_len:
+    if not 1 <= check_whole(max_seq_len, "max_seq_len") <= manifest.max_seq_len:
         raise InputError(
             f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
         )
@@ -55,7 +56,7 @@ def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
 def check_threads(threads: int | None) -> None:
     """Few more than the cores are useless; thousands keep ONNX Runtime busy for minutes making them."""
     most = _MOST_THREADS * (os.cpu_count() or 1)
-    if threads is not None and not 1 <= threads <= most:
+    if threads is not None and not 1 <= check_whole(threads, "threads") <= most:
         raise InputError(f"threads is {threads}, expected 1 to {most} ({_MOST_THREADS} for each core of this machine)")
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lrt_deploy.arguments import check_choice, check_is, check_number, check_whole
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
@@ -36,6 +37,11 @@ class PrefillOptions:
     stepwise_below: int | None = None
     sweeps: SweepOptions = field(default_factory=SweepOptions)
     note: str | None = None  # what the backend does not allow, for the report
+
+    def __post_init__(self) -> None:
+        if self.stepwise_below is not None:
+            check_whole(self.stepwise_below, "stepwise_below")
+        check_is(self.sweeps, SweepOptions, "sweeps")
 
     def within(self, limits: BlockLimits) -> PrefillOptions:
         """These options as far as a backend can follow them."""
@@ -78,19 +84,14 @@ class PrefillRequest:
         cls, policy: PrefillPolicy, tolerance: float | None, memory: bool, precision: str = "fp32"
     ) -> PrefillRequest:
         """Check a policy and a tolerance (None: the precision's default) for a model with or without memory."""
-        if policy not in PREFILL_POLICIES:
-            raise InputError(f"prefill policy is {policy!r}, expected one of {', '.join(PREFILL_POLICIES)}")
+        check_choice(policy, "prefill policy", PREFILL_POLICIES)
         if policy == "zero" and not memory:
             raise InputError(
                 "prefill policy zero is for models with memory; this one has none, any other policy is exact"
             )
         if tolerance is None:
             return cls(policy, prefill_limits(precision).default, precision)
-        if not (isinstance(tolerance, (int, float)) and 0 <= tolerance < math.inf):
-            raise InputError(
-                f"tolerance is {tolerance!r}, expected a number from 0 on: the largest error of the latent"
-            )
-        return cls(policy, float(tolerance), precision)
+        return cls(policy, check_number(tolerance, "tolerance", 0), precision)  # the largest error of the latent
 
     @property
     def limits(self) -> PrefillLimits:

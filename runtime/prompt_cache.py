@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lrt_deploy.arguments import check_is, check_path, check_whole
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.files import PARTIAL, remove_stale
 from lrt_deploy.interface import IntArray, PrefillPolicy
@@ -79,7 +80,8 @@ class PromptCache:
     """
 
     def __init__(self, folder: str | Path, max_bytes: int = DEFAULT_BYTES) -> None:
-        self.folder, self.max_bytes = Path(folder), max_bytes
+        self.folder = check_path(folder, "folder")
+        self.max_bytes = check_whole(max_bytes, "max_bytes", 0, 2**63 - 1)
         self._known: dict[Path, tuple[int, IntArray]] = {}  # tokens of entries, by path and inode
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,7 +96,9 @@ class PromptCache:
         self, decoder: Decoder, tokens: list[int], policy: PrefillPolicy = "auto", tolerance: float | None = None
     ) -> DecodeState:
         """A state that has read `tokens`, as `Decoder.prefill` would; its report says what was reused."""
-        (row,) = check_prompts([tokens], decoder.config.vocab_size)
+        from .decoder import Decoder
+
+        (row,) = check_prompts([tokens], check_is(decoder, Decoder, "decoder").config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
         place = self.folder / _name(_key(decoder, request))
         found = self._find(place, decoder, row)

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrt_deploy.errors import BackendError, InputError
+from lrt_deploy.fields import shown
 
 # Both far beyond any use (CTRL's penalty: 1.2), and small enough that no float32 logit leaves float64's range.
 MAX_TEMPERATURE = 1e4
@@ -230,4 +231,4 @@ def _is_whole(value: object) -> bool:
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise InputError(f"sampling option {name} is {found!r}, expected {expected}")
+        raise InputError(f"sampling option {name} is {shown(found)}, expected {expected}")

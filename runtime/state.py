@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from lrt_deploy.arguments import check_is, check_path, check_whole, check_wholes
 from lrt_deploy.errors import StateError
+from lrt_deploy.fields import shown
 from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
 
 from .backend import Backend, SlotArrays, StateBuffers, check_finite
@@ -396,13 +398,13 @@ class DecodeState:
         are asked for. Where the last token was read by sweeps, its logits were kept, because a step would round
         differently. Raises StateError for a length that a row does not have.
         """
-        wanted = [lengths] * self.batch if isinstance(lengths, (int, np.integer)) else list(lengths)
+        one = isinstance(lengths, (int, np.integer))
+        wanted = [check_whole(lengths, "lengths")] * self.batch if one else check_wholes(lengths, "lengths")
         if len(wanted) != self.batch:
             raise StateError(f"{len(wanted)} lengths were given for a state of {self.batch} sequence(s); one each")
         for row, length in enumerate(wanted):
-            whole = isinstance(length, (int, np.integer)) and not isinstance(length, bool)
-            if not whole or not 0 <= length <= self.length(row):
-                raise StateError(f"sequence {row} holds {self.length(row)} tokens and cannot be rewound to {length!r}")
+            if length > self.length(row):
+                raise StateError(f"sequence {row} holds {self.length(row)} tokens and cannot be rewound to {length}")
         if all(length == self.length(row) for row, length in enumerate(wanted)):
             return
         before = self.open(wanted, [0] * self.batch)
@@ -426,6 +428,7 @@ class DecodeState:
 
     def rows(self, rows: Sequence[int]) -> DecodeState:
         """A new state of these sequences, in this order, each as often as it is named; this one stays as it is."""
+        rows = check_wholes(rows, "rows")
         if not 1 <= len(rows) <= self.origin.max_batch_size:
             limit = self.origin.max_batch_size
             raise StateError(f"{len(rows)} rows were asked for; this bundle was exported for 1 to {limit}")
@@ -510,11 +513,11 @@ class DecodeState:
         """Write the live part to one safetensors file, whole or not at all; `Decoder.load_state` reads it."""
         from .state_file import save_state
 
-        save_state(self, Path(path))
+        save_state(self, check_path(path, "path"))
 
     def _taken_over(self, source: DecodeState, index: int) -> dict[str, NDArray[Any]]:
         """A row of another state, if it may be continued here."""
-        self.origin.check_same(source.origin)
+        self.origin.check_same(check_is(source, DecodeState, "source").origin)
         return source.export_row(source._known(index))
 
     def _check_fits(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -536,7 +539,7 @@ class DecodeState:
 
     def _known(self, row: int) -> int:
         if isinstance(row, bool) or not isinstance(row, (int, np.integer)) or not 0 <= row < self.batch:
-            raise StateError(f"there is no row {row!r}; this state has the rows 0 to {self.batch - 1}")
+            raise StateError(f"there is no row {shown(row)}; this state has the rows 0 to {self.batch - 1}")
         return int(row)
 
 

@@ -12,9 +12,12 @@ damaged file is found out whatever is damaged. A file is checked as a whole befo
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,8 @@ import safetensors
 from numpy.typing import NDArray
 
 from lrt_deploy.errors import StateError
-from lrt_deploy.files import atomic_write, check_replaceable
+from lrt_deploy.fields import decode, shown
+from lrt_deploy.files import atomic_write, check_replaceable, open_regular
 from lrt_deploy.interface import IntArray, PrefillReport
 
 from .origin import Identity, Origin
@@ -36,6 +40,9 @@ FORMAT, FORMAT_VERSION = "lrt-deploy decode state", 1
 _IDENTITY = ("model_sha256", "precision", "state_dtype", "bundle_sha256")
 
 _DTYPES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int64": "I64"}  # as safetensors calls them
+
+_READABLE = (*_DTYPES.values(), "F64", "I32", "I16", "I8", "U8", "U32", "U64", "BOOL")  # NumPy has these
+_LARGEST_HEADER_BYTES = 32 * 2**20  # names and places of the arrays, and `extra`
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -121,30 +128,52 @@ class StateFile:
 
 def read_file(path: Path) -> StateFile:
     """Read and check a file as far as that goes without a decoder; StateError says what is wrong with it."""
-    try:
-        with safetensors.safe_open(path, framework="np") as file:
-            metadata, arrays = check_format(path, file.metadata()), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
-    except (OSError, safetensors.SafetensorError) as error:
-        raise StateError(f"{path} is not a whole state file: {error}") from error
+    with _opened(path) as file:
+        metadata = check_format(path, file.metadata())
+        arrays = {name: _read_array(file, name) for name in file.keys()}  # noqa: SIM118
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
         raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
     try:
         source = metadata.get("checkpoint_sha256", "")  # version 0.1.0 did not write it
         identity = Identity(**{name: metadata[name] for name in _IDENTITY}, checkpoint_sha256=source)
         return StateFile(path, identity, _parse_book(metadata["book"]), arrays)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise StateError(f"{path} is not of the state format {FORMAT_VERSION}: {error!r}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise StateError(f"{path} is not of the state format {FORMAT_VERSION}: {shown(error)}") from error
 
 
 def read_tokens(path: Path) -> IntArray:
     """The tokens of the first row, without reading or checking the rest."""
+    with _opened(path) as file:
+        check_format(path, file.metadata())
+        tokens = _read_array(file, "0.tokens")
+    if tokens.ndim != 1 or tokens.dtype != np.int64:
+        raise StateError(f"{path} holds tokens of the shape {tokens.shape} and the type {tokens.dtype}")
+    return tokens
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:  # safetensors is untyped
+    """The file, whose header is known to lie within it and to be of a size that a state may have."""
+    with open_regular(path, "the state", StateError) as file:
+        size, start = os.fstat(file.fileno()).st_size, file.read(8)
+    header = int.from_bytes(start, "little")
+    if len(start) < 8 or header > min(size - 8, _LARGEST_HEADER_BYTES):
+        raise StateError(
+            f"{path} is not a whole state file: its header is to have {header} bytes, of {size} in the file and "
+            f"{_LARGEST_HEADER_BYTES} that are read"
+        )
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            check_format(path, file.metadata())
-            tokens: IntArray = file.get_tensor("0.tokens")
-            return tokens
+        with safetensors.safe_open(path, framework="np") as opened:
+            yield opened
     except (OSError, safetensors.SafetensorError) as error:
         raise StateError(f"{path} is not a whole state file: {error}") from error
+
+
+def _read_array(file: Any, name: str) -> NDArray[Any]:  # noqa: ANN401
+    if (kind := file.get_slice(name).get_dtype()) not in _READABLE:
+        raise StateError(f"the state's array {shown(name)} is of the type {shown(kind)}, which no state has")
+    array: NDArray[Any] = file.get_tensor(name)
+    return array
 
 
 def check_format(path: Path, metadata: Mapping[str, str] | None) -> dict[str, str]:
@@ -162,12 +191,19 @@ def check_format(path: Path, metadata: Mapping[str, str] | None) -> dict[str, st
 
 def _parse_book(text: str) -> dict[str, Any]:
     """The numbers beside the tensors, in their types."""
-    book: dict[str, Any] = json.loads(text)
-    lengths = [int(length) for length in book["lengths"]]
-    if not lengths or min(lengths) < 0:
-        raise ValueError(f"lengths {lengths[:5]}")
-    numbers = {"read_within": float(book["read_within"]), "computed_tokens": int(book["computed_tokens"])}
-    return numbers | {"lengths": lengths, "prefill": PrefillReport(**book["prefill"]), "extra": dict(book["extra"])}
+    found = decode(_Book, json.loads(text))  # with Infinity, where a prompt was read with zero memory
+    if not found.lengths or min(found.lengths) < 0 or found.computed_tokens < 0 or not found.read_within >= 0:
+        raise ValueError("lengths, computed_tokens and read_within are not all 0 or more")
+    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+
+
+@dataclass(frozen=True)
+class _Book:
+    lengths: list[int]
+    prefill: PrefillReport
+    read_within: float
+    computed_tokens: int
+    extra: dict[str, Any]
 
 
 def _metadata(state: DecodeState, path: Path) -> dict[str, str]:
@@ -237,4 +273,4 @@ def _check_arrays(file: StateFile, state: DecodeState) -> None:
 def _kept_after(name: str, length: int) -> bool:
     """Whether an array is the logits after one of the first tokens."""
     number = name.removeprefix("kept.")
-    return name.startswith("kept.") and number.isdecimal() and 1 <= int(number) <= length
+    return name.startswith("kept.") and number.isdecimal() and len(number) < 20 and 1 <= int(number) <= length
