@@ -132,7 +132,7 @@ def test_what_is_no_safetensors_file_is_refused(decoder, tmp_path, content):
 
 def test_a_file_that_is_not_there_or_a_folder_is_refused(decoder, tmp_path):
     refused(decoder, tmp_path / "nowhere.state", "the state cannot be opened: No such file")
-    refused(decoder, tmp_path, "is not a whole state file")
+    refused(decoder, tmp_path, "is a folder; expected a regular file")
 
 
 def test_a_file_cut_anywhere_is_refused(decoder, saved, tmp_path):
