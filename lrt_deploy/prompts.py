@@ -55,7 +55,7 @@ def _as_ids(row: object, name: str) -> IntArray:
         raise InputError(f"{name} is {shown(row)}, expected a flat list of token ids")
     # NumPy would make numbers of them.
     if not isinstance(row, np.ndarray) and (at := _first_bool(row)) is not None:
-        raise InputError(f"{name} holds True or False at index {at}, expected token ids")
+        raise InputError(f"{name} holds a bool, {row[at]}, at index {at}, expected token ids")
     try:
         array = np.asarray(row)
     except (ValueError, OverflowError) as error:

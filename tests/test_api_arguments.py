@@ -366,7 +366,7 @@ def test_max_new_tokens_is_a_whole_number(env, value):
 
 @pytest.mark.parametrize("row", [[1, True], [True], (False, 1), [np.bool_(True), 2]])
 def test_true_is_no_token(env, row):
-    with pytest.raises(InputError, match="prompt 0 holds True or False at index"):
+    with pytest.raises(InputError, match="prompt 0 holds a bool, "):
         env.decoder.prefill([row])
-    with pytest.raises(InputError, match="holds True or False at index"):
+    with pytest.raises(InputError, match="holds a bool, "):
         env.decoder.step(env.pair() if len(row) == 2 else env.state(), row)
