@@ -75,7 +75,7 @@ BAD_ROWS = [
     ([None], "prompt 0"),
     ([[1, 2]], "prompt 0 has 2 dimension"),
     ([[1], [2, 3]], "prompt 0 is not a flat list"),
-    (7, "prompt 0 has 0 dimension"),
+    (7, "prompt 0 is 7, expected a flat list"),
     (None, "prompt 0"),
     ({1: 2}, "prompt 0"),
 ]
