@@ -28,10 +28,16 @@ def check_whole(value: object, name: str, least: int = 0, most: int = LARGEST_CO
     return int(value)
 
 
-def check_wholes(value: object, name: str) -> list[int]:
-    """Return a list of whole numbers from 0 on, in any number."""
+def check_list(value: object, name: str) -> list[Any]:
+    """Return the items of a list, whatever they are."""
     if not _is_list(value):
         raise InputError(f"{name} is {shown(value)}, expected a list of whole numbers")
+    return list(value)
+
+
+def check_wholes(value: object, name: str) -> list[int]:
+    """Return a list of whole numbers from 0 on, in any number."""
+    value = check_list(value, name)
     return [check_whole(item, f"{name}[{index}]") for index, item in enumerate(value)]
 
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.arguments import check_is, check_path, check_whole, check_wholes
+from lrt_deploy.arguments import check_is, check_list, check_path, check_wholes
 from lrt_deploy.errors import StateError
 from lrt_deploy.fields import shown
 from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
@@ -399,12 +399,14 @@ class DecodeState:
         differently. Raises StateError for a length that a row does not have.
         """
         one = isinstance(lengths, (int, np.integer))
-        wanted = [check_whole(lengths, "lengths")] * self.batch if one else check_wholes(lengths, "lengths")
+        wanted = [lengths] * self.batch if one else check_list(lengths, "lengths")
         if len(wanted) != self.batch:
             raise StateError(f"{len(wanted)} lengths were given for a state of {self.batch} sequence(s); one each")
         for row, length in enumerate(wanted):
-            if length > self.length(row):
-                raise StateError(f"sequence {row} holds {self.length(row)} tokens and cannot be rewound to {length}")
+            whole = isinstance(length, (int, np.integer)) and not isinstance(length, bool)
+            if not whole or not 0 <= length <= self.length(row):
+                held = self.length(row)
+                raise StateError(f"sequence {row} holds {held} tokens and cannot be rewound to {shown(length)}")
         if all(length == self.length(row) for row, length in enumerate(wanted)):
             return
         before = self.open(wanted, [0] * self.batch)
