@@ -399,7 +399,7 @@ class DecodeState:
         differently. Raises StateError for a length that a row does not have.
         """
         one = isinstance(lengths, (int, np.integer))
-        wanted = [lengths] * self.batch if one else check_list(lengths, "lengths")
+        wanted: list[Any] = [lengths] * self.batch if one else check_list(lengths, "lengths")
         if len(wanted) != self.batch:
             raise StateError(f"{len(wanted)} lengths were given for a state of {self.batch} sequence(s); one each")
         for row, length in enumerate(wanted):
