@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lrt_deploy.errors import BackendError, InputError
+from lrt_deploy.fields import shown
 from lrt_deploy.runtime.sampling import Sampler, SamplingOptions
 
 # The reference decides a border of top-p or min-p by other roundings; closer than this to one, nothing is claimed.
@@ -297,7 +298,7 @@ def test_options_out_of_range_are_named(name, values):
     for value in values:
         with pytest.raises(InputError) as raised:
             SamplingOptions(**{name: value})
-        assert str(raised.value).startswith(f"sampling option {name} is {value!r}, expected a ")
+        assert str(raised.value).startswith(f"sampling option {name} is {shown(value)}, expected a ")
 
 
 def test_options_accept_their_borders_and_numpy_numbers():
