@@ -245,7 +245,7 @@ def _scale_fault(stored: StoredMatrix, expected: Floats, largest: int) -> tuple[
         exact = ends * share / largest
         error = _squared_error(blocks, exact, largest) if len(shares) > 1 else np.zeros_like(exact)
         least = np.minimum(least, error)
-        used = np.where(_rounds_to(exact, scales), error, used)
+        used = np.where(_rounds_to(exact, scales), np.fmin(used, error), used)  # tiny scales round alike
     zero = ends == 0  # any scale does
     off = np.isnan(used) & ~zero
     if off.any():

@@ -143,9 +143,14 @@ class KernelLimits:
     typical: float
 
 
+# Measured on ONNX Runtime's CPU provider: trained golden, demo, a tiny golden and 12 random models of up to 5 layers and
+# width 192, with GPTQ and without, each from its own latents. Largest errors of logits and latent, largest median:
+# fp16 1.6e-2, 8.7e-3, 5e-3; W8A8 0.43, 9.3e-2, 0.11 (most models 1e-6 in the median: kernels round as PyTorch does but
+# where a sum lies at a rounding limit); int8 weights 0.26, 6.6e-2, 0.11; int4 0.18, 5.8e-2, 9.1e-2. A memory read as
+# zeros moves logits by 1 to 10. Limits lie 3 times above what was measured.
 _KERNELS = {
     "fp16": KernelLimits(logit=5e-2, latent=3e-2, typical=2e-2),
-    "int8": KernelLimits(logit=1.5, latent=0.5, typical=0.4),
+    "int8": KernelLimits(logit=1.5, latent=0.3, typical=0.4),
     "int8-weight-only": KernelLimits(logit=0.75, latent=0.2, typical=0.3),
     "int4-weight-only": KernelLimits(logit=0.75, latent=0.2, typical=0.3),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -53,3 +54,36 @@ def test_the_batch_server_answers_each_request_as_if_alone(root, bundle):
             tokens = [entry["token"] for entry in found if entry.get("request") == number and "token" in entry]
             alone = decoder.generate(request["prompt"], request["max_new_tokens"], policy="stepwise")
             assert tokens == [event.token for event in alone]
+
+
+def test_a_test_of_the_users_own_passes_on_a_right_bundle_and_fails_on_another_model(root, bundle, golden_of, tmp_path):
+    from lrt_deploy.checkpoint import write_native
+    from lrt_deploy.random_weights import random_model
+
+    golden = golden_of("mr_gqa_SSSL")
+    write_native(random_model(golden.model().config, seed=1), tmp_path / "other")
+
+    def tested(checkpoint):
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            root / "examples" / "test_my_model.py",
+        ]
+        named = {"LRT_CHECKPOINT": str(checkpoint), "LRT_BUNDLE": str(bundle)}
+        return subprocess.run(
+            [*command, "--rootdir", tmp_path, "-c", "/dev/null"],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            cwd=tmp_path,
+            env=os.environ | named,
+        )
+
+    right, wrong = tested(golden.folder), tested(tmp_path / "other")
+    assert right.returncode == 0 and "1 passed" in right.stdout, right.stdout
+    assert wrong.returncode == 1 and "FAIL: weights: " in wrong.stdout, wrong.stdout

@@ -32,6 +32,7 @@ from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_s
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.gpu import Gpu, find_gpu
 from lrt_deploy.manifest import graph_path, read_manifest
+from lrt_deploy.precisions import base_dtype
 from lrt_deploy.runtime import bandwidth, choice, ort_cuda, tensorrt_backend
 from lrt_deploy.runtime import state as state_module
 from lrt_deploy.runtime.backend import check_finite
@@ -262,7 +263,7 @@ class FakeEngine:
             view(spec)[...] = value
 
 
-def fake_library(bundle, device):
+def fake_library(bundle, device, precision="fp32"):
     """A module in TensorRT's place."""
 
     class Runtime:
@@ -273,7 +274,7 @@ def fake_library(bundle, device):
             if data != MAGIC:
                 self.logger.log(SimpleNamespace(name="ERROR"), "magic tag does not match")
                 return None
-            folder = engine_folder(bundle, "tensorrt-rtx", "fp32")
+            folder = engine_folder(bundle, "tensorrt-rtx", precision)
             return FakeEngine(bundle, read_sidecar(folder / PLAN), device, self.logger)
 
     class Logger:
@@ -289,9 +290,10 @@ def fake_library(bundle, device):
     )
 
 
-def sidecar_for(bundle, chunk_tokens=32, capacity=128):
-    """What `build` would have written for the fp32 graph."""
-    manifest, graph = read_manifest(bundle), graph_path("fp32", "prefill", "full")
+def sidecar_for(bundle, chunk_tokens=32, capacity=128, precision="fp32"):
+    """What `build` would have written for the graph of a precision."""
+    manifest, graph = read_manifest(bundle), graph_path(precision, "prefill", "full")
+    dtype = base_dtype(precision, "full")
     config, sizes = manifest.model, {"capacity": capacity, "rows": 1}
 
     def described(specs):
@@ -301,12 +303,12 @@ def sidecar_for(bundle, chunk_tokens=32, capacity=128):
 
     return EngineSidecar(
         backend="tensorrt-rtx",
-        precision="fp32",
+        precision=precision,
         plan_sha256=hashlib.sha256(MAGIC).hexdigest(),
         plan_bytes=len(MAGIC),
         onnx=graph,
         onnx_sha256=manifest.files[graph].sha256,
-        weights_sha256=manifest.files["graphs/fp32/weights.bin"].sha256,
+        weights_sha256=manifest.files[f"graphs/{precision}/weights.bin"].sha256,
         tensorrt_version=VERSION,
         compute_capabilities=("8.0+",),
         profiles=(
@@ -317,9 +319,9 @@ def sidecar_for(bundle, chunk_tokens=32, capacity=128):
         capacity=capacity,
         max_seq_len=manifest.max_seq_len,
         max_batch_size=manifest.max_batch_size,
-        inputs=described(contract.graph_inputs(config, "full", host_embeddings=manifest.host_embeddings)),
-        outputs=described(contract.graph_outputs(config)),
-        state=tuple(pair.to_dict() for pair in contract.state_pairs(config)),
+        inputs=described(contract.graph_inputs(config, "full", dtype, host_embeddings=manifest.host_embeddings)),
+        outputs=described(contract.graph_outputs(config, dtype)),
+        state=tuple(pair.to_dict() for pair in contract.state_pairs(config, dtype)),
         layers={},
         build={},
     )
@@ -333,11 +335,11 @@ def bundle(export_once, tmp_path_factory):
     return folder
 
 
-def put_engine(folder, **changes):
-    plan = engine_folder(folder, "tensorrt-rtx", "fp32") / PLAN
+def put_engine(folder, precision="fp32", **changes):
+    plan = engine_folder(folder, "tensorrt-rtx", precision) / PLAN
     plan.parent.mkdir(parents=True, exist_ok=True)
     plan.write_bytes(MAGIC)
-    write_sidecar(plan, dataclasses.replace(sidecar_for(folder), **changes))
+    write_sidecar(plan, dataclasses.replace(sidecar_for(folder, precision=precision), **changes))
     return plan
 
 
@@ -716,6 +718,60 @@ def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
     monkeypatch.setattr(FakeEngine, "compute", compute)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found["ran"] and not found["passed"] and found["verdict"]
+
+
+@pytest.fixture
+def quantized_engine(monkeypatch, in_every_precision, device, tmp_path):
+    """precision -> bundle with a fake engine of it, as if there were a GPU."""
+
+    def make(precision):
+        folder = shutil.copytree(in_every_precision(GOLDEN), tmp_path / precision)
+        put_engine(folder, precision)
+        for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.choice", "lrt_deploy.runtime.tensorrt_backend"):
+            monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device, precision))
+        monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+        return folder
+
+    return make
+
+
+def engine_parity(folder, golden, precision):
+    return lrt_deploy.parity(
+        folder,
+        golden.folder,
+        backend="tensorrt-rtx",
+        precision=precision,
+        prompt=PROMPT,
+        steps=8,
+        prefill="stepwise",
+        **({} if precision == "fp32" else {"max_kl": 1.0, "min_agreement": 0.0}),  # this golden is not trained
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only"])
+def test_parity_holds_an_engine_to_the_same_parts(precision, quantized_engine, golden_of):
+    report = engine_parity(quantized_engine(precision), golden_of(GOLDEN), precision)
+    assert report.passed, report.verdict
+    assert (report.backend, report.precision) == ("tensorrt-rtx", precision)
+    assert report.weights.passed
+    if precision != "fp32":
+        assert report.arithmetic.graph.max_abs_logit_error < 1e-4
+        assert report.arithmetic.kernels.passed and report.quality.passed
+
+
+def test_a_faulty_quantized_engine_fails_in_arithmetic(quantized_engine, golden_of, monkeypatch):
+    original = FakeEngine.compute
+
+    def compute(self, shapes, addresses):
+        original(self, shapes, addresses)
+        latent = self.device.at(addresses["present_latent"], 64).view(np.float16)
+        latent[3] += np.float16(1.0)
+
+    monkeypatch.setattr(FakeEngine, "compute", compute)
+    report = engine_parity(quantized_engine("int8-weight-only"), golden_of(GOLDEN), "int8-weight-only")
+    assert report.weights.passed and report.arithmetic.graph.passed
+    assert not report.arithmetic.kernels.passed and not report.passed
 
 
 def test_a_comparison_without_limits_is_no_failure(bundle, with_gpu, monkeypatch):
