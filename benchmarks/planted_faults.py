@@ -248,7 +248,8 @@ class Graphs:
         self.model = checkpoint.model(self.manifest.max_seq_len)
         take_stored_weights(self.model, StoredWeights(bundle, self.manifest, precision))
         rng = np.random.default_rng(0)
-        count = min(TOKENS, self.manifest.max_seq_len)
+        # A window is seen by what is longer than it.
+        count = min(max(TOKENS, min(self.config.windows) + 16), self.manifest.max_seq_len)
         self.tokens = rng.integers(0, self.config.vocab_size, count).tolist()
         latents = rng.normal(size=(count, self.config.n_embd)).astype(np.float32)
         self.latents = latents / np.sqrt((latents**2).mean(axis=1, keepdims=True))
@@ -343,7 +344,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        manifest = lrt_deploy.export_bundle(args.checkpoint, folder / "planted", precision=PRECISIONS, max_seq_len=64)
+        manifest = lrt_deploy.export_bundle(args.checkpoint, folder / "planted", precision=PRECISIONS)
         failed = right(folder / "planted", manifest, args.checkpoint, folder)
         table = rows_of(folder / "planted", open_checkpoint(args.checkpoint))
         failed += right_ones(args.right, folder, print)

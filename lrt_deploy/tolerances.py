@@ -143,7 +143,7 @@ class KernelLimits:
     typical: float
 
 
-# Measured on ONNX Runtime's CPU provider: trained golden, demo, a tiny golden and 12 random models of up to 5 layers and
+# Measured on ONNX Runtime's CPU provider: trained golden, demo, a tiny golden and 12 random models, up to 5 layers and
 # width 192, with GPTQ and without, each from its own latents. Largest errors of logits and latent, largest median:
 # fp16 1.6e-2, 8.7e-3, 5e-3; W8A8 0.43, 9.3e-2, 0.11 (most models 1e-6 in the median: kernels round as PyTorch does but
 # where a sum lies at a rounding limit); int8 weights 0.26, 6.6e-2, 0.11; int4 0.18, 5.8e-2, 9.1e-2. A memory read as
