@@ -193,12 +193,12 @@ def tokens_for(state):
 def fails(decoder, state):
     """A step to numbers that are not finite: its own handlers are walked too."""
 
-    def spoiled(*arguments, **options):
-        logits = OrtCpuBuffers.decode(state.buffers, *arguments, **options)
+    def spoiled(tokens, positions, head):
+        logits = OrtCpuBuffers.decode(state.buffers, tokens, positions, head)
         logits[0, 3] = np.nan
         for layer in range(decoder.config.n_layer):
             for array in state.buffers.cache(layer, state.capacity):
-                array[0, :, state.length(0)] = np.nan
+                array[0, :, positions[0]] = np.nan
         return logits
 
     vars(state.buffers)["decode"] = spoiled
