@@ -382,6 +382,16 @@ def test_parity_writes_a_report_where_asked_and_says_where(bundle, tmp_path):
     assert not (bundle / "reports").exists()
 
 
+def test_a_report_that_cannot_be_written_comes_after_the_verdict_which_decides_the_exit_code(bundle, tmp_path):
+    (tmp_path / "file").touch()
+    command = ["parity", bundle, "--checkpoint", GOLDEN, "--steps", 4, "--report-dir", tmp_path / "file" / "reports"]
+    result = run(*command)
+    assert result.exit_code == 0 and result.stdout.startswith("PASS")
+    assert "the report could not be written to " in result.stderr and "--report-dir" in result.stderr
+    fields = json.loads(run(*command, "--json").stdout)
+    assert fields["passed"] and fields["report"] is None and "could not be written" in fields["report_error"]
+
+
 def test_parity_with_another_architecture_names_the_fields(bundle):
     message = refusal("parity", bundle, "--checkpoint", OTHER_GOLDEN, "--steps", 4)
     assert "window_pattern is 'L' and not 'SSSL'" in message and "n_kv_head" in message

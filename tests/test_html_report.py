@@ -21,7 +21,7 @@ from lrt_deploy.comparison import About, report_of
 from lrt_deploy.html_report import number, page
 from lrt_deploy.parity_report import Point, Rollout, as_json
 from lrt_deploy.svg_charts import Curve, curves, heat_map
-from lrt_deploy.tolerances import FP32
+from lrt_deploy.tolerances import FP32, limits
 
 VOID = {"meta", "line", "path", "image", "br"}
 
@@ -188,3 +188,23 @@ def test_only_runs_over_the_same_prompt_stand_together(tmp_path):
         (tmp_path / f"parity-{name}.json").write_text(json.dumps(other))
     (tmp_path / "parity-broken.json").write_text("{")
     assert [found["precision"] for found in comparable(tmp_path, ours)] == ["fp32", "fp16"]
+
+
+def test_a_page_shows_the_parts_and_where_they_come_from():
+    shown = fields("int8", error=1e-3)
+    shown["weights"] = {"passed": False, "line": "weights: wte is not the checkpoint's"}
+    shown["quality"] = {"passed": True, "line": "mean KL 1e-3"}
+    shown["provenance"] = {
+        "date": "2030-01-01",
+        "versions": {"torch": "2"},
+        "prompt": {"text": "<b>", "tokens": [1, 2]},
+    }
+    found = text(page("A title", shown))
+    assert "weights: FAIL wte is not the checkpoint's" in found and "quality: PASS mean KL 1e-3" in found
+    assert "torch 2" in found and "text <b>; tokens 1 2" in found
+
+
+def test_a_page_of_stored_weights_alone_has_no_curves():
+    nothing = report_of(Rollout(0, 0), About("bf16", "none", True, limits("bf16"))).to_dict()
+    outline = Outline(page("A title", json.loads(json.dumps(nothing, allow_nan=False))))
+    assert "svg" not in outline.tags and "Drift" not in outline.texts
