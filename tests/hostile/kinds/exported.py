@@ -19,7 +19,11 @@ def exports(rng: random.Random, place: Path, originals: Originals) -> Trial:
     name = rng.choice(("lrt", "plain"))
     folder = place / "checkpoint"
     shutil.copytree(originals.folder / name, folder)
-    what, _ = rng.choice((tensors_changed, tensors_changed, rebuilt))(rng, folder / MODEL, name, originals)
+    for _ in range(12):  # until one is accepted
+        change = rng.choice((tensors_changed, tensors_changed, rebuilt))
+        what, _ = change(rng, folder / MODEL, name, originals)
+        if is_accepted(folder):
+            break
     precision = rng.choice(("fp32", "int8", "int8-weight-only", "int4-weight-only"))
     hosted = rng.random() < 0.3
     return Trial(
@@ -29,6 +33,18 @@ def exports(rng: random.Random, place: Path, originals: Originals) -> Trial:
         (MODEL, META, "checkpoint", precision, "int4", "int8"),
         ("out",),
     )
+
+
+def is_accepted(folder: Path) -> bool:
+    """Whether the checkpoint can be loaded."""
+    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.errors import LRTDeployError
+
+    try:
+        open_checkpoint(folder).model()
+    except LRTDeployError:
+        return False
+    return True
 
 
 def whole(folder: Path, target: Path, precision: str, hosted: bool):
