@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-collect_ignore = ["test_once_failed.py"]  # until what is being mended is
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
