@@ -7,10 +7,10 @@ A system message is joined to the first user message by a blank line. Which ids 
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping, Sequence
 
 from .errors import InputError
+from .fields import shown
 
 BOS = "<|bos|>"
 USER_START, USER_END = "<|user_start|>", "<|user_end|>"
@@ -21,9 +21,7 @@ CONTROL_TOKENS = {BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END}
 def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
     """Role and content of each turn, the system message joined in; checked."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
-        raise InputError(
-            f"messages is {reprlib.repr(messages)}, expected a list of objects with the texts role and content"
-        )
+        raise InputError(f"messages is {shown(messages)}, expected a list of objects with the texts role and content")
     found = []
     for index, message in enumerate(messages):
         turn = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else ()

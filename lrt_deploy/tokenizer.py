@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from . import tokenizer_file
 from .byte_pairs import BytePairs, as_chars
 from .chat_form import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
 from .errors import BundleError, CheckpointError, InputError
+from .fields import shown
 from .files import read_bytes, read_json, read_text
 from .pickles import parse_encoding
 from .split_patterns import Splitter
@@ -195,12 +197,20 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens, special ones by name; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(map(self.token_bytes_of, tokens)).decode("utf-8", errors="replace")
+        try:
+            items = iter(tokens)
+        except TypeError as error:
+            raise InputError(f"tokens is {shown(tokens)}, expected a list of token ids") from error
+        return b"".join(map(self.token_bytes_of, items)).decode("utf-8", errors="replace")
 
     def token_bytes_of(self, token: int) -> bytes:
         """The bytes of one token, which may be a part of a character; the name of a special token."""
+        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
+            raise InputError(f"a token id is {shown(token)}, expected a whole number")
         if not 0 <= token < len(self._tokens):
-            raise InputError(f"token id {token} has no text; the tokenizer has the ids 0 to {len(self._tokens) - 1}")
+            raise InputError(
+                f"token id {shown(token)} has no text; the tokenizer has the ids 0 to {len(self._tokens) - 1}"
+            )
         return self._tokens[token]
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:

@@ -12,17 +12,12 @@ from hostile.kinds import KINDS
 from hostile.trial import EQUAL, FAILURES, HANG, MEMORY, OTHER, REFUSED, TRACEBACK, WRONG, Trial, run
 
 INPUTS = 70  # of each kind; full exports apart
-# Kinds with faults that are being mended at the moment.
-PENDING = {
-    *("bundles, hashes recomputed", "graphs, hashes recomputed", "states", "prompt cache entries"),
-    *("token input", "options", "text input"),
-}
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bounds memory by Linux's own means")
 
 
 @pytest.fixture(scope="module")
 def results(originals_folder):
-    counts = {kind: INPUTS if share > 1 else 1 for kind, (_, share) in KINDS.items() if kind not in PENDING}
+    counts = {kind: INPUTS if share > 1 else 1 for kind, (_, share) in KINDS.items()}
     return Campaign(counts, seed="quick", originals=originals_folder, workers=1).run()
 
 
@@ -30,14 +25,14 @@ def test_no_hostile_input_does_harm(results):
     failed = [
         f"{r['verdict']}: {r['kind']} #{r['index']}, {r['what']} -> {r['detail']}"
         for r in results
-        if r["verdict"] in FAILURES and r["kind"] not in PENDING
+        if r["verdict"] in FAILURES
     ]
     assert not failed, "\n" + "\n".join(failed)
 
 
 def test_every_kind_is_tried_and_half_of_it_passes_the_first_parser(results):
     rows = table.summary(results, {"seed": "quick", "commit": ""})["kinds"]
-    assert rows.keys() == KINDS.keys() - PENDING
+    assert rows.keys() == KINDS.keys()
     assert {kind: row["parsed"] for kind, row in rows.items() if row["parsed"] < 0.5} == {}
 
 
