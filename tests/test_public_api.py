@@ -70,7 +70,7 @@ def test_importing_the_package_loads_nothing_of_the_runtime():
         " or n.startswith('lrt_deploy.')))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout == "['lrt_deploy.errors']\n"
+    assert result.stdout == "['lrt_deploy.arguments', 'lrt_deploy.errors', 'lrt_deploy.fields']\n"
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - ERRORS - {"__version__"}))
