@@ -141,7 +141,7 @@ def test_usage_errors_exit_with_2_and_keep_stdout_clean():
 
 
 @pytest.mark.parametrize(
-    "verb", [["generate", "--prompt", "a"], ["chat"], ["eval", "file"], ["parity", "--checkpoint", "c"]]
+    "verb", [["generate", "--prompt", "a"], ["chat"], ["eval", __file__], ["parity", "--checkpoint", str(GOLDEN)]]
 )
 def test_a_missing_bundle_is_named(verb, tmp_path):
     message = refusal(verb[0], tmp_path / "nowhere", *verb[1:], "--json")
