@@ -31,15 +31,18 @@ _DTYPES = {
 def check_session(session: Any, graph: Path, manifest: Manifest, precision: str, flavour: Flavour) -> None:  # noqa: ANN401
     """Raise BundleError unless the session's graph is the prefill graph of this model, precision and flavour."""
     base = base_dtype(precision, flavour)
-    faults = [
-        *_tensor_faults(
-            "input",
-            session.get_inputs(),
-            contract.graph_inputs(manifest.model, flavour, base, manifest.host_embeddings),
-        ),
-        *_tensor_faults("output", session.get_outputs(), contract.graph_outputs(manifest.model, base)),
-        *_metadata_faults(session.get_modelmeta().custom_metadata_map, manifest.model, precision),
-    ]
+    try:
+        faults = [
+            *_tensor_faults(
+                "input",
+                session.get_inputs(),
+                contract.graph_inputs(manifest.model, flavour, base, manifest.host_embeddings),
+            ),
+            *_tensor_faults("output", session.get_outputs(), contract.graph_outputs(manifest.model, base)),
+            *_metadata_faults(session.get_modelmeta().custom_metadata_map, manifest.model, precision),
+        ]
+    except UnicodeDecodeError as error:
+        faults = [f"its names or metadata are not UTF-8 ({error.reason} at byte {error.start})"]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise BundleError(

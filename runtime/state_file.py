@@ -130,7 +130,7 @@ def read_file(path: Path) -> StateFile:
     """Read and check a file as far as that goes without a decoder; StateError says what is wrong with it."""
     with _opened(path) as file:
         metadata = check_format(path, file.metadata())
-        arrays = {name: _read_array(file, name) for name in file.keys()}  # noqa: SIM118
+        arrays = {name: _read_array(path, file, name) for name in file.keys()}  # noqa: SIM118
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
         raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
     try:
@@ -145,7 +145,7 @@ def read_tokens(path: Path) -> IntArray:
     """The tokens of the first row, without reading or checking the rest."""
     with _opened(path) as file:
         check_format(path, file.metadata())
-        tokens = _read_array(file, "0.tokens")
+        tokens = _read_array(path, file, "0.tokens")
     if tokens.ndim != 1 or tokens.dtype != np.int64:
         raise StateError(f"{path} holds tokens of the shape {tokens.shape} and the type {tokens.dtype}")
     return tokens
@@ -169,9 +169,9 @@ def _opened(path: Path) -> Iterator[Any]:  # safetensors is untyped
         raise StateError(f"{path} is not a whole state file: {error}") from error
 
 
-def _read_array(file: Any, name: str) -> NDArray[Any]:  # noqa: ANN401
+def _read_array(path: Path, file: Any, name: str) -> NDArray[Any]:  # noqa: ANN401
     if (kind := file.get_slice(name).get_dtype()) not in _READABLE:
-        raise StateError(f"the state's array {shown(name)} is of the type {shown(kind)}, which no state has")
+        raise StateError(f"{path}: {shown(name)} is of the type {shown(kind)}, which no state has")
     array: NDArray[Any] = file.get_tensor(name)
     return array
 

@@ -456,3 +456,17 @@ def test_a_prompt_that_once_failed_leaves_the_decoder_as_it_was(originals):
         with pytest.raises(lrt_deploy.InputError):
             originals.decoder.prefill([row])
     assert np.array_equal(decoded(originals.decoder), originals.numbers["bundle"])
+
+
+def test_metadata_of_a_graph_that_are_no_text(originals, tmp_path):
+    data = originals.bytes_of("bundle/graphs/fp32/prefill.windowed.onnx")
+    assert graph(data.replace(b'"vocab_size"', b'"vocab_\xff\xfee"'), originals, tmp_path) == REFUSED
+
+
+def test_a_state_whose_array_is_of_an_unknown_type(originals, tmp_path):
+    header, metadata, body = states.take_apart(originals.bytes_of("one.state"))
+    header["0.tokens"]["dtype"] = "C64"
+    (path := tmp_path / "chat.state").write_bytes(data := states.sealed(header, metadata, body))
+    assert (
+        verdict_of(lambda: states.loaded(path, "one.state", data, True, originals), tmp_path, "chat.state") == REFUSED
+    )

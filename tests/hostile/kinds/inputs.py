@@ -147,6 +147,7 @@ def meant(row: object) -> list[int] | None:
         items = row.tolist() if isinstance(row, np.ndarray) else list(row)  # type: ignore[call-overload]
     except Exception:
         return None
+    items = [item[()] if isinstance(item, np.ndarray) and item.ndim == 0 else item for item in items]
     whole = [isinstance(item, int | np.integer) and not isinstance(item, bool) for item in items]
     if not items or not all(whole) or not all(0 <= item < VOCAB for item in items):
         return None
