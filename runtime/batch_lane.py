@@ -175,7 +175,7 @@ class Lane:
         continuation.resume(made)
         token = largest if continuation.takes_the_largest else continuation.choose(logits)
         full = self.state.length(row) == self.state.capacity
-        return BatchEvent(request.number, continuation.take(token, report, full))
+        return BatchEvent(request.number, continuation.take(token, logits, report, full))
 
     def _read(self, ids: IntArray, reading: PrefillRequest) -> DecodeState:
         """Read a prompt by itself, into a state that is used again for the next."""

@@ -7,7 +7,7 @@ successor is wanted: the state holds what was emitted, and the last token costs 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from lrt_deploy.arguments import check_texts, check_whole
@@ -17,6 +17,7 @@ from lrt_deploy.text_stream import TextStream
 from lrt_deploy.tokenizer import Tokenizer
 
 from .sampling import Sampler, SamplingOptions
+from .scoring import log_probability
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -32,13 +33,15 @@ class Event:
     `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it
     may be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop
     token (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state
-    (capacity).
+    (capacity). `logprob` is the natural log-probability of the token under the model's own logits: temperature,
+    penalties and cuts of the sampling do not change it.
     """
 
     token: int
     text: str
     finish_reason: FinishReason | None
     prefill: PrefillReport
+    logprob: float = field(compare=False)  # its last digits depend on who shares the batch
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,9 @@ class Continuation:
         sampling = self.options.sampler.options
         return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
-    def take(self, token: int, prefill: PrefillReport, full: bool) -> Event:
-        """The event of a chosen token; `full` says that the state has no room for it."""
+    def take(self, token: int, logits: FloatArray, prefill: PrefillReport, full: bool) -> Event:
+        """The event of a token chosen from logits (V); `full` says that the state has no room for it."""
+        logprob = log_probability(logits, token)
         options, made = self.options, self.made + 1
         self.made = -1  # until all of it is done
         self.history.append(token)
@@ -132,7 +136,7 @@ class Continuation:
         if reason is not None and reason != "stop_string" and self._stream:
             text += self._stream.finish()
         self.made = made
-        return Event(token, text, reason, prefill)
+        return Event(token, text, reason, prefill, logprob)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
         """The event, in one step with appending its token to the state where there is room."""
@@ -168,9 +172,9 @@ def generate(
         reason = None
         while reason is None:
             decoder.catch_up(state)
-            token = continuation.choose(state.row_logits(0))
+            logits = state.row_logits(0)  # (V)
             full = state.length(0) == state.capacity
-            event = continuation.take(token, state.prefill, full)
+            event = continuation.take(continuation.choose(logits), logits, state.prefill, full)
             reason = event.finish_reason
             yield continuation.emit(state, event, full)
     except BaseException:

@@ -29,7 +29,7 @@ from lrt_deploy.runtime.state import DecodeState
 ALL_LINES = os.environ.get("LRT_DEPLOY_ALL_LINES", "")
 SAMPLE = 6  # lines of each walk where not all are walked
 ROOT = Path(__file__).parents[1]
-RUNTIME = str(ROOT / "runtime")
+RUNTIME = str(Path(lrt_deploy.runtime.__file__).parent)
 LONG, SHORT = [3, 1, 4, 1, 5, 9, 2], [6, 5, 3]
 OTHER, NEXT = [8, 9, 7, 9], [11, 12]
 

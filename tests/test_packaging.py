@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def copy_tree(folder):
     """What a build reads; not build/, from which a wheel would take files that are deleted since."""
     for name in FOLDERS:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in LOOSE:
         shutil.copy(ROOT / name, folder / name)
     return folder

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lrt_deploy.errors import InputError
+from lrt_deploy.runtime.batch_decoder import BatchDecoder
 from lrt_deploy.runtime.scoring import log_probabilities
 
 NAME = "mr_gqa_SSSL"
@@ -64,3 +65,23 @@ def test_probabilities_of_all_tokens_sum_to_one():
     logits = np.array([[1e4, 9999.0, -1e4, 3.0]], np.float32)
     scores = [log_probabilities(logits, np.array([token]))[0] for token in range(4)]
     assert np.exp(scores).sum() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 20, "seed": 3}])
+def test_events_carry_the_log_probability_that_the_score_gives(decoder, sampling):
+    prompt = [5, 6, 7]
+    events = list(decoder.generate(prompt, 12, stop_ids=[], **sampling))
+    (scores,) = decoder.score([prompt + [event.token for event in events]])
+    assert np.abs(scores[len(prompt) - 1 :] - [event.logprob for event in events]).max() < 1e-4
+
+
+def test_events_of_a_batch_carry_it_too(decoder):
+    batch = BatchDecoder(decoder, slots=2)
+    prompts = [[5, 6, 7], [8, 9]]
+    numbers = [batch.submit(prompt, 8, stop_ids=[], temperature=1.0, seed=i) for i, prompt in enumerate(prompts)]
+    events = {number: [] for number in numbers}
+    for event in batch.run():
+        events[event.request].append(event.event)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        (scores,) = decoder.score([prompt + [event.token for event in events[number]]])
+        assert np.abs(scores[len(prompt) - 1 :] - [event.logprob for event in events[number]]).max() < 1e-4
