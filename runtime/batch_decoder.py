@@ -9,9 +9,10 @@ divides the slots into batches that are stepped side by side, which small models
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -28,6 +29,7 @@ from .state import DecodeState
 if TYPE_CHECKING:
     from .decoder import Decoder
 
+_POLL_SECONDS = 1e-3
 _Found = TypeVar("_Found")
 
 
@@ -49,7 +51,6 @@ class BatchDecoder:
         self.decoder, self.slots = decoder, slots
         self._lanes = [Lane(decoder, (slots + i) // lanes) for i in range(lanes)]
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
-        self._feeding: list[Future[None]] = []
         self._queue: deque[Request] = deque()  # which of them count, the book says
         self._book = Book()
 
@@ -134,15 +135,18 @@ class BatchDecoder:
         for lane in self._lanes:
             self._book = lane.report(self._book)
             self._book = lane.choose(self._book)
-            lane.free(self._book)
+            lane.free(self._book.made)
         while (request := self._next()) and (lane := max(self._lanes, key=lambda lane: lane.room)).room:
             self._join(request, lane)
         if self._threads is None:
             self._lanes[0].feed(self._book.made)
         else:
+            ticket, feeding = object(), []
             for lane in self._lanes:
-                self._feeding.append(self._threads.submit(lane.feed, self._book.made))
-            for fed in self._wait():
+                lane.ticket = ticket
+                feeding.append(self._threads.submit(lane.feed_in_thread, self._book.made, ticket))
+            wait(feeding)
+            for fed in feeding:
                 fed.result()
         for lane in self._lanes:
             self._book = lane.report(self._book)
@@ -166,13 +170,14 @@ class BatchDecoder:
         self._book = book._replace(made={**book.made, number: 0})
         request.state = None
         self._book = lane.choose(self._book)
-        lane.free(self._book)
+        lane.free(self._book.made)
 
-    def _wait(self) -> list[Future[None]]:
-        """Wait for lanes that are being fed, those included that an interrupt has left alone."""
-        wait(self._feeding)
-        done, self._feeding = self._feeding, []
-        return done
+    def _wait(self) -> None:
+        """Wait for lanes that an interrupt has left alone while they were fed, and call off what has not begun."""
+        for lane in self._lanes:
+            lane.ticket = None
+        while any(lane.busy for lane in self._lanes):
+            time.sleep(_POLL_SECONDS)
 
     def _deliver(self, found: _Found, rest: tuple[BatchEvent, ...]) -> _Found:
         """Hand out events, in one step with noting that only `rest` is left to be delivered."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from threading import RLock
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
@@ -76,7 +75,10 @@ class Lane:
 
     def __init__(self, decoder: Decoder, slots: int) -> None:
         self.decoder, self.state = decoder, decoder.new_state(slots)
-        self._lock = RLock()  # a thread may still be feeding when an interrupt has ended the step that started it
+        # A thread may still be feeding when an interrupt has ended the step that started it, or start only then. Plain
+        # attributes and no lock: an interrupt at the end of a `with` block would leave a lock taken for good.
+        self.busy = False  # whether a thread is feeding
+        self.ticket: object = None  # which feeding may begin
         self._failed: tuple[BatchEvent, ...] = ()  # of requests whose rows gave unusable numbers
         self._reader: DecodeState | None = None
 
@@ -92,82 +94,82 @@ class Lane:
 
     def choose(self, book: Book) -> Book:
         """Choose a token for every row whose logits are there; rows of requests that do not run are freed."""
-        with self._lock:
-            self._free(book.made)
-            requests = self.requests
-            ready = [
-                row
-                for row, request in enumerate(requests)
-                if self.state.length(row) == request.continuation.read + book.made[request.number]
-            ]
-            if not ready:
-                return book
-            logits = self.state.logits_of(ready)
-            tokenizer = self.decoder.tokenizer
-            choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
-            largest = logits[:, :choices].argmax(axis=1).tolist()
-            made, events = dict(book.made), []
-            for i, row in enumerate(ready):
-                number = requests[row].number
-                event = self._take(row, requests[row], made[number], logits[i], largest[i])
-                events.append(event)
-                made[number] += 1
-                if event.last:
-                    del made[number]
-            return book._replace(made=made, events=(*book.events, *events))
+        self.free(book.made)
+        requests = self.requests
+        ready = [
+            row
+            for row, request in enumerate(requests)
+            if self.state.length(row) == request.continuation.read + book.made[request.number]
+        ]
+        if not ready:
+            return book
+        logits = self.state.logits_of(ready)
+        tokenizer = self.decoder.tokenizer
+        choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
+        largest = logits[:, :choices].argmax(axis=1).tolist()
+        made, events = dict(book.made), []
+        for i, row in enumerate(ready):
+            number = requests[row].number
+            event = self._take(row, requests[row], made[number], logits[i], largest[i])
+            events.append(event)
+            made[number] += 1
+            if event.last:
+                del made[number]
+        return book._replace(made=made, events=(*book.events, *events))
 
     def join(self, request: Request) -> None:
         """Give a request a row; raises LRTDeployError where it cannot be started."""
-        with self._lock:
-            read = request.continuation.read
-            ids = np.array(request.continuation.history[:read], np.int64)
-            options, reading = self.decoder.prefill_options, request.reading
-            if request.state is None and way_of(ids, self.decoder.config.memory, reading, options) == "stepwise":
-                below = options.stepwise_below if reading.policy == "auto" else None
-                request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
-                self.state.add(tag=request)
-                return
-            source = self._read(ids, reading) if request.state is None else request.state
-            request.prefill = source.prefill
-            self.state.add(source, tag=request)
+        read = request.continuation.read
+        ids = np.array(request.continuation.history[:read], np.int64)
+        options, reading = self.decoder.prefill_options, request.reading
+        if request.state is None and way_of(ids, self.decoder.config.memory, reading, options) == "stepwise":
+            below = options.stepwise_below if reading.policy == "auto" else None
+            request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
+            self.state.add(tag=request)
+            return
+        source = self._read(ids, reading) if request.state is None else request.state
+        request.prefill = source.prefill
+        self.state.add(source, tag=request)
 
     def feed(self, made: Mapping[int, int]) -> None:
         """One decode step for all rows; rows with unusable numbers leave, and the others are stepped without them.
 
         Does nothing where a row has no token to be fed: what was to be done has been done.
         """
-        with self._lock:
-            while requests := self.requests:
-                tokens = [r.next_token(made.get(r.number), self.state.length(row)) for row, r in enumerate(requests)]
-                if None in tokens:
-                    return
-                try:
-                    self.decoder.advance(self.state, np.array(tokens, np.int64))
-                except NonFiniteError as error:
-                    for row in reversed(error.rows):
-                        self._failed = (*self._failed, BatchEvent(requests[row].number, error=error))
-                        self.state.drop(row)
-                    continue
+        while requests := self.requests:
+            tokens = [r.next_token(made.get(r.number), self.state.length(row)) for row, r in enumerate(requests)]
+            if None in tokens:
                 return
+            try:
+                self.decoder.advance(self.state, np.array(tokens, np.int64))
+            except NonFiniteError as error:
+                for row in reversed(error.rows):
+                    self._failed = (*self._failed, BatchEvent(requests[row].number, error=error))
+                    self.state.drop(row)
+                continue
+            return
 
     def report(self, book: Book) -> Book:
         """End the requests that have failed while they were fed."""
-        with self._lock:
-            self._failed = tuple(event for event in self._failed if event.request in book.made)
-            failed = self._failed
+        self._failed = tuple(event for event in self._failed if event.request in book.made)
+        failed = self._failed
         return book.ended({event.request for event in failed}, failed) if failed else book
 
-    def _free(self, made: Mapping[int, int]) -> None:
+    def feed_in_thread(self, made: Mapping[int, int], ticket: object) -> None:
+        """`feed`, unless it has been called off."""
+        self.busy = True
+        try:
+            if self.ticket is ticket:
+                self.feed(made)
+        finally:
+            self.busy = False
+
+    def free(self, made: Mapping[int, int]) -> None:
         """Drop the rows of requests that do not run, the last one first: the last row moves into the gap."""
         requests = self.requests
         for row in reversed(range(len(requests))):
             if requests[row].number not in made:
                 self.state.drop(row)
-
-    def free(self, book: Book) -> None:
-        """Drop the rows of requests that do not run."""
-        with self._lock:
-            self._free(book.made)
 
     def _take(self, row: int, request: Request, made: int, logits: FloatArray, largest: int) -> BatchEvent:
         continuation, report = request.continuation, request.prefill
