@@ -17,9 +17,10 @@ import pytest
 
 import lrt_deploy
 from hostile import trial
-from hostile.kinds import bundles, checkpoints, configs, inputs, small_files, states, tokenizers_
+from hostile.kinds import bundles, checkpoints, configs, inputs, small_files, states, tokenizer_files
 from hostile.kinds import graphs as graph_kinds
-from hostile.kinds.checkpoints import META, MODEL, Record, read_records, write_records
+from hostile.kinds.checkpoints import META, MODEL
+from hostile.kinds.zip_archives import Record, read_records, write_records
 from hostile.originals import Originals, encoding_state, pickled
 from hostile.trial import EQUAL, REFUSED, Trial
 
@@ -116,7 +117,7 @@ def test_vocabularies_that_cost_gigabytes(ranks, tmp_path):
     state = encoding_state() | {"mergeable_ranks": ranks, "special_tokens": {"<|bos|>": len(ranks)}}
     (folder := tmp_path / "tokenizer").mkdir()
     (folder / "tokenizer.pkl").write_bytes(data := pickled(state))
-    verdict_of(lambda: tokenizers_.as_pickle_reads_it(folder / "tokenizer.pkl", data), tmp_path, "token")
+    verdict_of(lambda: tokenizer_files.as_pickle_reads_it(folder / "tokenizer.pkl", data), tmp_path, "token")
 
 
 NORMALIZERS = {
@@ -139,7 +140,7 @@ def test_normalizers(name, in_bundle, originals, tmp_path):
 @pytest.mark.parametrize("pattern", [r"[a]*" * 10, r"\p{L}*\p{L}*1|\p{L}", r"(a+)+$"])
 def test_patterns_that_hang_or_panic(pattern, originals, tmp_path):
     fields = json.loads(originals.bytes_of("bundle/tokenizer/tokenizer.json"))
-    tokenizers_.first_split(fields["pre_tokenizer"])["pattern"] = {"Regex": pattern}
+    tokenizer_files.first_split(fields["pre_tokenizer"])["pattern"] = {"Regex": pattern}
     assert tokenizer(fields, True, originals, tmp_path) == REFUSED
 
 
@@ -148,7 +149,7 @@ def tokenizer(fields: dict, in_bundle: bool, originals: Originals, place: Path) 
     (folder / "tokenizer.json").write_bytes(data := json.dumps(fields).encode())
     (folder / "token_bytes.json").write_bytes(originals.bytes_of("bundle/tokenizer/token_bytes.json"))
     return verdict_of(
-        lambda: tokenizers_.as_the_library_reads_it(folder, data, originals, in_bundle), place, "tokenizer"
+        lambda: tokenizer_files.as_the_library_reads_it(folder, data, originals, in_bundle), place, "tokenizer"
     )
 
 

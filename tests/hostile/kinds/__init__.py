@@ -11,7 +11,7 @@ from random import Random
 from hostile.originals import Originals
 from hostile.trial import Trial
 
-from . import bundles, checkpoints, configs, exported, graphs, inputs, small_files, states, tokenizers_
+from . import bundles, checkpoints, configs, exported, graphs, inputs, native, small_files, states, tokenizer_files
 
 Make = Callable[[Random, Path, Originals], Trial]
 
@@ -19,10 +19,10 @@ Make = Callable[[Random, Path, Originals], Trial]
 KINDS: dict[str, tuple[Make, float]] = {
     "checkpoints (.pt)": (checkpoints.weights, 6.0),
     "configs (JSON)": (configs.configs, 6.5),
-    "safetensors": (checkpoints.native, 6.5),
-    "tokenizer pickles": (tokenizers_.pickles, 5.5),
-    "tokenizer.json": (tokenizers_.tokenizer_json, 6.0),
-    "token byte counts": (tokenizers_.byte_counts, 4.5),
+    "safetensors": (native.weights, 6.5),
+    "tokenizer pickles": (tokenizer_files.pickles, 5.5),
+    "tokenizer.json": (tokenizer_files.tokenizer_json, 6.0),
+    "token byte counts": (tokenizer_files.byte_counts, 4.5),
     "bundles, hashes recomputed": (bundles.manifests, 5.5),
     "graphs, hashes recomputed": (graphs.graphs, 5.2),
     "bundles, hashes as they were": (bundles.damaged, 5.5),

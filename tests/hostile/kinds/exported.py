@@ -11,7 +11,8 @@ import numpy as np
 from hostile.originals import PROMPT, STEPS, Originals
 from hostile.trial import OTHER, WRONG, Trial
 
-from .checkpoints import META, MODEL, is_zip, rebuilt, tensors_changed
+from .checkpoints import META, MODEL, rebuilt, tensors_changed
+from .zip_archives import is_zip
 
 
 def exports(rng: random.Random, place: Path, originals: Originals) -> Trial:

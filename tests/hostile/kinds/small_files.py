@@ -16,8 +16,8 @@ from hostile.mutate import INTEGERS, changed_json, changed_text, damage, is_json
 from hostile.originals import CAPACITY, SIZES, Originals
 from hostile.trial import EQUAL, OTHER, WRONG, Trial, command
 
-from .checkpoints import Record, is_zip, write_records
 from .inputs import odd_text
+from .zip_archives import Record, is_zip, write_records
 
 
 def sidecars(rng: random.Random, place: Path, originals: Originals) -> Trial:

@@ -16,7 +16,7 @@ from hostile.mutate import changed_json, changed_text, damage, odd_file, scalar,
 from hostile.originals import LONG_PROMPT, Originals
 from hostile.trial import EQUAL, OTHER, WRONG, Trial
 
-from .checkpoints import header_parses, joined, tensor_entry
+from .native import header_parses, joined, tensor_entry
 
 TYPES = {"F32": np.float32, "I64": np.int64, "U16": np.uint16, "F64": np.float64, "I32": np.int32, "F16": np.float16}
 

@@ -16,7 +16,7 @@ from hostile.mutate import INTEGERS, changed_json, changed_text, damage, is_json
 from hostile.originals import PATTERN, SIZES, Originals, encoding_state, pickled
 from hostile.trial import EQUAL, OTHER, WRONG, Trial
 
-from .checkpoints import one_opcode
+from .pickle_opcodes import one_opcode
 
 SAMPLES = (
     "The thin king's in there, isn't it? 12345 things\n\n  def f(x):\n\treturn x\r\n",
