@@ -335,11 +335,11 @@ def bundle(export_once, tmp_path_factory):
     return folder
 
 
-def put_engine(folder, precision="fp32", **changes):
-    plan = engine_folder(folder, "tensorrt-rtx", precision) / PLAN
+def put_engine(folder, built="fp32", **changes):
+    plan = engine_folder(folder, "tensorrt-rtx", built) / PLAN
     plan.parent.mkdir(parents=True, exist_ok=True)
     plan.write_bytes(MAGIC)
-    write_sidecar(plan, dataclasses.replace(sidecar_for(folder, precision=precision), **changes))
+    write_sidecar(plan, dataclasses.replace(sidecar_for(folder, precision=built), **changes))
     return plan
 
 
