@@ -442,9 +442,9 @@ def test_conversations_that_are_none(messages, originals, tmp_path):
 
 
 @pytest.mark.parametrize("piece", [" ", "\t", "\n", "a", "1", "!"])
-def test_ten_million_of_one_character_are_encoded_or_refused(piece, originals, tmp_path):
+def test_very_long_runs_of_one_character_are_encoded(piece, originals, tmp_path):
     def act():
-        originals.decoder.tokenizer.encode(piece * (300_000 if piece in "a1!" else 3_000_000))
+        originals.decoder.tokenizer.encode(piece * 500_000)
         return EQUAL, ""
 
     verdict_of(act, tmp_path)

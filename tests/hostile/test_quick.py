@@ -11,7 +11,7 @@ from hostile.campaign import Campaign
 from hostile.kinds import KINDS
 from hostile.trial import EQUAL, FAILURES, HANG, MEMORY, OTHER, REFUSED, TRACEBACK, WRONG, Trial, run
 
-INPUTS = 70  # of each kind; full exports apart
+INPUTS = 50  # of each kind; full exports apart
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="bounds memory by Linux's own means")
 
 
