@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
-# RuntimeError is what its bindings make of C++ exceptions that have no type of their own.
+# RuntimeError is what its bindings make of C++ exceptions that have no type of their own, ValueError and IndexError of
+# two of the standard library's. UnicodeDecodeError: a message that quotes a damaged graph and is no text.
 ORT_ERRORS: tuple[type[Exception], ...] = (
-    RuntimeError,
+    *(RuntimeError, ValueError, IndexError, UnicodeDecodeError),
     *(found for found in vars(_native).values() if isinstance(found, type) and issubclass(found, Exception)),
 )
 

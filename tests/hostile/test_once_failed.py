@@ -471,3 +471,8 @@ def test_a_state_whose_array_is_of_an_unknown_type(originals, tmp_path):
     assert (
         verdict_of(lambda: states.loaded(path, "one.state", data, True, originals), tmp_path, "chat.state") == REFUSED
     )
+
+
+def test_a_graph_that_is_refused_in_words_that_are_no_text(originals, tmp_path):
+    data = originals.bytes_of("bundle/graphs/fp32/prefill.windowed.onnx")
+    assert graph(data.replace(b"TensorScatter", b"Tensor\xdcca\xfeter"), originals, tmp_path) == REFUSED

@@ -234,7 +234,7 @@ def without_frames(data: bytes) -> bytes:
     return data
 
 
-class _Safe(pickle.Unpickler):
+class _Safe(pickle._Unpickler):  # the one in Python: the other's memo is as long as its largest index
     """Python's own reading of a pickled Encoding, with a stand-in for the class and nothing else."""
 
     def find_class(self, module, name):
