@@ -71,7 +71,9 @@ class OrtCpuBackend:
             options.add_session_config_entry(entry, value)
         try:
             with nullcontext(Moved()) if small else in_huge_pages() as moved:
-                self.session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+                self.session = ort.InferenceSession(
+                    str(graph), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
         except ORT_ERRORS as error:
             if is_foreign(error):
                 raise

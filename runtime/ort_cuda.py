@@ -171,7 +171,7 @@ def open_session(graph: Path, kind: str, stream: int) -> Any:  # noqa: ANN401 - 
     if provider not in ort.get_available_providers():
         raise BackendError(f"ONNX Runtime {ort.__version__} was built without {provider}; pip install onnxruntime-gpu")
     try:
-        session = ort.InferenceSession(str(graph), options, providers=[(provider, settings)])
+        session = ort.InferenceSession(str(graph), options, providers=[(provider, settings)], enable_fallback=0)
     except ORT_ERRORS as error:
         if is_foreign(error):
             raise

@@ -476,3 +476,9 @@ def test_a_state_whose_array_is_of_an_unknown_type(originals, tmp_path):
 def test_a_graph_that_is_refused_in_words_that_are_no_text(originals, tmp_path):
     data = originals.bytes_of("bundle/graphs/fp32/prefill.windowed.onnx")
     assert graph(data.replace(b"TensorScatter", b"Tensor\xdcca\xfeter"), originals, tmp_path) == REFUSED
+
+    def act():  # ONNX Runtime's own retry printed to stdout, into the JSON
+        trial.command("generate", str(tmp_path / "bundle"), "--tokens", "1,2", "--json")
+        return EQUAL, ""
+
+    assert verdict_of(act, tmp_path, "prefill.windowed.onnx") == REFUSED
