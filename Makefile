@@ -42,7 +42,7 @@ kills: install
 # An exception at every line of every operation on states, generations and batches; counts, a line a process. Hours.
 interrupts: install
 	rm -f build/interrupts.jsonl
-	LRT_DEPLOY_ALL_LINES=all OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 tests/test_interrupts.py
+	LRT_DEPLOY_ALL_LINES=all OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --timeout 0 --numprocesses 2 tests/test_interrupts.py
 	cat build/interrupts.jsonl
 
 # Results are lines in build/fuzz: an interrupted campaign of the same commit and seed goes on there. The table by kind
