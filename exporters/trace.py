@@ -151,16 +151,22 @@ def _onnx_ops(model: LRT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's advice, on ops it does not know and its own deprecations, from our users."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Keep torch's log and warnings from our users: what fails is raised, as one error.
+
+    The exporter gives advice on ops that it does not know and on its own deprecations. Its tracer logs the traceback of
+    every exception that passes through, an interrupt's included.
+    """
+    levels = {"torch.onnx": logging.ERROR, "torch._subclasses.fake_tensor": logging.CRITICAL}
+    before = {name: logging.getLogger(name).level for name in levels}
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 @contextlib.contextmanager

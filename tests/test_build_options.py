@@ -85,7 +85,7 @@ def test_the_commands_name_every_input_with_its_shape_and_options_that_exist(bui
     ("options", "code", "message"),
     [
         (("--chunk-tokens", 999), 1, "chunk_tokens is 999; this bundle was exported with max_seq_len 128"),
-        (("--chunk-tokens", 0), 1, "expected 1 to 128"),
+        (("--chunk-tokens", 0), 1, "chunk_tokens is 0, expected a whole number, 1 or more"),
         (("--max-batch-size", 10**6), 1, "max_batch_size is 1000000; this bundle was exported with max_batch_size"),
         (("--workspace", "4TiB"), 2, "expected bytes, or a size as 512MiB or 4GiB"),
         (("--workspace", "0"), 2, "expected bytes, or a size as 512MiB or 4GiB"),

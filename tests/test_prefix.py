@@ -94,7 +94,7 @@ def test_generation_reuses_and_goes_on_without_a_prompt(decoder):
     events = list(decoder.generate(LONG[:30] + OTHER, 5, state=state, reuse=True, policy="stepwise", stop_ids=[]))
     assert events[0].prefill.reused_tokens == 30
     assert events == [
-        e.__class__(e.token, e.text, e.finish_reason, events[0].prefill)
+        e.__class__(e.token, e.text, e.finish_reason, events[0].prefill, e.logprob)
         for e in decoder.generate(LONG[:30] + OTHER, 5, policy="stepwise", stop_ids=[])
     ]
     decoder.step(state, [events[-1].token])

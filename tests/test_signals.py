@@ -64,9 +64,10 @@ def test_a_signal_while_the_command_line_is_imported_ends_quietly(number):
         )
         process.stdout.readline()
         ends.append(stopped(process, number, 0.02 + draw.random() * 0.3))
-    for rc, _, err in ends:
-        assert rc in (0, CODES[number]), (rc, err)
-        assert rc == 0 or err.splitlines()[-1:] == [WORDS[number]]
+    for rc, out, err in ends:
+        # Once the answer stands there and Python is shutting down, signals do what the system does with them.
+        answered = rc == 0 or (rc == -number and out.strip())
+        assert answered or (rc, err.splitlines()[-1:]) == (CODES[number], [WORDS[number]]), (rc, err)
     assert CODES[number] in [rc for rc, _, _ in ends]
 
 

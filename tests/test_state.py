@@ -100,10 +100,11 @@ def test_rows_are_picked_repeated_and_reordered(decoder, tolerances):
 
 
 @pytest.mark.parametrize(
-    ("rows", "words"), [([3], "no row 3"), ([-1], "no row -1"), ([True], "True"), ([], "0 rows"), ([0] * 9, "9 rows")]
+    ("rows", "words"),
+    [([3], "no row 3"), ([-1], r"rows\[0\] is -1"), ([True], "is True"), ([], "0 rows"), ([0] * 9, "9 rows")],
 )
 def test_rows_that_are_not_there_are_refused(one, rows, words):
-    with pytest.raises(StateError, match=words):
+    with pytest.raises((StateError, InputError), match=words):
         one.prefill([LONG, SHORT, OTHER]).rows(rows)
 
 

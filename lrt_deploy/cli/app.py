@@ -23,6 +23,7 @@ from . import bench, build, chat, doctor, evaluate, export, generate, inspect, o
 
 READER_GONE = 141
 _WITH_TRACEBACK = "run again with --debug for the traceback"
+_reported = False  # this command's error has been reported
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -47,7 +48,8 @@ class Commands(TyperGroup):
         return code
 
     def _run(self, words: list[str], prog_name: str | None, complete_var: str | None) -> int:
-        json = "--json" in words
+        global _reported
+        json, _reported = "--json" in words, False
         output.begin()
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False)
@@ -59,6 +61,9 @@ class Commands(TyperGroup):
             return int(error.exit_code)
         except Exception as error:
             return report(error, json=json)
+        # Typer makes an exit code of an interrupt that comes outside of a verb, and says nothing.
+        if not _reported and (stopped := signals.received()) is not None:
+            return report(stopped, json=json)
         return code if isinstance(code, int) else 0
 
 
@@ -105,6 +110,8 @@ def report(error: BaseException, *, json: bool, debug: bool = False, verb: str =
 
     After a signal every error is the signal's: libraries turn its exception into others.
     """
+    global _reported
+    _reported = True
     if isinstance(error, Exception):
         error = signals.received() or error
     if isinstance(error, BrokenPipeError):
