@@ -282,7 +282,7 @@ def parity(
     from .parity_run import ParityOptions, parity_of, parity_of_stored, stored_only_precision
     from .runtime.decoder import open_decoder as open_
 
-    folder, source = Path(bundle), Path(checkpoint)
+    folder, source = check_path(bundle, "bundle"), check_path(checkpoint, "checkpoint")
     options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
     stored_only = stored_only_precision(folder, backend, precision)
     if stored_only is not None:

@@ -6,6 +6,7 @@ type that the caller goes on with. Token ids are checked in `prompts`.
 
 from __future__ import annotations
 
+import errno
 import math
 import numbers
 import os
@@ -18,6 +19,7 @@ from .fields import shown
 
 T = TypeVar("T")
 LARGEST_COUNT = 2**31 - 1  # of tokens, rows, slots: beyond any machine
+_UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES)
 
 
 def check_whole(value: object, name: str, least: int = 0, most: int = LARGEST_COUNT) -> int:
@@ -93,6 +95,11 @@ def check_path(value: object, name: str) -> Path:
         raise InputError(f"{name} is {shown(path)}, which no file can be called: {error.reason}") from error
     if "\0" in path or not path:
         raise InputError(f"{name} is {shown(path)}, expected a path: it is empty or holds a NUL character")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno in _UNREACHABLE:  # `Path.exists` and `Path.is_dir` would raise it
+            raise InputError(f"{name} is {shown(path)}, which cannot be looked up: {error.strerror}") from error
     return Path(path)
 
 

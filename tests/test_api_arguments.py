@@ -370,3 +370,18 @@ def test_true_is_no_token(env, row):
         env.decoder.prefill([row])
     with pytest.raises(InputError, match="holds a bool, "):
         env.decoder.step(env.pair() if len(row) == 2 else env.state(), row)
+
+
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "\ud800", "\0", "", None, 5])
+def test_a_path_that_no_file_can_have_is_an_input_error_of_every_function(tmp_path, path):
+    good = str(tmp_path)
+    for call in (
+        lambda: lrt_deploy.open_decoder(path),
+        lambda: lrt_deploy.export_bundle(path, tmp_path / "new"),
+        lambda: lrt_deploy.export_bundle(good, path),
+        lambda: lrt_deploy.build_engine(path),
+        lambda: lrt_deploy.parity(path, good),
+        lambda: lrt_deploy.parity(good, path),
+    ):
+        with pytest.raises(InputError):
+            call()
