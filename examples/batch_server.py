@@ -11,7 +11,6 @@ import sys
 import threading
 
 import lrt_deploy
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
 
 
 def main(bundle: str) -> None:
@@ -19,7 +18,7 @@ def main(bundle: str) -> None:
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=lambda: [lines.put(line) for line in [*sys.stdin, None]], daemon=True).start()
     with lrt_deploy.open_decoder(bundle) as decoder:
-        batch, listening = BatchDecoder(decoder), True
+        batch, listening = lrt_deploy.BatchDecoder(decoder), True
         while listening or batch.waiting or batch.running:
             idle = not (batch.waiting or batch.running)  # wait for a request only when there is nothing else to do
             while listening and (idle or not lines.empty()):

@@ -10,7 +10,6 @@ import sys
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
 
 
 def main(bundle: str, prompt: str, count: int = 4, new_tokens: int = 16) -> None:
@@ -18,7 +17,7 @@ def main(bundle: str, prompt: str, count: int = 4, new_tokens: int = 16) -> None
     with lrt_deploy.open_decoder(bundle) as decoder:
         assert decoder.tokenizer is not None
         state = decoder.prefill([decoder.tokenizer.encode_prompt(prompt)])
-        batch = BatchDecoder(decoder)
+        batch = lrt_deploy.BatchDecoder(decoder)
         for seed in range(count):
             batch.submit(None, new_tokens, state=state, temperature=0.8, top_p=0.95, seed=seed, stop_ids=[])
         samples: list[list[int]] = [[] for _ in range(count)]

@@ -159,8 +159,8 @@ def _opened(path: Path) -> Iterator[Any]:  # safetensors is untyped
     header = int.from_bytes(start, "little")
     if len(start) < 8 or header > min(size - 8, _LARGEST_HEADER_BYTES):
         raise StateError(
-            f"{path} is not a whole state file: its header is to have {header} bytes, of {size} in the file and "
-            f"{_LARGEST_HEADER_BYTES} that are read"
+            f"{path} is not a whole state file: it is of another kind, or was cut short ({size} bytes); expected a "
+            "file that `DecodeState.save` or `/save` in a chat wrote"
         )
     try:
         with safetensors.safe_open(path, framework="np") as opened:

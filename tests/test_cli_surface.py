@@ -137,7 +137,7 @@ def test_usage_errors_exit_with_2_and_keep_stdout_clean():
         assert result.exit_code == 2
         error = json.loads(result.stdout)["error"]
         assert error["type"] == "UsageError" and error["message"]
-        assert result.stderr == ""
+        assert result.stderr == f"error: {error['message']}\n"
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,13 @@ class Commands(TyperGroup):
         try:
             code = super().main(words, prog_name, complete_var, standalone_mode=False)
         except _UsageError as error:
+            # Pydantic, which checks values for typer, begins its messages with its own word.
+            message = error.format_message().replace("Value error, ", "")
             if json:
-                output.failure("UsageError", error.format_message())
+                output.failure("UsageError", message)
+                output.say(f"error: {message}")
             else:
+                error.message = message
                 error.show()
             return int(error.exit_code)
         except Exception as error:

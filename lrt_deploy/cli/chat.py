@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.tokenizer import Tokenizer
 
-_HELP = (
-    "/reset begins anew; /rewind [N] takes turns back; /fork NAME goes on in a copy, /switch NAME in another; "
-    "/save FILE and /load FILE; /stats tells how full the context is and what it cost; /quit ends (so does the end of "
-    "the input)"
-)
+_HELP = """\
+/reset          begin again, with an empty conversation
+/rewind [N]     take back the last N turns (1)
+/fork NAME      go on in a copy; /switch NAME goes to another one
+/save FILE      write the conversation; /load FILE continues it
+/stats          how full the context is, and what it cost
+/quit           end (so does the end of the input)"""
 
 
 def chat(
@@ -130,7 +132,7 @@ class Branches:
         name, _, argument = command[1:].partition(" ")
         action = getattr(self, f"do_{name}", None)
         if action is None:
-            output.say(f"there is no command /{name}; {_HELP}")
+            output.say(f"there is no command /{name}; /help lists the commands")
             return None
         try:
             output.say(action(argument.strip()))
