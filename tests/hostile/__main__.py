@@ -34,7 +34,7 @@ def main() -> int:
     if not kinds:
         parser.error(f"no kind contains {options.kinds!r}; there are {', '.join(KINDS)}")
     with tempfile.TemporaryDirectory(prefix="lrt-hostile-originals-") as temporary:
-        folder = options.originals or Path(temporary)
+        folder = (options.originals or Path(temporary)).resolve()  # workers have folders of their own
         mark = folder / "made"
         if not mark.exists() or mark.read_text() != campaign.commit():
             shutil.rmtree(folder, ignore_errors=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 from .trial import CRASH, HANG
 
 ROOT = Path(__file__).parents[2]
+SOURCES = ("lrt_deploy", "exporters", "runtime", "tests")  # what a campaign's outcome depends on
 BATCH = 100
 LIFE = 4000  # trials after which a worker is replaced
 HANG_SECONDS, HANG_CPU_SECONDS, LONGEST_SECONDS = 30.0, 12.0, 240.0
@@ -254,12 +255,14 @@ class Worker:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a mark when files differ from it."""
+    """The commit that is checked out, with a mark when source files differ from it."""
     try:
         name = subprocess.run(
             ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
         )
-        changed = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
