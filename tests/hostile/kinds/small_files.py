@@ -72,7 +72,7 @@ def engine(plan: Path, data: bytes, original: dict, use_cli: bool):
     runs_on(sidecar.compute_capabilities, (8, 9))
     sidecar.profile("decode")
     fields = json.loads(data)
-    if json.loads(json.dumps(sidecar.to_dict())) != fields:
+    if json.loads(json.dumps(sidecar.to_dict())) != {"smoke": {}} | fields:  # the one field that may be missing
         return WRONG, "read otherwise than the file says"
     return (EQUAL if fields == original else OTHER), ""
 
