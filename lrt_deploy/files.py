@@ -89,11 +89,15 @@ def read_bytes(path: Path, what: str, error: type[LRTDeployError], limit: int) -
 
 def read_text(path: Path, what: str, error: type[LRTDeployError], limit: int) -> str:
     """Read a regular file of at most `limit` bytes as UTF-8 text; see `open_regular`."""
-    data = read_bytes(path, what, error, limit)
+    return decode_text(read_bytes(path, what, error, limit), f"{what} ({path})", error)
+
+
+def decode_text(data: bytes, what: str, error: type[LRTDeployError]) -> str:
+    """Decode UTF-8; raises `error` that names the first byte that is none."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as cause:
-        raise error(f"{what} ({path}) is not UTF-8 text: byte {cause.start} is {data[cause.start]:#04x}") from cause
+        raise error(f"{what} is not UTF-8 text: byte {cause.start} is {data[cause.start]:#04x}") from cause
 
 
 def read_json(path: Path, what: str, error: type[LRTDeployError], limit: int, constants: bool = False) -> Any:  # noqa: ANN401 - any JSON value

@@ -26,7 +26,7 @@ from .config import LRTConfig
 from .contract import FLAVOURS, Flavour, embedding_inputs
 from .errors import BundleError, ConfigError
 from .fields import decode, decode_as, shown
-from .files import open_regular, parse_json, read_bytes
+from .files import decode_text, open_regular, parse_json, read_bytes
 from .kinds import instead_of_bundle
 from .precisions import ITEM_BYTES, PRECISIONS
 from .remembered_hashes import Remembered
@@ -141,7 +141,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder / MANIFEST} does not match {DIGEST}: one of the two was altered; export the bundle again"
         )
-    fields = parse_json(data.decode("utf-8", "replace"), f"the manifest ({folder / MANIFEST})", BundleError)
+    what = f"the manifest ({folder / MANIFEST})"
+    fields = parse_json(decode_text(data, what, BundleError), what, BundleError)
     if not isinstance(fields, dict) or "format_version" not in fields:
         raise BundleError(f"{folder / MANIFEST} is not a manifest: expected an object with a format_version")
     version = fields.pop("format_version")

@@ -6,6 +6,7 @@ is in the test's name or beside it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -207,6 +208,15 @@ def test_inspect_of_details_of_another_form(path, value, originals, tmp_path):
     bundles.seal(bundle, json.dumps(fields))
     opened(bundle, "bundle", originals, tmp_path, use_cli=True)
     opened(bundle, "bundle", originals, tmp_path)
+
+
+@pytest.mark.parametrize("use_cli", [False, True])
+def test_a_manifest_that_is_no_text_with_a_fitting_digest(use_cli, originals, tmp_path):
+    bundle = bundles.linked(originals.folder / "bundle", tmp_path / "bundle")
+    data = originals.bytes_of("bundle/manifest.json").replace(b"checkpoint", b"check\xe4oint")
+    bundles.put(bundle / "manifest.json", data)
+    bundles.put(bundle / "manifest.sha256", f"{hashlib.sha256(data).hexdigest()}  manifest.json\n".encode())
+    assert opened(bundle, "bundle", originals, tmp_path, use_cli) == REFUSED
 
 
 @pytest.mark.parametrize(

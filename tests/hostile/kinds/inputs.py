@@ -321,7 +321,7 @@ def used(originals: Originals, kind: str, values: dict[str, object], place: Path
         state = decoder.prefill([LONG_PROMPT], **values)
         if values.get("policy") != "zero" and np.abs(state.logits[0] - fresh(originals)).max() > 1e-2:
             tolerance = values.get("tolerance")
-            if not isinstance(tolerance, float) or tolerance < 1e-2:
+            if not isinstance(tolerance, int | float | np.number) or tolerance < 1e-2:
                 return WRONG, "other logits"
         return EQUAL, ""
     if kind == "open":
