@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,7 @@ except ImportError:  # Windows
 MAX_TEXT_BYTES = 2**28  # of a prompt, or of a text to evaluate or to calibrate on
 _PART_BYTES = 2**20
 PARTIAL = ".partial-"
+_LONGEST_STEM_BYTES = 200  # of the 255 that filesystems allow a name
 STALE_SECONDS = 24 * 3600  # only where there are no locks
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -178,7 +180,7 @@ def check_replaceable(target: Path, what: str, ours: Callable[[bytes], bool], er
 
 def remove_partials(target: Path) -> None:
     """Remove the temporary files and folders that killed writers of `target` have left beside it."""
-    pattern = re.compile(re.escape(f".{target.name}{PARTIAL}") + "[0-9a-f]{16}")
+    pattern = re.compile(re.escape(f".{_stem(target)}{PARTIAL}") + "[0-9a-f]{16}")
     with contextlib.suppress(OSError):
         for name in [entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]:
             remove_stale(target.parent / name)
@@ -220,7 +222,16 @@ def try_lock(number: int) -> bool | None:
 
 def partial_name(target: Path) -> Path:
     """Return a new name for a temporary file or folder beside `target`."""
-    return target.with_name(f".{target.name}{PARTIAL}{secrets.token_hex(8)}")
+    return target.with_name(f".{_stem(target)}{PARTIAL}{secrets.token_hex(8)}")
+
+
+def _stem(target: Path) -> str:
+    """The part of a target's name that is in the names of its temporary files: whole, unless these become too long."""
+    name = os.fsencode(target.name)
+    if len(name) <= _LONGEST_STEM_BYTES:
+        return target.name
+    digest = hashlib.sha256(name).hexdigest()[:16]  # long names that begin alike stay apart
+    return f"{os.fsdecode(name[: _LONGEST_STEM_BYTES - 16]).encode(errors='ignore').decode()}{digest}"
 
 
 def user_cache_folder() -> Path | None:

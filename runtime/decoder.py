@@ -185,6 +185,7 @@ class Decoder:
         as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
+        Each call starts its random numbers anew: with one seed, two calls draw the same numbers.
         """
         stop_ids = None if stop_ids is None else check_ids(stop_ids, self.config.vocab_size, "stop_ids")
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)

@@ -129,6 +129,15 @@ def test_an_interrupt_exits_with_130(monkeypatch):
     assert (result.exit_code, json.loads(result.stdout)["error"]["message"]) == (130, "interrupted")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["export", "checkpoint", "", "--force"], ["generate", "", "--prompt", "a"], ["parity", "b", "--checkpoint="]],
+)
+def test_an_empty_path_is_not_the_current_folder(command):
+    result = run(*command)
+    assert result.exit_code == 2 and "is a shell variable unset?" in " ".join(result.stderr.split())
+
+
 def test_usage_errors_exit_with_2_and_keep_stdout_clean():
     for command in (["generate"], ["generate", "bundle", "--nonsense"], ["nonsense"], ["parity", "bundle"]):
         result = run(*command)

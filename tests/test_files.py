@@ -155,3 +155,15 @@ def test_the_cache_folder_is_the_users_and_a_relative_one_is_ignored(tmp_path, m
     monkeypatch.setenv("XDG_CACHE_HOME", base)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(user_cache_folder()) == (expected or str(tmp_path / ".cache" / "lrt-deploy"))
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ä" * 120 + "n" * 10])
+def test_the_longest_names_can_be_written_and_their_leftovers_go(tmp_path, name):
+    path = tmp_path / name
+    with pytest.raises(RuntimeError), atomic_write(path) as partial:
+        left = partial.name
+        raise RuntimeError
+    (tmp_path / left).write_text("left by a killed process")
+    with atomic_write(path) as partial:
+        partial.write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]

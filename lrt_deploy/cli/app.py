@@ -22,6 +22,7 @@ from lrt_deploy.errors import LRTDeployError
 from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
 
 READER_GONE = 141
+_TEXT_OPTIONS = {"--prompt", "--system", "--stop"}  # whose value may be empty, or is refused by the verb
 _WITH_TRACEBACK = "run again with --debug for the traceback"
 _reported = False  # this command's error has been reported
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
@@ -52,6 +53,7 @@ class Commands(TyperGroup):
         json, _reported = "--json" in words, False
         output.begin()
         try:
+            _refuse_empty(words)
             code = super().main(words, prog_name, complete_var, standalone_mode=False)
         except _UsageError as error:
             # Pydantic, which checks values for typer, begins its messages with its own word.
@@ -69,6 +71,16 @@ class Commands(TyperGroup):
         if not _reported and (stopped := signals.received()) is not None:
             return report(stopped, json=json)
         return code if isinstance(code, int) else 0
+
+
+def _refuse_empty(words: Sequence[str]) -> None:
+    """Refuse an empty argument: as a path it would be the current folder, and comes from an unset shell variable."""
+    for before, word in zip(["", *words], words, strict=False):
+        name, _, value = word.partition("=")
+        empty_option = name.startswith("--") and "=" in word and not value
+        if (word == "" and before not in _TEXT_OPTIONS) or (empty_option and name not in _TEXT_OPTIONS):
+            where = f"{name} has an empty value" if empty_option else "an argument is empty"
+            raise typer.BadParameter(f"{where}; expected a path or a value (is a shell variable unset?)")
 
 
 app = typer.Typer(
