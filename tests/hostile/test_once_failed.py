@@ -492,3 +492,32 @@ def test_a_graph_that_is_refused_in_words_that_are_no_text(originals, tmp_path):
         return EQUAL, ""
 
     assert verdict_of(act, tmp_path, "prefill.windowed.onnx") == REFUSED
+
+
+@pytest.mark.parametrize("kind", ["fifo", "zero", "loop"])
+def test_a_state_that_is_no_file(kind, originals, tmp_path):
+    odd(path := tmp_path / "chat.state", kind)
+    assert (
+        verdict_of(lambda: states.loaded(path, "one.state", b"", False, originals), tmp_path, "chat.state") == REFUSED
+    )
+
+
+def test_an_unknown_field_in_a_profile_of_an_engine(originals, tmp_path):
+    import shutil
+
+    shutil.copytree(originals.folder / "engine", folder := tmp_path / "engine")
+    original = json.loads((folder / "lrt.plan.json").read_bytes())
+    fields = json.loads(json.dumps(original))
+    fields["profiles"][0]["zz"] = 1
+    (folder / "lrt.plan.json").write_bytes(data := json.dumps(fields).encode())
+    act = lambda: small_files.engine(folder / "lrt.plan", data, original, False)  # noqa: E731
+    assert verdict_of(act, tmp_path, "lrt.plan") == REFUSED
+
+
+def test_inspect_of_a_graph_with_deep_metadata(originals, tmp_path):
+    import onnx
+
+    model = onnx.ModelProto.FromString(originals.bytes_of("bundle/graphs/fp32/prefill.windowed.onnx"))
+    next(entry for entry in model.metadata_props if entry.key == "lrt_deploy.contract").value = "[" * 100_000
+    (path := tmp_path / "prefill.onnx").write_bytes(model.SerializeToString())
+    assert verdict_of(lambda: graph_kinds.inspected(path), tmp_path, "prefill.onnx") == REFUSED
