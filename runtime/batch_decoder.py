@@ -183,7 +183,7 @@ class BatchDecoder:
         """Hand out events, in one step with noting that only `rest` is left to be delivered."""
         book = self._book
         try:
-            self._book = book._replace(events=rest)
+            self._book = Book(book.submitted, book.joined, book.cancelled, book.made, rest)
             return found
         except BaseException:
             self._book = book

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from lrt_deploy.errors import LRTDeployError, NonFiniteError
-from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
+from lrt_deploy.interface import IntArray, PrefillReport
 
 from .generation import Continuation, Event
 from .prefill import PrefillRequest, way_of
+from .scoring import StepProbabilities
 from .state import DecodeState
 
 if TYPE_CHECKING:
@@ -95,11 +96,11 @@ class Lane:
     def choose(self, book: Book) -> Book:
         """Choose a token for every row whose logits are there; rows of requests that do not run are freed."""
         self.free(book.made)
-        requests = self.requests
+        requests, lengths = self.requests, self.state.row_lengths
         ready = [
             row
             for row, request in enumerate(requests)
-            if self.state.length(row) == request.continuation.read + book.made[request.number]
+            if lengths[row] == request.continuation.read + book.made[request.number]
         ]
         if not ready:
             return book
@@ -107,15 +108,20 @@ class Lane:
         tokenizer = self.decoder.tokenizer
         choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
         largest = logits[:, :choices].argmax(axis=1).tolist()
+        probabilities, capacity = StepProbabilities(logits), self.state.capacity
         made, events = dict(book.made), []
         for i, row in enumerate(ready):
-            number = requests[row].number
-            event = self._take(row, requests[row], made[number], logits[i], largest[i])
-            events.append(event)
+            request = requests[row]
+            continuation, report, number = request.continuation, request.prefill, request.number
+            assert report is not None
+            continuation.resume(made[number])
+            token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
+            event = continuation.take(token, probabilities.of(i, token), report, lengths[row] == capacity)
+            events.append(BatchEvent(number, event))
             made[number] += 1
-            if event.last:
+            if event.finish_reason is not None:
                 del made[number]
-        return book._replace(made=made, events=(*book.events, *events))
+        return Book(book.submitted, book.joined, book.cancelled, made, (*book.events, *events))
 
     def join(self, request: Request) -> None:
         """Give a request a row; raises LRTDeployError where it cannot be started."""
@@ -137,7 +143,8 @@ class Lane:
         Does nothing where a row has no token to be fed: what was to be done has been done.
         """
         while requests := self.requests:
-            tokens = [r.next_token(made.get(r.number), self.state.length(row)) for row, r in enumerate(requests)]
+            lengths = self.state.row_lengths
+            tokens = [r.next_token(made.get(r.number), n) for r, n in zip(requests, lengths, strict=True)]
             if None in tokens:
                 return
             try:
@@ -151,8 +158,9 @@ class Lane:
 
     def report(self, book: Book) -> Book:
         """End the requests that have failed while they were fed."""
-        self._failed = tuple(event for event in self._failed if event.request in book.made)
-        failed = self._failed
+        if not self._failed:
+            return book
+        self._failed = failed = tuple(event for event in self._failed if event.request in book.made)
         return book.ended({event.request for event in failed}, failed) if failed else book
 
     def feed_in_thread(self, made: Mapping[int, int], ticket: object) -> None:
@@ -170,14 +178,6 @@ class Lane:
         for row in reversed(range(len(requests))):
             if requests[row].number not in made:
                 self.state.drop(row)
-
-    def _take(self, row: int, request: Request, made: int, logits: FloatArray, largest: int) -> BatchEvent:
-        continuation, report = request.continuation, request.prefill
-        assert report is not None
-        continuation.resume(made)
-        token = largest if continuation.takes_the_largest else continuation.choose(logits)
-        full = self.state.length(row) == self.state.capacity
-        return BatchEvent(request.number, continuation.take(token, logits, report, full))
 
     def _read(self, ids: IntArray, reading: PrefillRequest) -> DecodeState:
         """Read a prompt by itself, into a state that is used again for the next."""

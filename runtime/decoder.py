@@ -261,9 +261,9 @@ class Decoder:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
-        for row, count in enumerate(more):
-            length = 0 if anew else state.length(row)
-            if length + count > state.capacity:
+        capacity, lengths = state.capacity, [0] * len(more) if anew else state.row_lengths
+        for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
+            if length + count > capacity:
                 raise StateError(
                     f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
                     f"{state.capacity}; export with a larger --max-seq-len, or start a new state"

@@ -17,7 +17,7 @@ from lrt_deploy.text_stream import TextStream
 from lrt_deploy.tokenizer import Tokenizer
 
 from .sampling import Sampler, SamplingOptions
-from .scoring import log_probability
+from .scoring import StepProbabilities
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -122,9 +122,8 @@ class Continuation:
         sampling = self.options.sampler.options
         return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
-    def take(self, token: int, logits: FloatArray, prefill: PrefillReport, full: bool) -> Event:
-        """The event of a token chosen from logits (V); `full` says that the state has no room for it."""
-        logprob = log_probability(logits, token)
+    def take(self, token: int, logprob: float, prefill: PrefillReport, full: bool) -> Event:
+        """The event of a chosen token and its log-probability; `full` says that the state has no room for it."""
         options, made = self.options, self.made + 1
         self.made = -1  # until all of it is done
         self.history.append(token)
@@ -174,7 +173,8 @@ def generate(
             decoder.catch_up(state)
             logits = state.row_logits(0)  # (V)
             full = state.length(0) == state.capacity
-            event = continuation.take(continuation.choose(logits), logits, state.prefill, full)
+            token = continuation.choose(logits)
+            event = continuation.take(token, StepProbabilities(logits[None]).of(0, token), state.prefill, full)
             reason = event.finish_reason
             yield continuation.emit(state, event, full)
     except BaseException:

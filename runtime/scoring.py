@@ -69,7 +69,13 @@ def log_probabilities(logits: FloatArray, tokens: IntArray) -> npt.NDArray[np.fl
     return chosen
 
 
-def log_probability(logits: FloatArray, token: int) -> float:
-    """The natural log-probability of one token from logits (V), to float32's precision: quick enough for every step."""
-    shifted = logits - logits.max()
-    return float(shifted[token]) - math.log(float(np.exp(shifted).sum()))
+class StepProbabilities:
+    """Natural log-probabilities after one step, from logits (B, V), to float32's precision: quick enough for a step."""
+
+    def __init__(self, logits: FloatArray) -> None:
+        self._shifted = logits - logits.max(axis=-1, keepdims=True)  # (B, V)
+        self._totals: list[float] = np.exp(self._shifted).sum(axis=-1).tolist()  # (B)
+
+    def of(self, row: int, token: int) -> float:
+        """The log-probability of a token in a row."""
+        return float(self._shifted[row, token]) - math.log(self._totals[row])

@@ -111,7 +111,13 @@ class DecodeState:
     @property
     def lengths(self) -> IntArray:
         """(B) tokens so far."""
-        return np.array([self.length(row) for row in range(self.batch)], np.int64)
+        return np.array(self.row_lengths, np.int64)
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """The tokens of each row."""
+        unfed = bool(self._now.unfed)
+        return [row.length + unfed for row in self._now.rows]
 
     def length(self, row: int) -> int:
         """Tokens of one row."""
@@ -327,7 +333,8 @@ class DecodeState:
         """
         before = self.computed()
         try:
-            self._now = before._replace(unfed=tuple(ids))
+            rows, logits, prefill, within, computed, _, _ = before
+            self._now = Content(rows, logits, prefill, within, computed, tuple(ids), None)
             return result
         except BaseException:
             self._now = before
@@ -342,12 +349,14 @@ class DecodeState:
             self.history.write_step(positions, self.buffers.latent)
             check_finite(logits, positions, self.owner)
             held = self._spare(logits)
-            rows = tuple(
-                [Row(_appended(row, token), row.length + 1, True, row.kept, row.tag)
-                 for row, token in zip(before.rows, ids.tolist(), strict=True)]
-            )  # fmt: skip
+            rows = []
+            for (tokens, length, _, kept, tag), token in zip(before.rows, ids.tolist(), strict=True):
+                # Shared with the row before, unless it already goes on otherwise.
+                longer = tokens if len(tokens) == length else tokens[:length]
+                longer.append(token)
+                rows.append(Row(longer, length + 1, True, kept, tag))
             computed = before.computed_tokens + len(rows)
-            self._now = Content(rows, held, before.prefill, before.read_within, computed, (), None)
+            self._now = Content(tuple(rows), held, before.prefill, before.read_within, computed, (), None)
             return held[: len(rows)].copy() if give else held
         except BaseException:
             self._now = before
@@ -553,13 +562,6 @@ def _described(arrays: Mapping[str, NDArray[Any]], tag: object = None) -> Row:
     """The row that `export_row` gave."""
     kept = {int(name.removeprefix("kept.")): array for name, array in arrays.items() if name.startswith("kept.")}
     return _row(arrays["tokens"].tolist(), kept, "logits" in arrays)._replace(tag=tag)
-
-
-def _appended(row: Row, token: int) -> list[int]:
-    """The tokens of a row and one more. The list is shared with the row unless it already goes on otherwise."""
-    tokens = row.tokens if len(row.tokens) == row.length else row.tokens[: row.length]
-    tokens.append(token)
-    return tokens
 
 
 def _kept_until(kept: Mapping[int, FloatArray], length: int) -> Mapping[int, FloatArray]:

@@ -247,6 +247,7 @@ OPERATIONS = {
     "drop": lambda d, s: s.drop(0),
     "put": lambda d, s: s.put(0, d.kept),
     "adopt": lambda d, s: d.other.adopt(s),
+    "score": lambda d, s: d.score([row[:4] for row in s.tokens]),
 }
 RECOMPUTED = {"rewind", "rewind to nothing"}  # what the state would compute anyway is not part of what it is
 
