@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# A shell ignores SIGINT in what it starts in the background, and the processes that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Matrices here are small: torch's second thread costs more than it brings, and much more on a busy machine.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
