@@ -129,9 +129,11 @@ def summary(report: dict[str, Any]) -> str:
     """One line for people."""
     prefill, tpot = report["prefill"], report["tpot_ms"]
     pace = f", then {tpot:.2f} ms a token" if tpot else ""
+    plural = "" if report["prompt_tokens"] == 1 else "s"
     reused = f", {prefill['reused_tokens']} reused" if prefill.get("reused_tokens") else ""
     return (
-        f"{report['prompt_tokens']} prompt token(s) ({prefill['policy']}, {prefill['passes']:.3g} passes{reused}), "
+        f"{report['prompt_tokens']} prompt token{plural} ({prefill['policy']}, "
+        f"{prefill['passes']:.3g} passes{reused}), "
         f"{len(report['tokens'])} new ({report['finish_reason']}); first after {report['ttft_ms']:.1f} ms{pace}; "
         f"{report['backend']}, {report['precision']}"
     )
