@@ -137,12 +137,14 @@ class Decoder:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
         check_is(state, DecodeState, "state")
         ids = check_tokens(tokens, self.config.vocab_size, state.batch)
-        self._check(state, [1] * state.batch)
+        if state.origin.backend is not self._backend or not state.has_room:
+            self._check(state, [1] * state.batch)  # says what is wrong
         return state.advance(ids, give=True)
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
         """`step` for ids (B) that were checked, or chosen by this decoder."""
-        self._check(state, [1] * state.batch)
+        if state.origin.backend is not self._backend or not state.has_room:
+            self._check(state, [1] * state.batch)  # says what is wrong
         state.advance(ids)
 
     def catch_up(self, state: DecodeState) -> None:

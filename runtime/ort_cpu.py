@@ -188,7 +188,8 @@ class OrtCpuBuffers:
         """Run one token for each of the first rows; bindings are kept per number of rows."""
         listed = positions.tolist()  # a few whole numbers: quicker to compare than by numpy
         end = max(listed) + 1
-        self._make_room(end)
+        if end > self._bound.room or self._growing:
+            self._make_room(end)
         call = self._decode_call(len(listed), head, self._turn)
         call.ids[:, 0] = tokens
         call.positions[:, 0] = positions
@@ -340,4 +341,4 @@ def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
 
 
 def _as_float32(array: NDArray[Any]) -> FloatArray:
-    return array.astype(np.float32, copy=False)
+    return array if array.dtype == np.float32 else array.astype(np.float32)

@@ -67,6 +67,7 @@ class Undo(NamedTuple):
     saved: tuple[tuple[int, int, SlotArrays, FloatArray], ...]  # row, first slot, its cache entries, its latents
 
 
+_new = tuple.__new__  # of a named tuple, without the call that sorts arguments: a step makes several
 _NOTHING_KEPT: Mapping[int, FloatArray] = MappingProxyType({})
 
 
@@ -112,6 +113,12 @@ class DecodeState:
     def lengths(self) -> IntArray:
         """(B) tokens so far."""
         return np.array(self.row_lengths, np.int64)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether there are rows, and one more token fits each."""
+        now = self._now
+        return bool(now.rows) and max([row[1] for row in now.rows]) + bool(now.unfed) < self.buffers.capacity
 
     @property
     def row_lengths(self) -> list[int]:
@@ -324,7 +331,10 @@ class DecodeState:
 
         Returns the logits (B, V), a copy if `give`, otherwise an array that later steps overwrite.
         """
-        return self._feed(self.computed(), ids, give)
+        now = self._now
+        if now.unfed or now.due is not None or (self._undo is not None and self._undo[0] is now):
+            now = self.computed()
+        return self._feed(now, ids, give)
 
     def defer(self, ids: Sequence[int], result: _Result) -> _Result:
         """Append one token to each row (B), which is fed when something that follows from it is asked for.
@@ -341,23 +351,24 @@ class DecodeState:
             raise
 
     def _feed(self, before: Content, ids: IntArray, give: bool = False) -> FloatArray:
-        self._undo = Undo(before, 1, ())
+        self._undo = _new(Undo, (before, 1, ()))
         try:
-            positions = np.array([row.length for row in before.rows], np.int64)  # (B)
-            logits = self.buffers.decode(ids, positions, head=True)
-            assert logits is not None
+            old, logits, prefill, within, computed, _, _ = before
+            positions = np.array([row[1] for row in old], np.int64)  # (B)
+            found = self.buffers.decode(ids, positions, head=True)
+            assert found is not None
             self.history.write_step(positions, self.buffers.latent)
-            check_finite(logits, positions, self.owner)
-            held = self._spare(logits)
+            check_finite(found, positions, self.origin.backend)
+            held = self._logits[logits is self._logits[0]]
+            held[: len(old)] = found
             rows = []
-            for (tokens, length, _, kept, tag), token in zip(before.rows, ids.tolist(), strict=True):
+            for (tokens, length, _, kept, tag), token in zip(old, ids.tolist(), strict=True):
                 # Shared with the row before, unless it already goes on otherwise.
                 longer = tokens if len(tokens) == length else tokens[:length]
                 longer.append(token)
-                rows.append(Row(longer, length + 1, True, kept, tag))
-            computed = before.computed_tokens + len(rows)
-            self._now = Content(tuple(rows), held, before.prefill, before.read_within, computed, (), None)
-            return held[: len(rows)].copy() if give else held
+                rows.append(_new(Row, (longer, length + 1, True, kept, tag)))
+            self._now = _new(Content, (tuple(rows), held, prefill, within, computed + len(old), (), None))
+            return held[: len(old)].copy() if give else held
         except BaseException:
             self._now = before
             raise
