@@ -22,7 +22,7 @@ from lrt_deploy.errors import LRTDeployError
 from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
 
 READER_GONE = 141
-_TEXT_OPTIONS = {"--prompt", "--system", "--stop"}  # whose value may be empty, or is refused by the verb
+_TEXT_OPTIONS = {"--prompt", "--system", "--stop", "--tokens"}  # whose value may be empty, or is refused by the verb
 _WITH_TRACEBACK = "run again with --debug for the traceback"
 _reported = False  # this command's error has been reported
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
@@ -57,12 +57,12 @@ class Commands(TyperGroup):
             code = super().main(words, prog_name, complete_var, standalone_mode=False)
         except _UsageError as error:
             # Pydantic, which checks values for typer, begins its messages with its own word.
-            message = error.format_message().replace("Value error, ", "")
+            error.message = error.message.replace("Value error, ", "")
+            message = error.format_message()
             if json:
                 output.failure("UsageError", message)
                 output.say(f"error: {message}")
             else:
-                error.message = message
                 error.show()
             return int(error.exit_code)
         except Exception as error:
