@@ -23,10 +23,12 @@ def test_after_a_kill_and_on_a_full_disk_the_old_or_the_new_is_there_and_leftove
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads(run.stdout)
     assert [name for name in report if name in OPERATIONS] == OPERATIONS and report["faults"] == 0
-    for found in (report[name] for name in OPERATIONS if not isinstance(report[name], str)):
-        assert found["kills"]["killed"] == 10
-        assert found["file limit"]["raised"] > 0
-        assert "skipped" in found["full disk"] or found["full disk"]["raised"] > 0
+    done = [report[name] for name in OPERATIONS if not isinstance(report[name], str)]
+    assert all(found["kills"]["killed"] == 10 for found in done)
+    # How much room is left is drawn: ten tries of one operation may all succeed, but not those of all operations.
+    for what in ("file limit", "full disk"):
+        tried = [found[what] for found in done if "skipped" not in found[what]]
+        assert not tried or sum(found.get("raised", 0) for found in tried) > 0
 
 
 def write_badly(folder):
