@@ -28,6 +28,7 @@ NAMES = (
     "ONNX",
     "onnx",
     "not finite",
+    "capacity",
 )
 
 
