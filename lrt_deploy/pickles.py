@@ -10,22 +10,20 @@ less than Python's pickle does (no lists, sets, numbers as keys, protocols 0 and
 
 from __future__ import annotations
 
-import pickletools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 from .errors import CheckpointError
 from .files import read_bytes
+from .pickle_machine import Machine, type_name
 
 # Bounds for memory and time, 15 and 2 times what the largest public vocabulary (200 thousand tokens) needs.
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_OPCODES = 2_000_000
 PROTOCOLS = range(2, 6)
 STATE_KEYS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -60,13 +58,6 @@ class _Object:
     state: object = None
 
 
-class _Mark:
-    """The start of a run of stack items."""
-
-
-_MARK = _Mark()
-
-
 def read_encoding(path: Path) -> EncodingData:
     """The data of the tiktoken `Encoding` pickled in the file `path`; nothing in the file can run."""
     return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, MAX_FILE_BYTES), str(path))
@@ -80,7 +71,7 @@ def parse_encoding(data: bytes, source: str) -> EncodingData:
             "training code writes protocol 4. Take the tokenizer.pkl that training wrote"
         )
     try:
-        return _validated(_Machine(data, source).run(), source)
+        return _validated(_Machine(data, source, MAX_OPCODES).run(), source)
     except CheckpointError:
         raise
     except Exception as error:  # the opcode reader raises many types on damaged files; all mean the same here
@@ -88,72 +79,26 @@ def parse_encoding(data: bytes, source: str) -> EncodingData:
         raise CheckpointError(f"{source} is not a readable pickle ({text}); it is cut off or damaged") from error
 
 
-class _Machine:
-    """The stack and the memo. Dict keys are strings or bytes only, so that no hash can be made slow or to collide."""
+class _Machine(Machine):
+    """Dict keys are strings or bytes only, so that no hash can be made slow or to collide."""
 
-    def __init__(self, data: bytes, source: str) -> None:
-        self.stack: list[object] = []
-        self._data = data
-        self._source = source
-        self._memo: dict[int, object] = {}
+    too_many = "; no tokenizer needs so many"
+    no_other = "instruction {}, which no pickled tiktoken Encoding contains"
+    its_end = "its end"
+
+    def __init__(self, data: bytes, source: str, most_instructions: int) -> None:
+        super().__init__(data, source, most_instructions)
         self._encodable_chars = len(data)  # an honest file spells out every text that it encodes
-
-    def run(self) -> object:
-        """Interpret to STOP; the one object left on the stack."""
-        end = 0
-        for count, (opcode, arg, position) in enumerate(pickletools.genops(self._data)):
-            if count >= MAX_OPCODES:
-                self._refuse(f"has more than {MAX_OPCODES} instructions; no tokenizer needs so many")
-            if opcode.name in _LITERALS:
-                self.stack.append(_LITERALS[opcode.name](arg))
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, arg)
-            elif opcode.name not in _IGNORED:
-                self._refuse(f"holds the instruction {opcode.name}, which no pickled tiktoken Encoding contains")
-            end = (position or 0) + 1
-        if trailing := len(self._data) - end:
-            self._refuse(f"has {trailing} bytes after its end")
-        result = self._pop(object)
-        if self.stack:
-            self._refuse(f"leaves {len(self.stack)} unused items behind")
-        return result
-
-    def put(self, index: int | None) -> None:
-        """Remember the top of the stack, under the next free number if given none."""
-        item = self._pop(object)
-        self.stack.append(item)
-        self._memo[len(self._memo) if index is None else index] = item
-
-    def get(self, index: int) -> None:
-        """Push what was remembered."""
-        if index not in self._memo:
-            self._refuse(f"refers to item {index} of its memo, which it never stored")
-        self.stack.append(self._memo[index])
-
-    def take(self, count: int | None) -> tuple[object, ...]:
-        """The topmost items in the order in which they were pushed: so many, or all since the last mark."""
-        items: list[object] = []
-        while len(items) != count:
-            if not self.stack:
-                self._refuse("takes more items from its stack than there are")
-            item = self.stack.pop()
-            if item is not _MARK:
-                items.append(item)
-            elif count is None:
-                break
-            else:
-                self._refuse("takes a mark for an item")
-        return tuple(reversed(items))
 
     def set_items(self, items: tuple[object, ...]) -> None:
         """Put keys and values, in turns, into the dict below them."""
-        target = self._pop(dict)
+        target = self.pop(dict)
         self.stack.append(target)
         if len(items) % 2:
-            self._refuse("has a dict key without a value")
+            self.refuse("has a dict key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) not in (str, bytes):
-                self._refuse(f"has a dict key of type {_type_name(key)}; only str and bytes belong there")
+                self.refuse(f"has a dict key of type {type_name(key)}; only str and bytes belong there")
             target[key] = value
 
     def push_global(self, module: str, name: str) -> None:
@@ -161,83 +106,48 @@ class _Machine:
         found = _Global(module, name)
         if found not in _ALLOWED:
             allowed = " and ".join(map(str, _ALLOWED))
-            self._refuse(f"names the global {found}, which could run code when unpickled; allowed are only {allowed}")
+            self.refuse(f"names the global {found}, which could run code when unpickled; allowed are only {allowed}")
         self.stack.append(found)
-
-    def push_named_global(self) -> None:
-        """As `push_global`, with the names on the stack."""
-        name, module = self._pop(str), self._pop(str)
-        self.push_global(module, name)
 
     def new_object(self) -> None:
         """Begin an `Encoding`, which takes no arguments here."""
-        arguments, kind = self._pop(tuple), self._pop(_Global)
+        arguments, kind = self.pop(tuple), self.pop(_Global)
         if kind != _ENCODING or arguments:
-            self._refuse(f"builds {kind} from {len(arguments)} arguments; only {_ENCODING} from none is allowed")
+            self.refuse(f"builds {kind} from {len(arguments)} arguments; only {_ENCODING} from none is allowed")
         self.stack.append(_Object())
 
     def bytes_literal(self) -> None:
         """Turn a text into the bytes that protocol 2 means by it."""
-        arguments, function = self._pop(tuple), self._pop(_Global)
+        arguments, function = self.pop(tuple), self.pop(_Global)
         if function != _ENCODE or len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] != "latin1":
-            self._refuse(f"calls {function}; only {_ENCODE} with a text and 'latin1' is known (a bytes literal)")
+            self.refuse(f"calls {function}; only {_ENCODE} with a text and 'latin1' is known (a bytes literal)")
         self._encodable_chars -= len(arguments[0])
         if self._encodable_chars < 0:
-            self._refuse("encodes the same text again and again")
+            self.refuse("encodes the same text again and again")
         self.stack.append(arguments[0].encode("latin1"))
 
     def build(self) -> None:
         """Give the `Encoding` its state, once."""
-        state, target = self._pop(object), self._pop(_Object)
+        state, target = self.pop(object), self.pop(_Object)
         if target.state is not None:
-            self._refuse("sets the state of one object twice")
+            self.refuse("sets the state of one object twice")
         target.state = state
         self.stack.append(target)
 
-    def _pop(self, kind: type[_T]) -> _T:
-        """Take the top of the stack, which must be of exactly this type (`object`: of any)."""
-        (item,) = self.take(1)
-        if kind is not object and type(item) is not kind:
-            self._refuse(f"has a {_type_name(item)} where a {kind.__name__.strip('_')} belongs")
-        return item  # type: ignore[return-value]
-
-    def _refuse(self, what: str) -> NoReturn:
+    def refuse(self, what: str) -> NoReturn:
         raise CheckpointError(
-            f"{self._source} {what}. Expected nothing but a pickled tiktoken Encoding, as the authors' training code "
+            f"{self.source} {what}. Expected nothing but a pickled tiktoken Encoding, as the authors' training code "
             "writes it; do not open this file with pickle"
         )
 
 
-def _type_name(item: object) -> str:
-    return type(item).__name__.strip("_")
-
-
-_IGNORED = {"PROTO", "FRAME", "STOP"}
 _AS_READ = (
-    *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 )
-_LITERALS: dict[str, Callable[[object], object]] = {
-    **dict.fromkeys(_AS_READ, lambda arg: arg),
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_TUPLE": lambda _: (),
-    "EMPTY_DICT": lambda _: {},
-    "MARK": lambda _: _MARK,
-}
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
-    "TUPLE": lambda machine, _: machine.stack.append(machine.take(None)),
-    "TUPLE1": lambda machine, _: machine.stack.append(machine.take(1)),
-    "TUPLE2": lambda machine, _: machine.stack.append(machine.take(2)),
-    "TUPLE3": lambda machine, _: machine.stack.append(machine.take(3)),
-    "SETITEM": lambda machine, _: machine.set_items(machine.take(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.take(None)),
-    "GLOBAL": lambda machine, arg: machine.push_global(*arg.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.push_named_global(),
+_Machine.literals = {**Machine.literals, **dict.fromkeys(_AS_READ, lambda arg: arg)}
+_Machine.actions = {
+    **Machine.actions,
     "NEWOBJ": lambda machine, _: machine.new_object(),
     "REDUCE": lambda machine, _: machine.bytes_literal(),
     "BUILD": lambda machine, _: machine.build(),
@@ -252,7 +162,7 @@ def _validated(result: object, source: str) -> EncodingData:
             "the tokens. Write the tokens out: a tokenizer.json for this folder, or an Encoding of a name of your own"
         )
     if not isinstance(state, dict) or set(state) != set(STATE_KEYS):
-        found = "other keys" if isinstance(state, dict) else f"only the type {_type_name(state or result)}"
+        found = "other keys" if isinstance(state, dict) else f"only the type {type_name(state or result)}"
         raise CheckpointError(f"{source} holds {found}; a tiktoken Encoding has {', '.join(STATE_KEYS)}")
     problems = [*_text_problems(state), *_table_problems(state, "mergeable_ranks", bytes)]
     problems += _table_problems(state, "special_tokens", str)
@@ -264,19 +174,19 @@ def _validated(result: object, source: str) -> EncodingData:
 def _text_problems(state: dict[str, Any]) -> Iterator[str]:
     for key in ("name", "pat_str"):
         if not _is_text(state[key]):
-            yield f"{key} is a {_type_name(state[key])}, expected valid Unicode text"
+            yield f"{key} is a {type_name(state[key])}, expected valid Unicode text"
 
 
 def _table_problems(state: dict[str, Any], key: str, kind: type) -> Iterator[str]:
     table = state[key]
     if type(table) is not dict:
-        yield f"{key} is a {_type_name(table)}, expected a dict"
+        yield f"{key} is a {type_name(table)}, expected a dict"
         return
     for token, rank in table.items():
         if type(token) is not kind or (kind is str and not _is_text(token)):
             yield f"{key} has the token {token[:100]!a}, expected {kind.__name__}"
         if type(rank) is not int or not 0 <= rank < 2**31:
-            shown = str(rank) if type(rank) is int else f"of type {_type_name(rank)}"
+            shown = str(rank) if type(rank) is int else f"of type {type_name(rank)}"
             yield f"{key}[{token[:100]!a}] is {shown}, expected a whole number from 0 to 2**31 - 1"
 
 

@@ -11,12 +11,11 @@ Knows the description only: where a tensor's bytes lie and how they are read is 
 from __future__ import annotations
 
 import math
-import pickletools
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn
 
 from .errors import CheckpointError
+from .pickle_machine import Machine, type_name
 
 MAX_PICKLE_BYTES = 2 * 1024 * 1024
 MAX_OPCODES = 1_000_000
@@ -39,8 +38,6 @@ STORAGES = {
     "ComplexFloatStorage": ("complex64", 8),
     "ComplexDoubleStorage": ("complex128", 16),
 }
-
-_T = TypeVar("_T")
 
 
 class Storage(NamedTuple):
@@ -87,13 +84,6 @@ class _Ordered(dict[str, object]):
     """An OrderedDict, whose attributes (`_metadata` of a state dict) BUILD may set; they are dropped."""
 
 
-class _Mark:
-    """The start of a run of stack items."""
-
-
-_MARK = _Mark()
-
-
 def parse_tensors(data: bytes, source: str) -> dict[str, TensorDescription]:
     """Interpret the pickle of a state dict: a description of each tensor, by name.
 
@@ -102,7 +92,7 @@ def parse_tensors(data: bytes, source: str) -> dict[str, TensorDescription]:
     content = _parse(data, source)
     if not isinstance(content, dict) or not all(isinstance(value, TensorDescription) for value in content.values()):
         kinds = {type(value).__name__.strip("_") for value in content.values()} if isinstance(content, dict) else set()
-        found = f"a dict with values of type {', '.join(sorted(kinds))}" if kinds else _type_name(content)
+        found = f"a dict with values of type {', '.join(sorted(kinds))}" if kinds else type_name(content)
         raise CheckpointError(f"{source} does not hold a state dict (tensors by name), but {found}")
     return content
 
@@ -111,7 +101,7 @@ def _parse(data: bytes, source: str) -> object:
     if len(data) > MAX_PICKLE_BYTES:
         raise CheckpointError(f"{source} describes its tensors in {len(data)} bytes; at most {MAX_PICKLE_BYTES} do it")
     try:
-        return _Machine(data, source).run()
+        return _Machine(data, source, MAX_OPCODES).run()
     except CheckpointError:
         raise
     except Exception as error:  # the opcode reader raises many types on damaged files; all mean the same here
@@ -119,67 +109,18 @@ def _parse(data: bytes, source: str) -> object:
         raise CheckpointError(f"{source} is damaged: its list of tensors is not a readable pickle ({text})") from error
 
 
-class _Machine:
-    """The stack and the memo. Dict keys are text only, so that no hash can be made slow."""
+class _Machine(Machine):
+    """Dict keys are text only, so that no hash can be made slow."""
 
-    def __init__(self, data: bytes, source: str) -> None:
-        self.stack: list[object] = []
-        self._data = data
-        self._source = source
-        self._memo: dict[int, object] = {}
-
-    def run(self) -> object:
-        """Interpret to STOP; the one object left on the stack."""
-        end = 0
-        for count, (opcode, arg, position) in enumerate(pickletools.genops(self._data)):
-            if count >= MAX_OPCODES:
-                self.refuse(f"has more than {MAX_OPCODES} instructions in its list of tensors")
-            if opcode.name in _LITERALS:
-                self.stack.append(_LITERALS[opcode.name](arg))
-            elif opcode.name in _ACTIONS:
-                _ACTIONS[opcode.name](self, arg)
-            elif opcode.name not in _IGNORED:
-                self.refuse(f"holds the pickle instruction {opcode.name}, which no state dict contains")
-            end = (position or 0) + 1
-        if trailing := len(self._data) - end:
-            self.refuse(f"has {trailing} bytes after the end of its list of tensors")
-        result = self.pop(object)
-        if self.stack:
-            self.refuse(f"leaves {len(self.stack)} unused items behind")
-        return result
+    too_many = " in its list of tensors"
+    no_other = "pickle instruction {}, which no state dict contains"
+    its_end = "the end of its list of tensors"
 
     def text(self, value: str) -> None:
         """Push a text, which is a name and so not long."""
         if len(value) > MAX_TEXT:
             self.refuse(f"holds a name of {len(value)} characters; at most {MAX_TEXT} are accepted")
         self.stack.append(value)
-
-    def put(self, index: int | None) -> None:
-        """Remember the top of the stack, under the next free number if given none."""
-        item = self.pop(object)
-        self.stack.append(item)
-        self._memo[len(self._memo) if index is None else index] = item
-
-    def get(self, index: int) -> None:
-        """Push what was remembered."""
-        if index not in self._memo:
-            self.refuse(f"refers to item {index} of its memo, which it never stored")
-        self.stack.append(self._memo[index])
-
-    def take(self, count: int | None) -> tuple[object, ...]:
-        """The topmost items in the order in which they were pushed: so many, or all since the last mark."""
-        items: list[object] = []
-        while len(items) != count:
-            if not self.stack:
-                self.refuse("takes more items from its stack than there are")
-            item = self.stack.pop()
-            if item is not _MARK:
-                items.append(item)
-            elif count is None:
-                break
-            else:
-                self.refuse("takes a mark for an item")
-        return tuple(reversed(items))
 
     def set_items(self, items: tuple[object, ...]) -> None:
         """Put keys and values, in turns, into the dict below them."""
@@ -188,7 +129,7 @@ class _Machine:
             self.refuse("sets items of what is no dict, or a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
             if type(key) is not str:
-                self.refuse(f"does not hold a state dict: it has a key of type {_type_name(key)} and not a name")
+                self.refuse(f"does not hold a state dict: it has a key of type {type_name(key)} and not a name")
             if key in target:
                 self.refuse(f"holds two values for the name {key!a}")
             target[key] = value
@@ -205,11 +146,6 @@ class _Machine:
                 f"names {found}{where}, and dense tensors need only {', '.join(map(str, _CALLED))} and storages"
             )
         self.stack.append(found)
-
-    def push_named_global(self) -> None:
-        """As `push_global`, with the names on the stack."""
-        name, module = self.pop(str), self.pop(str)
-        self.push_global(module, name)
 
     def persistent(self) -> None:
         """Replace the description of a storage, as `torch.save` writes it, by the storage."""
@@ -232,14 +168,14 @@ class _Machine:
         elif function == _PARAMETER and len(arguments) == 3 and type(arguments[0]) is TensorDescription:
             self.stack.append(arguments[0])
         else:
-            kinds = ", ".join(map(_type_name, arguments))
+            kinds = ", ".join(map(type_name, arguments))
             self.refuse(f"calls {function} with ({kinds}), which builds no dense tensor from stored numbers")
 
     def _tensor(self, arguments: tuple[object, ...]) -> TensorDescription:
         """Check the arguments of `_rebuild_tensor_v2`: storage, offset, shape, strides, gradient flag, hooks."""
         kinds = tuple(map(type, arguments))
         if kinds[:6] != (Storage, int, tuple, tuple, bool, _Ordered) or arguments[6:] not in ((), (None,)):
-            self.refuse(f"describes a tensor by ({', '.join(map(_type_name, arguments))})")
+            self.refuse(f"describes a tensor by ({', '.join(map(type_name, arguments))})")
         storage, offset, shape, strides = arguments[:4]
         assert isinstance(storage, Storage)
         assert isinstance(shape, tuple)
@@ -263,16 +199,9 @@ class _Machine:
             self.refuse("sets attributes other than _metadata on a state dict")
         self.stack.append(target)
 
-    def pop(self, kind: type[_T]) -> _T:
-        """Take the top of the stack, which must be of this type."""
-        (item,) = self.take(1)
-        if not isinstance(item, kind):
-            self.refuse(f"has a {_type_name(item)} where a {kind.__name__.strip('_')} belongs")
-        return item
-
     def refuse(self, what: str) -> NoReturn:
         raise CheckpointError(
-            f"{self._source} was refused: it {what}. A state dict of tensors needs no code; nothing in it was run"
+            f"{self.source} was refused: it {what}. A state dict of tensors needs no code; nothing in it was run"
         )
 
 
@@ -290,32 +219,9 @@ def _is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return True
 
 
-def _type_name(item: object) -> str:
-    return type(item).__name__.strip("_")
-
-
-_IGNORED = {"PROTO", "FRAME", "STOP"}
-_LITERALS: dict[str, Callable[[Any], object]] = {
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1"), lambda arg: arg),
-    "NONE": lambda _: None,
-    "NEWTRUE": lambda _: True,
-    "NEWFALSE": lambda _: False,
-    "EMPTY_TUPLE": lambda _: (),
-    "EMPTY_DICT": lambda _: {},
-    "MARK": lambda _: _MARK,
-}
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+_Machine.actions = {
+    **Machine.actions,
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"), _Machine.text),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), _Machine.get),
-    "TUPLE": lambda machine, _: machine.stack.append(machine.take(None)),
-    "TUPLE1": lambda machine, _: machine.stack.append(machine.take(1)),
-    "TUPLE2": lambda machine, _: machine.stack.append(machine.take(2)),
-    "TUPLE3": lambda machine, _: machine.stack.append(machine.take(3)),
-    "SETITEM": lambda machine, _: machine.set_items(machine.take(2)),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.take(None)),
-    "GLOBAL": lambda machine, arg: machine.push_global(*arg.split(" ", 1)),
-    "STACK_GLOBAL": lambda machine, _: machine.push_named_global(),
     "BINPERSID": lambda machine, _: machine.persistent(),
     "REDUCE": lambda machine, _: machine.call(),
     "BUILD": lambda machine, _: machine.build(),
