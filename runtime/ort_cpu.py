@@ -31,7 +31,7 @@ from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
 from .huge_pages import Moved, in_huge_pages
 from .ort_contract import check_session
-from .ort_errors import ORT_ERRORS, is_foreign
+from .ort_errors import ORT_ERRORS, raise_backend_error
 from .ort_quantized import quantized_entries
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
@@ -75,9 +75,7 @@ class OrtCpuBackend:
                     str(graph), options, providers=["CPUExecutionProvider"], enable_fallback=0
                 )
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph}: {error}") from error
+            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open {graph}")
         check_session(self.session, graph, manifest, precision, "windowed")
         self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
         if moved.bytes:
@@ -265,9 +263,7 @@ class OrtCpuBuffers:
         try:
             self._session.run_with_iobinding(call.binding)
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime failed: {error}") from error
+            raise_backend_error(error, "ONNX Runtime failed")
 
     def _decode_call(self, rows: int, head: bool, turn: int) -> _Call:
         """One token for each of the first `rows` rows, from the latent `turn` to the other one."""

@@ -30,7 +30,7 @@ from .device_buffers import DeviceBuffers
 from .device_steps import PrefillStep, Setup
 from .host_tables import HostTables
 from .ort_contract import check_session
-from .ort_errors import ORT_ERRORS, is_foreign
+from .ort_errors import ORT_ERRORS, raise_backend_error
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -145,9 +145,7 @@ class OrtContext:
         try:
             self._runner.session.run_with_iobinding(self._bindings[key])
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime failed on {self._runner.kind}: {error}") from error
+            raise_backend_error(error, f"ONNX Runtime failed on {self._runner.kind}")
 
     def _bound(self) -> Any:  # noqa: ANN401 - onnxruntime is untyped
         runner, binding = self._runner, self._runner.session.io_binding()
@@ -173,9 +171,7 @@ def open_session(graph: Path, kind: str, stream: int) -> Any:  # noqa: ANN401 - 
     try:
         session = ort.InferenceSession(str(graph), options, providers=[(provider, settings)], enable_fallback=0)
     except ORT_ERRORS as error:
-        if is_foreign(error):
-            raise
-        raise BackendError(f"ONNX Runtime {ort.__version__} cannot open {graph} with {provider}: {error}") from error
+        raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open {graph} with {provider}")
     if session.get_providers()[0] != provider:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} could not load {provider} and would run on {session.get_providers()[0]}; "

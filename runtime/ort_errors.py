@@ -6,7 +6,11 @@ handler of the caller raised, surfaces in the same line as they do and must pass
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from onnxruntime.capi import onnxruntime_pybind11_state as _native
+
+from lrt_deploy.errors import BackendError
 
 # RuntimeError is what its bindings make of C++ exceptions that have no type of their own, ValueError and IndexError of
 # two of the standard library's. UnicodeDecodeError: a message that quotes a damaged graph and is no text.
@@ -16,6 +20,11 @@ ORT_ERRORS: tuple[type[Exception], ...] = (
 )
 
 
-def is_foreign(error: Exception) -> bool:
-    """Whether what `ORT_ERRORS` has caught is of a type of the caller's own: it must be raised as it is."""
-    return type(error) not in ORT_ERRORS
+def raise_backend_error(error: Exception, what: str) -> NoReturn:
+    """Raise BackendError, which begins with `what`, for an error that `ORT_ERRORS` has caught.
+
+    An error whose type is the caller's own, derived from one of these, is raised as it is.
+    """
+    if type(error) not in ORT_ERRORS:
+        raise error
+    raise BackendError(f"{what}: {error}") from error

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from lrt_deploy import contract
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray
 
 from .host_tables import HostTables, RowArrays
-from .ort_errors import ORT_ERRORS, is_foreign
+from .ort_errors import ORT_ERRORS, raise_backend_error
 
 _LOG_ERRORS = 3
 BLOCK_TOKENS = 128
@@ -38,9 +37,7 @@ class OrtExact:
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot open the graph in float32: {error}") from error
+            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph in float32")
         self._inputs = {value.name for value in self._session.get_inputs()}
         state = [pair.present for pair in contract.state_pairs(config) if pair.in_place]
         self._outputs = ["logits", *(["present_latent"] if config.memory else []), *state]
@@ -61,9 +58,7 @@ class OrtExact:
             try:
                 found = self._session.run(self._outputs, {k: v for k, v in feed.items() if k in self._inputs})
             except ORT_ERRORS as error:
-                if is_foreign(error):
-                    raise
-                raise BackendError(f"ONNX Runtime failed on the graph in float32: {error}") from error
+                raise_backend_error(error, "ONNX Runtime failed on the graph in float32")
             logits[start:end] = found[0][0]
             if config.memory:
                 after[start:end] = found[1][0]

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 
 from lrt_deploy import contract, stages
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import BackendError
 from lrt_deploy.interface import FloatArray
 from lrt_deploy.stages import StepInput
 
 from .host_tables import HostTables, RowArrays
-from .ort_errors import ORT_ERRORS, is_foreign
+from .ort_errors import ORT_ERRORS, raise_backend_error
 
 _LOG_ERRORS = 3
 _DTYPES: dict[str, Any] = {
@@ -52,9 +51,7 @@ class OrtProbe:
         try:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime {ort.__version__} cannot open the graph with probes: {error}") from error
+            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph with probes")
         self._inputs = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
         wanted = {*stages.in_order(config)}
         self._outputs = [value.name for value in self._session.get_outputs() if value.name in wanted]
@@ -66,9 +63,7 @@ class OrtProbe:
         try:
             found = self._session.run(self._outputs, feed)
         except ORT_ERRORS as error:
-            if is_foreign(error):
-                raise
-            raise BackendError(f"ONNX Runtime failed on the graph with probes: {error}") from error
+            raise_backend_error(error, "ONNX Runtime failed on the graph with probes")
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, found, strict=True)}
 
     def _feed(self, step: StepInput) -> dict[str, NDArray[Any]]:
