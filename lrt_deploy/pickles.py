@@ -58,9 +58,10 @@ class _Object:
     state: object = None
 
 
-def read_encoding(path: Path) -> EncodingData:
-    """The data of the tiktoken `Encoding` pickled in the file `path`; nothing in the file can run."""
-    return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, MAX_FILE_BYTES), str(path))
+def read_encoding(path: Path, limit: int | None = None) -> EncodingData:
+    """Read the tiktoken `Encoding` pickled in a file of at most `limit` bytes (None: `MAX_FILE_BYTES`); run nothing."""
+    limit = MAX_FILE_BYTES if limit is None else limit
+    return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit), str(path))
 
 
 def parse_encoding(data: bytes, source: str) -> EncodingData:

@@ -22,8 +22,8 @@ from .byte_pairs import BytePairs, as_chars
 from .chat_form import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
 from .errors import BundleError, CheckpointError, InputError
 from .fields import shown
-from .files import read_bytes, read_json, read_text
-from .pickles import parse_encoding
+from .files import read_json, read_text
+from .pickles import MAX_FILE_BYTES, read_encoding
 from .split_patterns import Splitter
 from .tokenizer_file import Vocabulary
 
@@ -32,7 +32,7 @@ TOKENIZER_FILE = "tokenizer.json"
 BYTE_LENGTHS_FILE = "token_bytes.json"
 
 # A token takes about 20 bytes of a pickle and 200 of an indented tokenizer.json with its merges.
-_FILE_BYTES, _TOKEN_FILE_BYTES, _MAX_FILE_BYTES = 2**20, 1024, 2**26
+_FILE_BYTES, _TOKEN_FILE_BYTES = 2**20, 1024
 # Pieces whose tokens are remembered: most text is made of few words.
 _CACHED_PIECES, _CACHED_LENGTH = 2**15, 32
 
@@ -68,8 +68,7 @@ def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
         text = read_text(path, "the tokenizer", CheckpointError, limit)
         vocabulary = tokenizer_file.from_json(text, str(path), vocab_size)
     elif path.suffix == ".pkl":
-        encoding = parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit), str(path))
-        vocabulary = tokenizer_file.from_encoding(encoding, str(path), vocab_size)
+        vocabulary = tokenizer_file.from_encoding(read_encoding(path, limit), str(path), vocab_size)
     else:
         raise CheckpointError(f"{path} is neither a folder nor a file whose name ends in .pkl or .json")
     lengths = token_byte_lengths(vocabulary.tokens, vocabulary.special.values())
@@ -77,7 +76,7 @@ def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
 
 
 def _size_limit(tokens: int) -> int:
-    return min(_FILE_BYTES + _TOKEN_FILE_BYTES * tokens, _MAX_FILE_BYTES)
+    return min(_FILE_BYTES + _TOKEN_FILE_BYTES * tokens, MAX_FILE_BYTES)
 
 
 def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
@@ -122,7 +121,7 @@ class Tokenizer:
         `tokens` is how many tokens the manifest says that there are (None: any number). Raises BundleError.
         """
         path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
-        limit = _MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
+        limit = MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
         try:
             text = read_text(path, "the tokenizer", CheckpointError, limit)
             vocabulary = tokenizer_file.from_json(text, str(path), limit if tokens is None else tokens)

@@ -82,7 +82,7 @@ _PARITY = {
 
 
 # A model whose best two logits are this near to one another in the median hardly prefers any token, so that rounding
-# changes its first choices often. Measured: see the tests of the verdict.
+# changes its first choices often. Chosen, not measured: it decides words of the verdict alone.
 LEVEL_MARGIN = 0.5
 
 

@@ -235,10 +235,7 @@ def read_text(name: str) -> str:
         raise InputError(f"the text cannot be read from stdin: {error.strerror}") from error
     if len(data) > files.MAX_TEXT_BYTES:
         raise InputError(f"the text on stdin has more than {files.MAX_TEXT_BYTES} bytes, the most that are accepted")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"the text on stdin is not UTF-8: byte {error.start} is {data[error.start]:#04x}") from error
+    return files.decode_text(data, "the text on stdin", InputError)
 
 
 def prompt_ids(decoder: Decoder, prompt: str | list[int]) -> list[int]:
