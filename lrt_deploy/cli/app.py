@@ -11,10 +11,11 @@ import functools
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lrt_deploy import extras
 from lrt_deploy.errors import LRTDeployError
@@ -22,7 +23,6 @@ from lrt_deploy.errors import LRTDeployError
 from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
 
 READER_GONE = 141
-_TEXT_OPTIONS = {"--prompt", "--system", "--stop", "--tokens"}  # whose value may be empty, or is refused by the verb
 _WITH_TRACEBACK = "run again with --debug for the traceback"
 _reported = False  # this command's error has been reported
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
@@ -53,7 +53,6 @@ class Commands(TyperGroup):
         json, _reported = "--json" in words, False
         output.begin()
         try:
-            _refuse_empty(words)
             code = super().main(words, prog_name, complete_var, standalone_mode=False)
         except _UsageError as error:
             # Pydantic, which checks values for typer, begins its messages with its own word.
@@ -73,14 +72,21 @@ class Commands(TyperGroup):
         return code if isinstance(code, int) else 0
 
 
-def _refuse_empty(words: Sequence[str]) -> None:
-    """Refuse an empty argument: as a path it would be the current folder, and comes from an unset shell variable."""
-    for before, word in zip(["", *words], words, strict=False):
-        name, _, value = word.partition("=")
-        empty_option = name.startswith("--") and "=" in word and not value
-        if (word == "" and before not in _TEXT_OPTIONS) or (empty_option and name not in _TEXT_OPTIONS):
-            where = f"{name} has an empty value" if empty_option else "an argument is empty"
-            raise typer.BadParameter(f"{where}; expected a path or a value (is a shell variable unset?)")
+class Verb(TyperCommand):
+    """One verb. Refuses empty paths: they would name the current folder, and come from unset shell variables."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer has its own copy of Click
+        """Parse the words after the verb's name; raise BadParameter for an empty path."""
+        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        kinds = get_type_hints(_VERBS[str(self.name)])
+        parameters: list[Any] = [*self.get_params(ctx)]
+        for parameter in parameters:
+            kind = kinds.get(parameter.name)
+            if given.get(parameter.name) == "" and Path in (kind, *get_args(kind)):
+                raise typer.BadParameter(
+                    "it is empty; expected a path (is a shell variable unset?)", ctx=ctx, param=parameter
+                )
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -188,15 +194,16 @@ def root(
     """Latent Recurrent Transformers, from checkpoint to running deployment."""
 
 
-for _name, _verb in (
-    ("export", export.export),
-    ("build", build.build),
-    ("generate", generate.generate),
-    ("chat", chat.chat),
-    ("parity", parity.parity),
-    ("eval", evaluate.evaluate),
-    ("bench", bench.bench),
-    ("inspect", inspect.inspect),
-    ("doctor", doctor.doctor),
-):
-    app.command(_name)(guarded(_verb))
+_VERBS: dict[str, Callable[..., None]] = {
+    "export": export.export,
+    "build": build.build,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "parity": parity.parity,
+    "eval": evaluate.evaluate,
+    "bench": bench.bench,
+    "inspect": inspect.inspect,
+    "doctor": doctor.doctor,
+}
+for _name, _verb in _VERBS.items():
+    app.command(_name, cls=Verb)(guarded(_verb))
