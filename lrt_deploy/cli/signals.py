@@ -94,11 +94,11 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _except_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print no traceback where C code prints and drops the exception of a signal."""
-    if not isinstance(error, (KeyboardInterrupt, Terminated)):
+    """Print no traceback where C code prints and drops the exception of a signal, or an error that follows from it."""
+    if _received is None:
         sys.__excepthook__(kind, error, trace)
 
 
 def _unraisable_hook(lost: Any) -> None:  # noqa: ANN401 - its type has no name at run time
-    if not isinstance(lost.exc_value, (KeyboardInterrupt, Terminated)):
+    if _received is None:
         sys.__unraisablehook__(lost)
