@@ -47,18 +47,19 @@ class TextStream:
     def _advance(self, text: str) -> str:
         if self.stopped is not None or not text:
             return ""
+        if not self._searches:
+            return text
         before = self._held_chars
         self._held.append(text)
         self._held_chars += len(text)
-        if self._searches:
-            for position, char in enumerate(text, start=1):
-                if found := [search.stop for search in self._searches if search.advance(char)]:
-                    self.stopped = max(found, key=len)
-                    certain = self._release(before + position - len(self.stopped))
-                    self._held.clear()
-                    self._held_chars = 0
-                    return certain
-        undecided = max((search.matched for search in self._searches), default=0)
+        for position, char in enumerate(text, start=1):
+            if found := [search.stop for search in self._searches if search.advance(char)]:
+                self.stopped = max(found, key=len)
+                certain = self._release(before + position - len(self.stopped))
+                self._held.clear()
+                self._held_chars = 0
+                return certain
+        undecided = max(search.matched for search in self._searches)
         return self._release(self._held_chars - undecided)
 
     def _release(self, count: int) -> str:

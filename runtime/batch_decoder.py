@@ -174,6 +174,8 @@ class BatchDecoder:
 
     def _wait(self) -> None:
         """Wait for lanes that an interrupt has left alone while they were fed, and call off what has not begun."""
+        if self._threads is None:
+            return
         for lane in self._lanes:
             lane.ticket = None
         while any(lane.busy for lane in self._lanes):

@@ -18,7 +18,7 @@ from lrt_deploy.interface import IntArray, PrefillReport
 
 from .generation import Continuation, Event
 from .prefill import PrefillRequest, way_of
-from .scoring import StepProbabilities
+from .scoring import log_normalizers
 from .state import DecodeState
 
 if TYPE_CHECKING:
@@ -94,13 +94,12 @@ class Lane:
         return cast("list[Request]", self.state.tags)
 
     def choose(self, book: Book) -> Book:
-        """Choose a token for every row whose logits are there; rows of requests that do not run are freed."""
-        self.free(book.made)
+        """Choose a token for every row whose logits are there."""
         requests, lengths = self.requests, self.state.row_lengths
         ready = [
             row
             for row, request in enumerate(requests)
-            if lengths[row] == request.continuation.read + book.made[request.number]
+            if request.number in book.made and lengths[row] == request.continuation.read + book.made[request.number]
         ]
         if not ready:
             return book
@@ -108,7 +107,7 @@ class Lane:
         tokenizer = self.decoder.tokenizer
         choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
         largest = logits[:, :choices].argmax(axis=1).tolist()
-        probabilities, capacity = StepProbabilities(logits), self.state.capacity
+        normalizers, capacity = log_normalizers(logits), self.state.capacity
         made, events = dict(book.made), []
         for i, row in enumerate(ready):
             request = requests[row]
@@ -116,7 +115,8 @@ class Lane:
             assert report is not None
             continuation.resume(made[number])
             token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
-            event = continuation.take(token, probabilities.of(i, token), report, lengths[row] == capacity)
+            logprob = logits.item(i, token) - normalizers[i]
+            event = continuation.take(token, logprob, report, lengths[row] == capacity)
             events.append(BatchEvent(number, event))
             made[number] += 1
             if event.finish_reason is not None:

@@ -147,10 +147,12 @@ class Decoder:
             self._check(state, [1] * state.batch)  # says what is wrong
         state.advance(ids)
 
-    def catch_up(self, state: DecodeState) -> None:
-        """Feed the token that `generate` has emitted last, where that has not been done yet."""
-        self._check(state, [0] * state.batch)
-        state.computed()
+    def check_own(self, state: DecodeState) -> None:
+        """Raise StateError unless the state is of this decoder and has rows."""
+        if state.owner is not self._loaded:
+            raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
+        if state.batch == 0:
+            raise StateError("this state has no rows; add one first")
 
     def load_state(self, path: str | Path) -> DecodeState:
         """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
@@ -238,7 +240,7 @@ class Decoder:
     def _standing(self, state: DecodeState | None) -> DecodeState:
         if state is None or state.batch != 1:
             raise InputError("without a prompt there must be a state of one sequence to continue")
-        self._check(state, [0])
+        self.check_own(state)
         return state
 
     @property
@@ -259,10 +261,7 @@ class Decoder:
 
     def _check(self, state: DecodeState, more: Sequence[int], anew: bool = False) -> None:
         """The state must be of this decoder, and each row have room for `more` tokens; `anew`: for them alone."""
-        if state.owner is not self._loaded:
-            raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
-        if state.batch == 0:
-            raise StateError("this state has no rows; add one first")
+        self.check_own(state)
         capacity, lengths = state.capacity, [0] * len(more) if anew else state.row_lengths
         for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
             if length + count > capacity:

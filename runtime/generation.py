@@ -17,7 +17,7 @@ from lrt_deploy.text_stream import TextStream
 from lrt_deploy.tokenizer import Tokenizer
 
 from .sampling import Sampler, SamplingOptions
-from .scoring import StepProbabilities
+from .scoring import log_normalizers
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -96,6 +96,9 @@ class Continuation:
         self.options, self.history, self.made = options, list(tokens), 0
         self.emitted = 0
         self.read, self._stream = len(self.history), options.stream()  # tokens that were there before
+        sampling = options.sampler.options
+        # Whether `choose` is nothing but the largest logit of the choices, so that a batch may do it for all rows.
+        self.takes_the_largest = sampling.temperature == 0 and sampling.repetition_penalty == 1
 
     def resume(self, made: int) -> None:
         """Go on after `made` tokens, also where an interrupt came while the next one was being taken."""
@@ -115,12 +118,6 @@ class Continuation:
             return self.options.sampler.choose(logits, self.history, self.made)
         history = [token for token in self.history if token < count]
         return self.options.sampler.choose(logits[:count], history, self.made)
-
-    @property
-    def takes_the_largest(self) -> bool:
-        """Whether `choose` is nothing but the largest logit of the choices, so that a batch may do it for all rows."""
-        sampling = self.options.sampler.options
-        return sampling.temperature == 0 and sampling.repetition_penalty == 1
 
     def take(self, token: int, logprob: float, prefill: PrefillReport, full: bool) -> Event:
         """The event of a chosen token and its log-probability; `full` says that the state has no room for it."""
@@ -170,11 +167,12 @@ def generate(
         continuation = Continuation(options, state.tokens[0])
         reason = None
         while reason is None:
-            decoder.catch_up(state)
+            decoder.check_own(state)
             logits = state.row_logits(0)  # (V)
             full = state.length(0) == state.capacity
             token = continuation.choose(logits)
-            event = continuation.take(token, StepProbabilities(logits[None]).of(0, token), state.prefill, full)
+            logprob = logits.item(token) - log_normalizers(logits[None])[0]
+            event = continuation.take(token, logprob, state.prefill, full)
             reason = event.finish_reason
             yield continuation.emit(state, event, full)
     except BaseException:

@@ -69,13 +69,12 @@ def log_probabilities(logits: FloatArray, tokens: IntArray) -> npt.NDArray[np.fl
     return chosen
 
 
-class StepProbabilities:
-    """Natural log-probabilities after one step, from logits (B, V), to float32's precision: quick enough for a step."""
+def log_normalizers(logits: FloatArray) -> list[float]:
+    """Return log-sum-exp (B) of logits (B, V) to float32's precision; a token's logit minus it is its log-probability.
 
-    def __init__(self, logits: FloatArray) -> None:
-        self._shifted = logits - logits.max(axis=-1, keepdims=True)  # (B, V)
-        self._totals: list[float] = np.exp(self._shifted).sum(axis=-1).tolist()  # (B)
-
-    def of(self, row: int, token: int) -> float:
-        """The log-probability of a token in a row."""
-        return float(self._shifted[row, token]) - math.log(self._totals[row])
+    Quicker than `log_probabilities`: every generated token waits for it.
+    """
+    peaks = logits.max(axis=-1, keepdims=True)  # (B, 1)
+    weights = logits - peaks  # (B, V)
+    totals = np.exp(weights, out=weights).sum(axis=-1)  # (B)
+    return [peak + math.log(total) for peak, total in zip(peaks[:, 0].tolist(), totals.tolist(), strict=True)]

@@ -151,8 +151,9 @@ class DecodeState:
         return self._with_logits(range(self.batch)).logits[: self.batch].copy()
 
     def logits_of(self, rows: Sequence[int]) -> FloatArray:
-        """(n, V) the logits of some rows, a copy."""
-        return self._with_logits(rows).logits[list(rows)]
+        """(n, V) the logits of some rows in ascending order, to be read before the next step: of all rows a view."""
+        logits = self._with_logits(rows).logits
+        return logits[: self.batch] if len(rows) == self.batch else logits[list(rows)]
 
     def row_logits(self, row: int) -> FloatArray:
         """(V) the logits of one row, a view that later steps overwrite."""
@@ -375,9 +376,10 @@ class DecodeState:
 
     def _with_logits(self, wanted: Sequence[int]) -> Content:
         now = self.computed()
-        if all(now.rows[row].current for row in wanted):
+        lacking = [row for row in wanted if not now.rows[row].current]
+        if not lacking:
             return now
-        if empty := [row for row in wanted if now.rows[row].length == 0]:
+        if empty := [row for row in lacking if now.rows[row].length == 0]:
             raise StateError(f"sequence {empty[0]} holds no token yet, so no logits follow; read a prompt first")
         return self._recompute(now)
 
