@@ -28,8 +28,8 @@ PROMPT_TOKENS, PARITY_STEPS, GRAPH_STEPS = 16, 64, 32
 
 def candidates(bundle: Path, precisions: list[str]) -> Iterator[tuple[str, str]]:
     """Backend and precision of all that could run here."""
-    from lrt_deploy.precisions import QUANTIZED
-    from lrt_deploy.tensorrt_flavours import FLAVOURS
+    from lrt_deploy.bundle.precisions import QUANTIZED
+    from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 
     for name, flavour in FLAVOURS.items():
         if flavour.installed:
@@ -73,7 +73,7 @@ def with_open(opened: Callable[[], Any], act: Callable[[Any], dict[str, Any]]) -
 def build(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
     """Build the engine, unless there is one."""
     from lrt_deploy import build_engine
-    from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_sidecar
+    from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 
     plan = engine_folder(bundle, backend, precision) / PLAN
     sidecar = read_sidecar(plan) if plan.exists() else build_engine(bundle, backend=backend, precision=precision)
@@ -87,8 +87,8 @@ def prompt_for(decoder: Any) -> list[int]:  # noqa: ANN401
 
 def parity(bundle: Path, decoder: Any) -> dict[str, Any]:  # noqa: ANN401
     """A rollout beside ONNX Runtime on the CPU, in the most precise precision that the bundle has for it."""
-    from lrt_deploy import comparison as library
     from lrt_deploy import open_decoder
+    from lrt_deploy.evaluation import comparison as library
 
     with open_decoder(bundle, "ort-cpu") as reference:
         report = library.compare(
@@ -125,8 +125,8 @@ def greedy(decoder: Any, steps: int) -> dict[str, Any]:  # noqa: ANN401
 
 def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa: ANN401
     """Median time of a decode step at batch 1, and the share of the copy bandwidth that its bytes stand for."""
-    from lrt_deploy.precisions import base_dtype, item_bytes
-    from lrt_deploy.runtime import traffic
+    from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+    from lrt_deploy.runtime.bench import traffic
 
     steps = min(steps, decoder.max_seq_len - PROMPT_TOKENS - 8)
     state = decoder.prefill([prompt_for(decoder)], policy="stepwise")
@@ -153,10 +153,10 @@ def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa
 
 def run(bundle: Path, args: argparse.Namespace, gpu: Any) -> dict[str, Any]:  # noqa: ANN401
     """All findings."""
+    from lrt_deploy.bundle.manifest import read_manifest
     from lrt_deploy.cli.doctor import environment
-    from lrt_deploy.manifest import read_manifest
-    from lrt_deploy.runtime.bandwidth import device_copy_gb_s
-    from lrt_deploy.runtime.cuda_device import CudaDevice
+    from lrt_deploy.runtime.backends.cuda import CudaDevice
+    from lrt_deploy.runtime.bench.bandwidth import device_copy_gb_s
 
     held = read_manifest(bundle).precisions
     precisions = [precision for precision in args.precision or held if precision in held]

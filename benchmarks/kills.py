@@ -42,11 +42,11 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_plan, read_sidecar
+from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_plan, read_sidecar
+from lrt_deploy.bundle.manifest import read_manifest, verify_files
 from lrt_deploy.errors import LRTDeployError
 from lrt_deploy.exporters import bundle as bundle_module
-from lrt_deploy.exporters import engine as engine_module
-from lrt_deploy.manifest import read_manifest, verify_files
+from lrt_deploy.exporters.engine import build as engine_module
 from lrt_deploy.runtime.prompt_cache import PromptCache
 from lrt_deploy.runtime.state_file import read_file
 

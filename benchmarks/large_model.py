@@ -33,9 +33,9 @@ def make_checkpoint(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Write random weights in the native form, tables in bfloat16 as training leaves them."""
     import torch
 
-    from lrt_deploy.checkpoint import write_native
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(
         sequence_len=2048,
@@ -81,7 +81,7 @@ def memory(folder: Path, args: argparse.Namespace, name: str = "bundle", private
     import numpy as np
 
     import lrt_deploy
-    from lrt_deploy.runtime import ort_cpu
+    from lrt_deploy.runtime.backends import ort_cpu
 
     if private:
         ort_cpu.ort.SessionOptions = with_private_tables(folder / name)

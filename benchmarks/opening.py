@@ -41,7 +41,7 @@ def cold_start(args: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     import lrt_deploy
-    from lrt_deploy.manifest import read_manifest, weights_path
+    from lrt_deploy.bundle.manifest import read_manifest, weights_path
     from lrt_deploy.runtime import opening
 
     found = read_manifest(args.bundle)
@@ -78,8 +78,9 @@ def parts_of_opening(args: argparse.Namespace) -> dict[str, Any]:
         begin = time.perf_counter()
 
     import lrt_deploy
-    from lrt_deploy import manifest
-    from lrt_deploy.runtime import decoder, ort_cpu
+    from lrt_deploy.bundle import manifest
+    from lrt_deploy.runtime import decoder
+    from lrt_deploy.runtime.backends import ort_cpu
 
     done("imports")
     found = manifest.read_manifest(args.bundle)
@@ -106,7 +107,7 @@ def parts_of_opening(args: argparse.Namespace) -> dict[str, Any]:
 
 def decoder_bytes(found: Any) -> int:  # noqa: ANN401 - a manifest, which is imported late
     """Bytes of the matrices that the session multiplies by."""
-    from lrt_deploy.runtime import traffic
+    from lrt_deploy.runtime.bench import traffic
 
     return traffic.matrix_bytes(found, found.precisions[0], "windowed")
 

@@ -53,10 +53,10 @@ def draw_config(rng: random.Random) -> Any:  # noqa: ANN401 - an LRTConfig; heav
 def run(index: int, rng: random.Random, folder: Path) -> dict[str, Any]:
     """Export one configuration and compare it with the right and with a wrong reference."""
     import lrt_deploy
-    from lrt_deploy.checkpoint import write_native
-    from lrt_deploy.comparison import compare
-    from lrt_deploy.random_weights import random_model
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.evaluation.comparison import compare
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     config = draw_config(rng)
     model = random_model(config, seed=index, memory_scale=rng.choice((0.3, 1.0)))

@@ -27,18 +27,19 @@ import numpy as np
 import onnx_ir as ir
 
 import lrt_deploy
-from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
+from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest
+from lrt_deploy.bundle.precisions import Floats, StoredMatrix
+from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.exporters.exact_graph import exact_graph
-from lrt_deploy.exporters.quantize import format_of, quantized, weight_scales
-from lrt_deploy.exporters.stored import StoredWeights
-from lrt_deploy.manifest import Manifest, graph_path, read_manifest
-from lrt_deploy.parity_arithmetic import ArithmeticPart, activation_scale_fault, judge_arithmetic
-from lrt_deploy.parity_reference import run_forced, take_stored_weights
-from lrt_deploy.parity_weights import Floats, StoredMatrix, check_matrix, check_weights, expected_matrix
-from lrt_deploy.runtime.ort_exact import OrtExact
+from lrt_deploy.evaluation.arithmetic import ArithmeticPart, activation_scale_fault, judge_arithmetic
+from lrt_deploy.evaluation.stored_weights import check_matrix, check_weights, expected_matrix
+from lrt_deploy.exporters.graph.exact_graph import exact_graph
+from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
+from lrt_deploy.exporters.quantize.stored import StoredWeights
+from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from lrt_deploy.model.dequantized import run_forced, take_stored_weights
+from lrt_deploy.runtime.backends.ort_exact import OrtExact
 from lrt_deploy.tolerances import kernel_limits
-from lrt_deploy.weights import weight_sources
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 KINDS = ("qkv", "attention_out", "mlp_in", "mlp_out", "memory_kv", "lm_head", "gate")
@@ -209,7 +210,7 @@ def _wiring(model: ir.Model) -> bool:
 
 
 def _products(model: ir.Model, name: str) -> list[ir.Node]:
-    from lrt_deploy.exporters.lower import matrix_name
+    from lrt_deploy.exporters.graph.cast import matrix_name
 
     return [node for node in model.graph if node.op_type == "MatMul" and matrix_name(node) == name]
 
@@ -294,8 +295,8 @@ def right_ones(count: int, folder: Path, say: Callable[[str], None]) -> list[str
     sys.path.insert(0, str(Path(__file__).parent))
     from parity_random import draw_config
 
-    from lrt_deploy.checkpoint import write_native
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
 
     rng, failed = random.Random(7), []  # noqa: S311 - draws test cases
     for index in range(count):

@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.evaluation import evaluate
-from lrt_deploy.manifest import weights_path
-from lrt_deploy.reference import ReferenceDecoder
-from lrt_deploy.rollout import Reading, roll_out
-from lrt_deploy.runtime.parity_plots import plot_precisions
+from lrt_deploy.bundle.manifest import weights_path
+from lrt_deploy.evaluation.bits_per_byte import evaluate
+from lrt_deploy.evaluation.plots import plot_precisions
+from lrt_deploy.evaluation.rollout import Reading, roll_out
+from lrt_deploy.model.checkpoint import open_checkpoint
+from lrt_deploy.model.reference import ReferenceDecoder
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 INT4 = "int4-weight-only"

@@ -28,15 +28,15 @@ import numpy as np
 import onnx_ir as ir
 
 import lrt_deploy
-from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.comparison import kl_divergence
-from lrt_deploy.evaluation import evaluate, rows_from_text
-from lrt_deploy.exporters.calibration import calibrate
-from lrt_deploy.exporters.calibration_text import calibration_rows
-from lrt_deploy.exporters.lower import matrix_name
-from lrt_deploy.manifest import graph_path, read_manifest, weights_path, write_manifest
+from lrt_deploy.bundle.manifest import graph_path, read_manifest, weights_path, write_manifest
+from lrt_deploy.evaluation.bits_per_byte import evaluate, rows_from_text
+from lrt_deploy.evaluation.comparison import kl_divergence
+from lrt_deploy.exporters.graph.cast import matrix_name
+from lrt_deploy.exporters.quantize.calibrate import calibrate
+from lrt_deploy.exporters.quantize.calibration_text import calibration_rows
+from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.text.tokenizer import Tokenizer
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
 KEPT = (("none",), ("gate",), ("gate", "memory_kv"), ("gate", "lm_head"), ("gate", "mlp_out"))

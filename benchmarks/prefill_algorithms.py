@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.comparison import kl_divergence
-from lrt_deploy.interface import FloatArray, IntArray
-from lrt_deploy.runtime.backend import Block
+from lrt_deploy.evaluation.comparison import kl_divergence
+from lrt_deploy.runtime.backends.base import Block
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend, OrtCpuBuffers
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
-from lrt_deploy.runtime.ort_cpu import OrtCpuBackend, OrtCpuBuffers
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
+from lrt_deploy.types import FloatArray, IntArray
 
 ROOT = Path(__file__).parents[1]
 TRAINED = (ROOT.parent / "shared" / "golden" / "trained", ROOT / "shared" / "golden" / "trained")

@@ -26,9 +26,9 @@ MOST_OVERHEAD = 1.1  # of a fixed-point prefill over as many zero-memory passes
 def make(folder: Path, args: argparse.Namespace) -> None:
     """Write random weights in the native form and export them."""
     import lrt_deploy
-    from lrt_deploy.checkpoint import write_native
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(
         sequence_len=2048,
@@ -47,8 +47,8 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All lengths, each with its contraction, its table and its check."""
     import lrt_deploy
     from lrt_deploy.cli.bench import environment
-    from lrt_deploy.runtime.benchmark import compare_prefill, random_tokens
-    from lrt_deploy.runtime.convergence import measure_convergence
+    from lrt_deploy.runtime.bench.convergence import measure_convergence
+    from lrt_deploy.runtime.bench.measure import compare_prefill, random_tokens
 
     results = []
     with lrt_deploy.open_decoder(bundle, threads=args.threads) as decoder:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.interface import PrefillPolicy
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.prompt_cache import PromptCache
+from lrt_deploy.types import PrefillPolicy
 
 Reading = tuple[PrefillPolicy, float | None]
 POLICIES: tuple[Reading, ...] = (("stepwise", None), ("fixed-point", 1e-4))

@@ -31,9 +31,10 @@ from contenders import field, models, serving
 from contenders.field import Running, Setting
 from contenders.measured import Measured
 
+from lrt_deploy.bundle.manifest import read_manifest
 from lrt_deploy.cli.bench import cpu_model
-from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime import bandwidth, benchmark, traffic
+from lrt_deploy.runtime.bench import bandwidth, traffic
+from lrt_deploy.runtime.bench import measure as measuring
 
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
 TURN_STEPS = 4  # few, because the speed of a machine's memory changes within seconds
@@ -83,7 +84,7 @@ def alternate(
     turns = [min(TURN_STEPS, args.steps - done) for done in range(0, args.steps, TURN_STEPS)]
     steps = serving.WARM_UP_STEPS + len(turns) * serving.COLD_STEPS + args.steps
     start = max(1, min(context, size.sequence_len - steps - 1))
-    prompts = [benchmark.random_tokens(start, size.vocab, seed) for seed in range(batch)]
+    prompts = [measuring.random_tokens(start, size.vocab, seed) for seed in range(batch)]
     for number in range(args.rounds):
         say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}")
         for contender in running:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
+from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.decoder import Decoder
 
 POINTS = 10

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import lrt_deploy
-from lrt_deploy.chat_form import ASSISTANT_END
+from lrt_deploy.text.chat import ASSISTANT_END
 
 
 def main(bundle: str, file: str, message: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import lrt_deploy
-from lrt_deploy.manifest import read_manifest
+from lrt_deploy.bundle.manifest import read_manifest
 
 CHECKPOINT, BUNDLE = os.environ.get("LRT_CHECKPOINT", ""), os.environ.get("LRT_BUNDLE", "")
 

@@ -32,11 +32,11 @@ import torch.nn.functional as F
 from tokenizers import models, pre_tokenizers, trainers
 from torch import Tensor
 
+from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.model import LRT
-from lrt_deploy.reference import ReferenceDecoder
-from lrt_deploy.tokenizer import token_byte_lengths
-from lrt_deploy.weights import weight_sources
+from lrt_deploy.model.model import LRT
+from lrt_deploy.model.reference import ReferenceDecoder
+from lrt_deploy.text.tokenizer import token_byte_lengths
 
 SEQUENCE_LEN, VOCAB_SIZE, WIDTH = 256, 2048, 160
 PASS_WEIGHTS = (1.0, 2.0, 2.0)  # of the loss: zero-memory pass, then the refinements

@@ -14,26 +14,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lrt_deploy import contract, manifest
-from lrt_deploy.checkpoint import Checkpoint, open_checkpoint
+from lrt_deploy.bundle import contract, manifest
+from lrt_deploy.bundle.manifest import Manifest
+from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
+from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError, InputError
+from lrt_deploy.exporters.graph.ort_verify import verify_graphs
+from lrt_deploy.exporters.graph.precision_graphs import write_precision
+from lrt_deploy.exporters.graph.trace import trace
+from lrt_deploy.exporters.quantize.calibrate import Calibration, calibrate
+from lrt_deploy.exporters.quantize.calibration_text import calibration_rows
+from lrt_deploy.exporters.quantize.plan import make_plan, matching, needs_calibration
 from lrt_deploy.files import read_json, read_text
-from lrt_deploy.manifest import Manifest
-from lrt_deploy.model import LRT
-from lrt_deploy.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
-from lrt_deploy.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
-from lrt_deploy.weights import matrix_shapes
+from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
+from lrt_deploy.model.model import LRT
+from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 
-from . import passes
 from .atomic_folder import atomic_folder, recover
-from .calibration import Calibration, calibrate
-from .calibration_text import calibration_rows
 from .early_checks import check_batch, check_space, check_target
-from .ort_verify import verify_graphs
-from .plan import make_plan, matching, needs_calibration
-from .precision_graphs import write_precision
-from .trace import trace
+from .graph import passes
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
 Progress = Callable[[str, int, int], None]

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
+from lrt_deploy.bundle.contract import state_pairs
+from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
+from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.contract import state_pairs
 from lrt_deploy.errors import ExportError, LRTDeployError
-from lrt_deploy.precisions import ITEM_BYTES, base_dtype
-from lrt_deploy.weights import matrix_shapes, weight_sources
 
 # Elements of one tensor that TensorRT, and kernels that index with 32 bits, can address.
 _LARGEST_TENSOR = 2**31 - 1

@@ -42,17 +42,18 @@ from .errors import (
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .engine_sidecar import EngineSidecar
-    from .interface import PrefillPolicy
-    from .manifest import Manifest
-    from .parity_report import ParityReport
-    from .runtime.batch_decoder import BatchDecoder
-    from .runtime.decoder import Decoder, open_decoder
-    from .runtime.generation import Event
-    from .runtime.prefill import PrefillOptions
-    from .runtime.prompt_cache import PromptCache
-    from .runtime.sampling import SamplingOptions
-    from .runtime.state import DecodeState
+    from lrt_deploy.bundle.engine_sidecar import EngineSidecar
+    from lrt_deploy.bundle.manifest import Manifest
+    from lrt_deploy.evaluation.report import ParityReport
+    from lrt_deploy.runtime.batch import BatchDecoder
+    from lrt_deploy.runtime.decoder import Decoder, open_decoder
+    from lrt_deploy.runtime.generation import Event
+    from lrt_deploy.runtime.prefill import PrefillOptions
+    from lrt_deploy.runtime.prompt_cache import PromptCache
+    from lrt_deploy.runtime.sampling import SamplingOptions
+    from lrt_deploy.runtime.state import DecodeState
+
+    from .types import PrefillPolicy
 
     __version__: str
 
@@ -168,8 +169,8 @@ def export_bundle(
     for name, flag in flags.items():
         check_flag(flag, name)
     check_callable(progress, "progress")
-    from .exporters.bundle import ExportOptions
-    from .exporters.bundle import export_bundle as export
+    from lrt_deploy.exporters.bundle import ExportOptions
+    from lrt_deploy.exporters.bundle import export_bundle as export
 
     options = ExportOptions(
         precisions=precisions,
@@ -231,8 +232,8 @@ def build_engine(
         if value is not None:
             check_whole(value, name, most=2**63 - 1)
     check_callable(progress, "progress")
-    from .exporters.engine import BuildOptions
-    from .exporters.engine import build_engine as build
+    from lrt_deploy.exporters.engine.build import BuildOptions
+    from lrt_deploy.exporters.engine.build import build_engine as build
 
     options = BuildOptions(
         backend=backend,
@@ -279,8 +280,8 @@ def parity(
     and BackendError for what cannot be opened, ParityError for models that cannot be compared, InputError for a prompt
     or limit that cannot be used.
     """
-    from .parity_run import ParityOptions, parity_of, parity_of_stored, stored_only_precision
-    from .runtime.decoder import open_decoder as open_
+    from lrt_deploy.evaluation.parity import ParityOptions, parity_of, parity_of_stored, stored_only_precision
+    from lrt_deploy.runtime.decoder import open_decoder as open_
 
     folder, source = check_path(bundle, "bundle"), check_path(checkpoint, "checkpoint")
     options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)

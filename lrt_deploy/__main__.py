@@ -9,14 +9,14 @@ import os
 import sys
 from typing import NoReturn
 
-from lrt_deploy.cli import signals
+from .cli import signals
 
 
 def main() -> NoReturn:
     """Run the command line of this process; always ends in SystemExit, or at once after a signal."""
     try:
         signals.install()
-        from lrt_deploy.cli import app
+        from .cli import app
 
         code = app.run()
     except BaseException as error:
@@ -37,7 +37,7 @@ def main() -> NoReturn:
 
 def _report(stopped: BaseException) -> int:
     """Report a signal that came outside of any verb; return the exit code."""
-    from lrt_deploy.cli import output
+    from .cli import output
 
     if "--json" in sys.argv:
         output.failure(type(stopped).__name__, signals.describe(stopped))

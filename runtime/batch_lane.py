@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import numpy as np
 
 from lrt_deploy.errors import LRTDeployError, NonFiniteError
-from lrt_deploy.interface import IntArray, PrefillReport
+from lrt_deploy.types import IntArray, PrefillReport
 
 from .generation import Continuation, Event
 from .prefill import PrefillRequest, way_of

@@ -12,19 +12,19 @@ from types import TracebackType
 from typing import Any, Self, Unpack
 
 from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, check_whole
+from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, StateError
-from lrt_deploy.interface import FloatArray, IntArray, PrefillPolicy
-from lrt_deploy.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
-from lrt_deploy.prompts import check_ids, check_prompts, check_tokens
-from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.runtime.backends.base import Backend, check_finite
+from lrt_deploy.runtime.backends.cuda import Device
+from lrt_deploy.runtime.backends.select import choose
+from lrt_deploy.text.prompts import check_ids, check_prompts, check_tokens
+from lrt_deploy.text.tokenizer import Tokenizer
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
-from .backend import Backend, check_finite
-from .choice import choose
-from .cuda_device import Device
 from .generation import Event, Generation, generate
+from .identity import Identity, Origin
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
-from .origin import Identity, Origin
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, shared_tokens
 from .sampling import SamplingArguments

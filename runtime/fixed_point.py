@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lrt_deploy.arguments import check_number, check_whole
-from lrt_deploy.interface import FloatArray, IntArray
+from lrt_deploy.runtime.backends.base import Block, SlotArrays, StateBuffers
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
+from lrt_deploy.types import FloatArray, IntArray
 
-from .backend import Block, SlotArrays, StateBuffers
 from .error_estimate import FIRST_MARGIN_CACHE, contraction, error_bound, largest_change
 
 

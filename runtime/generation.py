@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 from lrt_deploy.arguments import check_texts, check_whole
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import FloatArray, PrefillReport
-from lrt_deploy.text_stream import TextStream
-from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.text.text_stream import TextStream
+from lrt_deploy.text.tokenizer import Tokenizer
+from lrt_deploy.types import FloatArray, PrefillReport
 
 from .sampling import Sampler, SamplingOptions
 from .scoring import log_normalizers

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrt_deploy.interface import FloatArray, IntArray
+from lrt_deploy.types import FloatArray, IntArray
 
 
 class LatentHistory:

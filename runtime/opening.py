@@ -7,17 +7,16 @@ import os
 from importlib.metadata import version
 from pathlib import Path
 
-from lrt_deploy import contract
 from lrt_deploy.arguments import check_whole
-from lrt_deploy.engine_sidecar import PLAN, engine_folder, read_sidecar
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
+from lrt_deploy.bundle.manifest import Manifest, table_path, weights_path
+from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BundleError, InputError
-from lrt_deploy.manifest import Manifest, table_path, weights_path
-from lrt_deploy.precisions import base_dtype
-from lrt_deploy.tensorrt_flavours import FLAVOURS
-
-from .backend import Backend
-from .choice import Choice
-from .read_ahead import read_ahead
+from lrt_deploy.runtime.backends.base import Backend
+from lrt_deploy.runtime.backends.read_ahead import read_ahead
+from lrt_deploy.runtime.backends.select import Choice
 
 _MOST_THREADS = 8  # for each core
 
@@ -73,13 +72,13 @@ def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int 
 def _load(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
     name, precision, _ = choice
     if name == "ort-cpu":
-        from .ort_cpu import OrtCpuBackend
+        from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 
         return OrtCpuBackend(folder, manifest, precision, threads)
     if name == "ort-cuda":
-        from .ort_cuda import OrtCudaBackend
+        from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend.open(folder, manifest, precision)
-    from .tensorrt_backend import TensorRTBackend
+    from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

@@ -16,13 +16,13 @@ import numpy as np
 from lrt_deploy.arguments import check_choice, check_is, check_number, check_whole
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
+from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
+from lrt_deploy.runtime.bench.traffic import matrix_elements
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
+from lrt_deploy.types import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 
-from .backend import BlockLimits, StateBuffers
 from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
 from .latent_history import LatentHistory
-from .traffic import matrix_elements
 
 ZERO_NOTE = "zero memory: this is not the model as trained"
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lrt_deploy.interface import IntArray, PrefillReport
+from lrt_deploy.types import IntArray, PrefillReport
 
 from .prefill import PrefillRequest
 from .state import DecodeState

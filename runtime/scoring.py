@@ -1,7 +1,7 @@
 """Log-probabilities of tokens under the model, from logits as the model gives them.
 
 Rows are read token by token from an empty state, with the true recurrence; no temperature, penalty or cut is applied.
-Knows no files and no sampling; how much a text costs in bits is for `lrt_deploy.evaluation`.
+Knows no files and no sampling; how much a text costs in bits is for `lrt_deploy.evaluation.bits_per_byte`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.interface import FloatArray, IntArray
-from lrt_deploy.prompts import check_prompts
+from lrt_deploy.text.prompts import check_prompts
+from lrt_deploy.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
     from .decoder import Decoder

@@ -25,11 +25,11 @@ from numpy.typing import NDArray
 from lrt_deploy.arguments import check_is, check_list, check_path, check_wholes
 from lrt_deploy.errors import StateError
 from lrt_deploy.fields import shown
-from lrt_deploy.interface import FloatArray, IntArray, PrefillReport
+from lrt_deploy.runtime.backends.base import Backend, SlotArrays, StateBuffers, check_finite
+from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 
-from .backend import Backend, SlotArrays, StateBuffers, check_finite
+from .identity import Origin
 from .latent_history import LatentHistory
-from .origin import Origin
 
 _ID_BYTES = np.dtype(np.int64).itemsize
 _Result = TypeVar("_Result")

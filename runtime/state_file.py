@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from lrt_deploy.errors import StateError
 from lrt_deploy.fields import decode, shown
 from lrt_deploy.files import atomic_write, check_replaceable, open_regular
-from lrt_deploy.interface import IntArray, PrefillReport
+from lrt_deploy.types import IntArray, PrefillReport
 
-from .origin import Identity, Origin
+from .identity import Identity, Origin
 from .state import DecodeState
 
 FORMAT, FORMAT_VERSION = "lrt-deploy decode state", 1

@@ -69,7 +69,7 @@ class Golden:
 
     def model(self):
         """A fresh reference model, which the test may change."""
-        from lrt_deploy.checkpoint import open_checkpoint
+        from lrt_deploy.model.checkpoint import open_checkpoint
 
         return open_checkpoint(self.folder).model()
 
@@ -217,7 +217,7 @@ def in_every_precision(make_once, golden_of, root):
 
     def export(name: str) -> Path:
         import lrt_deploy
-        from lrt_deploy.precisions import PRECISIONS
+        from lrt_deploy.bundle.precisions import PRECISIONS
 
         source = root / "demo" / "checkpoint" if name == "demo" else golden_of(name).folder
         capacity = 256 if name == "demo" else CAPACITY
@@ -236,7 +236,7 @@ def export_model(make_once):
 
     def export(name: str, model, **options) -> Path:
         import lrt_deploy
-        from lrt_deploy.checkpoint import write_native
+        from lrt_deploy.model.checkpoint import write_native
 
         def make(folder: Path) -> None:
             checkpoint = folder.with_name(f"{name}.checkpoint")
@@ -257,7 +257,7 @@ def int4_in_blocks(export_model):
 
     def export(block: int | None, width: int = 128) -> Path:
         from lrt_deploy.config import LRTConfig
-        from lrt_deploy.random_weights import random_model
+        from lrt_deploy.model.random_weights import random_model
 
         config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=width)
         options = {"precision": "int4-weight-only", "int4_block": block, "compensate": block == 64}

@@ -15,7 +15,7 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import InputError, LRTDeployError, StateError
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
+from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.fixed_point import SweepOptions
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.runtime.prompt_cache import PromptCache

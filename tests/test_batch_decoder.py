@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lrt_deploy.errors import BackendError, InputError, StateError
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.batch import BatchDecoder
 
 RNG = np.random.default_rng(8)
 PROMPTS = [RNG.integers(0, 250, n).tolist() for n in (3, 40, 1, 70, 12, 25, 90, 2, 8, 33, 5)]

@@ -17,11 +17,11 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy.bundle.contract import FLAVOURS
+from lrt_deploy.bundle.manifest import FileRecord, graph_path, read_manifest
+from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
-from lrt_deploy.contract import FLAVOURS
-from lrt_deploy.manifest import FileRecord, graph_path, read_manifest
-from lrt_deploy.precisions import PRECISIONS
-from lrt_deploy.runtime import bandwidth, benchmark, convergence, plots, traffic
+from lrt_deploy.runtime.bench import bandwidth, convergence, measure, plots, traffic
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -150,7 +150,7 @@ def test_errors_fall_sweep_by_sweep_and_faster_when_interleaved(document):
 def test_convergence_leaves_the_slots_in_order(decoder_of):
     """What is read afterwards on the same buffers is what it was before."""
     decoder = decoder_of(NAME)
-    tokens = benchmark.random_tokens(40, decoder.config.vocab_size, seed=1)
+    tokens = measure.random_tokens(40, decoder.config.vocab_size, seed=1)
     before = decoder.prefill([tokens], policy="stepwise").logits
     convergence.measure_convergence(decoder, tokens, lambda what, done, total: None)
     assert np.array_equal(decoder.prefill([tokens], policy="stepwise").logits, before)
@@ -159,7 +159,7 @@ def test_convergence_leaves_the_slots_in_order(decoder_of):
 def test_the_comparison_puts_the_prefill_options_back(decoder_of):
     decoder = decoder_of(NAME)
     before = decoder.prefill_options
-    benchmark.compare_prefill(decoder, [1, 2, 3] * 8, 1, None, lambda what, done, total: None)
+    measure.compare_prefill(decoder, [1, 2, 3] * 8, 1, None, lambda what, done, total: None)
     assert decoder.prefill_options == before
 
 
@@ -298,7 +298,7 @@ def test_counting_is_a_true_step(decoder_of):
 def test_no_precision_copies_its_state(in_every_precision, precision):
     with lrt_deploy.open_decoder(in_every_precision(NAME), precision=precision) as decoder:
         state = decoder.prefill([[1, 2, 3], [4]], policy="stepwise")
-        assert benchmark.count_step_copies(decoder, state) == traffic.Copies(backend=0, kept=0)
+        assert measure.count_step_copies(decoder, state) == traffic.Copies(backend=0, kept=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

@@ -13,15 +13,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from lrt_deploy import open_decoder, stages
-from lrt_deploy.bisect import bisect, compare_stages, first_bad
-from lrt_deploy.comparison import compare
+from lrt_deploy import activations, open_decoder
+from lrt_deploy.activations import StepInput
+from lrt_deploy.bundle.manifest import MANIFEST, graph_path, read_manifest, write_manifest
 from lrt_deploy.errors import ParityError
-from lrt_deploy.exporters.probe import probed
-from lrt_deploy.manifest import MANIFEST, graph_path, read_manifest, write_manifest
-from lrt_deploy.reference import ReferenceDecoder
-from lrt_deploy.runtime.ort_probe import OrtProbe
-from lrt_deploy.stages import StepInput
+from lrt_deploy.evaluation.bisect import bisect, compare_stages, first_bad
+from lrt_deploy.evaluation.comparison import compare
+from lrt_deploy.exporters.graph.debug_outputs import probed
+from lrt_deploy.model.reference import ReferenceDecoder
+from lrt_deploy.runtime.backends.ort_probe import OrtProbe
 from lrt_deploy.tolerances import STAGE_ERROR
 
 pytestmark = pytest.mark.slow  # for the export
@@ -53,7 +53,7 @@ def plant(export_once, tmp_path):
 
 def probe_of(bundle):
     config = read_manifest(bundle).model
-    graph = probed(bundle / GRAPH, stages.in_order(config))
+    graph = probed(bundle / GRAPH, activations.in_order(config))
     return OrtProbe(graph.model, graph.folder, config), graph.origins
 
 
@@ -186,7 +186,7 @@ KV = 32  # G * D, columns of one projection in memory_kv
     ],
 )
 def test_a_fault_in_the_graph_is_named_by_position_layer_and_tensor(edit, position, tensor, plant, reference):
-    assert named(reference, plant(edit)) == (position, tensor, stages.layer_of(tensor))
+    assert named(reference, plant(edit)) == (position, tensor, activations.layer_of(tensor))
 
 
 def test_the_op_and_what_it_reads_are_named(plant, reference):

@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from lrt_deploy.bundle.engine_sidecar import PLAN, read_sidecar
+from lrt_deploy.bundle.manifest import graph_path, read_manifest
+from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.cli import build
 from lrt_deploy.cli.app import app
-from lrt_deploy.engine_sidecar import PLAN, read_sidecar
 from lrt_deploy.errors import EngineError
-from lrt_deploy.exporters.tensorrt_builder import Settings, parse
-from lrt_deploy.exporters.tensorrt_builder import build as build_plan
-from lrt_deploy.exporters.tensorrt_graph import tensorrt_copy
-from lrt_deploy.manifest import graph_path, read_manifest
-from lrt_deploy.runtime.choice import Choice
+from lrt_deploy.exporters.engine.tensorrt import Settings, parse
+from lrt_deploy.exporters.engine.tensorrt import build as build_plan
+from lrt_deploy.exporters.engine.tensorrt_graph import tensorrt_copy
+from lrt_deploy.runtime.backends.select import Choice
 from lrt_deploy.runtime.opening import limit_batch
-from lrt_deploy.tensorrt_flavours import FLAVOURS
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 

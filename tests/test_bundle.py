@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import lrt_deploy
+from lrt_deploy.bundle.manifest import DIGEST, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
 from lrt_deploy.errors import BundleError, CheckpointError, ConfigError, ExportError
-from lrt_deploy.manifest import DIGEST, FORMAT_VERSION, MANIFEST, read_manifest, verify_files
 
 NAME, OTHER = "gate32", "padded_vocab"
 FILES = (
@@ -147,7 +147,7 @@ def large(bundle):
 
 def hashed_while_opening(bundle, monkeypatch, **options):
     """Names of the files that an opening reads in full."""
-    from lrt_deploy import manifest
+    from lrt_deploy.bundle import manifest
 
     names, hash_file = [], manifest.hash_file
     with monkeypatch.context() as patch:

@@ -13,11 +13,19 @@ import onnx
 import pytest
 
 import lrt_deploy
-from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, Profile, engine_folder, read_plan, read_sidecar, sidecar_path
+from lrt_deploy.bundle.engine_sidecar import (
+    PLAN,
+    EngineSidecar,
+    Profile,
+    engine_folder,
+    read_plan,
+    read_sidecar,
+    sidecar_path,
+)
+from lrt_deploy.bundle.graph_file import check_graph_file
+from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, read_manifest
 from lrt_deploy.errors import BackendError, BundleError, EngineError
 from lrt_deploy.fields import decode, decode_as, shown
-from lrt_deploy.graph_file import check_graph_file
-from lrt_deploy.manifest import DIGEST, MANIFEST, read_manifest
 
 NAME = "gate32"
 FILE = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
@@ -274,7 +282,7 @@ def plan(tmp_path):
         layers={},
         build={},
     )
-    lrt_deploy.engine_sidecar.write_sidecar(path, sidecar)
+    lrt_deploy.bundle.engine_sidecar.write_sidecar(path, sidecar)
     assert read_sidecar(path) == sidecar and read_plan(path, sidecar) == b"a plan"
     return path
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from lrt_deploy.checkpoint import open_checkpoint, write_native
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
-from lrt_deploy.model import LRT
-from lrt_deploy.random_weights import random_model
+from lrt_deploy.model.checkpoint import open_checkpoint, write_native
+from lrt_deploy.model.model import LRT
+from lrt_deploy.model.random_weights import random_model
 
 GOLDEN = "padded_vocab"
 CONFIG = {
@@ -40,7 +40,7 @@ def state_dict(seed=0, **changes):
 
 
 def tensors_of(model):
-    from lrt_deploy.weights import weight_sources
+    from lrt_deploy.bundle.weights import weight_sources
 
     found = {}
     for name, source in weight_sources(model.config).items():

@@ -20,8 +20,8 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy.bundle.manifest import read_manifest, write_manifest
 from lrt_deploy.cli.app import app
-from lrt_deploy.manifest import read_manifest, write_manifest
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 OTHER_GOLDEN = GOLDEN.parent / "mr_mha_L"
@@ -226,7 +226,7 @@ def test_stop_text_ends_the_answer_and_is_left_out(bundle):
 
 
 def test_a_stop_token_is_the_last_of_the_tokens_and_has_no_text(bundle, monkeypatch):
-    from lrt_deploy.tokenizer import Tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer
 
     greedy = answer("generate", bundle, "--tokens", "1,2,3", "--ignore-stop-tokens")["tokens"]
     monkeypatch.setattr(Tokenizer, "stop_ids", frozenset({greedy[0]}))

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.conversation import Conversation
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 
 ASSISTANT_END = "<|assistant_end|>"
 
@@ -130,7 +130,7 @@ def test_an_answer_that_fills_the_context_is_cut_and_says_so(bundle):
 
 
 def test_a_chat_needs_a_tokenizer_with_the_chat_tokens(bundle, monkeypatch):
-    from lrt_deploy.tokenizer import Tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer
 
     opened = Tokenizer.open.__func__
 

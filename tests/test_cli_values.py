@@ -13,16 +13,17 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lrt_deploy import extras, mutual_checks
+from lrt_deploy import extras
+from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
+from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.cli import bench_table, options, output, parity_options
 from lrt_deploy.cli.app import app, describe
 from lrt_deploy.cli.bench import percentiles
 from lrt_deploy.cli.export import product_words
 from lrt_deploy.cli.wrap import WordWrapper, columns, table_lines
-from lrt_deploy.interface import PREFILL_POLICIES
-from lrt_deploy.precisions import INT4_BLOCKS, PRECISIONS, not_held
-from lrt_deploy.runtime.choice import BACKENDS
-from lrt_deploy.tensorrt_flavours import FLAVOURS
+from lrt_deploy.evaluation import checks
+from lrt_deploy.runtime.backends.select import BACKENDS
+from lrt_deploy.types import PREFILL_POLICIES
 
 COMMAND = [sys.executable, "-m", "lrt_deploy"]
 GROUP = typer.main.get_command(app)
@@ -35,7 +36,7 @@ VALUES = [
     ("generate", ["a", "--prompt", "x"], "--backend", ["auto", *BACKENDS]),
     ("generate", ["a", "--prompt", "x"], "--precision", PRECISIONS),
     ("generate", ["a", "--prompt", "x"], "--prefill", PREFILL_POLICIES),
-    ("parity", ["a"], "--check", [*mutual_checks.CHECKS, "all"]),
+    ("parity", ["a"], "--check", [*checks.CHECKS, "all"]),
 ]
 
 
@@ -48,7 +49,7 @@ def test_the_lists_of_values_are_the_library_s():
     assert get_args(options.PrecisionName) == PRECISIONS
     assert get_args(options.PolicyName) == PREFILL_POLICIES
     assert set(get_args(options.EngineName)) == {"auto", *FLAVOURS}
-    assert set(get_args(parity_options.CheckName)) == {*mutual_checks.CHECKS, "all"}
+    assert set(get_args(parity_options.CheckName)) == {*checks.CHECKS, "all"}
 
 
 @pytest.mark.parametrize(("verb", "arguments", "option", "values"), VALUES)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrt_deploy.exporters.compensate import compensated
-from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
+from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
 
 INT4 = FORMATS["int4-weight-only"]
 

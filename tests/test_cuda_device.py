@@ -16,11 +16,11 @@ import pytest
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.gpu import find_gpu
-from lrt_deploy.runtime import bandwidth
-from lrt_deploy.runtime.cuda_device import Arena, CudaDevice
-from lrt_deploy.runtime.device_buffers import DeviceBuffers
-from lrt_deploy.runtime.device_steps import PrefillStep, Setup
-from lrt_deploy.runtime.host_tables import HostTables
+from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
+from lrt_deploy.runtime.backends.device_buffers import DeviceBuffers
+from lrt_deploy.runtime.backends.device_steps import PrefillStep, Setup
+from lrt_deploy.runtime.backends.host_tables import HostTables
+from lrt_deploy.runtime.bench import bandwidth
 
 
 class FakeCuda(ModuleType):

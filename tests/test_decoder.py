@@ -8,8 +8,8 @@ import pytest
 import lrt_deploy
 from lrt_deploy.errors import BackendError, BundleError, InputError, NonFiniteError, StateError
 from lrt_deploy.runtime import decoder as decoder_module
-from lrt_deploy.runtime.backend import check_finite
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.backends.base import check_finite
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 from lrt_deploy.runtime.state import DecodeState
 
 NAME = "padded_vocab"  # ids 0 to 299; the tables have 320 rows

@@ -18,21 +18,21 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
-from lrt_deploy import contract
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
+from lrt_deploy.bundle.manifest import graph_path, read_manifest, write_manifest
+from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
+from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, choose_flavour
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.build import engine_rows
-from lrt_deploy.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
 from lrt_deploy.errors import EngineError
-from lrt_deploy.exporters import engine
-from lrt_deploy.exporters.engine import BuildOptions, profiles
-from lrt_deploy.exporters.engine import build_engine as build
-from lrt_deploy.exporters.tensorrt_builder import parse
-from lrt_deploy.exporters.tensorrt_graph import tensorrt_copy
-from lrt_deploy.exporters.tensorrt_log import BuildLog
-from lrt_deploy.exporters.tensorrt_proof import Product, promise_of, prove
-from lrt_deploy.manifest import graph_path, read_manifest, write_manifest
-from lrt_deploy.precisions import PRECISIONS, base_dtype
-from lrt_deploy.tensorrt_flavours import FLAVOURS, choose_flavour
+from lrt_deploy.exporters.engine import build as build_module
+from lrt_deploy.exporters.engine.build import BuildOptions, profiles
+from lrt_deploy.exporters.engine.build import build_engine as build
+from lrt_deploy.exporters.engine.tensorrt import parse
+from lrt_deploy.exporters.engine.tensorrt_graph import tensorrt_copy
+from lrt_deploy.exporters.engine.tensorrt_log import BuildLog
+from lrt_deploy.exporters.engine.verify import Product, promise_of, prove
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 
@@ -169,10 +169,10 @@ alias.__dict__.update({name: thing for name, thing in vars(tensorrt_rtx).items()
 alias.__version__, alias.__spec__ = "11.4.0", ModuleSpec("tensorrt", None)
 sys.modules["tensorrt"] = alias
 import lrt_deploy
-from lrt_deploy.exporters import engine
+from lrt_deploy.exporters.engine import build
 from lrt_deploy.gpu import Gpu
 if sys.argv[2] == "gpu":
-    engine.find_gpu = lambda: (Gpu("Fake H100", (9, 0)), "Fake H100")
+    build.find_gpu = lambda: (Gpu("Fake H100", (9, 0)), "Fake H100")
 lrt_deploy.build_engine(sys.argv[1], backend="auto")
 """
 
@@ -247,7 +247,7 @@ def test_every_precision_is_built_as_promised(in_every_precision, tmp_path, name
 def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model, tmp_path, monkeypatch):
     """TensorRT-RTX 1.7.1 has none in float16 for two heads of 64."""
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
     source = export_model("two-heads", lambda: random_model(config, seed=1), precision="fp16")
@@ -257,7 +257,7 @@ def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model
     assert "building again, with attention decomposed" in said
     assert sidecar.layers["attention"] == 2 and sidecar.layers["attention_decomposable"] is True
     assert engine_rows(sidecar)["attentions"].endswith("decomposed where there is no fused kernel")
-    monkeypatch.setattr(engine, "NoFusedAttentionError", ZeroDivisionError)
+    monkeypatch.setattr(build_module, "NoFusedAttentionError", ZeroDivisionError)
     with pytest.raises(EngineError, match="dedicated kernel"):
         build(folder, BuildOptions(backend="tensorrt-rtx", force=True))
 

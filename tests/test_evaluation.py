@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError
-from lrt_deploy.evaluation import evaluate, rows_from_npz, rows_from_text
+from lrt_deploy.evaluation.bits_per_byte import evaluate, rows_from_npz, rows_from_text
 from lrt_deploy.tolerances import GOLDEN as LIMITS
 
 slow = pytest.mark.slow
@@ -258,7 +258,7 @@ def test_a_small_archive_of_large_arrays_is_refused_unread(tmp_path):
 
 @pytest.mark.parametrize("name", ["mr_gqa_SSSL", "baseline_ve"])
 def test_the_reference_counts_what_the_authors_count(name, golden_of):
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     golden = golden_of(name)
     arrays = golden.arrays

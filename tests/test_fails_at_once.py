@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
-from lrt_deploy import engine_sidecar, kinds, manifest
+from lrt_deploy.bundle import engine_sidecar, kinds, manifest
 from lrt_deploy.cli import options
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import ExportError

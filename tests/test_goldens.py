@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from lrt_deploy import model as model_module
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.model import TorchCacheOps
-from lrt_deploy.reference import ReferenceDecoder
+from lrt_deploy.model import model as model_module
+from lrt_deploy.model.model import TorchCacheOps
+from lrt_deploy.model.reference import ReferenceDecoder
 
 # Each golden that is decoded with ONNX Runtime is exported first, which takes seconds.
 slow = pytest.mark.slow
@@ -232,7 +232,7 @@ def test_parallel_passes_equal_the_authors(golden, tolerances):
 @slow
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_bits_per_byte_equal_the_authors(golden, decoder_of, tolerances, batch_size):
-    from lrt_deploy.evaluation import evaluate
+    from lrt_deploy.evaluation.bits_per_byte import evaluate
 
     if golden.name == "trained" and batch_size == 1:
         pytest.skip("one batch size is enough for the large one")
@@ -245,7 +245,7 @@ def test_bits_per_byte_equal_the_authors(golden, decoder_of, tolerances, batch_s
 
 @slow
 def test_bits_per_byte_without_memory_are_the_authors_zero_memory_ones(golden, decoder_of, tolerances):
-    from lrt_deploy.evaluation import evaluate
+    from lrt_deploy.evaluation.bits_per_byte import evaluate
 
     if not golden.has_memory:
         pytest.skip("a plain model has no memory to forget")

@@ -24,28 +24,29 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
-from lrt_deploy import contract
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
+from lrt_deploy.bundle.manifest import graph_path, read_manifest
+from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.bench import Task
 from lrt_deploy.cli.smoke import smoke_test
-from lrt_deploy.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.gpu import Gpu, find_gpu
-from lrt_deploy.manifest import graph_path, read_manifest
-from lrt_deploy.precisions import base_dtype
-from lrt_deploy.runtime import bandwidth, choice, ort_cuda, tensorrt_backend
 from lrt_deploy.runtime import state as state_module
-from lrt_deploy.runtime.backend import check_finite
-from lrt_deploy.runtime.benchmark import count_step_copies, random_tokens, variants
-from lrt_deploy.runtime.cuda_device import Arena
+from lrt_deploy.runtime.backends import ort_cuda, select, tensorrt
+from lrt_deploy.runtime.backends.base import check_finite
+from lrt_deploy.runtime.backends.cuda import Arena
+from lrt_deploy.runtime.backends.host_tables import HostTables
+from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend, misplaced, open_session
+from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
+from lrt_deploy.runtime.backends.tensorrt_engine import open_engine
+from lrt_deploy.runtime.bench import bandwidth
+from lrt_deploy.runtime.bench.measure import count_step_copies, random_tokens, variants
+from lrt_deploy.runtime.bench.traffic import count_copies
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.host_tables import HostTables
-from lrt_deploy.runtime.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.prefill import PrefillOptions
-from lrt_deploy.runtime.tensorrt_backend import TensorRTBackend
-from lrt_deploy.runtime.tensorrt_engine import open_engine
-from lrt_deploy.runtime.traffic import count_copies
-from lrt_deploy.tensorrt_flavours import TENSORRT_DTYPES
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = "mr_gqa_SSSL"
@@ -312,8 +313,8 @@ def sidecar_for(bundle, chunk_tokens=32, capacity=128, precision="fp32"):
         tensorrt_version=VERSION,
         compute_capabilities=("8.0+",),
         profiles=(
-            lrt_deploy.engine_sidecar.Profile("decode", (1, 1, manifest.max_batch_size), (1, 1, 1)),
-            lrt_deploy.engine_sidecar.Profile("prefill", (1, 1, 1), (1, 16, chunk_tokens)),
+            lrt_deploy.bundle.engine_sidecar.Profile("decode", (1, 1, manifest.max_batch_size), (1, 1, 1)),
+            lrt_deploy.bundle.engine_sidecar.Profile("prefill", (1, 1, 1), (1, 16, chunk_tokens)),
         ),
         flags=("STRONGLY_TYPED",),
         capacity=capacity,
@@ -660,7 +661,7 @@ def test_a_bundle_without_the_engine_names_the_command(bundle, monkeypatch):
 
 
 def test_without_a_gpu_the_backend_says_so(bundle, monkeypatch):
-    monkeypatch.setattr(tensorrt_backend, "find_gpu", lambda: (None, "no GPU: none counted"))
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: (None, "no GPU: none counted"))
     with pytest.raises(BackendError, match=r"tensorrt-rtx needs an NVIDIA GPU: no GPU: none counted; take .* ort-cpu"):
         lrt_deploy.open_decoder(bundle, backend="tensorrt-rtx")
 
@@ -670,16 +671,16 @@ def test_without_a_gpu_the_backend_says_so(bundle, monkeypatch):
 
 def test_auto_takes_the_best_that_is_present_and_says_why(bundle, monkeypatch):
     manifest = read_manifest(bundle)
-    monkeypatch.setattr(choice, "find_gpu", lambda: (None, "no GPU: none counted"))
-    found = choice.choose(bundle, manifest, "auto", None)
+    monkeypatch.setattr(select, "find_gpu", lambda: (None, "no GPU: none counted"))
+    found = select.choose(bundle, manifest, "auto", None)
     assert found[:2] == ("ort-cpu", "fp32")
     assert "not tensorrt-rtx: " in found.reason and "not ort-cuda: no GPU: none counted" in found.reason
-    monkeypatch.setattr(choice, "find_gpu", lambda: (GPU, "Fake 8000"))
+    monkeypatch.setattr(select, "find_gpu", lambda: (GPU, "Fake 8000"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "tensorrt" or None)
-    found = choice.choose(bundle, manifest, "auto", None)
+    found = select.choose(bundle, manifest, "auto", None)
     assert found[:2] == ("tensorrt-rtx", "fp32") and "not tensorrt: tensorrt is not installed" in found.reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    assert "not tensorrt: no engine is built for it" in choice.choose(bundle, manifest, "auto", None).reason
+    assert "not tensorrt: no engine is built for it" in select.choose(bundle, manifest, "auto", None).reason
     with lrt_deploy.open_decoder(bundle, backend="ort-cpu") as decoder:
         assert decoder.backend_reason == "as asked for"
 
@@ -695,10 +696,10 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
 @pytest.fixture
 def with_gpu(monkeypatch, bundle, device):
     """As if there were a GPU: the fake library, and a device in host memory."""
-    for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.choice", "lrt_deploy.runtime.tensorrt_backend"):
+    for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
-    monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+    monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
 
 
 def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
@@ -727,10 +728,10 @@ def quantized_engine(monkeypatch, in_every_precision, device, tmp_path):
     def make(precision):
         folder = shutil.copytree(in_every_precision(GOLDEN), tmp_path / precision)
         put_engine(folder, precision)
-        for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.choice", "lrt_deploy.runtime.tensorrt_backend"):
+        for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
             monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device, precision))
-        monkeypatch.setattr(tensorrt_backend, "CudaDevice", lambda: device)
+        monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
         return folder
 
     return make
@@ -778,7 +779,7 @@ def test_a_comparison_without_limits_is_no_failure(bundle, with_gpu, monkeypatch
     def none(precision):
         raise ParityError(f"there are no limits for {precision}")
 
-    monkeypatch.setattr("lrt_deploy.comparison.limits", none)
+    monkeypatch.setattr("lrt_deploy.evaluation.comparison.limits", none)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found == {"ran": False, "reason": "there are no limits for fp32"}
 

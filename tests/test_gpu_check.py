@@ -77,8 +77,8 @@ def test_what_fails_is_written_down_and_fails_nothing_else(bundle, monkeypatch):
 
 
 def test_speed_is_held_against_the_copies_of_the_runtime(bundle, monkeypatch):
-    monkeypatch.setattr("lrt_deploy.runtime.cuda_device.CudaDevice", lambda: "the device")
-    monkeypatch.setattr("lrt_deploy.runtime.bandwidth.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
+    monkeypatch.setattr("lrt_deploy.runtime.backends.cuda.CudaDevice", lambda: "the device")
+    monkeypatch.setattr("lrt_deploy.runtime.bench.bandwidth.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
     monkeypatch.setattr(gpu_check, "candidates", lambda *_: [("tensorrt", "fp32")])
     monkeypatch.setattr(gpu_check, "check", lambda *found: {"bandwidth": found[-1]})
     report = gpu_check.run(bundle, argparse.Namespace(precision=None), Gpu("X", (9, 0)))

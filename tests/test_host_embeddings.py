@@ -13,17 +13,27 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
-from lrt_deploy import contract, stages
+from lrt_deploy import activations
+from lrt_deploy.activations import StepInput
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.manifest import (
+    MANIFEST,
+    PHASES,
+    TABLES,
+    WEIGHTS,
+    graph_path,
+    read_manifest,
+    table_path,
+    write_manifest,
+)
+from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, ExportError, InputError
-from lrt_deploy.exporters.host_embeddings import take_out
-from lrt_deploy.exporters.probe import probed
-from lrt_deploy.manifest import MANIFEST, PHASES, TABLES, WEIGHTS, graph_path, read_manifest, table_path, write_manifest
-from lrt_deploy.precisions import PRECISIONS
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
-from lrt_deploy.runtime.host_tables import HostTables, RowArrays
-from lrt_deploy.runtime.ort_probe import OrtProbe
-from lrt_deploy.stages import StepInput
+from lrt_deploy.exporters.graph.debug_outputs import probed
+from lrt_deploy.exporters.graph.host_embeddings import take_out
+from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
+from lrt_deploy.runtime.backends.ort_probe import OrtProbe
+from lrt_deploy.runtime.batch import BatchDecoder
 
 pytestmark = pytest.mark.slow  # for the exports
 
@@ -115,7 +125,7 @@ def test_probes_see_the_same_stages(on_host, in_every_precision, flavour):
     seen = []
     for folder in (on_host, in_every_precision(NAME)):
         manifest = read_manifest(folder)
-        graph = probed(folder / graph_path("fp32", "prefill", flavour), stages.in_order(manifest.model))
+        graph = probed(folder / graph_path("fp32", "prefill", flavour), activations.in_order(manifest.model))
         tables = HostTables.open(folder, manifest, "fp32")
         probe = OrtProbe(graph.model, graph.folder, manifest.model, tables)
         with lrt_deploy.open_decoder(folder, precision="fp32") as decoder:

@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 
-from lrt_deploy.runtime import huge_pages
+from lrt_deploy.runtime.backends import huge_pages
 
 BYTES = 16 * huge_pages.HUGE_PAGE_BYTES
 

@@ -22,8 +22,8 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import NonFiniteError, StateError
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.state import DecodeState
 
 ALL_LINES = os.environ.get("LRT_DEPLOY_ALL_LINES", "")

@@ -22,10 +22,7 @@ GRAPH_TOOLS = ("onnx", "onnxscript", "onnx_ir")
 TENSORRT = ("tensorrt", "tensorrt_rtx")
 CUDA = ("cuda",)
 EXPORTERS, RUNTIME, CLI = ("lrt_deploy.exporters",), ("lrt_deploy.runtime",), ("lrt_deploy.cli",)
-TORCH_CORE_FILES = tuple(
-    f"lrt_deploy/{name}.py" for name in ("model", "checkpoint", "random_weights", "reference", "parity*")
-)
-TORCH_CORE = ("lrt_deploy.model", "lrt_deploy.checkpoint", "lrt_deploy.random_weights", "lrt_deploy.reference")
+MODEL, EVALUATION = ("lrt_deploy.model",), ("lrt_deploy.evaluation",)
 
 
 class Rule(NamedTuple):
@@ -49,70 +46,94 @@ RULES = (
     Rule(
         "the vocabulary does not know who uses it",
         files=("lrt_deploy/*",),
-        # `parity_run` brings reference and decoder together, as the command line does: a user's own tests call it.
-        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py", "lrt_deploy/parity_run.py"),
+        # `evaluation/parity` brings reference and decoder together, as the command line does: users' own tests call it.
+        but=("lrt_deploy/cli/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py", "lrt_deploy/evaluation/parity.py"),
         forbidden=EXPORTERS + RUNTIME + CLI,
     ),
     Rule(
-        "parity as a function is not the command line",
-        files=("lrt_deploy/parity_run.py",),
-        forbidden=CLI,
+        "modules at the top know no folder",
+        files=("lrt_deploy/*",),
+        but=("lrt_deploy/*/*", "lrt_deploy/__init__.py", "lrt_deploy/__main__.py"),
+        forbidden=("lrt_deploy.text", "lrt_deploy.bundle", *MODEL, *EVALUATION),
     ),
     Rule(
+        "text comes before bundles",
+        files=("lrt_deploy/text/*",),
+        forbidden=("lrt_deploy.bundle", *MODEL, *EVALUATION),
+    ),
+    Rule(
+        "bundles come before models; what lies at a path may be a checkpoint, by the names of its files",
+        files=("lrt_deploy/bundle/*",),
+        forbidden=MODEL + EVALUATION,
+        allowed=("lrt_deploy.model.checkpoint_folder.is_checkpoint",),
+    ),
+    Rule(
+        "the reference model and what compares it do not know each other; `evaluation/parity` opens both",
+        files=("lrt_deploy/model/*",),
+        forbidden=EVALUATION,
+    ),
+    Rule(
+        "the reference model and what compares it do not know each other; `evaluation/parity` opens both",
+        files=("lrt_deploy/evaluation/*",),
+        but=("lrt_deploy/evaluation/parity.py",),
+        forbidden=MODEL,
+    ),
+    Rule("parity as a function is not the command line", files=("lrt_deploy/evaluation/*",), forbidden=CLI),
+    Rule(
         "parity as a function loads reference and decoder when it is called",
-        files=("lrt_deploy/parity_run.py",),
-        forbidden=TORCH + GRAPH_TOOLS + TORCH_CORE + EXPORTERS + RUNTIME,
+        files=("lrt_deploy/evaluation/*",),
+        forbidden=TORCH + GRAPH_TOOLS + MODEL + EXPORTERS + RUNTIME,
         late=True,
     ),
     Rule(
-        "exporters and runtime meet in the manifest, and neither knows the command line",
+        "exporters and runtime meet in the bundle, and neither knows the command line",
         files=("exporters/*",),
         forbidden=RUNTIME + CLI,
     ),
     Rule(
-        "exporters and runtime meet in the manifest, and neither knows the command line",
+        "exporters and runtime meet in the bundle, and neither knows the command line",
         files=("runtime/*",),
         forbidden=EXPORTERS + CLI,
     ),
     Rule(
         "a deployment has no torch and no graph tools",
         files=("runtime/*",),
-        forbidden=TORCH + GRAPH_TOOLS + TORCH_CORE,
+        forbidden=TORCH + GRAPH_TOOLS + MODEL,
     ),
     Rule(
         "torch is the reference's and the exporters'",
         files=("*",),
-        but=("exporters/*", *TORCH_CORE_FILES),
+        but=("exporters/graph/*", "exporters/quantize/*", "exporters/bundle.py", "lrt_deploy/model/*"),
         forbidden=TORCH,
     ),
     Rule(
         "ONNX Runtime stays behind its backends, and the exporters' check of what they wrote",
         files=("*",),
-        but=("runtime/ort_*.py", "exporters/ort_*.py"),
+        but=("runtime/backends/ort_*.py", "exporters/graph/ort_*.py"),
         forbidden=("onnxruntime",),
     ),
     Rule(
         "TensorRT stays in the files that say so",
         files=("*",),
-        but=("*tensorrt*.py", "*engine*.py"),
+        but=("runtime/backends/tensorrt*.py", "exporters/engine/*"),
         forbidden=TENSORRT,
     ),
     Rule(
         "CUDA is asked in two places: whether there is a GPU, and the runtime's device",
         files=("*",),
-        but=("lrt_deploy/gpu.py", "runtime/cuda_*.py"),
+        but=("lrt_deploy/gpu.py", "runtime/backends/cuda.py"),
         forbidden=CUDA,
     ),
     Rule(
         "Polygraphy decides once per process which TensorRT it drives: only the builder may import it",
         files=("*",),
-        but=("exporters/tensorrt_builder.py",),
+        but=("exporters/engine/tensorrt.py",),
         forbidden=("polygraphy",),
     ),
     Rule(
         "`lrt-deploy --help` and `import lrt_deploy` answer at once: heavy things come inside functions",
         files=("lrt_deploy/cli/*", "lrt_deploy/__init__.py"),
-        forbidden=TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",) + TORCH_CORE + EXPORTERS + RUNTIME,
+        forbidden=TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",) + MODEL + EXPORTERS + RUNTIME,
         late=True,
     ),
 )
@@ -278,28 +299,34 @@ def test_no_module_is_named_after_nothing():
     ("path", "source"),
     [
         ("lrt_deploy/errors.py", "from . import model"),
-        ("lrt_deploy/config.py", "import lrt_deploy.weights"),
-        ("lrt_deploy/manifest.py", "from lrt_deploy import exporters"),
-        ("lrt_deploy/manifest.py", "from .runtime.sampling import Sampler"),
-        ("lrt_deploy/comparison.py", "def f():\n    from .cli import app"),
+        ("lrt_deploy/config.py", "import lrt_deploy.bundle.weights"),
+        ("lrt_deploy/bundle/manifest.py", "from lrt_deploy import exporters"),
+        ("lrt_deploy/files.py", "from .bundle import manifest"),
+        ("lrt_deploy/types.py", "from .bundle import manifest"),
+        ("lrt_deploy/text/chat.py", "from lrt_deploy.bundle import manifest"),
+        ("lrt_deploy/bundle/kinds.py", "from lrt_deploy.model.checkpoint import load"),
+        ("lrt_deploy/model/reference.py", "from lrt_deploy.evaluation import rollout"),
+        ("lrt_deploy/evaluation/checks.py", "def f():\n    from lrt_deploy.model import reference"),
+        ("lrt_deploy/bundle/manifest.py", "from ..runtime.sampling import Sampler"),
+        ("lrt_deploy/evaluation/comparison.py", "def f():\n    from ..cli import app"),
         ("exporters/bundle.py", "import lrt_deploy.runtime.decoder as d"),
         ("exporters/bundle.py", "from ..runtime import decoder"),
         ("runtime/decoder.py", "from lrt_deploy.exporters.bundle import read"),
         ("runtime/decoder.py", "def f():\n    import torch.nn"),
         ("runtime/decoder.py", "import importlib\nimportlib.import_module('onnx')"),
         ("runtime/decoder.py", "if TYPE_CHECKING:\n    from onnx_ir import Model"),
-        ("runtime/decoder.py", "from lrt_deploy.model import LRT"),
+        ("runtime/decoder.py", "from lrt_deploy.model.model import LRT"),
         ("runtime/decoder.py", "import onnxruntime as ort"),
-        ("runtime/ort_cpu.py", "import tensorrt"),
-        ("exporters/trace.py", "from tensorrt_rtx import Builder"),
-        ("exporters/engine.py", "import polygraphy.backend.trt"),
+        ("runtime/backends/ort_cpu.py", "import tensorrt"),
+        ("exporters/graph/trace.py", "from tensorrt_rtx import Builder"),
+        ("exporters/engine/build.py", "import polygraphy.backend.trt"),
         ("runtime/decoder.py", "import importlib\nimportlib.import_module('cuda.bindings.runtime')"),
-        ("lrt_deploy/tokenizer.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
-        ("lrt_deploy/parity_run.py", "from lrt_deploy.runtime import open_decoder"),
-        ("lrt_deploy/parity_run.py", "def f():\n    from .cli import app"),
+        ("lrt_deploy/text/tokenizer.py", "try:\n    import torch\nexcept ImportError:\n    pass"),
+        ("lrt_deploy/evaluation/parity.py", "from lrt_deploy.runtime import open_decoder"),
+        ("lrt_deploy/evaluation/parity.py", "def f():\n    from ..cli import app"),
         ("lrt_deploy/cli/app.py", "from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "class A:\n    import onnx"),
-        ("lrt_deploy/cli/app.py", "from ..checkpoint import load"),
+        ("lrt_deploy/cli/app.py", "from ..model.checkpoint import load"),
         ("lrt_deploy/__init__.py", "from .exporters import export_bundle"),
     ],
 )
@@ -311,12 +338,12 @@ def test_the_table_notices(path, source):
     ("path", "source"),
     [
         ("lrt_deploy/config.py", "from .errors import ConfigError\nimport json"),
-        ("lrt_deploy/parity_report.py", "import torch\nfrom .reference import Reference"),
-        ("exporters/trace.py", "import torch, onnx_ir\nfrom lrt_deploy.model import LRT"),
-        ("exporters/engine_build.py", "import tensorrt"),
-        ("runtime/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),
-        ("runtime/tensorrt_rtx.py", "import tensorrt_rtx"),
-        ("runtime/cuda_device.py", "from cuda.bindings import runtime"),
+        ("lrt_deploy/model/dequantized.py", "import torch\nfrom .reference import Reference"),
+        ("exporters/graph/trace.py", "import torch, onnx_ir\nfrom lrt_deploy.model.model import LRT"),
+        ("exporters/engine/build.py", "import tensorrt"),
+        ("runtime/backends/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),
+        ("runtime/backends/tensorrt_rtx.py", "import tensorrt_rtx"),
+        ("runtime/backends/cuda.py", "from cuda.bindings import runtime"),
         ("runtime/torchless.py", "import onnxruntime_genai, torchless"),
         ("lrt_deploy/cli/app.py", "def run():\n    from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "if TYPE_CHECKING:\n    from lrt_deploy.runtime import Decoder"),
@@ -330,11 +357,11 @@ def test_the_table_allows(path, source):
 def test_a_heavy_import_is_followed_through_modules_and_packages():
     files = {
         "lrt_deploy/__init__.py": "from .middle import f",
-        "lrt_deploy/middle.py": "from . import model\ndef f():\n    import onnx",
-        "lrt_deploy/model.py": "import torch.nn",
+        "lrt_deploy/middle.py": "from .model import model\ndef f():\n    import onnx",
+        "lrt_deploy/model/model.py": "import torch.nn",
         "runtime/sampling.py": "import numpy",
     }
-    assert reached("runtime/sampling.py", files)["torch.nn"] == "lrt_deploy/model.py"
+    assert reached("runtime/sampling.py", files)["torch.nn"] == "lrt_deploy/model/model.py"
     assert "onnx" not in reached("runtime/sampling.py", files)
 
 

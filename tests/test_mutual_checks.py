@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lrt_deploy import open_decoder
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import InputError, ParityError
-from lrt_deploy.mutual_checks import CHECKS, Setting, chosen
+from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
 from lrt_deploy.tolerances import FP32
 
 pytestmark = pytest.mark.slow  # for the export

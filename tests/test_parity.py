@@ -15,13 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrt_deploy.comparison import compare, kl_divergence
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
-from lrt_deploy.interface import PrefillReport
-from lrt_deploy.parity_report import Drift, Point, PrefillCheck, Rollout
+from lrt_deploy.evaluation.comparison import compare, kl_divergence
+from lrt_deploy.evaluation.report import Drift, Point, PrefillCheck, Rollout
+from lrt_deploy.evaluation.verdict import judge
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
-from lrt_deploy.verdict import judge
+from lrt_deploy.types import PrefillReport
 
 CONFIG = LRTConfig(sequence_len=8, vocab_size=4, n_layer=2, n_head=1, n_kv_head=1, n_embd=2)
 PROMPT, STEPS = [3, 0, 2], 4

@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from lrt_deploy.comparison import compare
+from lrt_deploy.evaluation.comparison import compare
 from lrt_deploy.tolerances import FP32
 
 slow = pytest.mark.slow
@@ -38,7 +38,7 @@ def golden(golden_of):
 @pytest.fixture(scope="module")
 def checkpoint(golden):
     torch = pytest.importorskip("torch")
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     torch.set_num_threads(1)
     return open_checkpoint(golden.folder)
@@ -51,7 +51,7 @@ def scaled(tensor, factor):
 
 def reference_of(checkpoint, factors=None):
     """The reference with some of the checkpoint's matrices multiplied by a factor."""
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     changed = {name: scaled(checkpoint.tensors[name], factor) for name, factor in (factors or {}).items()}
     model = dataclasses.replace(checkpoint, tensors={**checkpoint.tensors, **changed}).model()
@@ -108,7 +108,7 @@ def test_a_bundle_fails_against_a_checkpoint_with_one_changed_matrix(checkpoint,
 
 @slow
 def test_the_same_weights_saved_again_pass(checkpoint, golden, decoder_of, tmp_path):
-    from lrt_deploy.checkpoint import open_checkpoint, write_native
+    from lrt_deploy.model.checkpoint import open_checkpoint, write_native
 
     write_native(checkpoint.model(), tmp_path)
     again = open_checkpoint(tmp_path)
@@ -120,7 +120,7 @@ def test_the_same_weights_saved_again_pass(checkpoint, golden, decoder_of, tmp_p
 
 @slow
 def test_a_plain_model_passes(golden_of, decoder_of):
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     plain = golden_of("baseline_ve")
     report, _ = roll_out(ReferenceDecoder(plain.model(), 128), decoder_of("baseline_ve"), plain)

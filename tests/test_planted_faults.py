@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 import lrt_deploy
-from lrt_deploy import parity_run
-from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.manifest import read_manifest, write_manifest
+from lrt_deploy.bundle.manifest import read_manifest, write_manifest
+from lrt_deploy.evaluation import parity
+from lrt_deploy.model.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.slow  # for the export
 
@@ -89,7 +89,7 @@ def patched(bundle, folder, precision, matrix, change):
 def test_changed_bytes_fail_in_weights_before_anything_runs(
     precision, matrix, bundle, golden_of, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lrt_deploy.comparison.roll_out", lambda *args: pytest.fail("a rollout began"))
+    monkeypatch.setattr("lrt_deploy.evaluation.comparison.roll_out", lambda *args: pytest.fail("a rollout began"))
     copy = patched(bundle, tmp_path, precision, matrix, lambda stored: np.roll(stored, 1, axis=0))
     report = lrt_deploy.parity(copy, golden_of(GOLDEN).folder, precision=precision, steps=4)
     assert not report.passed and report.checkpoint_matches
@@ -98,8 +98,8 @@ def test_changed_bytes_fail_in_weights_before_anything_runs(
 
 
 def test_another_checkpoint_of_the_same_shape_fails_and_the_same_weights_saved_again_pass(bundle, golden_of, tmp_path):
-    from lrt_deploy.checkpoint import write_native
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
 
     model = golden_of(GOLDEN).model()
     write_native(model, tmp_path / "again")
@@ -186,9 +186,9 @@ class WithoutMemory:
 def test_a_decoder_that_mishandles_its_state_fails_in_arithmetic_though_its_graph_is_right(
     precision, bundle, golden_of
 ):
-    options = parity_run.ParityOptions(steps=8, max_kl=15.0, min_agreement=0.0)
+    options = parity.ParityOptions(steps=8, max_kl=15.0, min_agreement=0.0)
     with lrt_deploy.open_decoder(bundle, precision=precision) as decoder:
-        report = parity_run.parity_of(bundle, WithoutMemory(decoder), golden_of(GOLDEN).folder, options)
+        report = parity.parity_of(bundle, WithoutMemory(decoder), golden_of(GOLDEN).folder, options)
     assert report.weights.passed and report.arithmetic.graph.passed
     assert not report.arithmetic.kernels.passed and not report.passed
     assert "the decoder is off from PyTorch on the stored weights" in report.verdict

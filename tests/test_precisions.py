@@ -15,27 +15,27 @@ import pytest
 import torch
 
 import lrt_deploy
-from lrt_deploy import contract
-from lrt_deploy.checkpoint import open_checkpoint
-from lrt_deploy.comparison import compare
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.manifest import PHASES, graph_path, read_manifest
+from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
+from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
-from lrt_deploy.exporters import precision_graphs, promises
-from lrt_deploy.exporters.calibration import calibrate
-from lrt_deploy.exporters.calibration_text import SHIPPED, calibration_rows
-from lrt_deploy.exporters.compensate import compensated
-from lrt_deploy.exporters.histogram import Histogram
-from lrt_deploy.exporters.lower import lower, narrow
-from lrt_deploy.exporters.ort_verify import verify_graphs
-from lrt_deploy.exporters.plan import make_plan
-from lrt_deploy.exporters.quantize import FORMATS, dequantized, quantized, rounded, weight_scales
-from lrt_deploy.manifest import PHASES, graph_path, read_manifest
-from lrt_deploy.parity_run import PROMPT
-from lrt_deploy.precisions import PRECISIONS, base_dtype
-from lrt_deploy.reference import ReferenceDecoder
-from lrt_deploy.runtime import ort_cpu
-from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.evaluation.comparison import compare
+from lrt_deploy.evaluation.parity import PROMPT
+from lrt_deploy.exporters.graph import precision_graphs, verify
+from lrt_deploy.exporters.graph.cast import lower, narrow
+from lrt_deploy.exporters.graph.ort_verify import verify_graphs
+from lrt_deploy.exporters.quantize.calibrate import calibrate
+from lrt_deploy.exporters.quantize.calibration_text import SHIPPED, calibration_rows
+from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.histogram import Histogram
+from lrt_deploy.exporters.quantize.plan import make_plan
+from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
+from lrt_deploy.model.checkpoint import open_checkpoint
+from lrt_deploy.model.reference import ReferenceDecoder
+from lrt_deploy.runtime.backends import ort_cpu
+from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.tolerances import limits, prefill_limits
-from lrt_deploy.weights import matrix_shapes
 
 pytestmark = pytest.mark.slow  # for the export
 
@@ -163,7 +163,7 @@ def test_quantized_graphs_hold_what_the_manifest_says(bundle, load, precision, f
     details, config, base = manifest.precision_details[precision], manifest.model, base_dtype(precision, flavour)
     kept = [f"blocks.{layer}.gate" for layer in range(config.n_layer)]
     assert details["keep_high"] == kept
-    found = promises.count(load(precision, flavour).graph)
+    found = verify.count(load(precision, flavour).graph)
     assert found == details["operations"][flavour]
     quantized = len(matrix_shapes(config)) - len(kept)
     assert found["matmul"] == {base: len(kept), QUANTIZED_KINDS[precision].format(base=base): quantized}
@@ -172,13 +172,13 @@ def test_quantized_graphs_hold_what_the_manifest_says(bundle, load, precision, f
 
 def test_a_graph_that_is_not_as_promised_is_refused(bundle, load):
     config = read_manifest(bundle).model
-    expected = promises.promised(config, None, "float16", 0, 0)
-    promises.check(load("fp16").graph, expected, "this graph")
+    expected = verify.promised(config, None, "float16", 0, 0)
+    verify.check(load("fp16").graph, expected, "this graph")
     with pytest.raises(ExportError, match="27 in float16 as matmul, and has 27 in float32"):
-        promises.check(load("fp32").graph, expected, "this graph")
-    one_kept = promises.promised(config, FORMATS["int8"], "float16", 6, 0)
+        verify.check(load("fp32").graph, expected, "this graph")
+    one_kept = verify.promised(config, FORMATS["int8"], "float16", 6, 0)
     with pytest.raises(ExportError, match="6 in float16, 21 in int8, float16"):
-        promises.check(load("int8").graph, one_kept, "this graph")
+        verify.check(load("int8").graph, one_kept, "this graph")
 
 
 @pytest.mark.parametrize("precision", QUANTIZED_KINDS)
@@ -568,7 +568,7 @@ def test_a_block_that_cannot_be_is_refused_before_anything_is_written(root, tmp_
 def equal_layers(export_model):
     """A bundle of a fresh model, whose gates and output projections are zeros in all layers; checkpoint beside it."""
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.random_weights import random_model
 
     def fresh():
         model = random_model(LRTConfig(sequence_len=32, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=16), 1)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import lrt_deploy
-from lrt_deploy.comparison import kl_divergence
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
+from lrt_deploy.evaluation.comparison import kl_divergence
 from lrt_deploy.runtime import fixed_point
-from lrt_deploy.runtime.backend import BlockLimits
+from lrt_deploy.runtime.backends.base import BlockLimits
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
 from lrt_deploy.runtime.prefill import PrefillOptions, settle
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, FP32, SMALLEST_PREFILL_TOLERANCE
@@ -249,7 +249,7 @@ def test_plain_sweeps_are_the_authors_refinement_passes(random_decoder, golden_o
 @pytest.fixture(scope="module")
 def stubborn(export_model):
     """A model whose memory is so strong that iterating it leads nowhere."""
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(32, 64, 2, 2, 1, 32, "SL")
     bundle = export_model("prefill-stubborn", lambda: random_model(config, seed=1, memory_scale=5.0), max_seq_len=200)
@@ -414,7 +414,7 @@ class Blocks:
 
 @pytest.mark.parametrize("length", [50, 200])
 def test_the_head_runs_once_a_sweep_and_passes_count_what_was_computed(decoder, monkeypatch, length):
-    from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+    from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 
     blocks = Blocks(monkeypatch, OrtCpuBuffers)
     state = decoder.prefill([prompt(decoder, length)], policy="fixed-point", tolerance=TIGHT)

@@ -15,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lrt_deploy.bundle.manifest import read_manifest
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, StateError
-from lrt_deploy.manifest import read_manifest
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.error_estimate import contraction, error_bound
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
-from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLERANCE
 
@@ -47,7 +47,7 @@ def bundle_of(export_model):
     """name -> bundle of a random model."""
 
     def get(name):
-        from lrt_deploy.random_weights import random_model
+        from lrt_deploy.model.random_weights import random_model
 
         fields, scale = MODELS[name]
         make = lambda: random_model(LRTConfig(**fields), seed=7, memory_scale=scale)  # noqa: E731

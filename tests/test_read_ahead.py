@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 import lrt_deploy
-from lrt_deploy.runtime import opening, read_ahead
-from lrt_deploy.runtime.read_ahead import _available_bytes
+from lrt_deploy.runtime import opening
+from lrt_deploy.runtime.backends import read_ahead
+from lrt_deploy.runtime.backends.read_ahead import _available_bytes
 
 MODEL = "mr_gqa_SSSL"
 BYTES = 2 * read_ahead._SMALLEST_BYTES

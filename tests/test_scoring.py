@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
+from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.scoring import log_probabilities
 
 NAME = "mr_gqa_SSSL"

@@ -49,8 +49,8 @@ def contender(folder):
 
 def expected(folder, memory):
     """(steps, B, V) of the reference."""
-    from lrt_deploy.checkpoint import open_checkpoint
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.model.checkpoint import open_checkpoint
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     decoder = ReferenceDecoder(open_checkpoint(models.checkpoint(folder, SIZE, memory)).model(), SIZE.sequence_len)
     state = decoder.prefill(ROWS)

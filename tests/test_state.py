@@ -14,9 +14,9 @@ import pytest
 import lrt_deploy
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime import decoder as decoder_module
-from lrt_deploy.runtime import ort_cpu
-from lrt_deploy.runtime.backend import check_finite
-from lrt_deploy.runtime.ort_cpu import OrtCpuBuffers
+from lrt_deploy.runtime.backends import ort_cpu
+from lrt_deploy.runtime.backends.base import check_finite
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 
 NAMES = (*sorted(path.name for path in (Path(__file__).parent / "data" / "golden").iterdir()), "trained")
 CAPACITY = 128

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lrt_deploy
-from lrt_deploy import contract
-from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime.cache_room import room_for, room_for_prompt
-from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.manifest import read_manifest
+from lrt_deploy.runtime.backends.cache_room import room_for, room_for_prompt
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 
 pytestmark = pytest.mark.slow  # for the exports
 
@@ -28,8 +28,8 @@ import sys
 from pathlib import Path
 import numpy as np
 from lrt_deploy import contract
-from lrt_deploy.manifest import read_manifest
-from lrt_deploy.runtime.ort_cpu import OrtCpuBackend
+from lrt_deploy.bundle.manifest import read_manifest
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 folder = Path(sys.argv[1])
 manifest = read_manifest(folder)
 config = manifest.model

@@ -20,12 +20,12 @@ trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for
 ROOT = Path(__file__).parents[1]
 WHEEL = json.loads((Path(__file__).parent / "data" / "tensorrt_api" / "tensorrt.json").read_text())
 FILES = (
-    "exporters/engine.py",
-    "exporters/tensorrt_builder.py",
-    "exporters/tensorrt_log.py",
-    "exporters/tensorrt_proof.py",
-    "runtime/tensorrt_engine.py",
-    "lrt_deploy/tensorrt_flavours.py",
+    "exporters/engine/build.py",
+    "exporters/engine/tensorrt.py",
+    "exporters/engine/tensorrt_log.py",
+    "exporters/engine/verify.py",
+    "runtime/backends/tensorrt_engine.py",
+    "lrt_deploy/bundle/tensorrt_flavours.py",
 )
 
 # Arguments by class and method, None for an attribute or a member of an enumeration.
@@ -213,7 +213,7 @@ def test_every_cuda_call_takes_as_many_arguments_as_we_give():
     cuda = pytest.importorskip("cuda.bindings.runtime")
     calls = [
         node
-        for path in ("runtime/cuda_device.py", "lrt_deploy/gpu.py")
+        for path in ("runtime/backends/cuda.py", "lrt_deploy/gpu.py")
         for node in ast.walk(ast.parse((ROOT / path).read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cuda")
     ]
@@ -222,7 +222,7 @@ def test_every_cuda_call_takes_as_many_arguments_as_we_give():
         signature = getattr(cuda, call.func.attr).__doc__.strip().splitlines()[0]
         taken = signature.partition("(")[2].rpartition(")")[0]
         assert len(call.args) == len([part for part in taken.split(",") if part.strip()]), signature
-    for name in re.findall(r"_cuda\.(cuda\w+(?:\.\w+)?)", (ROOT / "runtime/cuda_device.py").read_text()):
+    for name in re.findall(r"_cuda\.(cuda\w+(?:\.\w+)?)", (ROOT / "runtime/backends/cuda.py").read_text()):
         found = cuda
         for part in name.split("."):
             found = getattr(found, part)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.text_stream import TextStream
+from lrt_deploy.text.text_stream import TextStream
 
 ALPHABET = "ab é€😀\N{REPLACEMENT CHARACTER}"
 TEXTS = st.text(ALPHABET, max_size=30)

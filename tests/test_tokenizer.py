@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
-from lrt_deploy.pickles import EncodingData, read_encoding
-from lrt_deploy.split_patterns import PATTERNS, known_pattern
-from lrt_deploy.tokenizer import (
+from lrt_deploy.text.split_patterns import PATTERNS, known_pattern
+from lrt_deploy.text.tiktoken_pickle import EncodingData, read_encoding
+from lrt_deploy.text.tokenizer import (
     SourceTokenizer,
     Tokenizer,
     load_source_tokenizer,
     token_byte_lengths,
     write_tokenizer,
 )
-from lrt_deploy.tokenizer_file import Vocabulary, from_encoding
+from lrt_deploy.text.tokenizer_file import Vocabulary, from_encoding
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 FOLDERS = sorted(path.parent for path in GOLDEN.glob("*/tokenizer/tokenizer.pkl"))
@@ -488,7 +488,7 @@ def test_an_incomplete_or_altered_bundle_is_refused(tmp_path):
 def test_neither_torch_nor_tiktoken_is_needed(tmp_path):
     write_tokenizer(tmp_path, load_source_tokenizer(FOLDERS[0], 320))
     code = (
-        "import sys; from pathlib import Path; from lrt_deploy.tokenizer import Tokenizer, load_source_tokenizer;"
+        "import sys; from pathlib import Path; from lrt_deploy.text.tokenizer import Tokenizer, load_source_tokenizer;"
         f"load_source_tokenizer(Path({str(FOLDERS[0])!r}), 320); t = Tokenizer.open(Path({str(tmp_path)!r}));"
         "assert t.decode(t.encode('hello')) == 'hello'; assert not {'torch', 'tiktoken', 'numpy'} & set(sys.modules)"
     )

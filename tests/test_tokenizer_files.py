@@ -19,15 +19,15 @@ from tokenizers import Regex, pre_tokenizers
 from typer.testing import CliRunner
 
 from lrt_deploy import open_decoder
-from lrt_deploy.byte_pairs import BytePairs, as_chars, panics_as
+from lrt_deploy.bundle.manifest import read_manifest
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
-from lrt_deploy.manifest import read_manifest
-from lrt_deploy.pickles import EncodingData, parse_encoding
-from lrt_deploy.runtime.batch_decoder import BatchDecoder
-from lrt_deploy.split_patterns import GPT2, PATTERNS
-from lrt_deploy.tokenizer import Tokenizer, load_source_tokenizer, write_tokenizer
-from lrt_deploy.tokenizer_file import from_encoding
+from lrt_deploy.runtime.batch import BatchDecoder
+from lrt_deploy.text.byte_pairs import BytePairs, as_chars, panics_as
+from lrt_deploy.text.split_patterns import GPT2, PATTERNS
+from lrt_deploy.text.tiktoken_pickle import EncodingData, parse_encoding
+from lrt_deploy.text.tokenizer import Tokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.text.tokenizer_file import from_encoding
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = DATA / "golden" / "mr_gqa_SSSL"
@@ -130,8 +130,8 @@ def checkpoint(folder: Path, tokenizer: str | None) -> Path:
 
 @pytest.mark.parametrize("place", ["tokenizer/tokenizer.pkl", "tokenizer.pkl", "../../tokenizer/tokenizer.pkl"])
 def test_a_tokenizer_is_found_where_people_have_it(place, tmp_path):
-    from lrt_deploy.checkpoint import open_checkpoint
     from lrt_deploy.exporters.bundle import find_tokenizer
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     found = open_checkpoint(checkpoint(tmp_path / "base_checkpoints" / "d4", place))
     assert find_tokenizer(found, None) == load_source_tokenizer(GOLDEN / "tokenizer", 320)
@@ -315,7 +315,7 @@ def bounded(code: str, megabytes: int, timeout: int = 120) -> str:
 LOAD = """
 from pathlib import Path
 from lrt_deploy.errors import LRTDeployError
-from lrt_deploy.tokenizer import Tokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.text.tokenizer import Tokenizer, load_source_tokenizer, write_tokenizer
 try:
     source = load_source_tokenizer(Path({path!r}), {vocab_size})
     write_tokenizer(Path({folder!r}), source)
@@ -430,7 +430,7 @@ def test_millions_of_spaces_tabs_letters_or_digits_are_encoded_in_bounded_memory
     opened(HF, tmp_path)
     code = f"""
 from pathlib import Path
-from lrt_deploy.tokenizer import Tokenizer
+from lrt_deploy.text.tokenizer import Tokenizer
 tokenizer = Tokenizer.open(Path({str(tmp_path)!r}))
 for run in (" ", "\\t", "\\n", "a", "1", "-", " \\n", "xy z"):
     text = (run * 1_000_000)[:1_000_000]

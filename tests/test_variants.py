@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import lrt_deploy
+from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.random_weights import random_model
-from lrt_deploy.reference import ReferenceDecoder
-from lrt_deploy.weights import weight_sources
+from lrt_deploy.model.random_weights import random_model
+from lrt_deploy.model.reference import ReferenceDecoder
 
 # Windows of 8 and 16 bite within 24 tokens; the vocabulary is padded from 100 to 128.
 BASE = LRTConfig(

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lrt_deploy
-from lrt_deploy.runtime.benchmark import count_step_copies
+from lrt_deploy.runtime.bench.measure import count_step_copies
 
 
 class OurRuntime:

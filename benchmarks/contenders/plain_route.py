@@ -19,7 +19,7 @@ def export(checkpoint: Path, target: Path) -> dict[str, Any]:
     """Trace the reference with concatenated caches into `target/model.onnx`."""
     import torch
 
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     model = open_checkpoint(checkpoint).model()
     config = model.config

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrt_deploy.checkpoint import open_checkpoint
 from lrt_deploy.config import LOGIT_SOFTCAP
-from lrt_deploy.model import LRT, norm
-from lrt_deploy.reference import InPlaceCacheOps
+from lrt_deploy.model.checkpoint import open_checkpoint
+from lrt_deploy.model.model import LRT, norm
+from lrt_deploy.model.reference import InPlaceCacheOps
 
 from .serving import Greedy
 

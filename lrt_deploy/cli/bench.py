@@ -22,9 +22,9 @@ from lrt_deploy.machine import cpu_model, peak_rss_bytes
 from . import bench_table, doctor, options, output, signals
 
 if TYPE_CHECKING:
-    from lrt_deploy.contract import Flavour
-    from lrt_deploy.runtime.bandwidth import Bandwidth
-    from lrt_deploy.runtime.benchmark import DecodeTimes
+    from lrt_deploy.bundle.contract import Flavour
+    from lrt_deploy.runtime.bench.bandwidth import Bandwidth
+    from lrt_deploy.runtime.bench.measure import DecodeTimes
     from lrt_deploy.runtime.decoder import Decoder
 
 LENGTHS = "32,64,128,256,512,1024,2048"
@@ -60,12 +60,12 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Measure decoding and reading prompts: times, bytes, and the share of the memory bandwidth."""
-    from lrt_deploy.runtime import plots
+    from lrt_deploy import figures
 
     lengths = parse_lengths(prefill_lengths)
     if plot is not None:
-        plots.require_matplotlib()
-        plots.check_target(plot)
+        figures.require_matplotlib()
+        figures.check_target(plot)
         options.check_writable(plot.parent, "the plot")
     options.check_file(None if text in (None, "-") else Path(text), "the text")
     options.check_tolerance(tolerance)
@@ -107,7 +107,7 @@ def parse_lengths(text: str) -> list[int]:
 
 def tokens(decoder: Decoder, text: str | None, seed: int) -> list[int]:
     """As many ids as the capacity holds: of a text, or random ones."""
-    from lrt_deploy.runtime.benchmark import random_tokens
+    from lrt_deploy.runtime.bench.measure import random_tokens
 
     if text is None:
         return random_tokens(decoder.max_seq_len, decoder.config.vocab_size, seed)
@@ -141,10 +141,10 @@ class Task:
 
     def decode(self, progress: output.Progress) -> dict[str, Any]:
         """Times and bytes of decoding; the bandwidth is measured after it, because its arrays count as memory."""
-        from lrt_deploy.runtime import bandwidth, benchmark
+        from lrt_deploy.runtime.bench import bandwidth, measure
 
         prompt = self.tokens[: self.prompt_tokens]
-        times = benchmark.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
+        times = measure.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
         peak = peak_rss_bytes()
         progress("memory bandwidth", 0, 0)
         memory = bandwidth.measure(self.decoder.device, thread_count(self.decoder) or 1)
@@ -157,7 +157,7 @@ class Task:
 
     def prefill(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
         """Every policy at every length."""
-        from lrt_deploy.runtime.benchmark import compare_prefill
+        from lrt_deploy.runtime.bench.measure import compare_prefill
 
         return [
             row
@@ -167,7 +167,7 @@ class Task:
 
     def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
         """Error after each sweep at one length."""
-        from lrt_deploy.runtime.convergence import measure_convergence
+        from lrt_deploy.runtime.bench.convergence import measure_convergence
 
         short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
         return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
@@ -175,8 +175,8 @@ class Task:
 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """The JSON fields of decoding; those that stand for a whole step take its median time."""
-    from lrt_deploy.precisions import base_dtype, item_bytes
-    from lrt_deploy.runtime import traffic
+    from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+    from lrt_deploy.runtime.bench import traffic
 
     flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
     weights = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
@@ -217,9 +217,10 @@ def percentiles(values: list[float]) -> dict[str, float | None]:
 
 def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     """Write the plot and return where; without --plot, what stands in its way is only said."""
-    from lrt_deploy.runtime import plots
+    from lrt_deploy import figures
+    from lrt_deploy.runtime.bench import plots
 
-    if not fields["prefill"] or (plot is None and not plots.available()):
+    if not fields["prefill"] or (plot is None and not figures.available()):
         return None
     path = bundle / "reports" / "prefill.png" if plot is None else plot
     threads = fields["environment"]["threads"]
@@ -245,7 +246,7 @@ def thread_count(decoder: Decoder) -> int | None:
 
 def environment(decoder: Decoder) -> dict[str, Any]:
     """The machine, the versions, and the command."""
-    from lrt_deploy.runtime.bandwidth import last_level_cache_bytes
+    from lrt_deploy.runtime.bench.bandwidth import last_level_cache_bytes
 
     return doctor.environment() | {
         "cpu": cpu_model(),

@@ -19,7 +19,7 @@ from .export import product_words
 from .smoke import smoke_test
 
 if TYPE_CHECKING:
-    from lrt_deploy.engine_sidecar import EngineSidecar
+    from lrt_deploy.bundle.engine_sidecar import EngineSidecar
 
 
 def build(
@@ -62,8 +62,8 @@ def build(
 ) -> None:
     """Build a TensorRT engine from a bundle, after proving that its network is what the precision promises."""
     from lrt_deploy import build_engine
-    from lrt_deploy.engine_sidecar import PLAN, engine_folder, write_sidecar
-    from lrt_deploy.tensorrt_flavours import choose_flavour
+    from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
+    from lrt_deploy.bundle.tensorrt_flavours import choose_flavour
 
     memory = None if workspace is None else parse_bytes(workspace)
     if device is not None:

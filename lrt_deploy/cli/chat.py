@@ -19,7 +19,7 @@ from .conversation import Conversation
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
-    from lrt_deploy.tokenizer import Tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer
 
 _HELP = """\
 /reset          begin again, with an empty conversation
@@ -74,7 +74,7 @@ def chat(
 
 def chat_tokenizer(decoder: Decoder) -> Tokenizer:
     """The bundle's tokenizer, if it has what the chat form needs."""
-    from lrt_deploy.chat_form import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
+    from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
 
     if decoder.tokenizer is None:
         raise InputError("this bundle has no tokenizer, and a chat needs one; export it again with --tokenizer")

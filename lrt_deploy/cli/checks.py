@@ -1,6 +1,6 @@
 """`parity --check` and `--golden`: a bundle's decoder against itself or a recording, without a checkpoint.
 
-See `lrt_deploy.mutual_checks` and `lrt_deploy.recorded`.
+See `lrt_deploy.evaluation.checks` and `lrt_deploy.evaluation.recorded`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def run_checks(
     tolerance: float | None,
 ) -> list[dict[str, Any]]:
     """The JSON fields of each check, in the order asked for."""
-    from lrt_deploy.mutual_checks import CHECKS, Setting, chosen
+    from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
     from lrt_deploy.tolerances import limits
 
     with contextlib.ExitStack() as opened:
@@ -45,7 +45,7 @@ def run_checks(
 
 def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
     """The JSON fields of the comparison with recorded arrays."""
-    from lrt_deploy.recorded import compare_with_recording, read_recording
+    from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
     from lrt_deploy.tolerances import limits
 
     recording = read_recording(golden, decoder.config)

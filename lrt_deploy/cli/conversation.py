@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.generation import Event
     from lrt_deploy.runtime.prompt_cache import PromptCache
     from lrt_deploy.runtime.state import DecodeState
-    from lrt_deploy.tokenizer import Tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer
 
 WAY_ON = "/reset begins anew, /rewind takes turns back; for more room, export with a larger --max-seq-len"
 
@@ -105,7 +105,7 @@ class Conversation:
 
     def with_message(self, message: str) -> list[int]:
         """The history with the last answer closed and a message opened for the next."""
-        from lrt_deploy.chat_form import ASSISTANT_END, BOS
+        from lrt_deploy.text.chat import ASSISTANT_END, BOS
 
         if not self.history:
             system = [] if self.system is None else [{"role": "system", "content": self.system}]

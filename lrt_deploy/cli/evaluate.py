@@ -1,6 +1,6 @@
 """`lrt-deploy eval`: bits per byte of a text or of given token rows, sequentially, as the authors count them.
 
-Chooses rows and shows progress; the evaluation is `lrt_deploy.evaluation`'s.
+Chooses rows and shows progress; the evaluation is `lrt_deploy.evaluation.bits_per_byte`'s.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from lrt_deploy.errors import InputError
 from . import options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.evaluation import Rows
-    from lrt_deploy.tokenizer import Tokenizer
+    from lrt_deploy.evaluation.bits_per_byte import Rows
+    from lrt_deploy.text.tokenizer import Tokenizer
 
 
 def evaluate(
@@ -36,7 +36,7 @@ def evaluate(
     debug: options.Debug = False,
 ) -> None:
     """Measure bits per byte on a file, token by token from an empty state."""
-    from lrt_deploy import evaluation
+    from lrt_deploy.evaluation import bits_per_byte
 
     options.check_file(file, "the file to measure on,")
     with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
@@ -50,7 +50,7 @@ def evaluate(
         x, y = rows(file, decoder.tokenizer, decoder.max_seq_len)
         started = time.perf_counter()
         with output.progress(quiet=json) as progress:
-            result = evaluation.evaluate(
+            result = bits_per_byte.evaluate(
                 decoder,
                 x,
                 y,
@@ -84,7 +84,7 @@ def evaluate(
 
 def rows(file: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Rows, Rows]:
     """Inputs and targets: the arrays of an .npz as they are, else those that the text is cut into."""
-    from lrt_deploy.evaluation import rows_from_npz, rows_from_text
+    from lrt_deploy.evaluation.bits_per_byte import rows_from_npz, rows_from_text
 
     if file.suffix == ".npz":
         return rows_from_npz(file)

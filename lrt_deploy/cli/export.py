@@ -11,7 +11,7 @@ import typer
 from . import facts, options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.manifest import Manifest
+    from lrt_deploy.bundle.manifest import Manifest
 
 
 def export(
@@ -107,7 +107,7 @@ def summary(manifest: Manifest) -> dict[str, str]:
 
 def table_rows(manifest: Manifest) -> dict[str, str]:
     """Where embedding tables lie, if not in the graphs."""
-    from lrt_deploy.manifest import table_path
+    from lrt_deploy.bundle.manifest import table_path
 
     sizes = {p: output.bytes_text(manifest.files[table_path(p)].bytes) for p in manifest.tables}
     text = ", ".join(f"{precision} {size}" for precision, size in sizes.items())

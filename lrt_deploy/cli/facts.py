@@ -19,7 +19,7 @@ TABLES = ("wte", "value_embeds")
 
 def kinds_of_tensors(config: LRTConfig) -> dict[str, str]:
     """Name of each tensor in the checkpoint -> `tables` (a token reads one row), `matrices` (read whole) or `other`."""
-    from lrt_deploy.weights import weight_sources
+    from lrt_deploy.bundle.weights import weight_sources
 
     kinds: dict[str, str] = {}
     for name, source in weight_sources(config).items():
@@ -31,7 +31,7 @@ def kinds_of_tensors(config: LRTConfig) -> dict[str, str]:
 
 def parameter_counts(config: LRTConfig) -> dict[str, int]:
     """Parameters by kind, rows that pad the vocabulary included."""
-    from lrt_deploy.weights import weight_sources
+    from lrt_deploy.bundle.weights import weight_sources
 
     kinds, counts = kinds_of_tensors(config), {"matrices": 0, "tables": 0, "other": 0}
     for source in weight_sources(config).values():

@@ -15,10 +15,10 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.interface import PrefillReport
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.generation import Event
     from lrt_deploy.runtime.prompt_cache import PromptCache
+    from lrt_deploy.types import PrefillReport
 
 
 def generate(

@@ -46,7 +46,7 @@ def computes(path: Path, model: onnx.ModelProto) -> dict[str, dict[str, int]]:
     """How many products, attentions and cache writes run in which type, counted as an export counts them."""
     import onnx_ir as ir
 
-    from lrt_deploy.exporters.promises import count
+    from lrt_deploy.exporters.graph.verify import count
 
     try:
         return count(ir.serde.deserialize_model(model).graph)

@@ -21,9 +21,9 @@ from .export import summary
 from .graph_facts import graph_fields
 
 if TYPE_CHECKING:
-    from lrt_deploy.checkpoint import Checkpoint
-    from lrt_deploy.kinds import Kind
-    from lrt_deploy.manifest import Manifest
+    from lrt_deploy.bundle.kinds import Kind
+    from lrt_deploy.bundle.manifest import Manifest
+    from lrt_deploy.model.checkpoint import Checkpoint
 
 _KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (its folder or .plan)"
 
@@ -55,7 +55,7 @@ Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line f
 
 def kind_of(path: Path) -> Kind:
     """What lies at a path; InputError for what cannot be inspected."""
-    from lrt_deploy import kinds
+    from lrt_deploy.bundle import kinds
 
     if not path.exists():
         found = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
@@ -68,7 +68,7 @@ def kind_of(path: Path) -> Kind:
 
 def inspect_bundle(path: Path, verify: bool) -> Findings:
     """The manifest, checked against its digest; with `verify` every file as well."""
-    from lrt_deploy.manifest import MANIFEST, read_manifest, verify_files
+    from lrt_deploy.bundle.manifest import MANIFEST, read_manifest, verify_files
 
     manifest = read_manifest(path)
     if verify:
@@ -83,7 +83,7 @@ def inspect_bundle(path: Path, verify: bool) -> Findings:
 
 def engines_text(bundle: Path) -> str:
     """The engines beside the graphs, by name; a damaged one is named as such."""
-    from lrt_deploy.engine_sidecar import ENGINES, PLAN, read_sidecar
+    from lrt_deploy.bundle.engine_sidecar import ENGINES, PLAN, read_sidecar
 
     named = []
     for plan in sorted(bundle.glob(f"{ENGINES}/*/{PLAN}")):
@@ -114,7 +114,7 @@ def provenance_rows(manifest: Manifest) -> dict[str, str]:
 
 def inspect_checkpoint(path: Path, verify: bool) -> Findings:
     """Config, tensors and tokenizer of a checkpoint of either layout."""
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(path)
     tokenizer = tokenizer_fields(opened)
@@ -176,14 +176,14 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
 
 def inspect_engine(path: Path, verify: bool) -> Findings:
     """The engine in a folder of its own; see `inspect_plan`."""
-    from lrt_deploy.engine_sidecar import PLAN
+    from lrt_deploy.bundle.engine_sidecar import PLAN
 
     return inspect_plan(path / PLAN, verify)
 
 
 def inspect_plan(path: Path, verify: bool) -> Findings:
     """The sidecar of an engine, held against the plan by size, and with `verify` by hash; the plan itself is opaque."""
-    from lrt_deploy.engine_sidecar import check_plan, read_plan, read_sidecar
+    from lrt_deploy.bundle.engine_sidecar import check_plan, read_plan, read_sidecar
 
     from .build import engine_rows
 

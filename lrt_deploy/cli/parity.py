@@ -1,6 +1,6 @@
 """`lrt-deploy parity`: is the bundle the model of the checkpoint? Exits 1 on no.
 
-What is measured and what is tolerated is `lrt_deploy.parity_run`'s; here options become a call and a report is shown.
+What is measured and tolerated is for `lrt_deploy.evaluation.parity`; here options become a call, and a report is shown.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from . import checks, options, output
 from . import parity_options as own
 
 if TYPE_CHECKING:
-    from lrt_deploy.parity_report import ParityReport
-    from lrt_deploy.parity_run import ParityOptions
+    from lrt_deploy.evaluation.parity import ParityOptions
+    from lrt_deploy.evaluation.report import ParityReport
 
 
 def parity(
@@ -52,7 +52,7 @@ def parity(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
     check_inputs(checkpoint, golden, tolerance)
-    from lrt_deploy.parity_run import ParityOptions, parity_of_stored, stored_only_precision
+    from lrt_deploy.evaluation.parity import ParityOptions, parity_of_stored, stored_only_precision
 
     asked = ParityOptions(chosen, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
     runner = options.Runner(backend, precision, max_seq_len, threads, verify)
@@ -74,7 +74,7 @@ def parity(
 
 def check_inputs(checkpoint: Path | None, golden: Path | None, tolerance: float | None) -> None:
     """Refuse what is not there before the bundle is opened."""
-    from lrt_deploy import kinds
+    from lrt_deploy.bundle import kinds
 
     if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
         raise CheckpointError(mistaken)
@@ -92,7 +92,7 @@ def _decoded(
     json: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The fields of the comparison, and of the checks that need no checkpoint; `others` are --check and --golden."""
-    from lrt_deploy.parity_run import default_prompt, parity_of
+    from lrt_deploy.evaluation.parity import default_prompt, parity_of
 
     check, golden = others
     with runner.open(bundle) as decoder:
@@ -129,7 +129,7 @@ def _write(bundle: Path, folder: Path | None, fields: dict[str, Any]) -> str | N
 
 def document(report: ParityReport) -> dict[str, Any]:
     """The JSON fields."""
-    from lrt_deploy.parity_report import as_json
+    from lrt_deploy.evaluation.report import as_json
 
     fields = report.to_dict()
     if report.bisect is not None:

@@ -17,7 +17,7 @@ CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it
 Steps = Annotated[
     int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
 ]
-# The names of `lrt_deploy.mutual_checks`; a test holds them against it.
+# The names of `lrt_deploy.evaluation.checks`; a test holds them against it.
 CheckName = Literal[
     "fixed-point-vs-stepwise", "chunked-vs-whole", "batch-vs-alone", "restored-vs-straight", "cuda-graph", "all"
 ]

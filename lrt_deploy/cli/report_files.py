@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy import extras
-from lrt_deploy.precisions import PRECISIONS
+from lrt_deploy.bundle.precisions import PRECISIONS
 
 from . import output
 
 
 def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     """Write `parity-BACKEND-PRECISION` as .json, .html and, where matplotlib is installed, .png; returns the page."""
+    from lrt_deploy import figures
+    from lrt_deploy.evaluation import plots
+    from lrt_deploy.evaluation.html import page
     from lrt_deploy.files import atomic_write
-    from lrt_deploy.html_report import page
-    from lrt_deploy.runtime import parity_plots, plots
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     name = f"parity-{fields['backend']}-{fields['precision']}"
@@ -32,12 +33,12 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not fields["positions"]["position"]:  # stored weights alone were judged
         return folder / f"{name}.html"
-    if not plots.available():
+    if not figures.available():
         output.say(f"no pictures beside the page: matplotlib is not installed; {extras.install('bench')}")
         return folder / f"{name}.html"
-    parity_plots.plot_parity(folder / f"{name}.png", fields, title)
+    plots.plot_parity(folder / f"{name}.png", fields, title)
     if len(others) > 1:
-        parity_plots.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
+        plots.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
     return folder / f"{name}.html"
 
 

@@ -18,9 +18,10 @@ _PROMPT_TOKENS, _STEPS = 12, 32
 
 def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -> dict[str, Any]:
     """What came of it, for the sidecar: `ran`, and `reason` or `passed`, `verdict` and the numbers behind it."""
-    from lrt_deploy import comparison, open_decoder
+    from lrt_deploy import open_decoder
+    from lrt_deploy.bundle.manifest import read_manifest
+    from lrt_deploy.evaluation import comparison
     from lrt_deploy.gpu import find_gpu
-    from lrt_deploy.manifest import read_manifest
 
     gpu, reason = find_gpu()
     if gpu is None:

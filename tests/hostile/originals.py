@@ -77,9 +77,9 @@ def make(folder: Path) -> None:
     import torch
 
     import lrt_deploy
-    from lrt_deploy.checkpoint import write_native
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.random_weights import random_model
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
 
     torch.set_num_threads(1)
     lrt = LRTConfig(**SIZES, n_layer=2)
@@ -174,8 +174,8 @@ def _recorded(decoder, ids):
 
 
 def _write_engine(folder: Path) -> None:
-    from lrt_deploy.engine_sidecar import EngineSidecar, Profile, write_sidecar
-    from lrt_deploy.manifest import read_manifest
+    from lrt_deploy.bundle.engine_sidecar import EngineSidecar, Profile, write_sidecar
+    from lrt_deploy.bundle.manifest import read_manifest
 
     manifest = read_manifest(folder / "bundle")
     (folder / "engine").mkdir()
@@ -228,7 +228,7 @@ class Originals:
         """The tensors of a checkpoint in the authors' layout, and the parameters of its model."""
         import torch
 
-        from lrt_deploy.checkpoint import open_checkpoint
+        from lrt_deploy.model.checkpoint import open_checkpoint
 
         tensors = torch.load(self.folder / name / "model_000010.pt", weights_only=True)
         return tensors, parameters(open_checkpoint(self.folder / name).model())

@@ -85,7 +85,7 @@ def warm_up(originals) -> None:
     """Load every library once, and bound the private memory from here on."""
     import torch
 
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     torch.set_num_threads(1)
     assert originals.numbers

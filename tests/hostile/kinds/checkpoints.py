@@ -349,7 +349,7 @@ def no_file(rng, path, name, originals):
 
 def opened(folder: Path, name: str, originals: Originals, intact: bool | None, use_cli: bool = False):
     """Open it as export does, and hold what is accepted against an independent reading."""
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     if use_cli:
         command("inspect", str(folder), "--json")

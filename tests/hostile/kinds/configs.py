@@ -61,7 +61,7 @@ def configs(rng: random.Random, place: Path, originals: Originals) -> Trial:
 
 def opened(folder: Path, name: str, data: bytes, originals: Originals, use_cli: bool):
     """Open it as export does; what is accepted must be what the JSON says, and nothing in it ignored."""
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     if use_cli:
         command("inspect", str(folder), "--json")
@@ -86,6 +86,6 @@ def opened(folder: Path, name: str, data: bytes, originals: Originals, use_cli: 
 
 
 def _original_config(originals: Originals, name: str):
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     return open_checkpoint(originals.folder / name).config

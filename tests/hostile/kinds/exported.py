@@ -38,8 +38,8 @@ def exports(rng: random.Random, place: Path, originals: Originals) -> Trial:
 
 def is_accepted(folder: Path) -> bool:
     """Whether the checkpoint can be loaded."""
-    from lrt_deploy.checkpoint import open_checkpoint
     from lrt_deploy.errors import LRTDeployError
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     try:
         open_checkpoint(folder).model()
@@ -51,8 +51,8 @@ def is_accepted(folder: Path) -> bool:
 def whole(folder: Path, target: Path, precision: str, hosted: bool):
     """Export and open it: float32 equals the reference; a failed export leaves nothing."""
     import lrt_deploy
-    from lrt_deploy.checkpoint import open_checkpoint
-    from lrt_deploy.reference import ReferenceDecoder
+    from lrt_deploy.model.checkpoint import open_checkpoint
+    from lrt_deploy.model.reference import ReferenceDecoder
 
     try:
         lrt_deploy.export_bundle(folder, target, precision=precision, max_seq_len=16, host_embeddings=hosted)

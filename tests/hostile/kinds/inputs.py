@@ -521,7 +521,7 @@ def encoded(originals: Originals, kind: str, text: object, messages: object):
 
 def streamed(originals: Originals, ids: list[int], stops: object):
     """A stream gives the text of its tokens up to the first stop string, nothing of it, nothing twice."""
-    from lrt_deploy.text_stream import TextStream
+    from lrt_deploy.text.text_stream import TextStream
 
     tokenizer = originals.decoder.tokenizer
     stream = TextStream(tokenizer.token_bytes_of, stops)

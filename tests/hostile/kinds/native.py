@@ -152,7 +152,7 @@ def header_parses(data: bytes) -> bool:
 
 def opened_native(folder: Path, data: bytes, originals: Originals, use_cli: bool):
     """Open it, and hold what is accepted against an independent reading of the header."""
-    from lrt_deploy.checkpoint import open_checkpoint
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     if use_cli:
         command("inspect", str(folder), "--json")

@@ -60,7 +60,7 @@ def sidecars(rng: random.Random, place: Path, originals: Originals) -> Trial:
 
 def engine(plan: Path, data: bytes, original: dict, use_cli: bool):
     """Read sidecar and plan as a runtime does: they must be what the files say."""
-    from lrt_deploy.engine_sidecar import read_plan, read_sidecar, runs_on
+    from lrt_deploy.bundle.engine_sidecar import read_plan, read_sidecar, runs_on
 
     if use_cli:
         command("inspect", str(plan), "--json", "--verify")
@@ -230,8 +230,8 @@ def changed_members(rng: random.Random, data: bytes, kind: str) -> tuple[bytes, 
 
 def recorded(path: Path, originals: Originals):
     """Read it as parity or evaluation does: the arrays are those that numpy reads."""
-    from lrt_deploy.evaluation import rows_from_npz
-    from lrt_deploy.recorded import compare_with_recording, read_recording
+    from lrt_deploy.evaluation.bits_per_byte import rows_from_npz
+    from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
     from lrt_deploy.tolerances import limits
 
     with np.load(originals.folder / path.name) as file:
@@ -243,7 +243,7 @@ def recorded(path: Path, originals: Originals):
                 return WRONG, "other rows than numpy reads"
         equal = np.array_equal(x, original["x"]) and np.array_equal(y, original["y"])
         if equal or x.size < 200:
-            from lrt_deploy.evaluation import evaluate
+            from lrt_deploy.evaluation.bits_per_byte import evaluate
 
             evaluate(originals.decoder, x, y, originals.decoder.tokenizer.byte_lengths, 2)
         return (EQUAL if equal else OTHER), ""
@@ -303,7 +303,7 @@ def is_text(data: bytes) -> bool:
 def read(path: Path, use: str, data: bytes, originals: Originals):
     """Use the file; the tokens must be those of its text."""
     from lrt_deploy.cli import options
-    from lrt_deploy.exporters.calibration_text import calibration_rows
+    from lrt_deploy.exporters.quantize.calibration_text import calibration_rows
 
     tokenizer = originals.decoder.tokenizer
     if use == "prompt":
@@ -318,7 +318,7 @@ def read(path: Path, use: str, data: bytes, originals: Originals):
         if any(not 0 <= token < SIZES["vocab_size"] for row in rows.tokens for token in row):
             return WRONG, "ids beyond the vocabulary"
         return EQUAL, ""
-    from lrt_deploy.evaluation import rows_from_text
+    from lrt_deploy.evaluation.bits_per_byte import rows_from_text
 
     _x, y = rows_from_text(options.read_text(str(path)), tokenizer, CAPACITY)
     if [token for row in y for token in row] != tokenizer.encode(data.decode("utf-8")):

@@ -256,8 +256,8 @@ def as_pickle_reads_it(path: Path, data: bytes):
     """Convert it as export does; what is accepted must encode as tiktoken does with what Python reads."""
     import tiktoken
 
-    from lrt_deploy.pickles import read_encoding
-    from lrt_deploy.tokenizer import load_source_tokenizer
+    from lrt_deploy.text.tiktoken_pickle import read_encoding
+    from lrt_deploy.text.tokenizer import load_source_tokenizer
 
     source = load_source_tokenizer(path.parent, SIZES["vocab_size"])
     found = read_encoding(path)
@@ -278,7 +278,7 @@ def as_pickle_reads_it(path: Path, data: bytes):
 
 def written(folder: Path, source):
     """The tokenizer as a bundle would hold it, opened; its files are removed again."""
-    from lrt_deploy.tokenizer import Tokenizer, write_tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer, write_tokenizer
 
     place = folder / "bundle-tokenizer"
     place.mkdir()
@@ -537,7 +537,7 @@ def as_the_library_reads_it(folder: Path, data: bytes, originals: Originals, in_
     """Open it as export or a bundle does; what is accepted must encode as the library itself does, without loss."""
     import tokenizers
 
-    from lrt_deploy.tokenizer import Tokenizer, load_source_tokenizer
+    from lrt_deploy.text.tokenizer import Tokenizer, load_source_tokenizer
 
     found = Tokenizer.open(folder) if in_bundle else written(folder, load_source_tokenizer(folder, SIZES["vocab_size"]))
     try:
@@ -589,7 +589,7 @@ def byte_counts(rng: random.Random, place: Path, originals: Originals) -> Trial:
         what, is_file = odd_file(rng, path), False
 
     def act():
-        from lrt_deploy.tokenizer import Tokenizer
+        from lrt_deploy.text.tokenizer import Tokenizer
 
         found = Tokenizer.open(folder)
         if list(found.byte_lengths) != lengths or any(type(n) is not int for n in found.byte_lengths):

@@ -1,0 +1,283 @@
+"""Build an engine from a bundle: copy the graph, parse, prove, build, and write plan and sidecar beside the graphs.
+
+Engines are a cache: they can always be made again from the bundle, they are not in its manifest, and they are used only
+where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not). Running the
+plan is the runtime's: the smoke test after a build is the command line's to arrange.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.engine_sidecar import (
+    DECODE,
+    ENGINES,
+    PLAN,
+    PREFILL,
+    EngineSidecar,
+    Profile,
+    cache_capacity,
+    engine_folder,
+    write_sidecar,
+)
+from lrt_deploy.bundle.graph_file import check_graph_file
+from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
+from lrt_deploy.bundle.precisions import not_held
+from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
+from lrt_deploy.errors import EngineError
+from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
+from lrt_deploy.exporters.early_checks import check_target
+from lrt_deploy.gpu import find_gpu
+
+from .tensorrt import NoFusedAttentionError, Parsed, Plan, Settings, build, parse
+from .tensorrt_graph import tensorrt_copy
+from .tensorrt_log import Progress
+from .verify import promise_of, prove
+
+CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
+_RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built without naming any
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build_engine` takes beside the bundle.
+
+    `precision` None: the only one in it. `chunk_tokens` None: 512, or the capacity if that is less. `max_batch_size`
+    None: the bundle's. `workspace_bytes` None: TensorRT's own limit. `timing_cache` None: a file beside the engines.
+    `listener` is called with severity and text of TensorRT's messages.
+    """
+
+    backend: str = "auto"
+    precision: str | None = None
+    force: bool = False
+    chunk_tokens: int | None = None
+    max_batch_size: int | None = None
+    workspace_bytes: int | None = None
+    timing_cache: Path | None = None
+    listener: Callable[[str, str], None] | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One engine to build."""
+
+    bundle: Path
+    manifest: Manifest
+    flavour: TensorRTFlavour
+    precision: str
+    capacity: int
+    profiles: tuple[Profile, ...]
+    max_batch_size: int
+    compute_capabilities: tuple[str, ...]
+    settings: Settings
+    listener: Callable[[str, str], None] | None = None
+
+    @property
+    def graph(self) -> str:
+        return graph_path(self.precision, "prefill", "full")
+
+
+def build_engine(
+    bundle: str | Path, options: BuildOptions, progress: Progress = lambda what, done, total: None
+) -> EngineSidecar:
+    """Build an engine into `bundle` and return its sidecar.
+
+    Raises EngineError, and then leaves what was there: an old engine, or none.
+    """
+    folder = Path(bundle)
+    job = _job(folder, options)
+    target = engine_folder(folder, job.flavour.backend, job.precision)
+    recover(target)
+    if os.path.lexists(target) and not options.force:
+        raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
+    check_replaceable(target)
+    check_target(target, EngineError)
+    verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
+    check_graph_file(folder / job.graph, folder / weights_path(job.precision))
+    started = time.perf_counter()
+    built = None
+    with suppress(NoFusedAttentionError):
+        built = _built(job, progress, decompose=False)
+    if built is None:
+        progress("building again, with attention decomposed", 0, 0)
+        built = _built(job, progress, decompose=True)
+    parsed, layers, plan = built
+    seconds = time.perf_counter() - started
+    with atomic_folder(target, check_replaceable if options.force else None, EngineError) as out:
+        progress("writing the plan", 0, 0)
+        (out / PLAN).write_bytes(plan.data)
+        sidecar = _sidecar(job, parsed, plan, layers, seconds)
+        write_sidecar(out / PLAN, sidecar)
+    return sidecar
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise EngineError for a folder that holds anything besides a plan and its sidecar."""
+    if not os.path.lexists(target):
+        return
+    plan = target / PLAN
+    ours = re.compile(rf"{PLAN}|{PLAN}\.json|\.{PLAN}\.json\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
+    foreign = [path.name for path in target.iterdir() if not ours.fullmatch(path.name)] if target.is_dir() else []
+    if foreign or not target.is_dir():
+        raise EngineError(
+            f"{target} holds {min(foreign, default='something else')}, expected only {plan.name} and its sidecar; "
+            "it is left as it is: remove it yourself, then build again"
+        )
+
+
+def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict[str, Any], Plan]:
+    """The network, what it was proven to consist of, and the plan made of it."""
+    graph, promise = job.bundle / job.graph, promise_of(job.manifest, job.precision)
+    progress("parsing", 0, 0)
+    parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
+    progress("proving", 0, 0)
+    layers = prove(parsed.trt, parsed.network, promise)
+    decomposable = {"attention_decomposable": decompose or promise.base == "float32"}
+    return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, job.settings, progress)
+
+
+def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:
+    """Decode: one token for each of up to `max_batch_size` rows. Prefill: up to a chunk of tokens of one row."""
+    chunk = min(chunk_tokens, max_seq_len)
+    return (
+        Profile(DECODE, batch=(1, 1, max_batch_size), tokens=(1, 1, 1)),
+        Profile(PREFILL, batch=(1, 1, 1), tokens=(1, max(1, chunk // 2), chunk)),
+    )
+
+
+def _job(folder: Path, options: BuildOptions) -> _Job:
+    manifest = read_manifest(folder)
+    flavour, _ = choose_flavour(options.backend)
+    flavour.load()  # what is missing here is said before anything is hashed
+    chunk = _within("chunk_tokens", options.chunk_tokens, manifest.max_seq_len, CHUNK_TOKENS)
+    batch = _within("max_batch_size", options.max_batch_size, manifest.max_batch_size, manifest.max_batch_size)
+    if options.workspace_bytes is not None and options.workspace_bytes < 1:
+        raise EngineError(f"workspace_bytes is {options.workspace_bytes}, expected at least 1")
+    return _Job(
+        folder,
+        manifest,
+        flavour,
+        _precision(manifest, options.precision),
+        cache_capacity(manifest.max_seq_len),
+        profiles(manifest.max_seq_len, batch, chunk),
+        batch,
+        _compute_capabilities(flavour),
+        Settings(options.workspace_bytes, _timing_cache(folder, flavour, options.timing_cache)),
+        options.listener,
+    )
+
+
+def _within(name: str, asked: int | None, largest: int, default: int) -> int:
+    """The size that was asked for, which the bundle must allow, or the default, which it may lower."""
+    if asked is None:
+        return min(default, largest)
+    if not 1 <= asked <= largest:
+        limit = "max_seq_len" if name == "chunk_tokens" else name
+        raise EngineError(
+            f"{name} is {asked}; this bundle was exported with {limit} {largest}: expected 1 to {largest}"
+        )
+    return asked
+
+
+def _precision(manifest: Manifest, requested: str | None) -> str:
+    held = manifest.precisions
+    if requested is None and len(held) == 1:
+        return held[0]
+    if requested is None:
+        raise EngineError(f"this bundle holds {', '.join(held)}; say with --precision which one to build")
+    if requested not in held:
+        raise EngineError(not_held(held, requested))
+    return requested
+
+
+def _timing_cache(bundle: Path, flavour: TensorRTFlavour, asked: Path | None) -> Path | None:
+    """Where measured kernel times of earlier builds lie; TensorRT-RTX measures nothing when it builds."""
+    if flavour.backend == "tensorrt-rtx":
+        if asked is not None:
+            raise EngineError("tensorrt-rtx measures no kernels when it builds and has no timing cache; leave it out")
+        return None
+    if asked is not None:
+        check_target(asked, EngineError)
+        return asked
+    (bundle / ENGINES).mkdir(exist_ok=True)
+    return bundle / ENGINES / f"{flavour.backend}.timing"
+
+
+def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:
+    manifest, network, files = job.manifest, parsed.network, job.manifest.files
+    inputs = [network.get_input(index) for index in range(network.num_inputs)]
+    outputs = [network.get_output(index) for index in range(network.num_outputs)]
+    promise, (gpu, reason) = promise_of(manifest, job.precision), find_gpu()
+    return EngineSidecar(
+        backend=job.flavour.backend,
+        precision=job.precision,
+        plan_sha256=hashlib.sha256(plan.data).hexdigest(),
+        plan_bytes=plan.data.nbytes,
+        onnx=job.graph,
+        onnx_sha256=files[job.graph].sha256,
+        weights_sha256=files[weights_path(job.precision)].sha256,
+        tensorrt_version=str(parsed.trt.__version__),
+        compute_capabilities=job.compute_capabilities,
+        profiles=job.profiles,
+        flags=plan.flags,
+        capacity=job.capacity,
+        max_seq_len=manifest.max_seq_len,
+        max_batch_size=job.max_batch_size,
+        inputs=_described(
+            inputs, contract.graph_inputs(manifest.model, "full", promise.base, manifest.host_embeddings)
+        ),
+        outputs=_described(outputs, contract.graph_outputs(manifest.model, promise.base)),
+        state=tuple(pair.to_dict() for pair in contract.state_pairs(manifest.model, promise.base)),
+        layers=layers,
+        build={
+            "seconds": round(seconds, 3),
+            "peak_host_bytes": _peak_rss_bytes(),
+            "memory": parsed.log.memory,
+            "warnings": parsed.log.warnings,
+            "platform": platform.platform(),
+        },
+        smoke={"ran": False, "reason": reason if gpu is None else "building does not run it"},
+    )
+
+
+def _compute_capabilities(flavour: TensorRTFlavour) -> tuple[str, ...]:
+    """RTX plans are portable; a plan of full TensorRT is for the kind of GPU that it was built on."""
+    if flavour.backend == "tensorrt-rtx":
+        return _RTX_CAPABILITIES
+    gpu, reason = find_gpu()
+    if gpu is None:
+        raise EngineError(f"{flavour.backend} builds for the GPU that it runs on, and here is {reason}")
+    return (gpu.capability_text,)
+
+
+def _described(tensors: Sequence[Any], specs: Sequence[contract.TensorSpec]) -> tuple[dict[str, Any], ...]:
+    """Name, type and shape of network inputs or outputs; a free dimension has the name that the contract gives it."""
+    dims = {spec.name: spec.shape for spec in specs}
+    return tuple(
+        {
+            "name": tensor.name,
+            "dtype": TENSORRT_DTYPES.get(tensor.dtype.name, tensor.dtype.name),
+            "shape": [dims[tensor.name][axis] if size < 0 else int(size) for axis, size in enumerate(tensor.shape)],
+        }
+        for tensor in tensors
+    )
+
+
+def _peak_rss_bytes() -> int | None:
+    """Largest resident memory of this process so far, where the system counts it."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

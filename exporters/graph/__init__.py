@@ -1,0 +1,1 @@
+"""ONNX graphs: traced from the model, cleaned, derived, cast, verified and written."""

@@ -1,0 +1,180 @@
+"""Give a float32 graph a lower base type: matrix products, attention, caches and latent in it, all else in float32.
+
+One trace serves every precision (it is the dear part, about 10 s): `narrow` stores weights in fewer bits behind a Cast,
+`quantize` behind Q/DQ, and `lower` moves what is heavy into the base type and puts Casts where types meet. The rule
+is a short one. What reads much memory is lowered: MatMul, Attention, TensorScatter, the state, and Q/DQ around them.
+What lies between costs nothing and keeps float32: norms, residual stream, gates, rotary embedding, softcap, logits.
+Ops that only move numbers (and relu and its square, which round once) stay in the base type where all that read them
+are in it. Knows nothing of flavours and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lrt_deploy.bundle.precisions import Dtype
+from lrt_deploy.errors import ExportError
+
+HEAVY = frozenset("MatMul Attention TensorScatter QuantizeLinear DequantizeLinear".split())  # noqa: SIM905
+FOLLOWING = frozenset("Reshape Transpose Split Slice Squeeze Unsqueeze Relu Pad".split())  # noqa: SIM905
+TABLES = ("wte", "value_embeds")
+
+DTYPES: dict[Dtype, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def narrow(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> None:
+    """Store float32 matrices and tables as `dtype`, in place; those in `keep` stay. They are converted when written.
+
+    A matrix is followed by a Cast, which `lower` removes and ONNX Runtime folds; of a table the rows read are cast.
+    Tables that have 16 bits already stay as they are.
+    """
+    for node in list(model.graph):
+        position = {"MatMul": 1, "Gather": 0}.get(node.op_type)
+        value = None if position is None else node.inputs[position]
+        if position is None or value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+            continue
+        if value.name in keep or len(value.shape or ()) < 2:
+            continue
+        store(value, lazy(value, DTYPES[dtype], lambda array, to=DTYPES[dtype]: _rounded(array, to)))
+        if node.op_type == "MatMul":
+            node.replace_input_with(1, cast(model.graph, value, ir.DataType.FLOAT))
+        else:
+            _cast_rows(model.graph, node, DTYPES[dtype])
+    common.TopologicalSortPass()(model)
+
+
+def lower(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model:
+    """A copy whose base type is `dtype`; products with a matrix in `keep` stay float32."""
+    model = model.clone()
+    if dtype == "float32":
+        return model
+    low, graph = DTYPES[dtype], model.graph
+    nodes = _low_nodes(graph, keep)
+    lowered = {value for value in graph.inputs if (value.name or "").startswith("past_")}
+    lowered |= {value for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
+    for value in lowered:
+        value.type = ir.TensorType(low)
+    for node in list(graph):
+        wanted = low if node in nodes else ir.DataType.FLOAT
+        for position, source in enumerate(node.inputs):
+            if source is None or node.op_type == "Shape":
+                continue
+            if source in lowered if wanted == ir.DataType.FLOAT else source.dtype == ir.DataType.FLOAT:
+                node.replace_input_with(position, cast(graph, source, wanted))
+    _set_outputs(graph, low)
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    return model
+
+
+def matrix_name(node: ir.Node) -> str | None:
+    """The name of the matrix that a MatMul multiplies by, however it is stored; None where it is no initializer."""
+    value = node.inputs[1]
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type not in ("Cast", "DequantizeLinear"):
+            return None
+        value = producer.inputs[0]
+    return None if value is None else value.name
+
+
+def cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """`value` in another type: what it was widened from, or one Cast shared by all that ask. The caller sorts."""
+    producer = value.producer()
+    if producer is not None and producer.op_type == "Cast" and value.dtype == ir.DataType.FLOAT:
+        source = producer.inputs[0]
+        if source is not None and source.dtype == dtype:
+            return source
+    for user in value.consumers():
+        if user.op_type == "Cast" and user.outputs[0].dtype == dtype:
+            return user.outputs[0]
+    result = ir.Value(name=f"{value.name}_{dtype.name.lower()}", shape=value.shape, type=ir.TensorType(dtype))
+    graph.append(ir.node("Cast", [value], {"to": dtype.value}, outputs=[result], name=result.name))
+    return result
+
+
+def lazy(value: ir.Value, dtype: ir.DataType, convert: object, shape: tuple[int, ...] | None = None) -> ir.LazyTensor:
+    """The initializer `value` through `convert`, computed when it is written and not kept: peak memory stays low."""
+    source = value.const_value
+    assert source is not None and callable(convert)
+    name = value.name
+
+    def compute() -> ir.TensorProtocol:
+        return ir.tensor(convert(source.numpy()), dtype=dtype, name=name)
+
+    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape or source.shape.numpy()), name=name)
+
+
+def store(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Let an initializer hold another tensor."""
+    value.const_value = tensor
+    value.type = ir.TensorType(tensor.dtype)
+    value.shape = ir.Shape(tensor.shape.numpy())
+
+
+def _low_nodes(graph: ir.Graph, keep: Collection[str]) -> set[ir.Node]:
+    """What computes in the base type: the heavy ops, and runs of following ops between them."""
+    heavy = {node for node in graph if node.op_type in HEAVY and not (node.op_type == "MatMul" and _kept(node, keep))}
+    willing = set(heavy)
+    for node in reversed(list(graph)):
+        users = [user for value in node.outputs for user in value.consumers()]
+        if _follows(node) and users and all(user in willing for user in users):
+            willing.add(node)
+    low = set(heavy)
+    for node in graph:
+        source = node.inputs[0] if node.inputs else None
+        if node in willing and source is not None and source.producer() in low:
+            low.add(node)
+    return low
+
+
+def _kept(node: ir.Node, keep: Collection[str]) -> bool:
+    return matrix_name(node) in keep
+
+
+def _follows(node: ir.Node) -> bool:
+    square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
+    return node.op_type in FOLLOWING or square
+
+
+def _set_outputs(graph: ir.Graph, low: ir.DataType) -> None:
+    """Logits are float32, all state is `low`: a Cast where the trace says otherwise, under the contract's name."""
+    for index, value in enumerate(graph.outputs):
+        wanted = ir.DataType.FLOAT if value.name == "logits" else low
+        if value.dtype == wanted:
+            continue
+        name = value.name
+        value.name = f"{name}_{value.dtype.name.lower() if value.dtype else 'before'}"
+        result = cast(graph, value, wanted)
+        result.name = name
+        graph.outputs[index] = result
+
+
+def _cast_rows(graph: ir.Graph, gather: ir.Node, dtype: ir.DataType) -> None:
+    rows = gather.outputs[0]
+    rows.type = ir.TensorType(dtype)
+    users = [(user, i) for user in rows.consumers() for i, value in enumerate(user.inputs) if value is rows]
+    widened = cast(graph, rows, ir.DataType.FLOAT)
+    for user, position in users:
+        user.replace_input_with(position, widened)
+
+
+def _rounded(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    """Rounded to `dtype`; what it cannot hold is refused."""
+    kind = np.float16 if dtype == ir.DataType.FLOAT16 else ml_dtypes.bfloat16
+    with np.errstate(over="ignore"):
+        result: np.ndarray = array.astype(kind)
+    if not np.isfinite(result).all():
+        largest = float(np.abs(array).max())
+        raise ExportError(
+            f"a weight of {largest:.4g} does not fit {np.dtype(kind).name}; export this checkpoint in fp32 or bf16"
+        )
+    return result

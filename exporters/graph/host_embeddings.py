@@ -1,0 +1,76 @@
+"""Take the embedding tables out of a graph: rows of the new tokens come in instead, and the tables go into a file.
+
+Tables are most of the parameters, and a token reads one row of each. Where a runtime maps weights they cost little in
+the graph; an engine, or a provider that copies weights to its device, would hold all of them. Rows come in as float32,
+as the graph's own Cast would widen them, so that all that follows is the same to the bit. Gathers nothing: see
+`runtime.host_tables`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.manifest import TableRecord
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import ExportError
+
+from . import weights_file
+
+_INPUT_OF = {"wte": contract.TOKEN_EMBEDS, "value_embeds": contract.VALUE_EMBEDS}
+_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+
+Progress = Callable[[int, int], None]
+
+
+def take_out(model: ir.Model, config: LRTConfig, path: Path, progress: Progress) -> dict[str, TableRecord]:
+    """Replace the tables of a float32 graph by inputs, in place, and write them to `path`; says where each lies."""
+    graph, tables = model.graph, {}
+    specs = {spec.name: spec for spec in contract.embedding_inputs(config)}
+    for node in [node for node in graph if node.op_type == "Gather" and _table(node) is not None]:
+        table = _table(node)
+        assert table is not None and table.const_value is not None
+        name = _INPUT_OF[table.name or ""]
+        rows = ir.Value(name=name, shape=ir.Shape(specs[name].shape), type=ir.TensorType(ir.DataType.FLOAT))
+        tables[name] = table.const_value
+        _replace_rows(node, rows)
+        graph.inputs.append(rows)
+        graph.initializers.pop(table.name or "")
+    if set(tables) != set(specs):
+        raise ExportError(f"host embeddings: the graph gathers {sorted(tables)}, expected {sorted(specs)}, each once")
+    common.RemoveUnusedNodesPass()(model)
+    first = next(value for value in graph.inputs if value.name == contract.TOKEN_EMBEDS)
+    graph.inputs.remove(first)
+    graph.inputs[0] = first  # in place of the ids, which nothing reads any more
+    return _write(tables, path, progress)
+
+
+def _table(node: ir.Node) -> ir.Value | None:
+    """The embedding table that a Gather reads; None for any other node."""
+    value = node.inputs[0]
+    return value if value is not None and value.const_value is not None and value.name in _INPUT_OF else None
+
+
+def _replace_rows(gather: ir.Node, rows: ir.Value) -> None:
+    """Let all that reads gathered rows, widened to float32 where the table is narrower, read the input instead."""
+    found = gather.outputs[0]
+    if found.dtype == ir.DataType.FLOAT:
+        found.replace_all_uses_with(rows)
+        return
+    for user in list(found.consumers()):
+        if user.op_type != "Cast" or user.outputs[0].dtype != ir.DataType.FLOAT:
+            raise ExportError(f"host embeddings: {user.name} reads rows of {found.dtype} without widening them")
+        user.outputs[0].replace_all_uses_with(rows)
+
+
+def _write(tables: dict[str, ir.TensorProtocol], path: Path, progress: Progress) -> dict[str, TableRecord]:
+    written = zip(tables.items(), weights_file.write(list(tables.values()), path, progress), strict=True)
+    records = {}
+    for (name, tensor), offset in written:
+        rows, columns = tensor.shape.numpy()
+        records[name] = TableRecord(_NAMES[tensor.dtype], (rows, columns), offset)
+    return records

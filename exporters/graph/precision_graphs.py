@@ -1,0 +1,89 @@
+"""Write the four graphs and the weights file of one precision, from the one traced graph and a plan.
+
+The order is the point: weights are stored (narrowed, quantized) in a float32 graph, which is written once; both
+flavours are then derived from it, each in its own base type, and so share every number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx_ir as ir
+
+from lrt_deploy.bundle import contract, manifest
+from lrt_deploy.bundle.contract import Flavour
+from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.plan import Plan
+from lrt_deploy.exporters.quantize.qdq import quantize, unpad
+
+from . import host_embeddings, passes, variants, verify, weights_file
+from .cast import lower, narrow
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What each flavour's graphs compute in, and where their tables lie, if not in the graphs."""
+
+    operations: dict[str, verify.Counts]
+    tables: dict[str, manifest.TableRecord]
+
+
+def write_precision(
+    traced: ir.Model, config: LRTConfig, capacity: int, plan: Plan, folder: Path, say: Progress
+) -> Written:
+    """Write graphs and weights below `folder`."""
+    out = folder / "graphs" / plan.precision
+    out.mkdir(parents=True)
+    stored = store_weights(traced, plan)
+    tables: dict[str, manifest.TableRecord] = {}
+    if plan.host_embeddings:
+        report = partial(say, f"writing {plan.precision} tables")
+        tables = host_embeddings.take_out(stored, config, out / manifest.TABLES, report)
+    weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {plan.precision} weights"))
+    operations: dict[str, verify.Counts] = {}
+    for flavour in contract.FLAVOURS:
+        derived = derive(stored, config, capacity, plan, flavour)
+        operations[flavour] = _check(derived, config, plan, flavour)
+        for phase, make in (("prefill", ir.Model.clone), ("decode_step", variants.decode_step)):
+            final = make(derived)
+            variants.describe(final, config, flavour, plan.precision)
+            ir.save(final, folder / manifest.graph_path(plan.precision, phase, flavour))
+    return Written(operations, tables)
+
+
+def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
+    """A copy of the traced graph that still computes in float32, with its weights as the precision stores them."""
+    model = traced.clone()
+    if plan.kind is not None:
+        stored = {
+            name: compensated(value.const_value.numpy(), plan.moments[name], plan.kind)
+            for name, value in model.graph.initializers.items()
+            if name in plan.moments and value.const_value is not None
+        }
+        quantize(model, plan.kind, plan.keep, plan.activation_scales, stored)
+    if plan.precision != "fp32":
+        narrow(model, base_dtype(plan.precision, "full"), plan.float32)
+    return model
+
+
+def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavour: Flavour) -> ir.Model:
+    """The flavour's prefill graph in its base type."""
+    model = lower(stored, base_dtype(plan.precision, flavour), plan.float32)
+    if flavour == "windowed":
+        unpad(model)
+        model = variants.windowed(model, config, capacity)
+    passes.check_ops(model.graph)
+    return model
+
+
+def _check(model: ir.Model, config: LRTConfig, plan: Plan, flavour: Flavour) -> verify.Counts:
+    base = base_dtype(plan.precision, flavour)
+    expected = verify.promised(config, plan.kind, base, len(plan.keep), len(plan.float32))
+    return verify.check(model.graph, expected, f"the {flavour} graph in {plan.precision}")

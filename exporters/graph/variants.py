@@ -1,0 +1,130 @@
+"""Derive the other graphs from the traced one: the windowed flavour, and the decode step (T = 1).
+
+Deriving instead of tracing again makes all of them the same computation on the same weights by construction.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.contract import Flavour
+from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import ExportError
+
+from .fewer_ops import fewer_ops
+from .passes import constant
+
+
+def decode_step(model: ir.Model) -> ir.Model:
+    """The same graph for exactly one new token: `tokens` becomes 1 everywhere."""
+    model = model.clone()
+    values = [*model.graph.inputs, *(value for node in model.graph for value in node.outputs)]
+    for value in values:
+        if value.shape is not None:
+            value.shape = ir.Shape([1 if _is(dim, "tokens") else dim for dim in value.shape])
+    return model
+
+
+# ORT's Slice copies, on one thread: with Attention 14 us a slot over 12 layers of width 768, without it 5 us.
+# So a Slice pays only in caches that can grow to several times the window.
+_SLICED_BELOW = 1 / 4  # of the capacity
+
+
+def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
+    """Mask attention by `slot_positions`, and slice K, V and mask to the live window where windows are small.
+
+    Attention in ORT's CPU provider costs what its key length costs, masked or not. The runtime keeps caches short;
+    slices are for windows far smaller than `capacity`, the most slots that a cache may come to have.
+    """
+    model = model.clone()
+    fewer_ops(model)
+    graph = model.graph
+    end = _bound(graph, contract.WINDOW_END)
+    slots = ir.Value(name=contract.SLOT_POSITIONS, shape=ir.Shape(["capacity"]), type=ir.TensorType(ir.DataType.INT64))
+    sliced = {w: w + 1 < _SLICED_BELOW * capacity for w in contract.distinct_windows(config)}
+    windows = {w: _Window(graph, w, slots, end if sliced[w] else None) for w in sliced}
+    graph.inputs[4:4] = [*(window.start for window in windows.values()), end, slots]
+    layers = {contract.present_key(i): i for i in range(config.n_layer)}
+    for node in [node for node in graph if node.op_type == "Attention"]:
+        layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
+        if layer is None:
+            raise ExportError(f"windowed flavour: the keys of {node.name} are not a cache output of the contract")
+        window = windows[config.windows[layer]]
+        for position in (1, 2) if sliced[window.size] else ():
+            node.replace_input_with(position, window.slice(node, position))
+        node.replace_input_with(3, window.mask)
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    return model
+
+
+def describe(model: ir.Model, config: LRTConfig, flavour: Flavour, precision: str) -> None:
+    """Let a graph found alone explain itself: contract, state, precision and model configuration in its metadata."""
+    model.producer_name, model.producer_version = "lrt-deploy", None
+    model.graph.name = f"lrt_{flavour}"
+    on_host = model.graph.inputs[0].name == contract.TOKEN_EMBEDS
+    model.metadata_props["lrt_deploy.contract"] = json.dumps(
+        contract.describe(config, flavour, base_dtype(precision, flavour), on_host)
+    )
+    model.metadata_props["lrt_deploy.precision"] = precision
+    model.metadata_props["lrt_deploy.model"] = json.dumps(config.to_dict())
+
+
+class _Window:
+    """The live window of all layers with one window size: its start input, its mask, and slices of the caches.
+
+    `end` None: nothing is sliced, and the mask is for the whole cache; the start is an input all the same.
+    """
+
+    def __init__(self, graph: ir.Graph, size: int, slots: ir.Value, end: ir.Value | None) -> None:
+        self.graph, self.size, self.slots, self.end = graph, size, slots, end
+        self.start = _bound(graph, contract.window_start(size))
+        self.axis = constant(graph, "cache_slot_axis", np.array([2], np.int64))
+        self.mask = self._mask()
+
+    def _mask(self) -> ir.Value:
+        """(B, 1, T, live): a slot at position s is seen from t when t - size <= s <= t. Mirrors `model.visible`."""
+        size = constant(self.graph, f"window_{self.size}", np.array(self.size, np.int64))
+        axes = constant(self.graph, "query_axes", np.array([1, 3], np.int64))
+        axis = constant(self.graph, "slot_axis", np.array([0], np.int64))
+        slots = self.slots  # (S), or (live)
+        if self.end is not None:
+            slots = self._node("Slice", [self.slots, self.start, self.end, axis], "slots")
+        query = self._node("Unsqueeze", [self.graph.inputs[1], axes], "query")  # (B, 1, T, 1)
+        oldest = self._node("Sub", [query, size], "oldest")
+        past = self._node("LessOrEqual", [slots, query], "past")
+        near = self._node("GreaterOrEqual", [slots, oldest], "near")
+        return self._node("And", [past, near], "mask")
+
+    def slice(self, attention: ir.Node, position: int) -> ir.Value:
+        """The live part of the cache that is this input of the attention node."""
+        cache = attention.inputs[position]
+        assert cache is not None
+        node = ir.node("Slice", [cache, self.start, self.end, self.axis])
+        _name(node, f"{cache.name}_live")
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _node(self, op: str, inputs: list[ir.Value], label: str) -> ir.Value:
+        node = ir.node(op, inputs)
+        _name(node, f"window_{self.size}_{label}")
+        self.graph.append(node)  # the caller sorts the graph
+        return node.outputs[0]
+
+
+def _bound(graph: ir.Graph, name: str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
+
+
+def _name(node: ir.Node, name: str) -> None:
+    node.name = node.outputs[0].name = name
+
+
+def _is(dim: int | ir.SymbolicDim, name: str) -> bool:
+    return isinstance(dim, ir.SymbolicDim) and dim.value == name

@@ -1,0 +1,1 @@
+"""Integer weights and activations: what is measured, how it is stored, and what was stored."""

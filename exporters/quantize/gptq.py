@@ -1,0 +1,56 @@
+"""Round a matrix row by row so that later rows make up for the error of earlier ones, on inputs that were seen.
+
+Rounding to nearest treats all inputs alike. Decoding does not: the inputs of a matrix are correlated, so what rounding
+one row does to the product can be undone in part by the rows that are not rounded yet. With H the second moment of the
+inputs, the best correction after each row follows from the Cholesky factor of its inverse (the method known as GPTQ).
+Grids are those of `quantize`, chosen for each block of rows when its turn comes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from .qdq import Floats, Format, quantized, weight_scales
+
+# Added to H's diagonal, as a share of its mean: what calibration saw little of must not be corrected at any price.
+_DAMPING = 0.01
+
+Doubles = npt.NDArray[np.float64]
+
+
+def compensated(
+    weight: Floats, moment: Doubles, kind: Format
+) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]:
+    """Scales (blocks, N) and integers (K, N) of a matrix whose inputs have the second moment (K, K)."""
+    assert kind.block is not None
+    rest, factor = weight.astype(np.float64), _inverse_factor(moment)
+    scales, integers = [], []
+    for start in range(0, len(rest), kind.block):
+        rows = slice(start, min(start + kind.block, len(rest)))  # the last block may have fewer
+        steps = weight_scales(rest[rows].astype(np.float32), kind)
+        errors = np.empty_like(rest[rows])
+        for i, row in enumerate(range(start, rows.stop)):
+            integer = quantized(rest[row : row + 1].astype(np.float32), steps, _one_row(kind))
+            integers.append(integer)
+            errors[i] = (rest[row] - integer[0].astype(np.float64) * steps[0]) / factor[row, row]
+            rest[row + 1 : rows.stop] -= np.outer(factor[row, row + 1 : rows.stop], errors[i])
+        rest[rows.stop :] -= factor[rows, rows.stop :].T @ errors
+        scales.append(steps)
+    return np.concatenate(scales), np.concatenate(integers)
+
+
+def _inverse_factor(moment: Doubles) -> Doubles:
+    """U (K, K), upper, with U^T U the inverse of the damped moment."""
+    damped = moment.copy()
+    mean = float(np.diag(damped).mean())
+    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1.0
+    factor: Doubles = np.linalg.cholesky(np.linalg.inv(damped)).T
+    return factor
+
+
+def _one_row(kind: Format) -> Format:
+    """The same grid for a block of one row."""
+    return replace(kind, block=1)

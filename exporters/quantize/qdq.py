@@ -1,0 +1,236 @@
+"""Integer weights and activations as explicit Q/DQ around each MatMul, by a pass over the float32 graph.
+
+Weights are symmetric, without zero points; a scale is a float16 number, so that a float32 and a float16 graph use the
+very same numbers, and it is rounded before the weights are divided by it. Both read one file: int8 or int4 weights and
+float16 scales, which a float32 graph casts when it is loaded. The forms are those that ONNX Runtime fuses
+(MatMulIntegerToFloat, MatMulNBits) and TensorRT takes. Which matrices, and which activation scales: `plan`.
+
+A matrix whose rows are no multiple of the block is stored with rows of zeros up to one, and its activations get as many
+zeros behind them. ONNX Runtime multiplies by a last block that is not full as well, exactly and without the copy:
+`unpad` gives a graph for it. TensorRT takes the size of a block from the two shapes, so it must be whole there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS
+from lrt_deploy.errors import ExportError
+from lrt_deploy.exporters.graph.cast import cast, lazy, matrix_name, store
+from lrt_deploy.exporters.graph.passes import constant, static_dim
+
+ACTIVATION_ZERO = "activation_zero_point"
+# Shares of the largest weight of a block that its int4 grid may end at; the one with the least squared error is taken.
+_INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+
+Floats = npt.NDArray[np.float32]
+Stored = tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]  # scales, integers
+
+
+@dataclass(frozen=True)
+class Format:
+    """How matrices are stored: bits, rows of a block that share a scale (None: a whole column); int8 activations."""
+
+    bits: int
+    block: int | None
+    activations: bool
+
+    @property
+    def largest(self) -> int:
+        """The largest integer; the smallest is its negative."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def missing_rows(self, rows: int) -> int:
+        """How many rows a matrix of so many rows lacks to consist of whole blocks."""
+        return 0 if self.block is None else -rows % self.block
+
+
+FORMATS = {
+    "int8": Format(bits=8, block=None, activations=True),
+    "int8-weight-only": Format(bits=8, block=None, activations=False),
+    INT4: Format(bits=4, block=INT4_BLOCKS[0], activations=False),
+}
+
+
+def format_of(precision: str, int4_block: int | None = None) -> Format | None:
+    """How a precision stores matrices, None for one that quantizes none; `int4_block` None: the default."""
+    kind = FORMATS.get(precision)
+    return replace(kind, block=int4_block) if kind and precision == INT4 and int4_block is not None else kind
+
+
+def quantize(
+    model: ir.Model,
+    kind: Format,
+    keep: Collection[str],
+    activation_scales: Mapping[str, float],
+    stored: Mapping[str, Stored] | None = None,
+) -> None:
+    """Quantize all products with matrices that are not in `keep`, in place; `stored` ones are rounded already."""
+    graph = model.graph
+    for node in list(graph):
+        name = matrix_name(node) if node.op_type == "MatMul" else None
+        if name is None or name in keep:
+            continue
+        rows = _rows(node.inputs[1])
+        node.replace_input_with(1, _dequantized_weight(graph, node.inputs[1], kind, (stored or {}).get(name)))
+        if missing := kind.missing_rows(rows):
+            node.replace_input_with(0, _padded(graph, node.inputs[0], missing))
+        if kind.activations:
+            node.replace_input_with(0, _through_int8(graph, node.inputs[0], activation_scales[name]))
+    common.TopologicalSortPass()(model)
+
+
+def unpad(model: ir.Model) -> None:
+    """Let products take the matrix and the activations without the zeros that fill the last block, in place.
+
+    In the weights file, which both flavours read, the rows left out are the last bytes of a tensor.
+    """
+    for node in [node for node in model.graph if node.op_type == "Pad" and node.inputs[1] is not None]:
+        padded, source = node.outputs[0], node.inputs[0]
+        for product in list(padded.consumers()):
+            dequantize = None if product.inputs[1] is None else product.inputs[1].producer()
+            if product.op_type != "MatMul" or dequantize is None or dequantize.op_type != "DequantizeLinear":
+                raise ExportError(f"{product.name} reads padded activations and has no quantized matrix")
+            _cut(dequantize, _rows(dequantize.inputs[0]) - _last(padded) + _last(source))
+            product.replace_input_with(0, source)
+        model.graph.remove(node, safe=True)
+
+
+def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> npt.NDArray[np.float16]:
+    """(N) per column, or (blocks, N): float16, never so small that the largest weight would be clipped.
+
+    An int4 grid may end below it, at one of these `shares` of it; (1.0,) is plain rounding to nearest.
+    """
+    whole = np.pad(weight, ((0, kind.missing_rows(len(weight))), (0, 0)))
+    blocks = whole[None] if kind.block is None else whole.reshape(-1, kind.block, weight.shape[1])  # (K/b, b, N)
+    largest = np.abs(blocks).max(axis=1)
+    if kind.bits == 4:
+        largest = largest * _best_share(blocks, largest, kind, shares)
+    exact = largest / kind.largest
+    scales = exact.astype(np.float16)
+    # Below 6e-5 float16 has few digits left: round up there, and give an all-zero column any scale.
+    scales = np.where(scales < 0.999 * exact, np.nextafter(scales, np.float16(np.inf)), scales)
+    scales = np.where(scales == 0, np.float16(1), scales)
+    return scales[0] if kind.block is None else scales
+
+
+def quantized(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
+    """The integers (K, N)."""
+    integers = np.clip(np.rint(weight / _steps(scales, kind, len(weight))), -kind.largest, kind.largest)
+    result: npt.NDArray[np.generic] = integers.astype(ml_dtypes.int4 if kind.bits == 4 else np.int8)
+    return result
+
+
+def rounded(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> Floats:
+    """The matrix (K, N) that a graph multiplies by when it is stored so."""
+    scales = weight_scales(weight, kind, shares)
+    return dequantized(scales, quantized(weight, scales, kind), kind)
+
+
+def dequantized(scales: npt.NDArray[np.float16], integers: npt.NDArray[np.generic], kind: Format) -> Floats:
+    """(K, N) float32 of scales and integers."""
+    result: Floats = integers.astype(np.float32) * _steps(scales, kind, len(integers))
+    return result
+
+
+def _steps(scales: npt.NDArray[np.float16], kind: Format, rows: int) -> Floats:
+    """The scale of each of so many rows, (K, N), or (N) where a whole column shares one."""
+    steps: Floats = scales.astype(np.float32)
+    return steps if kind.block is None else np.repeat(steps, kind.block, axis=0)[:rows]
+
+
+def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[float]) -> Floats:
+    """(blocks, N): what share of its largest weight each block's grid should span."""
+    best, least = np.ones_like(largest), np.full_like(largest, np.inf)
+    for share in shares:
+        steps = np.maximum(largest * share / kind.largest, np.finfo(np.float32).tiny)[:, None]
+        errors = ((np.clip(np.rint(blocks / steps), -kind.largest, kind.largest) * steps - blocks) ** 2).sum(axis=1)
+        best, least = np.where(errors < least, share, best).astype(np.float32), np.minimum(errors, least)
+    return best
+
+
+def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, stored: Stored | None) -> ir.Value:
+    """DequantizeLinear on the initializer, which from here on holds integers."""
+    assert weight is not None and weight.const_value is not None
+    rows, columns = weight.const_value.shape.numpy()
+    fill = ((0, kind.missing_rows(rows)), (0, 0))
+    scales = weight_scales(weight.const_value.numpy(), kind) if stored is None else stored[0]
+    scale = cast(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
+    dtype = ir.DataType.INT4 if kind.bits == 4 else ir.DataType.INT8
+    if stored is None:
+        convert = partial(_quantized_and_filled, scales=scales, kind=kind)
+        store(weight, lazy(weight, dtype, convert, (rows + fill[0][1], columns)))
+    else:
+        store(weight, ir.tensor(np.pad(stored[1], fill), dtype=dtype, name=weight.name))
+    attributes = {"axis": 1} if kind.block is None else {"axis": 0, "block_size": kind.block}
+    result = _like(weight, f"{weight.name}.dequantized", ir.DataType.FLOAT)
+    graph.append(ir.node("DequantizeLinear", [weight, scale], attributes, outputs=[result], name=result.name))
+    return result
+
+
+def _quantized_and_filled(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
+    """The integers (K, N), and rows of zeros to whole blocks."""
+    return np.pad(quantized(weight, scales, kind), ((0, kind.missing_rows(len(weight))), (0, 0)))
+
+
+def _padded(graph: ir.Graph, x: ir.Value | None, count: int) -> ir.Value:
+    """An activation (B, T, K) with `count` zeros behind each of its rows; products that share it share the result."""
+    assert x is not None
+    for user in x.consumers():
+        if user.op_type == "Pad":
+            return user.outputs[0]
+    pads = constant(graph, f"pad_rows_{count}", np.array([0, 0, 0, 0, 0, count], np.int64))
+    shape = None if x.shape is None else ir.Shape([*x.shape[:-1], _last(x) + count])
+    result = ir.Value(name=f"{x.name}.padded", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
+    graph.append(ir.node("Pad", [x, pads], outputs=[result], name=result.name))
+    return result
+
+
+def _cut(dequantize: ir.Node, rows: int) -> None:
+    """Leave the first `rows` rows of the matrix that a node dequantizes; done already where products share it."""
+    weight, result = dequantize.inputs[0], dequantize.outputs[0]
+    assert weight is not None
+    tensor, shape, name = weight.const_value, ir.Shape([rows, _last(weight)]), weight.name or ""
+    assert tensor is not None
+    if isinstance(tensor, ir.ExternalTensor):
+        length = -(-rows * _last(weight) * tensor.dtype.bitwidth // 8)
+        place, folder = (tensor.location, tensor.offset, length, tensor.dtype), tensor.base_dir
+        store(weight, ir.ExternalTensor(*place, shape=shape, name=name, base_dir=folder))
+    else:  # too small for the file
+        store(weight, ir.tensor(tensor.numpy()[:rows], dtype=tensor.dtype, name=name))
+    result.shape = shape
+
+
+def _rows(matrix: ir.Value | None) -> int:
+    return static_dim(matrix, 0)
+
+
+def _last(value: ir.Value | None) -> int:
+    return static_dim(value, -1)
+
+
+def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
+    """Quantize and dequantize an activation (B, T, K); products that share it share the pair."""
+    assert x is not None
+    for user in x.consumers():
+        if user.op_type == "QuantizeLinear":
+            return next(iter(user.outputs[0].consumers())).outputs[0]
+    scale = cast(graph, constant(graph, f"{x.name}.scale", np.array(step, np.float16)), ir.DataType.FLOAT)
+    zero = constant(graph, ACTIVATION_ZERO, np.array(0, np.int8))
+    integers = _like(x, f"{x.name}.int8", ir.DataType.INT8)
+    result = _like(x, f"{x.name}.dequantized", ir.DataType.FLOAT)
+    graph.append(ir.node("QuantizeLinear", [x, scale, zero], outputs=[integers], name=integers.name))
+    graph.append(ir.node("DequantizeLinear", [integers, scale, zero], outputs=[result], name=result.name))
+    return result
+
+
+def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
+    return ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))

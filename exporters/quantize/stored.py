@@ -1,0 +1,181 @@
+"""What a bundle stores for every matrix and embedding table of a precision, read back from its graphs.
+
+All four graphs of a precision are read, and each must take every matrix from the same bytes and dequantize it alike;
+they are never told apart by more than their names, so what is checked for one holds for all. One matrix is in memory at
+a time. Compares nothing with a checkpoint: see `lrt_deploy.evaluation.stored_weights`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lrt_deploy.bundle.contract import FLAVOURS, TOKEN_EMBEDS, VALUE_EMBEDS
+from lrt_deploy.bundle.manifest import PHASES, TABLES, WEIGHTS, Manifest, graph_path, table_path
+from lrt_deploy.bundle.precisions import StoredMatrix
+from lrt_deploy.bundle.weights import matrix_shapes
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import ParityError
+
+_DTYPES = {
+    ir.DataType.INT4: "int4",
+    ir.DataType.INT8: "int8",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.FLOAT: "float32",
+}
+_TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
+
+
+@dataclass(frozen=True)
+class _Use:
+    """How a graph comes by a matrix: the initializer, and for integers scales and the rows that share one."""
+
+    tensor: ir.TensorProtocol
+    scales: ir.TensorProtocol | None = None
+    block: int | None = None
+    rows: int | None = None  # of the matrix itself; None: all that are stored
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What must be the same in all graphs. Rows of zeros that fill a last block may be there or not."""
+        return (_place(self.tensor, self.rows), None if self.scales is None else _content(self.scales), self.block)
+
+
+class StoredWeights:
+    """The matrices and tables of one precision of a bundle; ParityError where its graphs disagree on one of them."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, precision: str) -> None:
+        self._config, self._bundle, self._manifest, self._precision = manifest.model, bundle, manifest, precision
+        self._uses: dict[str, _Use] = {}
+        first = ""
+        for flavour in reversed(FLAVOURS):  # windowed first: it never holds more rows than there are
+            for phase in PHASES:
+                path = bundle / graph_path(precision, phase, flavour)
+                found = _uses(path, manifest.model, manifest.host_embeddings)
+                if not self._uses:
+                    self._uses, first = found, path.name
+                _agree(self._uses, found, first, path)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the reference model's parameters."""
+        tables = self._manifest.tables.get(self._precision, {})
+        return (*(_TABLE_INPUTS[name] for name in tables), *self._uses)
+
+    def __iter__(self) -> Iterator[StoredMatrix]:
+        """One after the other; what was yielded before is not kept."""
+        for name, record in self._manifest.tables.get(self._precision, {}).items():
+            dtype = np.dtype(record.dtype if record.dtype != "bfloat16" else "bfloat16")
+            path = self._bundle / table_path(self._precision)
+            yield StoredMatrix(
+                _TABLE_INPUTS[name], record.dtype, np.memmap(path, dtype, "r", record.offset, record.shape)
+            )
+        shapes = matrix_shapes(self._config)
+        for name, use in self._uses.items():
+            values = use.tensor.numpy()
+            rows = shapes[name][0] if name in shapes else len(values)
+            if values[rows:].any():
+                raise ParityError(f"{name} holds rows beyond its {rows} that are not zeros; export the bundle again")
+            scales = None if use.scales is None else use.scales.numpy().astype(np.float16)
+            yield StoredMatrix(name, _DTYPES[use.tensor.dtype], values[:rows], scales, use.block)
+
+
+def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
+    """Every matrix that a product of the graph multiplies by, and every table that it gathers from."""
+    graph, shapes = ir.load(path).graph, matrix_shapes(config)
+    found: dict[str, _Use] = {}
+    for node in graph:
+        if node.op_type == "MatMul":
+            name, use = _matrix(node.inputs[1], path)
+            use = dataclasses.replace(use, rows=shapes[name][0] if name in shapes else None)
+        elif node.op_type == "Gather" and _is_table(node.inputs[0]):
+            value = node.inputs[0]
+            assert value is not None
+            name, use = value.name or "", _Use(_known(value, path))
+        else:
+            continue
+        if name in found and found[name].key != use.key:
+            raise ParityError(f"{path} dequantizes {name} in two ways; export the bundle again")
+        found[name] = use
+    tables = set() if host_embeddings else {"wte"} | ({"value_embeds"} if config.value_embed_layers else set())
+    expected = set(matrix_shapes(config)) | tables
+    if set(found) != expected:
+        wrong = sorted(expected ^ set(found))
+        raise ParityError(
+            f"{path} multiplies by {len(found)} matrices and tables, expected {len(expected)}; {wrong[0]} is "
+            f"{'missing' if wrong[0] in expected else 'unknown'}: export the bundle again"
+        )
+    return found
+
+
+def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
+    """Walk back through casts and DequantizeLinear to the stored matrix."""
+    scales: ir.TensorProtocol | None = None
+    block: int | None = None
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type == "DequantizeLinear" and scales is None and len(node.inputs) == 2:
+            scales, block = _scales(node, path)
+        elif node.op_type != "Cast":
+            raise ParityError(
+                f"{path}: a product takes its matrix from {node.op_type}, expected Cast or DequantizeLinear"
+            )
+        value = node.inputs[0]
+    if value is None:
+        raise ParityError(f"{path}: a product has no matrix")
+    return value.name or "", _Use(_known(value, path), scales, block)
+
+
+def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
+    """The scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
+    value = node.inputs[1]
+    while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
+        value = producer.inputs[0]
+    assert value is not None
+    tensor = _known(value, path)
+    block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
+    expected = (0, 2) if block else (1, 1)
+    if (axis, len(tensor.shape)) != expected:
+        raise ParityError(f"{path}: {node.name} dequantizes along axis {axis} with scales of shape {tensor.shape}")
+    return tensor, block or None
+
+
+def _agree(expected: dict[str, _Use], found: dict[str, _Use], first: str, path: Path) -> None:
+    for name, use in expected.items():
+        if found[name].key != use.key:
+            raise ParityError(
+                f"{path} takes {name} from other data than {first} beside it; both should read the one copy in "
+                f"{WEIGHTS}: export the bundle again"
+            )
+
+
+def _is_table(value: ir.Value | None) -> bool:
+    return value is not None and value.const_value is not None and value.name in _TABLE_INPUTS.values()
+
+
+def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
+    tensor = value.const_value
+    if tensor is None or tensor.dtype not in _DTYPES:
+        raise ParityError(f"{path}: {value.name} is {value.dtype} and no stored matrix; export the bundle again")
+    if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in (WEIGHTS, TABLES):
+        raise ParityError(f"{path}: {value.name} lies in {tensor.location}, expected {WEIGHTS}")
+    return tensor
+
+
+def _place(tensor: ir.TensorProtocol, rows: int | None) -> tuple[Any, ...]:
+    """Where a matrix lies, or, inside a graph, what its numbers are; the same for graphs that share it."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())[1:])
+    return _content(tensor, rows)
+
+
+def _content(tensor: ir.TensorProtocol, rows: int | None = None) -> tuple[Any, ...]:
+    data = tensor.numpy()[:rows] if rows is not None else tensor.numpy()
+    return (tensor.dtype, tuple(data.shape), hashlib.sha256(np.ascontiguousarray(data).tobytes()).hexdigest())

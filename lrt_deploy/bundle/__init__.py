@@ -1,0 +1,1 @@
+"""What a bundle is: the contract of its graphs, its manifest, precisions, engines, and where its weights lie."""

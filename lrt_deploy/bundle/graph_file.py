@@ -1,0 +1,156 @@
+"""Read what matters for safety from the file of an ONNX graph: where its weights lie, and that it is a plain graph.
+
+A bundle's graphs keep large weights in the one weights file beside them. A graph that a stranger wrote could name
+another file, or bytes beyond the end; it could also hold graphs within graphs (loops). What the inputs and outputs are
+is asked of the runtime that opens the graph. Reads the protobuf wire format by itself: a deployment has no onnx.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from lrt_deploy.errors import BundleError
+from lrt_deploy.fields import shown
+from lrt_deploy.files import open_regular, read_bytes
+
+_LARGEST_GRAPH_BYTES = 64 * 2**20  # a model with 100 layers has about 2 MB
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+# Bits of an element by ONNX's number of the type: float, uint8, int8, int32, int64, bool, float16, bfloat16, u/int4.
+_BITS = {1: 32, 2: 8, 3: 8, 6: 32, 7: 64, 9: 8, 10: 16, 16: 16, 21: 4, 22: 4}
+# Field numbers of onnx.proto.
+_GRAPH, _TRAINING, _FUNCTIONS = 7, 20, 25
+_NODE, _INITIALIZER, _SPARSE_INITIALIZER = 1, 5, 15
+_NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
+_NESTED = {5: "a tensor", 6: "a graph", 10: "tensors", 11: "graphs", 22: "a sparse tensor", 23: "sparse tensors"}
+_DIMS, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
+_KEY, _VALUE = 1, 2
+
+Field = tuple[int, "int | memoryview"]
+
+
+def check_graph_file(graph: Path, weights: Path) -> None:
+    """Raise BundleError unless the graph is a plain one whose external data lie within `weights`, in its folder."""
+    data = read_bytes(graph, "the graph", BundleError, _LARGEST_GRAPH_BYTES)
+    with open_regular(weights, "the weights file", BundleError) as file:
+        size = file.seek(0, 2)
+    try:
+        _check_model(memoryview(data), weights.name, size)
+    except ValueError as error:
+        raise BundleError(f"{graph} is no graph of a bundle: {error}; export the bundle again") from error
+
+
+def _check_model(data: memoryview, weights: str, size: int) -> None:
+    graphs = 0
+    for number, value in _fields(data):
+        if number in (_TRAINING, _FUNCTIONS):
+            raise ValueError("it holds functions or training information")
+        if number == _GRAPH:
+            graphs += 1
+            _check_graph(_message(value), weights, size)
+    if graphs != 1:
+        raise ValueError(f"it holds {graphs} graphs, expected 1")
+
+
+def _check_graph(data: memoryview, weights: str, size: int) -> None:
+    for number, value in _fields(data):
+        if number == _NODE:
+            _check_node(_message(value))
+        elif number == _INITIALIZER:
+            _check_tensor(_message(value), weights, size)
+        elif number == _SPARSE_INITIALIZER:
+            raise ValueError("it holds sparse weights")
+
+
+def _check_node(data: memoryview) -> None:
+    for number, value in _fields(data):
+        if number == _NODE_DOMAIN and _text(value) not in _DOMAINS:
+            raise ValueError(f"a node is of the domain {shown(_text(value))}, expected one of {_DOMAINS}")
+        if number == _NODE_ATTRIBUTE:
+            for kind, _ in _fields(_message(value)):
+                if kind in _NESTED:
+                    raise ValueError(f"a node holds {_NESTED[kind]}")
+
+
+def _check_tensor(data: memoryview, weights: str, size: int) -> None:
+    """Hold the place of a tensor that is kept outside against the file, and its bytes against its type and shape."""
+    dims, kind, outside, name = [], 0, False, ""
+    place: dict[str, str] = {}
+    for number, value in _fields(data):
+        if number == _DIMS:
+            dims += [value] if isinstance(value, int) else list(_varints(value))
+        elif number == _DATA_TYPE and isinstance(value, int):
+            kind = value
+        elif number == _DATA_LOCATION:
+            outside = value == 1
+        elif number == _TENSOR_NAME:
+            name = _text(value)
+        elif number == _EXTERNAL_DATA:
+            entry = dict(_fields(_message(value)))
+            place[_text(entry.get(_KEY, memoryview(b"")))] = _text(entry.get(_VALUE, memoryview(b"")))
+    if not outside and not place:
+        return
+    if place.get("location") != weights:
+        raise ValueError(f"{shown(name)} lies in {shown(place.get('location'))}, expected {weights}")
+    offset, length = _count(place, "offset", name), _count(place, "length", name)
+    if kind not in _BITS or any(dim < 0 for dim in dims):
+        raise ValueError(f"{shown(name)} is of the type {kind} and the shape {shown(dims)}")
+    if length != -(-math.prod(dims) * _BITS[kind] // 8):
+        raise ValueError(f"{shown(name)} has {length} bytes, which is not what its type and shape {shown(dims)} need")
+    if offset + length > size:
+        raise ValueError(f"{shown(name)} lies at bytes {offset} to {offset + length} of {weights}, which has {size}")
+
+
+def _count(place: dict[str, str], key: str, name: str) -> int:
+    text = place.get(key, "")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise ValueError(f"the {key} of {shown(name)} is {shown(text)}, expected a number of bytes")
+    return int(text)
+
+
+def _fields(data: memoryview) -> Iterator[Field]:
+    """Number and value of each field of a message: an integer, or the bytes of what has a length."""
+    at = 0
+    while at < len(data):
+        tag, at = _varint(data, at)
+        number, wire = tag >> 3, tag & 7
+        if wire == 0:
+            value, at = _varint(data, at)
+            yield number, value if value < 2**63 else value - 2**64
+            continue
+        length, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, -1), at)
+        if length < 0 or at + length > len(data):
+            raise ValueError("it is no protobuf message, or was cut")
+        yield number, data[at : at + length]
+        at += length
+
+
+def _varints(data: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        yield value if value < 2**63 else value - 2**64
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if at >= len(data):
+            break
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & (2**64 - 1), at
+    raise ValueError("it is no protobuf message, or was cut")
+
+
+def _message(value: int | memoryview) -> memoryview:
+    if isinstance(value, int):
+        raise ValueError("it is no protobuf message, or was cut")
+    return value
+
+
+def _text(value: int | memoryview) -> str:
+    return bytes(_message(value)).decode("utf-8", "replace")

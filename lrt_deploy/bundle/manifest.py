@@ -1,0 +1,301 @@
+"""The manifest of a bundle: what the exporters promise and the runtime relies on, with the hash of every file.
+
+    bundle/
+      manifest.json  manifest.sha256
+      graphs/<precision>/{prefill,decode_step}[.windowed].onnx  weights.bin  [tables.bin]
+      tokenizer/tokenizer.json  tokenizer/token_bytes.json
+      engines/  reports/                      added later, not in the manifest
+
+Big files are hashed at the first opening and then remembered in the user's cache folder by size, times and inode.
+Knows nothing of torch, onnx or a backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import BundleError, ConfigError
+from lrt_deploy.fields import decode, decode_as, shown
+from lrt_deploy.files import decode_text, open_regular, parse_json, read_bytes
+
+from .contract import FLAVOURS, Flavour, embedding_inputs
+from .hash_cache import Remembered
+from .kinds import instead_of_bundle
+from .precisions import ITEM_BYTES, PRECISIONS
+
+FORMAT_VERSION = 2  # 1 knew fp32 alone
+MANIFEST = "manifest.json"
+DIGEST = "manifest.sha256"
+PHASES = ("prefill", "decode_step")
+WEIGHTS = "weights.bin"
+TABLES = "tables.bin"  # of a bundle with host embeddings
+TOKENIZER = "tokenizer"
+TABLE_ALIGNMENT = 4096  # bytes; of tables in their file, so that they can be mapped
+_ALWAYS_HASHED_BYTES = 4 * 2**20
+# A manifest has about 0.3 MB for each precision of a model with 100 layers.
+_LARGEST_MANIFEST_BYTES, _LARGEST_DIGEST_BYTES = 16 * 2**20, 2**10
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """Size and digest of one file of the export."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TableRecord:
+    """An embedding table in `tables.bin`: its type, (rows, columns), and the byte that it begins at."""
+
+    dtype: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def end(self) -> int:
+        """One past its last byte."""
+        return self.offset + self.shape[0] * self.shape[1] * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What `manifest.json` says. `files` maps paths relative to the bundle, with `/`, to their records.
+
+    `contracts` maps precision and flavour to what `contract.describe` says; `precision_details` maps each precision to
+    what was decided and measured for it: kept matrices, ranges, calibration, operations counted.
+    """
+
+    model: LRTConfig
+    max_seq_len: int
+    max_batch_size: int
+    precisions: tuple[str, ...]
+    prefill_policies: tuple[str, ...]
+    contracts: dict[str, dict[str, Any]]
+    tokenizer_tokens: int | None
+    provenance: dict[str, Any]
+    precision_details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # With host embeddings: precision -> graph input -> where in `tables.bin` the table lies that its rows come from.
+    tables: dict[str, dict[str, TableRecord]] = field(default_factory=dict)
+    files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def host_embeddings(self) -> bool:
+        """Whether the graphs take rows of the embedding tables instead of holding the tables."""
+        return bool(self.tables)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; without `tables` where there are none, as all bundles were before there could be."""
+        fields = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        if not self.tables:
+            del fields["tables"]
+        return fields
+
+    def to_json(self) -> str:
+        """The exact text of the file."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+
+def graph_path(precision: str, phase: str, flavour: Flavour) -> str:
+    """Where a graph lies in the bundle; `phase` is `prefill` or `decode_step`."""
+    suffix = "" if flavour == "full" else f".{flavour}"
+    return f"graphs/{precision}/{phase}{suffix}.onnx"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Hash every file in `folder`, write the manifest and its digest; returns it with the files filled in."""
+    files = {
+        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (MANIFEST, DIGEST)
+    }
+    manifest = dataclasses.replace(manifest, files=files)
+    text = manifest.to_json().encode()
+    (folder / MANIFEST).write_bytes(text)
+    (folder / DIGEST).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `manifest.json` against its digest; raises BundleError by name."""
+    if mistaken := instead_of_bundle(folder):
+        raise BundleError(mistaken)
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "does not exist"
+        raise BundleError(f"{folder} {found}; expected a bundle folder, made by `lrt-deploy export`")
+    if missing := [name for name in (MANIFEST, DIGEST) if not (folder / name).exists()]:
+        raise BundleError(f"{folder} is not a bundle: it has no {missing[0]}; bundles are made by `lrt-deploy export`")
+    data = read_bytes(folder / MANIFEST, "the manifest", BundleError, _LARGEST_MANIFEST_BYTES)
+    digest = read_bytes(folder / DIGEST, "the manifest's digest", BundleError, _LARGEST_DIGEST_BYTES)
+    if digest != f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode():
+        raise BundleError(
+            f"{folder / MANIFEST} does not match {DIGEST}: one of the two was altered; export the bundle again"
+        )
+    what = f"the manifest ({folder / MANIFEST})"
+    fields = parse_json(decode_text(data, what, BundleError), what, BundleError)
+    if not isinstance(fields, dict) or "format_version" not in fields:
+        raise BundleError(f"{folder / MANIFEST} is not a manifest: expected an object with a format_version")
+    version = fields.pop("format_version")
+    if version != FORMAT_VERSION:
+        raise BundleError(
+            f"{folder} has the bundle format {shown(version)}, this lrt-deploy reads {FORMAT_VERSION}; export it again"
+        )
+    return _parse(folder, fields)
+
+
+def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress: Progress = lambda d, t: None) -> None:
+    """Hold every file against the manifest; `force` hashes also what an earlier opening has hashed unchanged."""
+    memory = Remembered.load()
+    total, done = sum(record.bytes for record in manifest.files.values()), 0
+    for name, record in manifest.files.items():
+        path = folder / name
+        with _open(folder, name) as file:
+            stat = os.fstat(file.fileno())
+        if stat.st_size != record.bytes:
+            raise BundleError(
+                f"{path} has {stat.st_size} bytes, the manifest says {record.bytes}: truncated or altered"
+            )
+        if force or record.bytes <= _ALWAYS_HASHED_BYTES or not memory.holds(stat, record.sha256):
+            if hash_file(path) != record.sha256:
+                raise BundleError(
+                    f"{path} does not match its hash in the manifest: it was altered; export the bundle again"
+                )
+            if record.bytes > _ALWAYS_HASHED_BYTES:
+                memory.add(stat, record.sha256)
+        done += record.bytes
+        progress(done, total)
+    memory.save()
+
+
+def _open(folder: Path, name: str) -> BinaryIO:
+    """Open a file of the bundle, which may be a link to a regular file anywhere: the hash says what it must hold."""
+    path = folder / name
+    if not os.path.lexists(path):
+        raise BundleError(f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again")
+    return open_regular(path, f"{name} of the bundle", BundleError)
+
+
+def hash_file(path: Path) -> str:
+    """SHA-256 of a regular file, hex."""
+    with open_regular(path, path.name, BundleError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
+    """Hold every field against the type that `Manifest` declares, then against what later code relies on."""
+    try:
+        manifest = decode(Manifest, fields)
+        _check(manifest)
+    except (ValueError, ConfigError) as error:
+        raise BundleError(
+            f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}; export the bundle again"
+        ) from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Refuse by ValueError what later code relies on."""
+    tokens, precisions = manifest.tokenizer_tokens, manifest.precisions
+    rules = {
+        "max_seq_len": 1 <= manifest.max_seq_len <= manifest.model.max_positions,
+        "max_batch_size": manifest.max_batch_size >= 1,
+        "tokenizer_tokens": tokens is None or 1 <= tokens <= manifest.model.vocab_size,
+        "precisions": bool(precisions) and set(precisions) <= set(PRECISIONS) and _once(precisions),
+    }
+    if broken := [name for name, holds in rules.items() if not holds]:
+        raise ValueError(f"{broken[0]} is {shown(getattr(manifest, broken[0]))}")
+    for name, record in manifest.files.items():
+        _check_name(name)
+        if record.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", record.sha256):
+            raise ValueError(f"files.{shown(name)} is {shown(record)}, expected a size and a SHA-256")
+    for part in ("checkpoint", "versions"):
+        decode_as(dict[str, Any], manifest.provenance.get(part, {}), f"provenance.{part}")
+    decode_as(dict[str, Any], manifest.precision_details.get("calibration", {}), "precision_details.calibration")
+    for precision in precisions:
+        _check_details(manifest.precision_details.get(precision, {}), f"precision_details.{precision}")
+    _check_tables(manifest)
+    if missing := sorted(required_files(manifest) - set(manifest.files)):
+        raise ValueError(f"{missing[0]} is not among its files")
+
+
+def _check_details(details: dict[str, Any], name: str) -> None:
+    """What the runtime, the builder of engines and summaries read of a precision; the rest is for people."""
+    decode_as(dict[str, dict[str, dict[str, int]]], details.get("operations", {}), f"{name}.operations")
+    for key, kind in (("keep_high", tuple[str, ...]), ("multiplied_in_float32", tuple[str, ...])):
+        decode_as(kind, details.get(key, []), f"{name}.{key}")
+    for key, most in (("bits", 8), ("block", 2**20)):
+        value = decode_as(int | None, details.get(key), f"{name}.{key}")
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name}.{key} is {value}, expected 1 to {most}")
+
+
+def _check_tables(manifest: Manifest) -> None:
+    """All precisions have their tables on the host or none has, and the tables are those of the model.
+
+    They fill their file: each begins at the page after the one before, in any order, and the last ends with the file.
+    """
+    if not manifest.tables:
+        return
+    if stray := sorted(manifest.tables.keys() - set(manifest.precisions)):
+        raise ValueError(f"tables are given for {shown(stray[0])}, which is not among its precisions")
+    rows = manifest.model.padded_vocab_size
+    expected = {spec.name: (rows, spec.shape[-1]) for spec in embedding_inputs(manifest.model)}
+    for precision in manifest.precisions:
+        found = manifest.tables.get(precision, {})
+        if {name: table.shape for name, table in found.items()} != expected:
+            raise ValueError(f"tables of {precision} are {shown(found)}, the model has {expected}")
+        path, end = table_path(precision), 0
+        for name, table in sorted(found.items(), key=lambda item: item[1].offset):
+            allowed = ("float32", "float16", "bfloat16") if precision == "fp32" else ("float16", "bfloat16")
+            if table.dtype not in allowed:
+                raise ValueError(f"tables.{precision}.{name}.dtype is {shown(table.dtype)}, expected one of {allowed}")
+            if table.offset != (begin := -(-end // TABLE_ALIGNMENT) * TABLE_ALIGNMENT):
+                raise ValueError(f"tables.{precision}.{name} begins at byte {table.offset} of {path}, expected {begin}")
+            end = table.end
+        if path in manifest.files and manifest.files[path].bytes != end:
+            raise ValueError(
+                f"tables of {precision} end at byte {end} of {path}, which has {manifest.files[path].bytes}"
+            )
+
+
+def weights_path(precision: str) -> str:
+    """Where the weights of a precision lie in the bundle."""
+    return f"graphs/{precision}/{WEIGHTS}"
+
+
+def table_path(precision: str) -> str:
+    """Where the embedding tables of a precision lie in a bundle with host embeddings."""
+    return f"graphs/{precision}/{TABLES}"
+
+
+def required_files(manifest: Manifest) -> set[str]:
+    """What a bundle of these precisions cannot do without."""
+    graphs = {graph_path(p, phase, f) for p in manifest.precisions for phase in PHASES for f in FLAVOURS}
+    weights = {weights_path(precision) for precision in manifest.precisions}
+    tokenizer = {f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "token_bytes.json")}
+    tables = {table_path(precision) for precision in manifest.tables}
+    return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())
+
+
+def _once(names: tuple[str, ...]) -> bool:
+    return len(set(names)) == len(names)
+
+
+def _check_name(name: str) -> None:
+    """Refuse a path that reaches outside of the bundle on any system, or that has two spellings."""
+    parts = name.split("/")
+    if "\\" in name or "\0" in name or PureWindowsPath(name).drive or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(
+            f"files lists {shown(name)}, which lies outside the bundle or is no plain relative path with /"
+        )

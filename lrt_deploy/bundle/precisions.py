@@ -1,0 +1,86 @@
+"""The precisions of a bundle: their names, what type each flavour computes and keeps its state in, and weight sizes.
+
+    precision          matrices                    full (TensorRT, CUDA)   windowed (ONNX Runtime on a CPU)
+    fp32               float32                     float32                 float32
+    fp16               float16                     float16                 float16
+    bf16               bfloat16                    bfloat16                bfloat16
+    int8               int8, and int8 activations  float16                 float32
+    int8-weight-only   int8                        float16                 float32
+    int4-weight-only   int4, in blocks of rows     float16                 float32
+
+The type of a flavour is that of its matrix products, its attention, its caches and its latent. Norms, gates, residual
+stream, rotary embedding and softcap are float32 in all of them. How graphs come by their precision: exporters'
+`lower` and `quantize`. What quality each keeps: docs/precisions.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from .contract import Flavour
+
+Floats = npt.NDArray[np.float32]
+
+# From the most precise on; where none is asked for, the first one that a bundle holds is taken.
+PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
+INT4 = "int4-weight-only"
+QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
+# Rows of a column that may share an int4 scale, the default first. More of them cost quality and save time.
+INT4_BLOCKS: tuple[int, ...] = (32, 64, 128)
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+_PLAIN: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
+
+
+def not_held(held: Sequence[str], requested: str) -> str:
+    """The message for a bundle that does not hold the requested precision."""
+    if requested in PRECISIONS:
+        return f"this bundle holds {', '.join(held)}, not {requested}; export it with --precision {requested}"
+    return f"there is no precision {requested!r}; this bundle holds {', '.join(held)}"
+
+
+def base_dtype(precision: str, flavour: Flavour) -> Dtype:
+    """What a flavour of a precision multiplies in where it is not quantized, and keeps its state in."""
+    return _PLAIN.get(precision) or _QUANTIZED[flavour]
+
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def item_bytes(dtype: str) -> int:
+    """Size of one element of a base type."""
+    return ITEM_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """A matrix (K, N) or table as a bundle stores it.
+
+    Integers have `scales`, (N) for whole columns or (blocks, N) for blocks of `block` rows, of which the last may have
+    fewer; floats have none.
+    """
+
+    name: str
+    dtype: str  # int4, int8, float16, bfloat16 or float32
+    values: npt.NDArray[Any]
+    scales: npt.NDArray[np.float16] | None = None
+    block: int | None = None
+
+    def dequantized(self) -> Floats:
+        """(K, N), what a graph multiplies by."""
+        values: Floats = self.values.astype(np.float32)
+        return values if self.scales is None else values * self.steps()
+
+    def steps(self) -> Floats:
+        """The scale of each weight, (K, N)."""
+        assert self.scales is not None
+        scales = self.scales.astype(np.float32)
+        rows, columns = self.values.shape
+        return np.broadcast_to(scales, (rows, columns)) if self.block is None else scales.repeat(self.block, 0)[:rows]

@@ -1,0 +1,107 @@
+"""The two TensorRT libraries that engines are built and run with: full TensorRT, and TensorRT-RTX.
+
+They share one Python API under two module names, and their plans are foreign to each other. Exporters and runtime both
+load the library here, so that a missing one is reported in the same words. Knows nothing of graphs or engines.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lrt_deploy import extras
+from lrt_deploy.errors import EngineError
+
+
+@dataclass(frozen=True)
+class TensorRTFlavour:
+    """One library: the backend's name, its module, and what installs it."""
+
+    backend: str
+    module: str
+    extra: extras.Extra
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module can be found; it is not imported."""
+        return importlib.util.find_spec(self.module) is not None
+
+    def load(self) -> Any:  # noqa: ANN401 - neither library ships types
+        """The imported module; EngineError says what to install."""
+        try:
+            return importlib.import_module(self.module)
+        except ModuleNotFoundError as error:
+            raise EngineError(
+                f"the backend {self.backend} needs the Python module {error.name}, which is not installed; "
+                f"{extras.install(self.extra)}"
+            ) from error
+        except Exception as error:  # a broken installation may raise anything
+            raise EngineError(
+                f"{self.module} is installed but cannot be loaded: {' '.join(str(error).split())}"
+            ) from error
+
+
+# TensorRT's names of types, in those of the contract.
+TENSORRT_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "INT4": "int4",
+    "INT64": "int64",
+}
+
+# Best first: what `auto` takes.
+FLAVOURS: dict[str, TensorRTFlavour] = {
+    "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "tensorrt"),
+    "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx"),
+}
+
+
+def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
+    """The flavour asked for, or for `auto` the best that is installed; and why, as a clause for people."""
+    if requested in FLAVOURS:
+        return FLAVOURS[requested], "as asked for"
+    if requested != "auto":
+        raise EngineError(f"engines are built for {' or '.join(FLAVOURS)}, or auto; {requested!r} is none of them")
+    found = [flavour for flavour in FLAVOURS.values() if flavour.installed]
+    if not found:
+        modules = " nor ".join(flavour.module for flavour in FLAVOURS.values())
+        raise EngineError(
+            f"neither {modules} is installed here; {extras.install('tensorrt-rtx')} (the extra 'tensorrt' is for GPUs "
+            "in data centres)"
+        )
+    if found[0].backend == "tensorrt":
+        return found[0], "because it is installed"
+    return found[0], "because tensorrt is not installed"
+
+
+_LOGGERS: dict[Any, Any] = {}  # by the library's base class
+
+
+def collecting_logger(trt: Any, take: Callable[[str, str], None]) -> Any:  # noqa: ANN401
+    """The process's logger of a library, which from now on hands severity and text to `take` as well.
+
+    TensorRT keeps the first logger that it is given and ignores all others, so there is one, and many who listen.
+    `take` is a bound method and does not keep its object alive. The base class is the library's, hence the class here.
+    """
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.takers: list[weakref.WeakMethod[Callable[[str, str], None]]] = []
+
+        def log(self, severity: Any, msg: str) -> None:  # noqa: ANN401
+            self.takers = [taker for taker in self.takers if taker() is not None]
+            for taker in self.takers:
+                if (heard := taker()) is not None:
+                    heard(severity.name, msg)
+
+    if trt.ILogger not in _LOGGERS:
+        _LOGGERS[trt.ILogger] = Logger()
+    _LOGGERS[trt.ILogger].takers.append(weakref.WeakMethod(take))
+    return _LOGGERS[trt.ILogger]

@@ -1,0 +1,77 @@
+"""Where every parameter of the model comes from: its names, order and orientation in the authors' state dict.
+
+A parameter of `model.LRT` is one or several of the authors' matrices, transposed where it is a projection (they keep
+(out, in), the graphs multiply by (in, out)) and joined along the last axis. This table is the only place that knows.
+It does not read files and imports no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lrt_deploy.config import LRTConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """The authors' tensors behind one parameter.
+
+    `names` in the order of the last axis, `shapes` as the authors store them; `transposed` says that the stored matrix
+    is (out, in); `default` is the constant that stands for a key that old files lack.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    transposed: bool = False
+    default: float | None = None
+
+
+def weight_sources(config: LRTConfig) -> dict[str, Source]:
+    """Parameter name of `LRT(config)` -> its source, in the order of use."""
+    width, kv, padded = config.n_embd, config.kv_dim, config.padded_vocab_size
+    sources = {"wte": Source(("transformer.wte.weight",), ((padded, width),))}
+    if config.use_resid_lambdas:
+        sources["resid_lambdas"] = Source(("resid_lambdas",), ((config.n_layer,),), default=1.0)
+    if config.use_x0_residual:
+        sources["x0_lambdas"] = Source(("x0_lambdas",), ((config.n_layer,),), default=0.0)
+    if config.memory and config.memory_residual:
+        sources["memory_lambdas"] = Source(("interleaved_lambdas",), ((config.n_layer,),))
+    if pairs := config.memory_projection_count:
+        kinds = ("interleaved_key_projections", "interleaved_projections")
+        names = tuple(f"{kind}.{i}.W_v.weight" for i in range(pairs) for kind in kinds)
+        sources["memory_kv"] = Source(names, ((kv, width),) * len(names), transposed=True)
+    if layers := config.value_embed_layers:
+        table = "interleaved_init_value_embeds" if config.memory else "value_embeds"
+        names = tuple(f"{table}.{i}.weight" for i in layers)
+        sources["value_embeds"] = Source(names, ((padded, kv),) * len(names))
+    for i in range(config.n_layer):
+        sources |= _block_sources(config, i)
+    sources["lm_head"] = Source(("lm_head.weight",), ((padded, width),), transposed=True)
+    return sources
+
+
+def matrix_shapes(config: LRTConfig) -> dict[str, tuple[int, int]]:
+    """Parameter name -> (rows, columns) of every matrix that a step multiplies by; tables are not among them."""
+    sources = weight_sources(config)
+    return {
+        name: (source.shapes[0][1], sum(shape[0] for shape in source.shapes))
+        for name, source in sources.items()
+        if source.transposed
+    }
+
+
+def _block_sources(config: LRTConfig, i: int) -> dict[str, Source]:
+    width, kv = config.n_embd, config.kv_dim
+    attention, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
+    qkv = (f"{attention}.c_q.weight", f"{attention}.c_k.weight", f"{attention}.c_v.weight")
+    sources = {f"blocks.{i}.qkv": Source(qkv, ((width, width), (kv, width), (kv, width)), transposed=True)}
+    if config.memory:
+        gate, count = f"{attention}.triple_gate.weight", 3 * config.n_kv_head
+    else:
+        gate, count = f"{attention}.ve_gate.weight", config.n_kv_head
+    if config.memory or i in config.value_embed_layers:
+        sources[f"blocks.{i}.gate"] = Source((gate,), ((count, config.gate_channels),), transposed=True)
+    sources[f"blocks.{i}.attention_out"] = Source((f"{attention}.c_proj.weight",), ((width, width),), transposed=True)
+    sources[f"blocks.{i}.mlp_in"] = Source((f"{mlp}.c_fc.weight",), ((4 * width, width),), transposed=True)
+    sources[f"blocks.{i}.mlp_out"] = Source((f"{mlp}.c_proj.weight",), ((width, 4 * width),), transposed=True)
+    return sources

@@ -1,0 +1,234 @@
+"""Checks of a decoder against itself: two ways to the same state must lead to the same state, and go on alike.
+
+No reference is needed: prompts read by iteration against step by step, in two turns against in one, a row of a batch
+against the row alone, a state saved and loaded against the one that went straight on, decoding as a CUDA graph against
+without. Two states that meet are compared in logits, latent and every cache, then both read the same further tokens.
+
+Written against what a runtime's decoder offers beyond `interface.StatefulDecoder`; it knows no backend.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lrt_deploy.errors import InputError, ParityError
+from lrt_deploy.tolerances import ParityLimits
+from lrt_deploy.types import PrefillPolicy, StatefulDecoder
+
+from .report import as_json
+from .rollout import distance, kl_divergence
+
+CUDA_GRAPH_BACKENDS = ("tensorrt", "tensorrt-rtx")
+
+
+class FullDecoder(StatefulDecoder, Protocol):
+    """A runtime's decoder: it can also continue, save and load states."""
+
+    backend: str
+
+    def prefill(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        state: Any = None,  # noqa: ANN401 - the decoder's own state
+        policy: PrefillPolicy = "auto",
+        tolerance: float | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Start or continue sequences."""
+
+    def load_state(self, path: Path) -> Any:  # noqa: ANN401
+        """A saved state."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all checks share. `partner` opens the same bundle with decoding as a CUDA graph turned off."""
+
+    prompt: Sequence[int]
+    steps: int
+    limits: ParityLimits
+    tolerance: float | None = None
+    max_batch_size: int = 1
+    partner: Callable[[], FullDecoder] | None = None
+
+
+@dataclass(frozen=True)
+class MutualCheck:
+    """Two ways, compared where they meet and over `steps` further tokens. `bound` is that of the latent."""
+
+    name: str
+    passed: bool
+    line: str
+    logits: float
+    latent: float
+    cache: float
+    logits_after: float
+    kl_after: float
+    bound: float
+    steps: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        result: dict[str, Any] = as_json(asdict(self))
+        return result
+
+
+def fixed_point_vs_stepwise(decoder: FullDecoder, setting: Setting) -> MutualCheck:
+    """The prompt by iteration, which may be off by the residual that it states, against step by step."""
+    iterated = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
+    straight = decoder.prefill([setting.prompt], policy="stepwise")
+    return _meet("fixed-point-vs-stepwise", (decoder, iterated), (decoder, straight), setting, _residual(iterated))
+
+
+def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
+    """The prompt in two turns against in one, both by iteration."""
+    _at_least(setting, 2)
+    cut = len(setting.prompt) // 3 + 1  # not the half, where a prompt of two chunks is cut anyway
+    whole = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
+    turns = decoder.prefill([setting.prompt[:cut]], policy="fixed-point", tolerance=setting.tolerance)
+    slack = _residual(whole) + _residual(turns)
+    turns = decoder.prefill([setting.prompt[cut:]], state=turns, policy="fixed-point", tolerance=setting.tolerance)
+    return _meet("chunked-vs-whole", (decoder, turns), (decoder, whole), setting, slack + _residual(turns))
+
+
+def batch_vs_alone(decoder: FullDecoder, setting: Setting) -> MutualCheck:
+    """The prompt as a row among others of other lengths, through steps with other tokens, against alone."""
+    _at_least(setting, 2)
+    rows = min(setting.max_batch_size, 3)
+    if rows < 2:
+        raise ParityError("batch-vs-alone needs a bundle for 2 rows or more; this one was exported for 1")
+    others = [setting.prompt[: len(setting.prompt) // 2 + 1], setting.prompt[::-1]][: rows - 1]
+    together = decoder.prefill([*others, setting.prompt], policy="stepwise")
+    alone = decoder.prefill([setting.prompt], policy="stepwise")
+    return _meet("batch-vs-alone", (decoder, together), (decoder, alone), setting, 0.0)
+
+
+def restored_vs_straight(decoder: FullDecoder, setting: Setting) -> MutualCheck:
+    """A state that went through a file, against the one that did not: equal to the bit."""
+    straight = decoder.prefill([setting.prompt], policy="stepwise")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "check.state"
+        straight.save(path)
+        restored = decoder.load_state(path)
+    return _meet("restored-vs-straight", (decoder, restored), (decoder, straight), setting, None)
+
+
+def cuda_graph(decoder: FullDecoder, setting: Setting) -> MutualCheck:
+    """Decoding as a replayed CUDA graph against launching every kernel."""
+    if decoder.backend not in CUDA_GRAPH_BACKENDS or setting.partner is None:
+        raise ParityError(
+            f"backend {decoder.backend} runs no CUDA graph, so there is nothing to compare; this check is for "
+            f"{' and '.join(CUDA_GRAPH_BACKENDS)}"
+        )
+    partner = setting.partner()
+    replayed = decoder.prefill([setting.prompt], policy="stepwise")
+    launched = partner.prefill([setting.prompt], policy="stepwise")
+    return _meet("cuda-graph", (decoder, replayed), (partner, launched), setting, 0.0)
+
+
+CHECKS: dict[str, Callable[[FullDecoder, Setting], MutualCheck]] = {
+    "fixed-point-vs-stepwise": fixed_point_vs_stepwise,
+    "chunked-vs-whole": chunked_vs_whole,
+    "batch-vs-alone": batch_vs_alone,
+    "restored-vs-straight": restored_vs_straight,
+    "cuda-graph": cuda_graph,
+}
+
+
+def chosen(names: Sequence[str], backend: str) -> list[str]:
+    """The checks of these names; `all` stands for those that the backend can run. InputError for an unknown name."""
+    if unknown := [name for name in names if name not in (*CHECKS, "all")]:
+        raise InputError(f"there is no check {unknown[0]!r}; known are {', '.join(CHECKS)} and all")
+    if "all" not in names:
+        return list(dict.fromkeys(names))
+    return [name for name in CHECKS if name != "cuda-graph" or backend in CUDA_GRAPH_BACKENDS]
+
+
+_Side = tuple[FullDecoder, Any]  # a decoder and its state, whose last row is the one that counts
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Where the two meet, and over the steps after."""
+
+    logits: float
+    latent: float
+    cache: float
+    logits_after: float
+    kl_after: float
+
+
+def _meet(name: str, one: _Side, other: _Side, setting: Setting, slack: float | None) -> MutualCheck:
+    """Compare the last rows of two states, now and over further steps.
+
+    `slack` is what iterated prefill states that its latent may be off by; where there is some, logits and caches follow
+    from the latent and are not bounded by themselves. None asks for equality to the bit.
+    """
+    errors = _measure(one, other, setting.steps)
+    bounds = _bounds(setting.limits, slack)
+    beyond = [
+        f"{part.replace('_', ' ')} by {getattr(errors, part):.1e} (limit {bound:.1e})"
+        for part, bound in bounds.items()
+        if not getattr(errors, part) <= bound
+    ]
+    verdict = f"FAIL: {name}: the two differ in {', '.join(beyond)}" if beyond else f"PASS: {name}: the two agree"
+    line = (
+        f"{verdict}; latent within {errors.latent:.1e} (limit {bounds['latent']:.1e}), logits {errors.logits:.1e}, "
+        f"cache {errors.cache:.1e}; over {setting.steps} further steps logits {errors.logits_after:.1e}, KL "
+        f"{errors.kl_after:.1e}"
+    )
+    return MutualCheck(name, not beyond, line, **asdict(errors), bound=bounds["latent"], steps=setting.steps)
+
+
+def _bounds(limits: ParityLimits, slack: float | None) -> dict[str, float]:
+    if slack is None:
+        return dict.fromkeys(("latent", "logits", "cache", "logits_after"), 0.0)
+    bounds = {"latent": limits.max_abs_latent_error + slack}
+    if slack == 0:
+        bounds |= {
+            "logits": limits.max_abs_logit_error,
+            "cache": limits.max_abs_cache_error,
+            "logits_after": limits.max_abs_logit_error,
+        }
+    return bounds
+
+
+def _measure(one: _Side, other: _Side, steps: int) -> _Errors:
+    """Both states as they are, then both fed the same tokens: for the compared row what the second one prefers."""
+    (decoder, state), (partner, straight) = one, other
+    config = decoder.config
+    logits = distance(state.logits[-1], straight.logits[-1])
+    latent = distance(state.latent[-1], straight.latent[-1]) if config.memory else 0.0
+    cache = max(_cache_distance(state, straight, layer) for layer in range(config.n_layer))
+    after, kl = 0.0, 0.0
+    for i in range(steps):
+        token = int(straight.logits[-1].argmax())
+        # Rows beside it go their own ways.
+        strangers = [(7919 * i + row) % config.vocab_size for row in range(len(state.logits) - 1)]
+        found, expected = decoder.step(state, [*strangers, token])[-1], partner.step(straight, [token])[-1]
+        after = max(after, distance(found, expected))
+        kl = max(kl, kl_divergence(expected.astype(np.float64), found.astype(np.float64)))
+    return _Errors(logits, latent, cache, after, kl)
+
+
+def _cache_distance(state: Any, straight: Any, layer: int) -> float:  # noqa: ANN401 - states of the decoders
+    """Keys and values of the last rows; a batch's cache is as long as its longest row."""
+    length = int(straight.lengths[-1])
+    pairs = zip(state.cache(layer), straight.cache(layer), strict=True)
+    return max(distance(found[-1, :, :length], expected[-1, :, :length]) for found, expected in pairs)
+
+
+def _residual(state: Any) -> float:  # noqa: ANN401 - the decoder's own state
+    """What the last prefill stated; 0 where it was exact."""
+    return float(state.prefill.residual or 0.0)
+
+
+def _at_least(setting: Setting, tokens: int) -> None:
+    if len(setting.prompt) < tokens:
+        raise InputError(f"the prompt has {len(setting.prompt)} token(s); this check needs {tokens} or more")

@@ -1,0 +1,239 @@
+"""The configuration of a checkpoint in the authors' layout: what its meta file says, completed by its tensors.
+
+`model_config` does not say everything. A chat checkpoint of an LRT has seven fields and no word of the memory path;
+plain nanochat changed its arithmetic several times without a new field. So the tensors' names and shapes complete the
+fields, and a contradiction between the two is refused. A checkpoint whose arithmetic this version does not know, or
+cannot tell from another one, is refused by name: never approximated.
+
+Plain nanochat by date (its repository's `gpt.py` and `dev/LOG.md`), beside what the LRT authors' fork writes:
+
+- October 2025 to 2026-01-10: no lambdas, no value embeddings. Known.
+- 2026-01-11 to 01-16: `resid_lambdas`, `x0_lambdas`, `window_pattern`. Known.
+- 2026-01-17 to 03-01: value embeddings on every other layer, gates of 32 channels. Known, but see the next line.
+  (On 01-27 and 01-28 also bigram embeddings: not known.)
+- 2026-03-02 to 03-08: softcap 20 instead of 15. Not known; files are the same as before, so the meta has to state
+  `logit_softcap`.
+- From 2026-03-09: gates of 12 channels with 3 x sigmoid, rotary base 100,000, scaled q and k, short windows of a third;
+  later also smear and backout. Not known.
+
+Knows no files; imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lrt_deploy.config import LOGIT_SOFTCAP, LRTConfig
+from lrt_deploy.errors import CheckpointError, ConfigError
+
+# Fields of the authors' GPTConfig that say how the model was trained; decoding does not depend on them.
+TRAINING_FIELDS = frozenset(
+    {
+        "interleaved_num_passes",
+        "interleaved_kv_refresh",
+        "multi_refine_num_passes",
+        "multi_refine_detach",
+        "multi_refine_loss_weights",
+    }
+)
+# Fields that only the authors' fork writes; it has had softcap 15 and rotary base 10,000 throughout.
+_FORK_FIELDS = TRAINING_FIELDS | {
+    "use_value_embeds",
+    "ve_every_layer",
+    "use_x0_residual",
+    "use_resid_lambdas",
+    "ve_gate_channels",
+    "use_interleaved",
+    "use_multi_refine",
+}
+_MEMORY_FLAGS = ("use_interleaved", "use_multi_refine")
+_SWITCHES = (*_MEMORY_FLAGS, "use_value_embeds", "ve_every_layer", "use_x0_residual", "use_resid_lambdas")
+_SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
+# Not the authors' field: a user adds it to the meta file of a checkpoint that does not tell its date.
+_SOFTCAP = "logit_softcap"
+KNOWN_FIELDS = frozenset({*_SIZES, "window_pattern", *_FORK_FIELDS, _SOFTCAP})
+
+# Tensors that only a later or another arithmetic has, and what they belong to.
+_OTHER_ARITHMETIC = {
+    "smear_": "nanochat from March 2026 on (smear)",
+    "backout_": "nanochat from March 2026 on (backout)",
+    "bigram_": "nanochat of 2026-01-27 and 01-28 (bigram embeddings)",
+}
+_MARCH_GATE_CHANNELS, _JANUARY_GATE_CHANNELS = 12, 32
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Described:
+    """The configuration, and in words which code is known to have written such a checkpoint."""
+
+    config: LRTConfig
+    known_as: str
+
+
+@dataclass(frozen=True)
+class _Evidence:
+    """The two things that describe a checkpoint, and their files' names for messages."""
+
+    fields: Mapping[str, Any]
+    shapes: Shapes
+    meta: str
+    weights: str
+
+    def stated(self, name: str) -> bool | None:
+        """The value of a switch, None where the meta does not have it."""
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise ConfigError(f"model_config: {name} is {_short(repr(value))}, expected bool")
+        return value
+
+    def first(self, pattern: str) -> str | None:
+        """The name of a tensor that the pattern matches from its start, if there is one."""
+        return next((name for name in self.shapes if re.match(pattern, name)), None)
+
+    def contradict(self, says: str, tensor: str | None, kind: str) -> None:
+        found = f"holds {tensor!r}" if tensor else f"holds no {kind}"
+        raise CheckpointError(
+            f"{self.meta} says {says}, and {self.weights} {found}; the two are not of one model. Take the files that "
+            "training wrote together"
+        )
+
+
+def describe(fields: Mapping[str, Any], shapes: Shapes, meta: str, weights: str) -> Described:
+    """Read the authors' `model_config`, completed and checked by the tensors' names and shapes.
+
+    `meta` and `weights` name the files in errors. Raises ConfigError for fields that are unknown, missing or out of
+    bounds, and CheckpointError where fields and tensors contradict each other or the arithmetic is not known.
+    """
+    if unknown := sorted(set(fields) - KNOWN_FIELDS):
+        raise ConfigError(
+            f"model_config has the field(s) {_short(', '.join(unknown))}, which this version does not know; they may "
+            f"change the arithmetic. Known are {', '.join(sorted(KNOWN_FIELDS))}. Remove a field only if it concerns "
+            "training alone"
+        )
+    if missing := [name for name in _SIZES if name not in fields]:
+        raise ConfigError(f"model_config lacks {', '.join(missing)}; the authors' training code always writes them")
+    evidence = _Evidence(fields, shapes, meta, weights)
+    for name in _SWITCHES:
+        evidence.stated(name)
+    _refuse_other_arithmetic(evidence)
+    memory = _has_memory(evidence)
+    config = LRTConfig(
+        **{name: fields[name] for name in _SIZES},
+        window_pattern=_window_pattern(fields),
+        memory=memory,
+        use_x0_residual=_switch(evidence, "use_x0_residual", "x0_lambdas"),
+        use_resid_lambdas=_switch(evidence, "use_resid_lambdas", "resid_lambdas"),
+    )
+    tables, every_layer = _value_embeddings(evidence, config)
+    config = dataclasses.replace(config, use_value_embeds=tables, ve_every_layer=every_layer)
+    config = dataclasses.replace(config, ve_gate_channels=_gate_channels(evidence, config))
+    return Described(config, _known_as(evidence, config))
+
+
+def _window_pattern(fields: Mapping[str, Any]) -> str:
+    pattern = fields.get("window_pattern", "L")
+    return pattern.upper() if isinstance(pattern, str) else pattern  # LRTConfig refuses other types
+
+
+def _refuse_other_arithmetic(evidence: _Evidence) -> None:
+    for prefix, code in _OTHER_ARITHMETIC.items():
+        if name := evidence.first(prefix):
+            raise CheckpointError(
+                f"{evidence.weights} holds {name!r}: it is of {code}, whose arithmetic this version does not know"
+            )
+    softcap = evidence.fields.get(_SOFTCAP, LOGIT_SOFTCAP)
+    if isinstance(softcap, bool) or softcap != LOGIT_SOFTCAP:
+        raise ConfigError(
+            f"model_config: {_SOFTCAP} is {_short(repr(softcap))}; this version runs models with {LOGIT_SOFTCAP:g}, "
+            "which is the LRT's and that of nanochat until 2026-03-01"
+        )
+
+
+def _has_memory(evidence: _Evidence) -> bool:
+    """Whether it is an LRT: by the tensors, which the flags must not contradict."""
+    tensor = evidence.first(r"interleaved_|transformer\.h\.\d+\.attn\.triple_gate\.")
+    stated = {flag: evidence.stated(flag) for flag in _MEMORY_FLAGS if flag in evidence.fields}
+    if stated and any(stated.values()) != (tensor is not None):
+        evidence.contradict(", ".join(f"{flag} is {value}" for flag, value in stated.items()), tensor, "memory tensors")
+    return tensor is not None
+
+
+def _switch(evidence: _Evidence, field: str, tensor: str) -> bool:
+    """A term that is on unless the meta says otherwise; files from before the term lack its tensor."""
+    stated = evidence.stated(field)
+    if stated is False and tensor in evidence.shapes:
+        evidence.contradict(f"{field} is False", tensor, tensor)
+    return stated is not False
+
+
+def _value_embeddings(evidence: _Evidence, config: LRTConfig) -> tuple[bool, bool]:
+    """Whether layers have value embeddings, and whether all have: by the tables.
+
+    In an LRT, `use_value_embeds` speaks of the plain model only.
+    """
+    table = evidence.first(r"interleaved_init_value_embeds\." if config.memory else r"value_embeds\.")
+    every_layer = evidence.stated("ve_every_layer")
+    if config.memory:
+        return table is not None, bool(every_layer)
+    stated = evidence.stated("use_value_embeds")
+    if stated is not None and stated != (table is not None):
+        evidence.contradict(f"use_value_embeds is {stated}", table, "value embeddings")
+    if every_layer is None:
+        every_layer = all(f"value_embeds.{i}.weight" in evidence.shapes for i in range(config.n_layer))
+    return table is not None, every_layer
+
+
+def _gate_channels(evidence: _Evidence, config: LRTConfig) -> int:
+    """Channels that the gates read, from a gate's shape: the field's default changed between releases."""
+    stated = evidence.fields.get("ve_gate_channels", 0)
+    kind = "triple_gate" if config.memory else "ve_gate"
+    gate = evidence.first(rf"transformer\.h\.\d+\.attn\.{kind}\.weight$")
+    if gate is None or len(evidence.shapes[gate]) != 2:
+        return stated  # type: ignore[no-any-return]  # LRTConfig checks its type
+    dataclasses.replace(config, ve_gate_channels=stated)  # refuses a value that no model could have
+    channels = evidence.shapes[gate][1]
+    return 0 if channels == config.n_embd else channels
+
+
+def _known_as(evidence: _Evidence, config: LRTConfig) -> str:
+    """Which code wrote it; CheckpointError where that is not known and the arithmetic depends on it."""
+    flags = [flag for flag in _MEMORY_FLAGS if flag in evidence.fields]
+    if config.memory:
+        return "LRT, as its meta says" if flags else "LRT, by its tensors: its meta does not name the memory path"
+    if _FORK_FIELDS & set(evidence.fields):
+        return "plain model of the LRT authors' code, as its meta says"
+    if not config.use_value_embeds:
+        date = "2026-01-11 to 01-16" if "resid_lambdas" in evidence.shapes else "October 2025 to 2026-01-10"
+        return f"plain nanochat of {date}"
+    channels, every = config.gate_channels, config.n_embd
+    if channels == _MARCH_GATE_CHANNELS:
+        raise CheckpointError(
+            f"{evidence.weights} has value gates of {channels} channels: it is of plain nanochat from 2026-03-09 on "
+            "(rotary base 100,000, gates of 3 x sigmoid, scaled q and k, short windows of a third, softcap 20), whose "
+            f"arithmetic this version does not know. Known is plain nanochat until 2026-03-01"
+        )
+    if channels == every and channels != _JANUARY_GATE_CHANNELS:
+        return "plain model of the LRT authors' code, by its gates of all channels"
+    if channels != _JANUARY_GATE_CHANNELS:
+        raise CheckpointError(
+            f"{evidence.weights} has value gates of {channels} channels, and {evidence.meta} does not say by which "
+            f"code it was trained; plain nanochat has {_JANUARY_GATE_CHANNELS}, the LRT authors' code all {every}"
+        )
+    if _SOFTCAP not in evidence.fields:
+        raise CheckpointError(
+            f"{evidence.weights} is of plain nanochat between 2026-01-17 and 2026-03-08, and its files do not tell "
+            f"whether its logits are capped at {LOGIT_SOFTCAP:g} (until 2026-03-01 and in the LRT authors' code) or at "
+            f"20 (from 2026-03-02, commit aba30cb; this version does not run it). If it was trained with "
+            f'{LOGIT_SOFTCAP:g}, say so: add "{_SOFTCAP}": {LOGIT_SOFTCAP:g} to model_config in {evidence.meta}'
+        )
+    return f"plain nanochat of 2026-01-17 to 03-01, with the softcap of {LOGIT_SOFTCAP:g} that its meta states"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"

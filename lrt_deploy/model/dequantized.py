@@ -1,0 +1,91 @@
+"""PyTorch on what a bundle stores: the reference model with its weights replaced, over a sequence of given latents.
+
+The counterpart of `runtime.ort_exact` for the part `arithmetic` of parity. Knows no graphs and no backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lrt_deploy.bundle.precisions import StoredMatrix
+from lrt_deploy.types import FloatArray
+
+from .model import LRT
+from .reference import InPlaceCacheOps
+
+_PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
+_INT8_ENDS = (-128, 127)
+BLOCK_TOKENS = 128
+
+
+@torch.no_grad()
+def take_stored_weights(model: LRT, stored: Iterable[StoredMatrix]) -> None:
+    """Replace matrices and tables of `model`, in place, by what a bundle stores; one matrix at a time."""
+    for matrix in stored:
+        parameter = model.get_parameter(matrix.name)
+        values = torch.from_numpy(np.ascontiguousarray(matrix.dequantized()))
+        if parameter.dtype.itemsize < 4:  # a table that the checkpoint has in 16 bits
+            owner, _, name = matrix.name.rpartition(".")
+            setattr(model.get_submodule(owner), name, nn.Parameter(values, requires_grad=False))
+        else:
+            parameter.copy_(values)
+
+
+@torch.inference_mode()
+def run_forced(
+    model: LRT, tokens: list[int], latents: FloatArray, activation_scales: Mapping[str, float] | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """Logits (T, V) and latents (T, C) after each token, `latents` (T, C) being those before it.
+
+    With `activation_scales`, by matrix name, the input of each of these products is rounded to int8 and back first. A
+    model without memory returns no latents, (T, 0).
+    """
+    config, count, dtype = model.config, len(tokens), model.lm_head.dtype
+    shape = (1, config.n_kv_head, count, config.head_dim)
+    keys, values = ([torch.zeros(shape, dtype=dtype) for _ in range(config.n_layer)] for _ in range(2))
+    logits = np.zeros((count, config.vocab_size), np.float32)
+    after = np.zeros((count, config.n_embd if config.memory else 0), np.float32)
+    ops, model.ops = model.ops, InPlaceCacheOps()
+    try:
+        with _RoundedInputs(model, activation_scales or {}):
+            for start in range(0, count, BLOCK_TOKENS):
+                end = min(start + BLOCK_TOKENS, count)
+                ids, positions = torch.tensor([tokens[start:end]]), torch.arange(start, end)[None]
+                given = torch.from_numpy(np.ascontiguousarray(latents[None, start:end])).to(dtype)
+                step = model(ids, positions, given, keys, values, positions[:, 0])
+                logits[start:end] = model.logits(step.hidden)[0].float().numpy()
+                if config.memory:
+                    after[start:end] = step.latent[0].float().numpy()
+    finally:
+        model.ops = ops
+    return logits, after
+
+
+class _RoundedInputs(TorchFunctionMode):
+    """Rounds what chosen matrices are multiplied with to int8 and back, as QuantizeLinear and DequantizeLinear do."""
+
+    def __init__(self, model: LRT, scales: Mapping[str, float]) -> None:
+        super().__init__()
+        self.scales = {id(model.get_parameter(name)): scale for name, scale in scales.items()}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if func in _PRODUCTS and (scale := self.scales.get(id(args[1]))):
+            args = (_rounded(args[0], scale), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _rounded(x: Tensor, scale: float) -> Tensor:
+    """Half to even, saturated, without a zero point."""
+    return torch.clamp(torch.round(x / scale), *_INT8_ENDS) * scale

@@ -1,0 +1,285 @@
+"""The reference LRT in PyTorch: explicit inputs, explicit outputs, no hidden state.
+
+One definition serves three readers: the parity reference runs it eagerly, the exporters trace it (with `CacheOps`
+whose methods become ONNX ops), and training code may differentiate it. It holds weights in the order in which the
+graphs multiply, `x @ W` with W of shape (in, out), and fuses what is read together: q, k and v of a layer; the K and V
+memory projections of all layers (they share their input m); the value-embedding tables of all layers (a token reads
+one row). `weights` maps these to the names of the authors' checkpoints.
+
+Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`.
+It does not load files, choose tokens, or iterate: see `checkpoint`, `reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lrt_deploy import activations
+from lrt_deploy.config import LOGIT_SOFTCAP, RMS_NORM_EPS, ROPE_BASE, LRTConfig
+
+
+class CacheOps(Protocol):
+    """The two operations that a traced graph spells differently from eager PyTorch."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        """Turn x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T)."""
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Return x as it is: the value that `stages` knows by this name. For who wants to see it, or to name it."""
+
+
+class TorchCacheOps:
+    """The eager spelling, differentiable, and free of side effects on its inputs."""
+
+    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
+        """y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos over half-split pairs."""
+        c, s = cos[position_ids].unsqueeze(1).to(x.dtype), sin[position_ids].unsqueeze(1).to(x.dtype)  # (B, 1, T, D/2)
+        x1, x2 = x.chunk(2, dim=-1)
+        return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], dim=-1)
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """Scatter into a copy of the cache."""
+        offsets = torch.arange(update.shape[2], device=update.device)
+        slots = (write_index[:, None] + offsets)[:, None, :, None].expand_as(update)  # (B, G, T, D)
+        return past.scatter(2, slots, update)
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Nobody looks."""
+        return x
+
+
+class Block(nn.Module):
+    """The weights of one layer; `LRT` does the arithmetic."""
+
+    def __init__(self, config: LRTConfig, gates: int) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.qkv = _weight(width, width + 2 * config.kv_dim)
+        self.gate = _weight(config.gate_channels, gates * config.n_kv_head) if gates else None
+        self.attention_out = _weight(width, width)
+        self.mlp_in = _weight(width, 4 * width)
+        self.mlp_out = _weight(4 * width, width)
+
+
+class Step(NamedTuple):
+    """What a forward pass returns beside logits."""
+
+    hidden: Tensor  # (B, T, C) normed output of the last block; logits are made from it
+    latent: Tensor  # (B, T, C) m for the position after each; the same tensor as hidden unless the source is earlier
+    keys: list[Tensor]  # L of (B, G, S, D)
+    values: list[Tensor]  # L of (B, G, S, D)
+
+
+class LRT(nn.Module):
+    """A Latent Recurrent Transformer, or the plain model when `config.memory` is off.
+
+    `max_positions` is the length of the rotary tables (default: the authors' limit). Weights start uninitialized.
+    """
+
+    cos: Tensor  # (positions, D/2)
+    sin: Tensor  # (positions, D/2)
+
+    def __init__(self, config: LRTConfig, max_positions: int | None = None, ops: CacheOps | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.ops: CacheOps = ops or TorchCacheOps()
+        padded, width = config.padded_vocab_size, config.n_embd
+        self.wte = _weight(padded, width)
+        self.lm_head = _weight(width, padded)
+        embedded = set(config.value_embed_layers)
+        # Gates per kv head: local, feedback and value embedding in an LRT; the value embedding's alone in a plain
+        # model.
+        gates = [3 if config.memory else int(i in embedded) for i in range(config.n_layer)]
+        self.blocks = nn.ModuleList(Block(config, gates[i]) for i in range(config.n_layer))
+        self.value_embeds = _weight(padded, len(embedded) * config.kv_dim) if embedded else None
+        pairs = config.memory_projection_count
+        self.memory_kv = _weight(width, pairs * 2 * config.kv_dim) if pairs else None
+        self.resid_lambdas = _weight(config.n_layer) if config.use_resid_lambdas else None
+        self.x0_lambdas = _weight(config.n_layer) if config.use_x0_residual else None
+        self.memory_lambdas = _weight(config.n_layer) if config.memory and config.memory_residual else None
+        cos, sin = rotary_tables(config, config.max_positions if max_positions is None else max_positions)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        past_latent: Tensor,
+        past_keys: Sequence[Tensor],
+        past_values: Sequence[Tensor],
+        write_index: Tensor,
+    ) -> Step:
+        """Run T positions on top of a cache of S slots.
+
+        input_ids, position_ids (B, T) int64; past_latent (B, T, C), row t being m for position t (ignored by a plain
+        model); past_keys, past_values: L of (B, G, S, D); write_index (B) int64, the slot of the first new token.
+        """
+        slots = torch.arange(past_keys[0].shape[2], device=input_ids.device)  # (S)
+        keys, values = list(past_keys), list(past_values)
+
+        def write(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            keys[layer] = self.ops.write(keys[layer], k, write_index)
+            values[layer] = self.ops.write(values[layer], v, write_index)
+            return keys[layer], values[layer]
+
+        hidden, latent = self._run(input_ids, position_ids, past_latent, slots, write)
+        return Step(hidden, latent, keys, values)
+
+    def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
+        """One pass over whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden, latent, both (B, T, C)."""
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden, latent = self._run(
+            input_ids, positions.expand_as(input_ids), past_latent, positions, lambda layer, k, v: (k, v)
+        )
+        return hidden, latent
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., C) -> (..., V) float32, softly capped to +-15; rows of the padded vocabulary are cut off."""
+        raw = (hidden @ self.lm_head).float()
+        return LOGIT_SOFTCAP * torch.tanh(raw[..., : self.config.vocab_size] / LOGIT_SOFTCAP)
+
+    def _run(self, input_ids: Tensor, position_ids: Tensor, past_latent: Tensor, slots: Tensor, write: _Write) -> _Pair:
+        config = self.config
+        x = norm(F.embedding(input_ids, self.wte).to(self.lm_head.dtype))  # (B, T, C)
+        x = x0 = self.ops.mark(x, activations.EMBEDDED)
+        masks = {w: visible(position_ids, slots, w) for w in sorted(set(config.windows))}  # (B, 1, T, S)
+        memory_k, memory_v = self._memory(past_latent)
+        embeds = self._value_embeds(input_ids)
+        latent = x
+        for i, window in enumerate(config.windows):
+            x = self._mark(i, "mixed", self._mix(i, x, x0, past_latent))
+            pair = (memory_k[i], memory_v[i]) if memory_k else None
+            a = self._mark(i, "normed", norm(x))
+            x = x + self._attend(i, a, pair, embeds.get(i), position_ids, masks[window], write)
+            x = x + self._mlp(i, self._mark(i, "mlp_normed", norm(x)))
+            if i == config.source_layer:
+                latent = norm(x)
+        hidden = latent if config.source_layer == config.n_layer - 1 else norm(x)
+        return hidden, latent
+
+    def _mix(self, i: int, x: Tensor, x0: Tensor, m: Tensor) -> Tensor:
+        """Mix resid * x + x0_lambda * x0 + memory_lambda * m, each term where it exists."""
+        if self.resid_lambdas is not None:
+            x = self.resid_lambdas[i] * x
+        if self.x0_lambdas is not None:
+            x = x + self.x0_lambdas[i] * x0
+        if self.memory_lambdas is not None:
+            x = x + self.memory_lambdas[i] * m
+        return x
+
+    def _memory(self, m: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """All layers' K and V memory projections of m (B, T, C) as one product; lists of L (B, T, G, D), or empty."""
+        if self.memory_kv is None:
+            return [], []
+        config = self.config
+        heads = (m @ self.memory_kv).unflatten(-1, (-1, config.head_dim))  # (B, T, pairs * 2 * G, D)
+        shaped = heads.split(config.n_kv_head, dim=-2)
+        copies = config.n_layer // config.memory_projection_count
+        return list(shaped[0::2]) * copies, list(shaped[1::2]) * copies
+
+    def _value_embeds(self, input_ids: Tensor) -> dict[int, Tensor]:
+        """One gather for all layers: layer -> (B, T, G, D)."""
+        if self.value_embeds is None:
+            return {}
+        config = self.config
+        rows = F.embedding(input_ids, self.value_embeds).to(self.lm_head.dtype)  # (B, T, layers * G * D)
+        parts = rows.unflatten(-1, (-1, config.head_dim)).split(config.n_kv_head, dim=-2)
+        return dict(zip(config.value_embed_layers, parts, strict=True))
+
+    def _attend(
+        self,
+        i: int,
+        a: Tensor,
+        memory: tuple[Tensor, Tensor] | None,
+        embed: Tensor | None,
+        position_ids: Tensor,
+        mask: Tensor,
+        write: _Write,
+    ) -> Tensor:
+        config, block = self.config, self._block(i)
+        heads = self._mark(i, "heads", a @ block.qkv).unflatten(-1, (-1, config.head_dim))  # (B, T, H + 2G, D)
+        q, k, v = heads.split([config.n_head, config.n_kv_head, config.n_kv_head], dim=-2)
+        k, v = self._gated(i, a, k, v, memory, embed)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, D), (B, G, T, D) twice
+        q = self._mark(i, "queries", norm(self.ops.rotary(q, self.cos, self.sin, position_ids)))
+        k = self._mark(i, "keys", norm(self.ops.rotary(k, self.cos, self.sin, position_ids)))
+        k, v = write(i, k, v)  # (B, G, S, D)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=config.n_kv_head != config.n_head)
+        y = self._mark(i, "attention", y)  # (B, H, T, D)
+        return self._mark(i, "attended", y.transpose(1, 2).flatten(2) @ block.attention_out)  # (B, T, C)
+
+    def _gated(
+        self, i: int, a: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, embed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mix memory and value embedding into k and v, one gate in (0, 2) per kv head and source."""
+        block = self._block(i)
+        if block.gate is None:
+            return k, v
+        # 2 sigmoid(z), spelled so that small gates keep their relative precision: QK norm scales a k made of small
+        # gates up again, and with it the absolute error of 1e-7 that ORT's Sigmoid has (logits 5e-5 off, not 1.5e-5).
+        raw = a[..., : self.config.gate_channels] @ block.gate  # (B, T, 3G or G)
+        gate = self._mark(i, "gates", 2 / (1 + torch.exp(-raw))).unsqueeze(-1)  # (B, T, 3G or G, 1)
+        if embed is not None:
+            embed = self._mark(i, "value_embeds", embed)
+        if not self.config.memory:
+            return k, v if embed is None else v + gate * embed
+        local, feedback, embedded = gate.chunk(3, dim=-2)  # each (B, T, G, 1)
+        k, v = local * k, local * v
+        if memory is not None:
+            memory_k, memory_v = self._mark(i, "memory_keys", memory[0]), self._mark(i, "memory_values", memory[1])
+            k, v = k + feedback * memory_k, v + feedback * memory_v
+        if embed is not None:
+            v = v + embedded * embed
+        return self._mark(i, "gated_keys", k), self._mark(i, "gated_values", v)
+
+    def _mlp(self, i: int, a: Tensor) -> Tensor:
+        block = self._block(i)
+        hidden = self._mark(i, "mlp_hidden", F.relu(a @ block.mlp_in).square())  # (B, T, 4C)
+        return self._mark(i, "mlp", hidden @ block.mlp_out)
+
+    def _mark(self, i: int, stage: str, x: Tensor) -> Tensor:
+        return self.ops.mark(x, activations.of_layer(i, stage))
+
+    def _block(self, i: int) -> Block:
+        block = self.blocks[i]
+        assert isinstance(block, Block)
+        return block
+
+
+_Pair = tuple[Tensor, Tensor]
+
+
+class _Write(Protocol):
+    def __call__(self, layer: int, k: Tensor, v: Tensor, /) -> _Pair:
+        """Store new keys and values (B, G, T, D) of a layer; return what attention reads, (B, G, S, D)."""
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMSNorm over the last axis, without weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=RMS_NORM_EPS)
+
+
+def visible(position_ids: Tensor, slots: Tensor, window: int) -> Tensor:
+    """Boolean mask (B, 1, T, S): slot s is seen from position t when t - window <= s <= t."""
+    t = position_ids[:, None, :, None]  # (B, 1, T, 1)
+    return (slots <= t) & (slots >= t - window)
+
+
+def rotary_tables(config: LRTConfig, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (positions, D/2) float32, carrying the bfloat16 rounding of the authors' tables."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROPE_BASE**exponents)
+    return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape))

@@ -1,0 +1,157 @@
+"""The PyTorch model as a stateful decoder: true recurrence, one token at a time. What parity compares against.
+
+Slow and plain on purpose; the prompt is read step by step, so no shortcut of ours can hide in the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrt_deploy import activations
+from lrt_deploy.activations import StepInput
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import InputError
+from lrt_deploy.text.prompts import check_prompts, check_tokens
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
+
+from .model import LRT, TorchCacheOps
+
+
+class InPlaceCacheOps(TorchCacheOps):
+    """Writes into the given cache instead of a copy; only for inference."""
+
+    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
+        """All rows of a reference state have one length, so one slice holds the new tokens of all."""
+        start = int(write_index[0])
+        past[:, :, start : start + update.shape[2]] = update
+        return past
+
+
+class RecordingCacheOps(InPlaceCacheOps):
+    """Keeps every stage that the model marks."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+
+    def mark(self, x: Tensor, stage: str) -> Tensor:
+        """Remember and pass on; of a value that several layers share, every name."""
+        self.seen[stage] = x
+        return x
+
+
+@dataclass
+class ReferenceState:
+    """B sequences of equal length. The attributes are those of `interface.State`."""
+
+    keys: list[Tensor]  # L of (B, G, S, D)
+    values: list[Tensor]  # L of (B, G, S, D)
+    carried: Tensor  # (B, 1, C)
+    next_logits: Tensor  # (B, V)
+    length: int = 0
+
+    @property
+    def logits(self) -> FloatArray:
+        """(B, V) for each row's next token."""
+        return self.next_logits.float().numpy()
+
+    @property
+    def latent(self) -> FloatArray:
+        """(B, C) carried to the next token."""
+        return self.carried[:, 0].float().numpy()
+
+    @property
+    def lengths(self) -> IntArray:
+        """(B) tokens so far."""
+        return torch.full((self.carried.shape[0],), self.length).numpy()
+
+    def cache(self, layer: int) -> tuple[FloatArray, FloatArray]:
+        """Live keys and values (B, G, length, D) of a layer."""
+        return (
+            self.keys[layer][:, :, : self.length].float().numpy(),
+            self.values[layer][:, :, : self.length].float().numpy(),
+        )
+
+
+class ReferenceDecoder:
+    """Decodes with `model` on the CPU; `dtype` float64 shows how much of a difference is float32 noise."""
+
+    def __init__(self, model: LRT, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> None:
+        self._model = model if dtype == torch.float32 else _as_dtype(model, dtype)
+        self._model.ops = InPlaceCacheOps()
+        self._dtype = dtype
+        self.max_seq_len = max_seq_len or model.config.max_positions
+
+    @classmethod
+    def in_float64(cls, model: LRT, max_seq_len: int | None = None) -> ReferenceDecoder:
+        """The same model without float32's noise."""
+        return cls(model, max_seq_len, torch.float64)
+
+    @property
+    def config(self) -> LRTConfig:
+        """The model that is run."""
+        return self._model.config
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "stepwise", tolerance: float | None = None
+    ) -> ReferenceState:
+        """Read prompts of equal length from an empty state, step by step whatever policy and tolerance say."""
+        rows = check_prompts(prompts, self.config.vocab_size)
+        if len({len(row) for row in rows}) != 1:
+            raise InputError("the reference reads prompts of one length; pad nothing, call it row by row")
+        state = self._empty(len(rows))
+        for t in range(len(rows[0])):
+            self.step(state, [int(row[t]) for row in rows])
+        return state
+
+    @torch.inference_mode()
+    def step(self, state: ReferenceState, tokens: Sequence[int] | IntArray) -> FloatArray:
+        """Append one token to each row, in place; returns logits (B, V)."""
+        ids = torch.from_numpy(check_tokens(tokens, self.config.vocab_size, state.carried.shape[0]))[:, None]
+        if state.length >= self.max_seq_len:
+            raise InputError(f"the reference state is full: {self.max_seq_len} tokens")
+        end = state.length + 1
+        position = torch.full_like(ids, state.length)
+        live = ([key[:, :, :end] for key in state.keys], [value[:, :, :end] for value in state.values])
+        step = self._model(ids, position, state.carried, *live, position[:, 0])
+        state.carried, state.next_logits = step.latent, self._model.logits(step.hidden)[:, 0]
+        state.length = end
+        return state.logits
+
+    @torch.inference_mode()
+    def observe(self, step: StepInput) -> dict[str, FloatArray]:
+        """The stages of one step from a state given in full; see `stages.Observer`."""
+        keys, values = ([self._with_room(cache) for cache in caches] for caches in (step.keys, step.values))
+        ids, position = torch.tensor([[step.token]]), torch.tensor([[step.position]])
+        latent = torch.from_numpy(step.latent).to(self._dtype)[None, None]
+        plain, recording = self._model.ops, RecordingCacheOps()
+        self._model.ops = recording
+        try:
+            result = self._model(ids, position, latent, keys, values, position[:, 0])
+        finally:
+            self._model.ops = plain
+        seen = recording.seen | {activations.LOGITS: self._model.logits(result.hidden)}
+        if self.config.memory:
+            seen[activations.LATENT] = result.latent
+        return {name: value.float().numpy() for name, value in seen.items()}
+
+    def _with_room(self, cache: FloatArray) -> Tensor:
+        """(G, P, D) -> (1, G, P + 1, D), its last slot free."""
+        past = torch.from_numpy(cache).to(self._dtype)
+        return torch.cat([past, past.new_zeros(past.shape[0], 1, past.shape[2])], dim=1)[None]
+
+    def _empty(self, batch: int) -> ReferenceState:
+        config = self.config
+        shape = (batch, config.n_kv_head, self.max_seq_len, config.head_dim)
+        keys, values = ([torch.zeros(shape, dtype=self._dtype) for _ in range(config.n_layer)] for _ in range(2))
+        carried = torch.zeros(batch, 1, config.n_embd, dtype=self._dtype)
+        return ReferenceState(keys, values, carried, torch.zeros(batch, config.vocab_size))
+
+
+def _as_dtype(model: LRT, dtype: torch.dtype) -> LRT:
+    copy = LRT(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    return copy.to(dtype).eval().requires_grad_(False)

@@ -1,0 +1,97 @@
+"""Turn tokens into text as they come: whole characters only, and no text that a stop string may still remove.
+
+A token can end in the middle of a character, and a stop string can begin in one token and end in another. The text
+that is not certain yet is held back. Time is proportional to the length of the text times the number of stop strings,
+whatever they contain (the search is Knuth, Morris and Pratt's). This module knows neither tokenizers nor models: it is
+given a function from a token to its bytes.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from lrt_deploy.arguments import check_texts
+from lrt_deploy.errors import InputError
+from lrt_deploy.fields import shown
+
+
+class TextStream:
+    """The text of one generated sequence.
+
+    All that `push` and `finish` return, joined, is the decoded text of the tokens up to the first stop string. The
+    first is the one that is complete first (of two complete at once, the longer), however the text is cut into tokens.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], stop_strings: Sequence[str] = ()) -> None:
+        stop_strings = check_texts(stop_strings, "stop strings")
+        if not all(stop_strings):
+            raise InputError(f"stop strings are {shown(stop_strings)}, expected texts of at least one character")
+        self._token_bytes = token_bytes
+        self._searches = [_Search(stop) for stop in dict.fromkeys(stop_strings)]
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held: deque[str] = deque()
+        self._held_chars = 0
+        self.stopped: str | None = None
+        """The stop string that ended the text, if one has."""
+
+    def push(self, token: int) -> str:
+        """Take one more token; return the text that is now certain. Nothing follows a stop string."""
+        return self._advance(self._decoder.decode(self._token_bytes(token)))
+
+    def finish(self) -> str:
+        """Return the text that was held back, with U+FFFD for an unfinished character; nothing more follows."""
+        return self._advance(self._decoder.decode(b"", final=True)) + self._release(self._held_chars)
+
+    def _advance(self, text: str) -> str:
+        if self.stopped is not None or not text:
+            return ""
+        if not self._searches:
+            return text
+        before = self._held_chars
+        self._held.append(text)
+        self._held_chars += len(text)
+        for position, char in enumerate(text, start=1):
+            if found := [search.stop for search in self._searches if search.advance(char)]:
+                self.stopped = max(found, key=len)
+                certain = self._release(before + position - len(self.stopped))
+                self._held.clear()
+                self._held_chars = 0
+                return certain
+        undecided = max(search.matched for search in self._searches)
+        return self._release(self._held_chars - undecided)
+
+    def _release(self, count: int) -> str:
+        """Take the first `count` characters out of what is held."""
+        self._held_chars -= count
+        parts = []
+        while count:
+            part = self._held.popleft()
+            if len(part) > count:
+                self._held.appendleft(part[count:])
+                part = part[:count]
+            parts.append(part)
+            count -= len(part)
+        return "".join(parts)
+
+
+class _Search:
+    """How much of one stop string the text ends with: `matched` characters, the most possible."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        # For each prefix of the stop string, by length: the longest shorter prefix that it ends with. Built as needed.
+        self._shorter = [0, 0]
+
+    def advance(self, char: str) -> bool:
+        """Append one character to the text; whether the stop string is now complete."""
+        self.matched = self._extended(self.matched, char)
+        if self.matched == len(self._shorter):
+            self._shorter.append(self._extended(self._shorter[-1], self.stop[self.matched - 1]))
+        return self.matched == len(self.stop)
+
+    def _extended(self, length: int, char: str) -> int:
+        while length and self.stop[length] != char:
+            length = self._shorter[length]
+        return length + 1 if self.stop[length] == char else 0

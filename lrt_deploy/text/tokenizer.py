@@ -1,0 +1,231 @@
+"""Text to token ids and back: reads a checkpoint's tokenizer, writes the bundle's, and is the tokenizer at run time.
+
+Knows byte-level byte-pair encoding, the authors' special tokens and their chat form. The bundle's tokenizer encodes
+exactly as the tiktoken `Encoding` that the model was trained with, or the conversion refuses; decoding is done here,
+from bytes, because a token may be a part of a character.
+Which files are accepted is said in `tokenizer_file`, how text is cut in `split_patterns`, how pieces are merged in
+`byte_pairs`. This module imports neither torch nor tiktoken, and it does not read the authors' `token_bytes.pt` (the
+byte lengths follow from the tokens). It does not hash or verify files: that is the manifest's work.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import NamedTuple
+
+from lrt_deploy.errors import BundleError, CheckpointError, InputError
+from lrt_deploy.fields import shown
+from lrt_deploy.files import read_json, read_text
+
+from . import tokenizer_file
+from .byte_pairs import BytePairs, as_chars
+from .chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
+from .split_patterns import Splitter
+from .tiktoken_pickle import MAX_FILE_BYTES, read_encoding
+from .tokenizer_file import Vocabulary
+
+PICKLE_FILE = "tokenizer.pkl"
+TOKENIZER_FILE = "tokenizer.json"
+BYTE_LENGTHS_FILE = "token_bytes.json"
+
+# A token takes about 20 bytes of a pickle and 200 of an indented tokenizer.json with its merges.
+_FILE_BYTES, _TOKEN_FILE_BYTES = 2**20, 1024
+# Pieces whose tokens are remembered: most text is made of few words.
+_CACHED_PIECES, _CACHED_LENGTH = 2**15, 32
+
+
+class SourceTokenizer(NamedTuple):
+    """A checkpoint's tokenizer in the bundle's form: the text of `tokenizer.json`, and each token's byte length."""
+
+    json: str
+    byte_lengths: list[int]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether something in the folder has the name of a tokenizer's file; it may still be none."""
+    return any(os.path.lexists(folder / name) for name in (PICKLE_FILE, TOKENIZER_FILE))
+
+
+def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
+    """Read a checkpoint's tokenizer: the authors' `tokenizer.pkl`, or else a byte-level `tokenizer.json`.
+
+    `path` is the folder that holds one of them, or the file itself. The model's `vocab_size` must cover every token; it
+    may be larger. Raises CheckpointError.
+    """
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist; name the tokenizer's folder, or its file")
+    if path.is_dir():
+        if not has_tokenizer(path):
+            raise CheckpointError(
+                f"{path} has neither {PICKLE_FILE} nor {TOKENIZER_FILE}; name the tokenizer's folder or file"
+            )
+        path = path / (PICKLE_FILE if os.path.lexists(path / PICKLE_FILE) else TOKENIZER_FILE)
+    limit = _size_limit(vocab_size)
+    if path.suffix == ".json":
+        text = read_text(path, "the tokenizer", CheckpointError, limit)
+        vocabulary = tokenizer_file.from_json(text, str(path), vocab_size)
+    elif path.suffix == ".pkl":
+        vocabulary = tokenizer_file.from_encoding(read_encoding(path, limit), str(path), vocab_size)
+    else:
+        raise CheckpointError(f"{path} is neither a folder nor a file whose name ends in .pkl or .json")
+    lengths = token_byte_lengths(vocabulary.tokens, vocabulary.special.values())
+    return SourceTokenizer(tokenizer_file.to_json(vocabulary), lengths)
+
+
+def _size_limit(tokens: int) -> int:
+    return min(_FILE_BYTES + _TOKEN_FILE_BYTES * tokens, MAX_FILE_BYTES)
+
+
+def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
+    """Write what `Tokenizer.open` reads into an existing folder; the paths of both files."""
+    (table := folder / TOKENIZER_FILE).write_text(source.json, encoding="utf-8")
+    (lengths := folder / BYTE_LENGTHS_FILE).write_text(json.dumps(source.byte_lengths), encoding="utf-8")
+    return table, lengths
+
+
+def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) -> list[int]:
+    """Bytes that each token counts in bits per byte: its decoded text in UTF-8; 0 for a special token.
+
+    A byte that is no text by itself decodes to the replacement character and counts 3, as the authors count it.
+    """
+    lengths = [len(token.decode("utf-8", errors="replace").encode("utf-8")) for token in tokens]
+    for token in special_ids:
+        lengths[token] = 0
+    return lengths
+
+
+class Tokenizer:
+    """The tokenizer of an opened bundle. It never changes, and threads may share it.
+
+    Special tokens are never read out of text: only `encode_prompt` and `render_chat` put them in.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._tokens = vocabulary.tokens
+        self._splitter = Splitter(vocabulary.pattern)
+        self._pairs = BytePairs(vocabulary.ids, vocabulary.merges, vocabulary.whole)
+        self._cache: dict[str, list[int]] = {}
+        self.special_tokens: dict[str, int] = dict(vocabulary.special)
+        self.byte_lengths: tuple[int, ...] = tuple(token_byte_lengths(self._tokens, self.special_tokens.values()))
+        special = set(self.special_tokens.values())
+        self.longest_token_bytes = max(len(token) for i, token in enumerate(self._tokens) if i not in special)
+        """The most bytes of text that one token can stand for."""
+
+    @classmethod
+    def open(cls, folder: Path, tokens: int | None = None) -> Tokenizer:
+        """Read the bundle's tokenizer folder: `tokenizer.json` and `token_bytes.json`.
+
+        `tokens` is how many tokens the manifest says that there are (None: any number). Raises BundleError.
+        """
+        path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
+        limit = MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
+        try:
+            text = read_text(path, "the tokenizer", CheckpointError, limit)
+            vocabulary = tokenizer_file.from_json(text, str(path), limit if tokens is None else tokens)
+            lengths = read_json(lengths_path, "the table of byte lengths", CheckpointError, limit)
+        except CheckpointError as error:
+            raise BundleError(f"the tokenizer of the bundle is damaged: {error}; export the bundle again") from error
+        if tokens is not None and len(vocabulary.tokens) != tokens:
+            raise BundleError(
+                f"{path} has {len(vocabulary.tokens)} tokens where the manifest says {tokens}; export the bundle again"
+            )
+        opened = cls(vocabulary)
+        if lengths != list(opened.byte_lengths):
+            raise BundleError(f"{lengths_path} does not fit the tokens of {TOKENIZER_FILE}; export the bundle again")
+        return opened
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens there are; the model may have more rows."""
+        return len(self._tokens)
+
+    @property
+    def bos_id(self) -> int:
+        """The token that begins every text."""
+        return self._special_id(BOS)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end an answer; all others, special or not, are output."""
+        return frozenset(self.special_tokens[name] for name in (ASSISTANT_END, BOS) if name in self.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of ordinary text; the name of a special token in it is text like any other."""
+        if not isinstance(text, str):
+            raise InputError(f"a text is expected, found {type(text).__name__}")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # surrogates: pairs become their character, lone ones U+FFFD, as in tiktoken
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = []
+        cached = self._cache.get
+        for piece in self._splitter.pieces(text):
+            ids += cached(piece) or self._encode_piece(piece)
+        return ids
+
+    def encode_prompt(self, text: str, capacity: int | None = None) -> list[int]:
+        """The tokens of a text prompt: `<|bos|>` and the text.
+
+        Raises InputError, before anything is encoded, for a text that cannot fit into `capacity` tokens because it has
+        more bytes than so many of the longest token.
+        """
+        if capacity is not None:
+            self.check_fits(text, capacity)
+        return [self.bos_id, *self.encode(text)]
+
+    def check_fits(self, text: str, capacity: int) -> None:
+        """Raise InputError if a text has more bytes than `capacity` tokens can stand for."""
+        # At least one byte for each character; only texts in between are worth being counted.
+        least = len(text) if len(text) > capacity * self.longest_token_bytes else len(text.encode("utf-8", "replace"))
+        if least > capacity * self.longest_token_bytes:
+            raise InputError(
+                f"the text has at least {least} bytes, which are {least // self.longest_token_bytes} tokens or more; "
+                f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
+            )
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        ids = self._pairs.encode(as_chars(piece.encode()))
+        if len(piece) <= _CACHED_LENGTH:
+            if len(self._cache) >= _CACHED_PIECES:
+                self._cache.clear()
+            self._cache[piece] = ids
+        return ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of the tokens, special ones by name; bytes that are no UTF-8 become U+FFFD."""
+        try:
+            items = iter(tokens)
+        except TypeError as error:
+            raise InputError(f"tokens is {shown(tokens)}, expected a list of token ids") from error
+        return b"".join(map(self.token_bytes_of, items)).decode("utf-8", errors="replace")
+
+    def token_bytes_of(self, token: int) -> bytes:
+        """The bytes of one token, which may be a part of a character; the name of a special token."""
+        if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
+            raise InputError(f"a token id is {shown(token)}, expected a whole number")
+        if not 0 <= token < len(self._tokens):
+            raise InputError(
+                f"token id {shown(token)} has no text; the tokenizer has the ids 0 to {len(self._tokens) - 1}"
+            )
+        return self._tokens[token]
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The tokens of a conversation up to where the assistant answers.
+
+        Messages are `{"role": …, "content": …}`: an optional system message, then user and assistant in turns, a user
+        last. The system message is joined to the first user message by a blank line.
+        """
+        tokens = [self.bos_id]
+        for role, content in turns(messages):
+            start, end = (USER_START, USER_END) if role == "user" else (ASSISTANT_START, ASSISTANT_END)
+            tokens += [self._special_id(start), *self.encode(content), self._special_id(end)]
+        return [*tokens, self._special_id(ASSISTANT_START)]
+
+    def _special_id(self, name: str) -> int:
+        if name not in self.special_tokens:
+            raise InputError(f"the tokenizer has no {name}, which prompts and chats need; give token ids instead")
+        return self.special_tokens[name]

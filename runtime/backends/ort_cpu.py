@@ -1,0 +1,340 @@
+"""ONNX Runtime on the CPU: one session on the windowed prefill graph serves prefill and decode.
+
+Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. They
+hold little more than the tokens so far, since attention reads all of their slots, and are replaced by larger ones
+in steps (`room_for`). The latent goes in and out through two small arrays that swap roles (every layer reads it, so
+it cannot be overwritten). All that a call needs is bound once per shape; a decode step writes a few integers and runs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.graph_file import check_graph_file
+from lrt_deploy.bundle.manifest import Manifest, graph_path, table_path, weights_path
+from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.errors import BackendError
+from lrt_deploy.types import FloatArray, IntArray
+
+from .base import Block, BlockLimits, SlotArrays
+from .cache_room import room_for, room_for_prompt
+from .host_tables import HostTables, RowArrays, Rows
+from .huge_pages import Moved, in_huge_pages
+from .ort_contract import check_session
+from .ort_errors import ORT_ERRORS, raise_backend_error
+from .ort_quantized import quantized_entries
+
+# Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
+# stay in the processor's cache.
+_SMALL_BYTES = 24 * 2**20
+_LOG_ERRORS = 3
+_NO_POSITION = np.iinfo(np.int64).max  # of a slot that no token may see
+_KEPT_READS = 8  # a prompt is read in blocks of at most two lengths a chunk, with and without head
+
+
+class OrtCpuBackend:
+    """A session on the CPU provider. `threads` None: one for small models, else ORT's choice (all physical cores)."""
+
+    name = "ort-cpu"
+    blocks = BlockLimits()
+    device = None
+
+    def __init__(
+        self, folder: Path, manifest: Manifest, precision: str, threads: int | None = None, log_level: int = _LOG_ERRORS
+    ) -> None:
+        self.config, self.precision, self.capacity = manifest.model, precision, manifest.max_seq_len
+        self.dtype = _state_dtype(manifest, precision)
+        self.state_dtype = str(self.dtype)
+        graph = folder / graph_path(precision, "prefill", "windowed")
+        self.tables = HostTables.open(folder, manifest, precision)
+        files = (weights_path(precision), *([table_path(precision)] if self.tables else []))
+        small = sum((folder / name).stat().st_size for name in files) < _SMALL_BYTES
+        threads = 1 if threads is None and small else threads
+        # A process that is forked from this one has the memory, but not the threads that would do the work.
+        self.process = None if threads == 1 else os.getpid()
+        check_graph_file(graph, folder / weights_path(precision))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or 0
+        options.log_severity_level = log_level
+        options.enable_mem_pattern = False  # prompts come in many lengths, and a plan would be kept for each
+        for entry, value in quantized_entries(precision).items():
+            options.add_session_config_entry(entry, value)
+        try:
+            with nullcontext(Moved()) if small else in_huge_pages() as moved:
+                self.session = ort.InferenceSession(
+                    str(graph), options, providers=["CPUExecutionProvider"], enable_fallback=0
+                )
+        except ORT_ERRORS as error:
+            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open {graph}")
+        check_session(self.session, graph, manifest, precision, "windowed")
+        self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
+        if moved.bytes:
+            self.detail += f", {moved.bytes / 2**20:.0f} MiB of weights in huge pages"
+
+    def allocate(self, batch: int) -> OrtCpuBuffers:
+        """Zeroed buffers; the system commits their pages only when they are first written."""
+        return OrtCpuBuffers(self, batch)
+
+
+@dataclass
+class _Call:
+    """A binding for calls of one shape, and the arrays it reads and writes."""
+
+    binding: Any  # onnxruntime is untyped
+    ids: IntArray  # (B, T)
+    positions: IntArray  # (B, T)
+    write_index: IntArray  # (B)
+    latents_in: NDArray[Any]  # (B, T, C), of the state's type like the next
+    latents_out: NDArray[Any]  # (B, T, C)
+    logits: FloatArray  # (B, K, V)
+    rows: Rows  # of the tokens in the embedding tables, where the graph does not hold these
+
+
+@dataclass
+class _Bound:
+    """What belongs to caches of one size."""
+
+    room: int  # slots that each cache has
+    seen_positions: IntArray  # (room) of the slots, or `_NO_POSITION`
+    decodes: dict[tuple[int, bool, int], _Call]
+    reads: dict[tuple[int, int, int], _Call]
+
+    @classmethod
+    def of(cls, room: int) -> _Bound:
+        """Nothing is bound yet."""
+        return cls(room, np.full(room, _NO_POSITION), {}, {})
+
+
+class OrtCpuBuffers:
+    """Caches and latent of B sequences, and the bindings that run on them. See `backend.StateBuffers`."""
+
+    copies_note = None
+
+    def __init__(self, backend: OrtCpuBackend, batch: int) -> None:
+        config = backend.config
+        self._session, self._config, self._process = backend.session, config, backend.process
+        self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
+        self._dtype = backend.dtype
+        self._tables, self._rows = backend.tables, RowArrays(backend.tables)
+        self._bound = _Bound.of(0)
+        self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
+        self._expected = self.capacity  # tokens that the longest row will come to hold
+        shape = (batch, config.n_kv_head, 0, config.head_dim)
+        self._caches = {
+            pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
+        }
+        self._latents = [np.zeros((batch, 1, config.n_embd), self._dtype) for _ in range(2)]
+        width = config.n_embd if config.memory else 0
+        self._latent_rows = [latent[:, 0, :width] for latent in self._latents]  # views, (B, C) or (B, 0)
+        self._turn = 0  # which of the two holds the current latent
+        # The bounds of the live windows and the order of the slots are shared by all calls: one runs at a time.
+        self._starts = {window: np.zeros(1, np.int64) for window in contract.distinct_windows(config)}
+        self._end = np.zeros(1, np.int64)
+        self._slot_positions = np.arange(self.capacity)
+        self._make_room(1)
+
+    @property
+    def latent(self) -> FloatArray:
+        """(B, C), a view of the current latent, a copy where it is not float32; (B, 0) for a model without memory."""
+        return _as_float32(self._latent_rows[self._turn])
+
+    def set_latent(self, rows: IntArray, latent: FloatArray) -> None:
+        """Replace the latent of some rows: rows (n), latent (n, C)."""
+        self._latent_rows[self._turn][rows] = latent
+
+    def _make_room(self, end: int, room: int | None = None) -> None:
+        """Have slots up to `end`, if not `room` of them."""
+        if self._growing:
+            self._move_into(*self._growing)
+        if end > self._bound.room:
+            slots = min(room or room_for(end), self.capacity)
+            # All is allocated before anything is changed. The system commits pages only when they are written.
+            larger = {
+                name: np.zeros((*cache.shape[:2], slots, cache.shape[3]), cache.dtype)
+                for name, cache in self._caches.items()
+            }
+            bound = _Bound.of(slots)
+            self._growing = larger, bound
+            self._move_into(larger, bound)
+
+    def _move_into(self, larger: dict[str, NDArray[Any]], bound: _Bound) -> None:
+        """Move into larger caches one at a time, so that old ones can go; goes on where an interrupt ended it."""
+        self._bound = bound  # bindings hold the old caches
+        for name, cache in self._caches.items():
+            new = larger[name]
+            if cache is not new:
+                new[:, :, : cache.shape[2]] = cache
+                self._caches[name] = new
+                del cache
+        self._growing = None
+
+    def expect(self, total: int) -> None:
+        """Caches grow in few and large steps to what this many tokens need, and not beyond."""
+        self._expected = total
+
+    def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
+        """Run one token for each of the first rows; bindings are kept per number of rows."""
+        listed = positions.tolist()  # a few whole numbers: quicker to compare than by numpy
+        end = max(listed) + 1
+        if end > self._bound.room or self._growing:
+            self._make_room(end)
+        call = self._decode_call(len(listed), head, self._turn)
+        call.ids[:, 0] = tokens
+        call.positions[:, 0] = positions
+        call.write_index[:] = positions
+        self._look_back(min(listed), end)
+        self._run(call)
+        self._turn = 1 - self._turn
+        return call.logits[:, 0] if head else None
+
+    def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Run a block of one row; bindings are kept per row and block length."""
+        end = max(block.end, block.slot + len(block.tokens))
+        self._make_room(end, room_for_prompt(end, self._expected))
+        call = self._read_call(block.row, len(block.tokens), int(block.head))
+        call.ids[0], call.positions[0], call.write_index[0] = block.tokens, block.positions, block.slot
+        if self._config.memory:
+            call.latents_in[0] = latents
+        self._look_back(int(block.positions.min()), block.end, block.ordered)
+        self._run(call)
+        return _as_float32(call.latents_out[0]) if self._config.memory else latents, call.logits[0].reshape(-1)
+
+    def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
+        """Permute the slots' positions; with `move`, gather the row's entries back into order."""
+        slots = slice(start, start + len(order))
+        self._make_room(slots.stop, room_for_prompt(slots.stop, self._expected))  # once, and not with every block
+        self._slot_positions[slots] = start + order
+        if move:
+            back = np.argsort(order)
+            for cache in self._caches.values():
+                cache[row, :, slots] = cache[row, :, slots][:, back]
+            self._slot_positions[slots] = np.arange(start, start + len(order))
+
+    def reset_order(self) -> None:
+        """Every slot holds its own position."""
+        self._slot_positions[:] = np.arange(self.capacity)
+
+    def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
+        """(B, G, length, D) of a layer's keys and values: views, or copies where the caches are not float32."""
+        keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
+        return _as_float32(keys[:, :, :length]), _as_float32(values[:, :, :length])
+
+    def read_slots(self, row: int, start: int, stop: int) -> SlotArrays:
+        """Views (G, stop - start, D) of a row's entries in every cache, by the names of the contract."""
+        return {name: cache[row, :, start:stop] for name, cache in self._caches.items()}
+
+    def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
+        """Put entries into a row's slots from `start` on."""
+        end = start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
+        self._make_room(end)
+        for name, cache in self._caches.items():
+            cache[row, :, start : start + entries[name].shape[1]] = entries[name]
+
+    def _look_back(self, oldest: int, end: int, ordered: int | None = None) -> None:
+        """Set what queries from position `oldest` on may see: slots below `end`, and where windows begin.
+
+        No window may begin among slots out of order, which begin at `ordered`.
+        """
+        for window, start in self._starts.items():
+            first = max(0, oldest - window)
+            start[0] = first if ordered is None else min(first, ordered)
+        self._end[0] = end
+        seen = self._bound.seen_positions
+        seen[:end] = self._slot_positions[:end]
+        seen[end:] = _NO_POSITION
+
+    def _run(self, call: _Call) -> None:
+        if self._process is not None and self._process != os.getpid():
+            raise BackendError(
+                f"this decoder was opened in the process {self._process} with several threads, which a fork of it does "
+                "not have; open the bundle in each process, or with threads=1 before the fork"
+            )
+        self._tables.take(call.ids, call.rows)
+        try:
+            self._session.run_with_iobinding(call.binding)
+        except ORT_ERRORS as error:
+            raise_backend_error(error, "ONNX Runtime failed")
+
+    def _decode_call(self, rows: int, head: bool, turn: int) -> _Call:
+        """One token for each of the first `rows` rows, from the latent `turn` to the other one."""
+        key, calls = (rows, head, turn), self._bound.decodes
+        if key not in calls:
+            before, after = self._latents[turn][:rows], self._latents[1 - turn][:rows]
+            calls[key] = self._bind(slice(0, rows), int(head), before, after)
+        return calls[key]
+
+    def _read_call(self, row: int, count: int, logit_rows: int) -> _Call:
+        """`count` tokens of one row, between two latent arrays of their own; the last few are kept."""
+        key, calls = (row, count, logit_rows), self._bound.reads
+        if key not in calls:
+            while len(calls) >= _KEPT_READS:
+                del calls[next(iter(calls))]
+            latents = np.zeros((2, 1, count, self._config.n_embd), self._dtype)
+            calls[key] = self._bind(slice(row, row + 1), logit_rows, latents[0], latents[1])
+        return calls[key]
+
+    def _bind(self, rows: slice, logit_rows: int, latents_in: NDArray[Any], latents_out: NDArray[Any]) -> _Call:
+        """Bind a call on some rows; `logit_rows` is 1 (the last token's) or 0 (no head)."""
+        batch, count = latents_in.shape[:2]
+        call = _Call(
+            binding=self._session.io_binding(),
+            ids=np.zeros((batch, count), np.int64),
+            positions=np.zeros((batch, count), np.int64),
+            write_index=np.zeros(batch, np.int64),
+            latents_in=latents_in,
+            latents_out=latents_out,
+            logits=np.zeros((batch, logit_rows, self._config.vocab_size), np.float32),
+            rows=self._rows.of(batch, count),
+        )
+        inputs: dict[str, NDArray[Any]] = {
+            **(call.rows or {"input_ids": call.ids}),
+            "position_ids": call.positions,
+            "write_index": call.write_index,
+            "last_index": np.full((batch, logit_rows), count - 1, np.int64),
+            contract.WINDOW_END: self._end,
+            contract.SLOT_POSITIONS: self._bound.seen_positions,
+        } | {contract.window_start(window): start for window, start in self._starts.items()}
+        outputs: dict[str, NDArray[Any]] = {"logits": call.logits}
+        if self._config.memory:
+            inputs["past_latent"], outputs["present_latent"] = latents_in, latents_out
+        for name, array in inputs.items():
+            call.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in outputs.items():
+            call.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
+        self._bind_caches(call, rows)
+        return call
+
+    def _bind_caches(self, call: _Call, rows: slice) -> None:
+        """Input and output of a cache share one OrtValue: that is what makes TensorScatter write in place."""
+        for pair in contract.state_pairs(self._config):
+            if pair.in_place:
+                value = ort.OrtValue.ortvalue_from_numpy(self._caches[pair.past][rows])
+                call.binding.bind_ortvalue_input(pair.past, value)
+                call.binding.bind_ortvalue_output(pair.present, value)
+
+
+def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
+    """The type of caches and latent; refuses a precision that ONNX Runtime has no CPU kernels for."""
+    dtype = base_dtype(precision, "windowed")
+    if dtype == "bfloat16":
+        others = [p for p in manifest.precisions if base_dtype(p, "windowed") != "bfloat16"]
+        instead = f"take {' or '.join(others)}" if others else "export with --precision fp32 as well"
+        raise BackendError(
+            f"ort-cpu cannot run {precision}: ONNX Runtime has no bfloat16 matrix product on a CPU; {instead}, "
+            "or run it on a GPU"
+        )
+    return np.dtype(dtype)
+
+
+def _as_float32(array: NDArray[Any]) -> FloatArray:
+    return array if array.dtype == np.float32 else array.astype(np.float32)

@@ -1,0 +1,65 @@
+"""Which backend runs a bundle: the one asked for, or for `auto` the best that is present, with the reason in words.
+
+Present means: its library is installed, there is a GPU if it needs one, and the bundle has an engine for it if it needs
+one. Imports no backend; asking costs no more than asking CUDA for its devices.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+from lrt_deploy.bundle.engine_sidecar import PLAN, build_command, engine_folder
+from lrt_deploy.bundle.manifest import Manifest
+from lrt_deploy.bundle.precisions import PRECISIONS, not_held
+from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
+from lrt_deploy.errors import BackendError, BundleError
+from lrt_deploy.gpu import find_gpu
+
+# Best first; `auto` takes the first that is present.
+BACKENDS: tuple[str, ...] = (*FLAVOURS, "ort-cuda", "ort-cpu")
+
+
+class Choice(NamedTuple):
+    """What runs, and why."""
+
+    backend: str
+    precision: str
+    reason: str
+
+
+def choose(folder: Path, manifest: Manifest, backend: str, precision: str | None) -> Choice:
+    """Resolve `auto`, and a precision of None: the most precise one that the backend has an engine or graph for."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise BackendError(f"there is no backend {backend!r}; this version has {', '.join(BACKENDS)} and auto")
+    if precision is not None and precision not in manifest.precisions:
+        raise BundleError(not_held(manifest.precisions, precision))
+    wanted = sorted(manifest.precisions, key=PRECISIONS.index) if precision is None else [precision]
+    if backend != "auto":
+        ready = [p for p in wanted if missing(folder, backend, p) is None]
+        return Choice(backend, (ready or wanted)[0], "as asked for")
+    passed_over: list[str] = []
+    for name in BACKENDS:
+        reasons = {p: missing(folder, name, p) for p in wanted}
+        ready = [p for p, reason in reasons.items() if reason is None]
+        if ready:
+            return Choice(name, ready[0], "; ".join(["the best that is present", *passed_over]))
+        passed_over.append(f"not {name}: {reasons[wanted[0]]}")
+    raise BackendError(f"no backend can run {' or '.join(wanted)} here: {'; '.join(passed_over)}")
+
+
+def missing(folder: Path, backend: str, precision: str) -> str | None:
+    """What a backend lacks to run a precision of this bundle here; None if nothing."""
+    if backend == "ort-cpu":
+        return "ONNX Runtime has no bfloat16 on a CPU" if precision == "bf16" else None
+    if backend in FLAVOURS and not FLAVOURS[backend].installed:
+        return f"{FLAVOURS[backend].module} is not installed"
+    if backend == "ort-cuda" and importlib.util.find_spec("onnxruntime") is None:
+        return "onnxruntime is not installed"
+    gpu, reason = find_gpu()
+    if gpu is None:
+        return reason
+    if backend in FLAVOURS and not (engine_folder(folder, backend, precision) / PLAN).exists():
+        return f"no engine is built for it (`{build_command(folder, backend, precision)}`)"
+    return None

@@ -1,0 +1,1 @@
+"""How fast a decoder is, held against the memory bandwidth of where it runs."""

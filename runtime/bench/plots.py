@@ -1,0 +1,85 @@
+"""The picture of a prefill comparison: time by policy against prompt length, and error against passes.
+
+Draws what `benchmark` measured, from its JSON fields. Needs matplotlib (the extra `bench`), imported when drawing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrt_deploy.figures import GRID, INK, new_figure, save_figure
+from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Told apart in grey and by colour-blind eyes: Okabe and Ito's colours, and a marker each.
+_STYLES = {
+    "stepwise": ("#000000", "s"),
+    "plain": ("#d55e00", "^"),
+    "interleaved": ("#0072b2", "o"),
+    "one pass": ("#8a8a8a", "D"),
+}
+
+
+def plot_prefill(
+    path: Path, prefill: Sequence[dict[str, Any]], convergence: Sequence[dict[str, Any]], title: str
+) -> None:
+    """Write a PNG. `prefill` and `convergence` as in the JSON document of `bench`."""
+    figure = new_figure(10.5, 4.4, 160, title)
+    left, right = figure.subplots(1, 2)
+    _draw_times(left, prefill)
+    _draw_errors(right, convergence)
+    save_figure(figure, path)
+
+
+def _draw_times(axes: Axes, prefill: Sequence[dict[str, Any]]) -> None:
+    for algorithm in _in_order(point["algorithm"] for point in prefill):
+        points = [point for point in prefill if point["algorithm"] == algorithm]
+        _line(axes, algorithm, [p["tokens"] for p in points], [p["seconds"] for p in points])
+    lengths = _in_order(point["tokens"] for point in prefill)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    _dress(axes, "Time to read a prompt", "prompt length, tokens", "seconds")
+
+
+def _draw_errors(axes: Axes, convergence: Sequence[dict[str, Any]]) -> None:
+    for algorithm in _in_order(point["algorithm"] for point in convergence):
+        points = [point for point in convergence if point["algorithm"] == algorithm]
+        _line(axes, algorithm, [p["passes"] for p in points], [p["max_abs_latent_error"] for p in points])
+    if not convergence:
+        axes.text(0.5, 0.5, "nothing was iterated", ha="center", va="center", transform=axes.transAxes, color=INK)
+        axes.set_axis_off()
+        return
+    axes.set_yscale("log")
+    axes.axhline(DEFAULT_PREFILL_TOLERANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="tolerance by default")
+    most = max(int(point["passes"]) for point in convergence)
+    axes.set_xticks(range(1, most + 1, 1 if most <= 12 else 2))
+    tokens = convergence[0]["tokens"]
+    _dress(axes, f"Error against stepwise, {tokens} tokens", "passes over the prompt", "latent, max abs error")
+
+
+def _line(axes: Axes, algorithm: str, x: Sequence[float], y: Sequence[float]) -> None:
+    color, marker = next((style for name, style in _STYLES.items() if algorithm.startswith(name)), (INK, "o"))
+    axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=algorithm)
+
+
+def _dress(axes: Axes, title: str, across: str, up: str) -> None:
+    """Title, labels with units, a light grid, no box."""
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+    axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.legend(fontsize=9, frameon=False)
+
+
+def _in_order(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))

@@ -1,0 +1,185 @@
+"""The bytes of a decode step: what it must read, and what it copies and writes.
+
+Bytes of weights and state follow from the model and the context; copies and writes are counted while a step runs.
+Knows no backend: state memory is seen through `StateBuffers.read_slots` and `.latent`. How fast memory is: `bandwidth`.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lrt_deploy.bundle.contract import Flavour
+from lrt_deploy.bundle.manifest import Manifest, weights_path
+from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import BackendError
+from lrt_deploy.runtime.backends.base import StateBuffers
+
+if TYPE_CHECKING:
+    from lrt_deploy.runtime.state import DecodeState
+
+TABLES = ("wte", "value_embeds")
+
+
+def matrix_elements(config: LRTConfig) -> int:
+    """Elements of all matrices that a step multiplies with.
+
+    q, k, v, attention output, gates and both MLP matrices of each layer, the memory projections, and the head over the
+    padded vocabulary. No tables, no scalars per layer (lambdas), no rotary tables.
+    """
+    sources = weight_sources(config)
+    return sum(
+        math.prod(shape)
+        for name, source in sources.items()
+        for shape in source.shapes
+        if name not in TABLES and len(shape) > 1
+    )
+
+
+def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
+    """Bytes of weights that one decode step with head reads: every matrix once, and one row of each embedding table.
+
+    The same for every batch. Not counted, because they are a few numbers or in a cache: lambdas, scales of int8
+    activations, and the rows of the rotary tables.
+    """
+    sources = weight_sources(manifest.model)
+    columns = sum(width for name in TABLES if name in sources for _, width in sources[name].shapes)
+    return matrix_bytes(manifest, precision, flavour) + _table_item_bytes(manifest, precision) * columns
+
+
+def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
+    """Bytes of all matrices as a flavour's products read them, scales included; there are no zero points.
+
+    Integers are read as they are stored. Scales and matrices that are not quantized are widened to the flavour's base
+    type when weights are loaded, or to float32 where the manifest says so. Held against the graphs by a test.
+    """
+    details = manifest.precision_details.get(precision, {})
+    wide, kept = details.get("multiplied_in_float32", ()), details.get("keep_high", ())
+    base, bits, block = item_bytes(base_dtype(precision, flavour)), details.get("bits"), details.get("block")
+    total = 0
+    for name, (rows, columns) in matrix_shapes(manifest.model).items():
+        if bits is None or name in kept:
+            total += rows * columns * (4 if name in wide else base)
+        else:
+            blocks = -(-rows // block) if block else 1  # the last one is stored whole, filled with zeros
+            total += (blocks * block if block else rows) * columns * bits // 8 + blocks * columns * base
+    return total
+
+
+def _table_item_bytes(manifest: Manifest, precision: str) -> int:
+    """Of a table element: 2, or in fp32 the 4 bytes in which it may have been trained, told by the size of the file."""
+    if precision != "fp32":
+        return 2
+    if manifest.host_embeddings:
+        return max(item_bytes(table.dtype) for table in manifest.tables[precision].values())
+    sources = weight_sources(manifest.model)
+    elements = sum(math.prod(shape) for name in TABLES if name in sources for shape in sources[name].shapes)
+    stored = manifest.files[weights_path(precision)].bytes
+    return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
+
+
+def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
+    """Bytes of one sequence's state that a step reads on top of `context` tokens: live windows of K and V, the latent.
+
+    The token's own key and value are written and not counted: they are in cache when they are read.
+    """
+    live = sum(min(context, window) for window in config.windows)
+    latent = config.n_embd if config.memory else 0
+    return item_bytes * (2 * live * config.kv_dim + latent)
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Bytes of state that one step copied. `backend`: between past and present; `kept`: aside, by Python code."""
+
+    backend: int
+    kept: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.backend + self.kept
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Bytes that one step wrote: the token's cache entries, the new latent, the record of it that a rewind needs."""
+
+    cache: int
+    latent: int
+    record: int
+
+
+def count_writes(state: DecodeState, step: Callable[[], object]) -> Writes:
+    """Run `step`, which appends one token to each row, and count what it wrote: what was poisoned there and is gone."""
+    buffers, rows, lengths = state.buffers, range(state.batch), state.lengths
+    record = [state.history.live(row, length + 1)[length:] for row, length in enumerate(lengths)]
+    for row, length in zip(rows, lengths, strict=True):
+        record[row][...] = np.nan
+        entries = buffers.read_slots(row, length, length + 1)
+        buffers.write_slots(row, length, {name: np.full_like(array, np.nan) for name, array in entries.items()})
+    step()
+    written = [array for row in rows for array in buffers.read_slots(row, lengths[row], lengths[row] + 1).values()]
+    latent = buffers.latent[: state.batch].size * np.dtype(state.owner.state_dtype).itemsize
+    return Writes(_finite_bytes(written), latent, _finite_bytes(record))
+
+
+def _finite_bytes(arrays: Sequence[npt.NDArray[Any]]) -> int:
+    return sum(int(np.isfinite(array.astype(np.float32)).sum()) * array.itemsize for array in arrays)
+
+
+def count_copies(buffers: StateBuffers, positions: npt.NDArray[np.int64], step: Callable[[], object]) -> Copies:
+    """Run `step`, which appends one token at `positions` (B), and count the state that it copies.
+
+    A cache tensor is not copied if it lies afterwards where it lay before and the new token was written there: its slot
+    is poisoned beforehand. Otherwise all of it was copied. The latent cannot be written where it is read, so two places
+    swap; if it lies afterwards where it lay before, it was copied back. `kept` counts calls of `ndarray.copy` on any of
+    this memory. Raises BackendError where the buffers do not show their memory.
+    """
+    before, latent = _caches(buffers, len(positions)), buffers.latent
+    if [a.ctypes.data for a in before] != [a.ctypes.data for a in _caches(buffers, len(positions))]:
+        raise BackendError("this backend shows copies of its caches, so that what a step copies cannot be counted")
+    slots = np.repeat(positions, len(before) // len(positions))
+    for cache, slot in zip(before, slots, strict=True):
+        cache[:, slot] = np.nan
+    kept = _bytes_copied_in_python([*before, latent], step)
+    copied = sum(
+        new.nbytes
+        for old, new, slot in zip(before, _caches(buffers, len(positions)), slots, strict=True)
+        if new.ctypes.data != old.ctypes.data or np.isnan(new[:, slot]).any()
+    )
+    if latent.size and buffers.latent.ctypes.data == latent.ctypes.data:
+        copied += latent.nbytes
+    return Copies(copied, kept)
+
+
+def _caches(buffers: StateBuffers, rows: int) -> list[npt.NDArray[Any]]:
+    """Every cache of every row, (G, S, D) each, in its own type: `cache` would widen what is narrower than float32."""
+    return [array for row in range(rows) for array in buffers.read_slots(row, 0, buffers.capacity).values()]
+
+
+def _bytes_copied_in_python(arrays: list[npt.NDArray[Any]], act: Callable[[], object]) -> int:
+    """Bytes of these arrays on which `ndarray.copy` is called while `act` runs."""
+    ranges = [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
+    copied = 0
+
+    def see(frame: object, event: str, called: Any) -> None:  # noqa: ANN401 - whatever is called
+        nonlocal copied
+        owner = getattr(called, "__self__", None) if event == "c_call" and called.__name__ == "copy" else None
+        if isinstance(owner, np.ndarray) and any(low <= owner.ctypes.data < high for low, high in ranges):
+            copied += owner.nbytes
+
+    sys.setprofile(see)
+    try:
+        act()
+    finally:
+        sys.setprofile(None)
+    return copied
