@@ -22,20 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import check_callable, check_flag, check_path, check_text, check_texts, check_whole
-from .errors import (
-    BackendError,
-    BundleError,
-    Busy,
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    ExportError,
-    InputError,
-    LRTDeployError,
-    NonFiniteError,
-    ParityError,
-    StateError,
-)
+from .errors import BackendError, BundleError, Busy, CheckpointError, ConfigError, EngineError, ExportError, InputError, LRTDeployError, NonFiniteError, ParityError, StateError
 
 # ONNX Runtime reads it when it is first loaded. Without it, opening a session writes a device id and a database of
 # events below the user's cache folder and looks up a collector. Whoever wants that sets it to 0.

@@ -17,7 +17,7 @@ from lrt_deploy.arguments import check_choice, check_is, check_number, check_who
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
-from lrt_deploy.runtime.bench.traffic import matrix_elements
+from lrt_deploy.runtime.bench.roofline import matrix_elements
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 from lrt_deploy.types import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 

@@ -18,7 +18,7 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.gpu import find_gpu
 from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
 from lrt_deploy.runtime.backends.device_buffers import DeviceBuffers
-from lrt_deploy.runtime.backends.device_steps import PrefillStep, Setup
+from lrt_deploy.runtime.backends.device import PrefillStep, Setup
 from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.bench import bandwidth
 

@@ -44,7 +44,7 @@ from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 from lrt_deploy.runtime.backends.tensorrt_engine import open_engine
 from lrt_deploy.runtime.bench import bandwidth
 from lrt_deploy.runtime.bench.measure import count_step_copies, random_tokens, variants
-from lrt_deploy.runtime.bench.traffic import count_copies
+from lrt_deploy.runtime.bench.roofline import count_copies
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.prefill import PrefillOptions
 

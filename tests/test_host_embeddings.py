@@ -16,16 +16,7 @@ import lrt_deploy
 from lrt_deploy import activations
 from lrt_deploy.activations import StepInput
 from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.manifest import (
-    MANIFEST,
-    PHASES,
-    TABLES,
-    WEIGHTS,
-    graph_path,
-    read_manifest,
-    table_path,
-    write_manifest,
-)
+from lrt_deploy.bundle.manifest import MANIFEST, PHASES, TABLES, WEIGHTS, graph_path, read_manifest, table_path, write_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, ExportError, InputError

@@ -20,17 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.engine_sidecar import (
-    DECODE,
-    ENGINES,
-    PLAN,
-    PREFILL,
-    EngineSidecar,
-    Profile,
-    cache_capacity,
-    engine_folder,
-    write_sidecar,
-)
+from lrt_deploy.bundle.engine_sidecar import DECODE, ENGINES, PLAN, PREFILL, EngineSidecar, Profile, cache_capacity, engine_folder, write_sidecar
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.bundle.precisions import not_held

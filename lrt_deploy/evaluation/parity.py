@@ -271,7 +271,7 @@ def _arithmetic(subject: Subject, model: LRT, rollout: Rollout) -> ArithmeticPar
     from lrt_deploy.exporters.quantize.stored import StoredWeights
     from lrt_deploy.model.dequantized import run_forced, take_stored_weights
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_exact import OrtExact
+    from lrt_deploy.runtime.backends.ort_debug import OrtExact
 
     held, precision = subject.manifest, subject.precision
     take_stored_weights(model, StoredWeights(subject.bundle, held, precision))

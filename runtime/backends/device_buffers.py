@@ -18,7 +18,7 @@ from lrt_deploy.types import FloatArray, IntArray
 
 from .base import Block, SlotArrays
 from .cuda import Array
-from .device_steps import DecodeStep, PrefillStep, Setup, StateMemory
+from .device import DecodeStep, PrefillStep, Setup, StateMemory
 
 _COPIES_NOTE = (
     "what the engine copies inside cannot be seen from outside; every cache is bound in place, as input and output at "

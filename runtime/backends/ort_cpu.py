@@ -29,8 +29,8 @@ from lrt_deploy.types import FloatArray, IntArray
 from .base import Block, BlockLimits, SlotArrays
 from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
-from .huge_pages import Moved, in_huge_pages
-from .ort_contract import check_session
+from .memory_pages import Moved, in_huge_pages
+from .ort_session import check_session
 from .ort_errors import ORT_ERRORS, raise_backend_error
 from .ort_quantized import quantized_entries
 

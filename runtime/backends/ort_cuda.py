@@ -27,9 +27,9 @@ from lrt_deploy.gpu import find_gpu
 from .base import BlockLimits
 from .cuda import Arena, CudaDevice, Device
 from .device_buffers import DeviceBuffers
-from .device_steps import PrefillStep, Setup
+from .device import PrefillStep, Setup
 from .host_tables import HostTables
-from .ort_contract import check_session
+from .ort_session import check_session
 from .ort_errors import ORT_ERRORS, raise_backend_error
 
 CHUNK_TOKENS = 512

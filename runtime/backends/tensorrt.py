@@ -21,7 +21,7 @@ from lrt_deploy.gpu import find_gpu
 from .base import BlockLimits
 from .cuda import Arena, CudaDevice, Device
 from .device_buffers import DeviceBuffers
-from .device_steps import PrefillStep, Setup
+from .device import PrefillStep, Setup
 from .host_tables import HostTables
 from .tensorrt_engine import Engine, open_engine
 

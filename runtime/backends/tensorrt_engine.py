@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.engine_sidecar import (
-    DECODE,
-    PLAN,
-    EngineSidecar,
-    build_command,
-    engine_folder,
-    read_plan,
-    read_sidecar,
-    runs_on,
-)
+from lrt_deploy.bundle.engine_sidecar import DECODE, PLAN, EngineSidecar, build_command, engine_folder, read_plan, read_sidecar, runs_on
 from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, TENSORRT_DTYPES, collecting_logger
