@@ -88,7 +88,7 @@ def prompt_for(decoder: Any) -> list[int]:  # noqa: ANN401
 def parity(bundle: Path, decoder: Any) -> dict[str, Any]:  # noqa: ANN401
     """A rollout beside ONNX Runtime on the CPU, in the most precise precision that the bundle has for it."""
     from lrt_deploy import open_decoder
-    from lrt_deploy.evaluation import comparison as library
+    from lrt_deploy.evaluation import verdict as library
 
     with open_decoder(bundle, "ort-cpu") as reference:
         report = library.compare(
@@ -126,7 +126,7 @@ def greedy(decoder: Any, steps: int) -> dict[str, Any]:  # noqa: ANN401
 def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa: ANN401
     """Median time of a decode step at batch 1, and the share of the copy bandwidth that its bytes stand for."""
     from lrt_deploy.bundle.precisions import base_dtype, item_bytes
-    from lrt_deploy.runtime.bench import traffic
+    from lrt_deploy.runtime.bench import roofline
 
     steps = min(steps, decoder.max_seq_len - PROMPT_TOKENS - 8)
     state = decoder.prefill([prompt_for(decoder)], policy="stepwise")
@@ -138,9 +138,9 @@ def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa
         decoder.step(state, [1])
         times.append(time.perf_counter() - start)
     step = float(np.median(times))
-    read = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision)
+    read = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision)
     item = item_bytes(base_dtype(decoder.precision, "full"))
-    read += traffic.state_bytes_per_step(decoder.config, int(state.lengths[0]) - steps // 2, item)
+    read += roofline.state_bytes_per_step(decoder.config, int(state.lengths[0]) - steps // 2, item)
     return {
         "steps": steps,
         "tpot_ms": {"p50": 1e3 * step, "p99": 1e3 * float(np.percentile(times, 99))},
@@ -156,7 +156,7 @@ def run(bundle: Path, args: argparse.Namespace, gpu: Any) -> dict[str, Any]:  # 
     from lrt_deploy.bundle.manifest import read_manifest
     from lrt_deploy.cli.doctor import environment
     from lrt_deploy.runtime.backends.cuda import CudaDevice
-    from lrt_deploy.runtime.bench.bandwidth import device_copy_gb_s
+    from lrt_deploy.runtime.bench.roofline import device_copy_gb_s
 
     held = read_manifest(bundle).precisions
     precisions = [precision for precision in args.precision or held if precision in held]
@@ -217,7 +217,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Check, report, and say by the exit code whether all is well."""
     import lrt_deploy
-    from lrt_deploy.gpu import find_gpu
+    from lrt_deploy.machine import find_gpu
 
     args = parse(arguments)
     gpu, reason = find_gpu()

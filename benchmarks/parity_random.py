@@ -53,7 +53,7 @@ def draw_config(rng: random.Random) -> Any:  # noqa: ANN401 - an LRTConfig; heav
 def run(index: int, rng: random.Random, folder: Path) -> dict[str, Any]:
     """Export one configuration and compare it with the right and with a wrong reference."""
     import lrt_deploy
-    from lrt_deploy.evaluation.comparison import compare
+    from lrt_deploy.evaluation.verdict import compare
     from lrt_deploy.model.checkpoint import write_native
     from lrt_deploy.model.random_weights import random_model
     from lrt_deploy.model.reference import ReferenceDecoder

@@ -23,8 +23,7 @@ from lrt_deploy.errors import ExportError, InputError
 from lrt_deploy.exporters.graph.ort_verify import verify_graphs
 from lrt_deploy.exporters.graph.precision_graphs import write_precision
 from lrt_deploy.exporters.graph.trace import trace
-from lrt_deploy.exporters.quantize.calibrate import Calibration, calibrate
-from lrt_deploy.exporters.quantize.calibration_text import calibration_rows
+from lrt_deploy.exporters.quantize.calibrate import Calibration, calibrate, calibration_rows
 from lrt_deploy.exporters.quantize.plan import make_plan, matching, needs_calibration
 from lrt_deploy.files import read_json, read_text
 from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint

@@ -22,7 +22,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import check_callable, check_flag, check_path, check_text, check_texts, check_whole
-from .errors import BackendError, BundleError, Busy, CheckpointError, ConfigError, EngineError, ExportError, InputError, LRTDeployError, NonFiniteError, ParityError, StateError
+from .errors import (
+    BackendError,
+    BundleError,
+    Busy,
+    CheckpointError,
+    ConfigError,
+    EngineError,
+    ExportError,
+    InputError,
+    LRTDeployError,
+    NonFiniteError,
+    ParityError,
+    StateError,
+)
 
 # ONNX Runtime reads it when it is first loaded. Without it, opening a session writes a device id and a database of
 # events below the user's cache folder and looks up a collector. Whoever wants that sets it to 0.
@@ -73,7 +86,7 @@ __all__ = [
 
 # Public names that are imported when they are first used, and the modules that have them.
 _LAZY = {
-    "BatchDecoder": "runtime.batch_decoder",
+    "BatchDecoder": "runtime.batch",
     "DecodeState": "runtime.state",
     "Decoder": "runtime.decoder",
     "Event": "runtime.generation",

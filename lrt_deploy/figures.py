@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import extras
+from . import machine
 from .errors import InputError
 from .files import atomic_write, check_replaceable, user_cache_folder
 
@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
     """Raise InputError where it is not installed."""
     if not available():
         raise InputError(
-            f"a plot needs matplotlib, which is not installed; {extras.install('bench')}; or leave out --plot"
+            f"a plot needs matplotlib, which is not installed; {machine.install('bench')}; or leave out --plot"
         )
 
 

@@ -1,15 +1,22 @@
-"""What the operating system says of the machine and of this process: the processor's name, the peak of memory.
+"""What this machine and this installation have: processor, memory, the GPU, and the optional packages.
 
-No measurements and no libraries: those are `benchmark`, `bandwidth` and `doctor`.
+The GPU is asked for through `cuda.bindings`; that package missing, no driver and no device are answers, not errors. Of
+optional packages only the modules are looked for, none is imported. The name `lrt-deploy` on a package index may be
+somebody else's, so no message tells people to install it from there.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import platform
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 _CPU_FACTS = Path("/proc/cpuinfo")
 
@@ -31,3 +38,74 @@ def peak_rss_bytes() -> int | None:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One device as CUDA names it."""
+
+    name: str
+    compute_capability: tuple[int, int]
+
+    @property
+    def capability_text(self) -> str:
+        """As sidecars and NVIDIA's tables have it: 8.9."""
+        return ".".join(map(str, self.compute_capability))
+
+
+def find_gpu() -> tuple[Gpu | None, str]:
+    """The current device, or None; and a clause for people that says what was found."""
+    try:
+        cuda = importlib.import_module("cuda.bindings.runtime")
+        error, count = cuda.cudaGetDeviceCount()
+    except ModuleNotFoundError as missing:
+        return None, f"{missing.name} is not installed (pip install cuda-bindings)"
+    except Exception as broken:  # the driver's libraries may fail in any way
+        return None, f"CUDA cannot be asked: {' '.join(str(broken).split())}"
+    if error != cuda.cudaError_t.cudaSuccess or not count:
+        text = cuda.cudaGetErrorString(error)[1].decode(errors="replace") if int(error) else "CUDA counts 0 devices"
+        return None, f"no GPU: {text}"
+    _, device = cuda.cudaGetDevice()
+    error, properties = cuda.cudaGetDeviceProperties(device)
+    if error != cuda.cudaError_t.cudaSuccess:
+        return None, f"no usable GPU: {cuda.cudaGetErrorString(error)[1].decode(errors='replace')}"
+    gpu = Gpu(properties.name.decode(errors="replace"), (int(properties.major), int(properties.minor)))
+    return gpu, f"{gpu.name}, compute capability {gpu.capability_text}"
+
+
+Extra = Literal["export", "bench", "tensorrt", "tensorrt-rtx"]
+
+# The modules that each extra brings, in the order in which people would look for them.
+MODULES: dict[Extra, tuple[str, ...]] = {
+    "export": ("torch", "onnx", "onnxscript", "onnx_ir"),
+    "bench": ("matplotlib",),
+    "tensorrt": ("tensorrt", "polygraphy", "onnx", "onnx_ir"),
+    "tensorrt-rtx": ("tensorrt_rtx", "polygraphy", "onnx", "onnx_ir"),
+}
+
+
+def install(extra: Extra) -> str:
+    """Say how to install an extra, as a clause for messages."""
+    return (
+        f"install the extra {extra!r} from where lrt-deploy came from: pip install -e '.[{extra}]' in a clone, or "
+        f"pip install 'WHEEL[{extra}]' for a wheel"
+    )
+
+
+def missing(extra: Extra) -> list[str]:
+    """The modules of an extra that are not installed."""
+    return [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
+
+
+def explain(error: ModuleNotFoundError, extras: Sequence[Extra]) -> str | None:
+    """Explain a failed import as a missing extra, naming all of its modules that are missing; None if it is not one.
+
+    `extras` are the extras that the command could have needed, the likeliest first; the others come after them.
+    """
+    module = (error.name or "").split(".")[0].replace("-", "_")
+    for extra in (*extras, *MODULES):
+        if module in MODULES[extra]:
+            absent = [name for name in MODULES[extra] if name == module or name in missing(extra)]
+            verb = "is" if len(absent) == 1 else "are"
+            return f"this command needs {', '.join(absent)}, which {verb} not installed; {install(extra)}"
+    return None

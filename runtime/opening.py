@@ -15,7 +15,7 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BundleError, InputError
 from lrt_deploy.runtime.backends.base import Backend
-from lrt_deploy.runtime.backends.read_ahead import read_ahead
+from lrt_deploy.runtime.backends.memory_pages import read_ahead
 from lrt_deploy.runtime.backends.select import Choice
 
 _MOST_THREADS = 8  # for each core

@@ -21,7 +21,7 @@ from lrt_deploy.bundle.contract import FLAVOURS
 from lrt_deploy.bundle.manifest import FileRecord, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
-from lrt_deploy.runtime.bench import bandwidth, convergence, measure, plots, traffic
+from lrt_deploy.runtime.bench import convergence, measure, plots, roofline
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -46,8 +46,8 @@ def refusal(*args, code=1):
 def small_memory():
     """A bandwidth in no time; its value means nothing then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bandwidth, "_SMALLEST_TRIAD_BYTES", 2**20)
-        patch.setattr(bandwidth, "_LARGEST_TRIAD_BYTES", 2**20)
+        patch.setattr(roofline, "_SMALLEST_TRIAD_BYTES", 2**20)
+        patch.setattr(roofline, "_LARGEST_TRIAD_BYTES", 2**20)
         yield
 
 
@@ -216,21 +216,21 @@ def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export
     assert (*facts, config.padded_vocab_size) == (4, 64, 32, 2, 64, 320)
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 64 * 6 + 2 * 64 * 256  # q k v, output, gates, MLP
     memory, head = 64 * 4 * 2 * 32, 64 * 320
-    assert traffic.matrix_elements(config) == 4 * layer + memory + head == 218_624
+    assert roofline.matrix_elements(config) == 4 * layer + memory + head == 218_624
     rows = 64 + 4 * 32  # of wte and of four value-embedding tables
-    assert traffic.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
+    assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
     weights = "graphs/fp32/weights.bin"
     halved = FileRecord(manifest.files[weights].bytes - 2 * 320 * rows, "")  # as if the tables were in bfloat16
     manifest = dataclasses.replace(manifest, files=manifest.files | {weights: halved})
-    assert traffic.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
+    assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
 
 
 def test_state_bytes_follow_the_live_windows(export_once):
     """Windows of 16, 16, 16 and 32 keys: 2 x 32 numbers a key, and 64 of the latent."""
     config = read_manifest(export_once(NAME)).model
     assert config.windows == (16, 16, 16, 32)
-    assert traffic.state_bytes_per_step(config, 10) == 4 * (4 * 10 * 64 + 64)
-    assert traffic.state_bytes_per_step(config, 500) == 4 * ((16 * 3 + 32) * 64 + 64)
+    assert roofline.state_bytes_per_step(config, 10) == 4 * (4 * 10 * 64 + 64)
+    assert roofline.state_bytes_per_step(config, 500) == 4 * ((16 * 3 + 32) * 64 + 64)
 
 
 class FakeBuffers:
@@ -277,20 +277,20 @@ class FakeBuffers:
 )
 def test_copies_are_counted(fault, backend, kept):
     buffers = FakeBuffers(fault)
-    assert traffic.count_copies(buffers, np.array([3, 5]), buffers.step) == traffic.Copies(backend, kept)
+    assert roofline.count_copies(buffers, np.array([3, 5]), buffers.step) == roofline.Copies(backend, kept)
 
 
 def test_buffers_that_do_not_show_their_memory_are_not_counted():
     buffers = FakeBuffers("opaque")
     with pytest.raises(lrt_deploy.BackendError, match="cannot be counted"):
-        traffic.count_copies(buffers, np.array([3, 5]), buffers.step)
+        roofline.count_copies(buffers, np.array([3, 5]), buffers.step)
 
 
 def test_counting_is_a_true_step(decoder_of):
     decoder = decoder_of(NAME)
     counted, plain = (decoder.prefill([[1, 2, 3], [4]], policy="stepwise") for _ in range(2))
-    copies = traffic.count_copies(counted.buffers, counted.lengths, lambda: decoder.step(counted, [7, 8]))
-    assert copies == traffic.Copies(backend=0, kept=0)
+    copies = roofline.count_copies(counted.buffers, counted.lengths, lambda: decoder.step(counted, [7, 8]))
+    assert copies == roofline.Copies(backend=0, kept=0)
     assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
 
 
@@ -298,18 +298,18 @@ def test_counting_is_a_true_step(decoder_of):
 def test_no_precision_copies_its_state(in_every_precision, precision):
     with lrt_deploy.open_decoder(in_every_precision(NAME), precision=precision) as decoder:
         state = decoder.prefill([[1, 2, 3], [4]], policy="stepwise")
-        assert measure.count_step_copies(decoder, state) == traffic.Copies(backend=0, kept=0)
+        assert measure.count_step_copies(decoder, state) == roofline.Copies(backend=0, kept=0)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_writes_are_counted_by_a_true_step(in_every_precision, precision):
     with lrt_deploy.open_decoder(in_every_precision(NAME), precision=precision) as decoder:
         counted, plain = (decoder.prefill([[1, 2, 3], [4]], policy="stepwise") for _ in range(2))
-        writes = traffic.count_writes(counted, lambda: decoder.step(counted, [7, 8]))
+        writes = roofline.count_writes(counted, lambda: decoder.step(counted, [7, 8]))
         item = 4 if precision == "fp32" else 2
-        assert writes == traffic.Writes(cache=2 * 4 * 64 * item, latent=2 * 64 * item, record=2 * 64 * 4)
+        assert writes == roofline.Writes(cache=2 * 4 * 64 * item, latent=2 * 64 * item, record=2 * 64 * 4)
         assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))
-        assert traffic.count_writes(counted, lambda: None).record == 0  # the twin: nothing is written
+        assert roofline.count_writes(counted, lambda: None).record == 0  # the twin: nothing is written
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -318,15 +318,15 @@ def test_matrix_bytes_are_those_of_the_graph(in_every_precision, precision, flav
     """What every product reads of its matrix, in the type after the Casts that are folded when it is loaded."""
     bundle = in_every_precision(NAME)
     found = read_by_products(ir.load(bundle / graph_path(precision, "decode_step", flavour)).graph)
-    assert traffic.matrix_bytes(read_manifest(bundle), precision, flavour) == found
+    assert roofline.matrix_bytes(read_manifest(bundle), precision, flavour) == found
 
 
 def test_scales_are_counted(in_every_precision):
     """The twin: without them a quantized matrix would seem smaller."""
     manifest = read_manifest(in_every_precision(NAME))
-    elements = traffic.matrix_elements(manifest.model)
-    assert traffic.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
-    assert traffic.matrix_bytes(manifest, "int8", "windowed") > elements
+    elements = roofline.matrix_elements(manifest.model)
+    assert roofline.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
+    assert roofline.matrix_bytes(manifest, "int8", "windowed") > elements
 
 
 def read_by_products(graph):
@@ -346,9 +346,9 @@ def read_by_products(graph):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_triad_computes_all_of_its_arrays(threads, monkeypatch):
     seen = []
-    triad = bandwidth._triad
-    monkeypatch.setattr(bandwidth, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
-    assert bandwidth.triad_gb_s(threads, array_bytes=2**20) > 0
+    triad = roofline._triad
+    monkeypatch.setattr(roofline, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
+    assert roofline.triad_gb_s(threads, array_bytes=2**20) > 0
     assert {len(arrays[0]) for arrays in seen} == {2**17 // threads}
     assert all((arrays[0] == 4).all() for arrays in seen)  # 1 + 3 * 1
 
@@ -398,7 +398,8 @@ def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp
 
 
 def test_measuring_imports_neither_torch_nor_matplotlib():
-    code = "import sys; from lrt_deploy.runtime import bandwidth, convergence, plots; import lrt_deploy.cli.bench; "
+    code = "import sys; from lrt_deploy.runtime.bench import convergence, measure, plots, roofline; "
+    code += "import lrt_deploy.cli.bench; "
     code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n"

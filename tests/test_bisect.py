@@ -18,10 +18,10 @@ from lrt_deploy.activations import StepInput
 from lrt_deploy.bundle.manifest import MANIFEST, graph_path, read_manifest, write_manifest
 from lrt_deploy.errors import ParityError
 from lrt_deploy.evaluation.bisect import bisect, compare_stages, first_bad
-from lrt_deploy.evaluation.comparison import compare
+from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph.debug_outputs import probed
 from lrt_deploy.model.reference import ReferenceDecoder
-from lrt_deploy.runtime.backends.ort_probe import OrtProbe
+from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 from lrt_deploy.tolerances import STAGE_ERROR
 
 pytestmark = pytest.mark.slow  # for the export

@@ -19,9 +19,8 @@ from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.cli import build
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import EngineError
-from lrt_deploy.exporters.engine.tensorrt import Settings, parse
+from lrt_deploy.exporters.engine.tensorrt import Settings, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.tensorrt import build as build_plan
-from lrt_deploy.exporters.engine.tensorrt_graph import tensorrt_copy
 from lrt_deploy.runtime.backends.select import Choice
 from lrt_deploy.runtime.opening import limit_batch
 
@@ -100,9 +99,9 @@ def test_what_cannot_be_is_refused_before_anything_is_parsed(bundle, options, co
 
 
 def test_a_device_is_chosen_among_those_that_are_visible(monkeypatch):
-    from lrt_deploy import gpu
+    from lrt_deploy import machine
 
-    monkeypatch.setattr(gpu, "find_gpu", lambda: (gpu.Gpu("H100", (9, 0)), "H100"))
+    monkeypatch.setattr(machine, "find_gpu", lambda: (machine.Gpu("H100", (9, 0)), "H100"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     build.use_device(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "5"

@@ -13,7 +13,15 @@ import onnx
 import pytest
 
 import lrt_deploy
-from lrt_deploy.bundle.engine_sidecar import PLAN, EngineSidecar, Profile, engine_folder, read_plan, read_sidecar, sidecar_path
+from lrt_deploy.bundle.engine_sidecar import (
+    PLAN,
+    EngineSidecar,
+    Profile,
+    engine_folder,
+    read_plan,
+    read_sidecar,
+    sidecar_path,
+)
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, read_manifest
 from lrt_deploy.errors import BackendError, BundleError, EngineError

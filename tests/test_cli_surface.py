@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import lrt_deploy
 from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
-from lrt_deploy.gpu import Gpu
+from lrt_deploy.machine import Gpu
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 VERBS = ("export", "build", "generate", "chat", "parity", "eval", "bench", "inspect", "doctor")

@@ -13,14 +13,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lrt_deploy import extras
+from lrt_deploy import machine
 from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
-from lrt_deploy.cli import bench_table, options, output, parity_options
+from lrt_deploy.cli import bench, options, output, parity
 from lrt_deploy.cli.app import app, describe
 from lrt_deploy.cli.bench import percentiles
 from lrt_deploy.cli.export import product_words
-from lrt_deploy.cli.wrap import WordWrapper, columns, table_lines
+from lrt_deploy.cli.output import WordWrapper, columns, table_lines
 from lrt_deploy.evaluation import checks
 from lrt_deploy.runtime.backends.select import BACKENDS
 from lrt_deploy.types import PREFILL_POLICIES
@@ -49,7 +49,7 @@ def test_the_lists_of_values_are_the_library_s():
     assert get_args(options.PrecisionName) == PRECISIONS
     assert get_args(options.PolicyName) == PREFILL_POLICIES
     assert set(get_args(options.EngineName)) == {"auto", *FLAVOURS}
-    assert set(get_args(parity_options.CheckName)) == {*checks.CHECKS, "all"}
+    assert set(get_args(parity.CheckName)) == {*checks.CHECKS, "all"}
 
 
 @pytest.mark.parametrize(("verb", "arguments", "option", "values"), VALUES)
@@ -122,7 +122,7 @@ def test_a_missing_extra_names_all_that_is_missing_and_never_an_index(monkeypatc
 
 
 def test_build_asks_for_the_extra_of_the_tensorrt_that_is_there(monkeypatch):
-    monkeypatch.setattr(extras, "missing", lambda extra: ["onnx"])
+    monkeypatch.setattr(machine, "missing", lambda extra: ["onnx"])
     assert "'.[tensorrt-rtx]'" in describe(ModuleNotFoundError("No", name="onnx"), "build")
     assert "'.[export]'" in describe(ModuleNotFoundError("No", name="onnx"), "export")
 
@@ -177,7 +177,7 @@ def test_a_row_of_bench_fits_80_columns():
         }
         for policy, algorithm in (("fixed-point", "interleaved, stride 4"), ("zero", "one pass with zero memory"))
     ]  # fmt: skip
-    table = bench_table.prefill_rows({"prefill": rows, "prefill_lengths_left_out": [], "plot": None})
+    table = bench.prefill_rows({"prefill": rows, "prefill_lengths_left_out": [], "plot": None})
     width = max(map(len, table))
     assert all(len(table_lines(label, value, width)) == 1 for label, value in table.items())
 
@@ -185,7 +185,7 @@ def test_a_row_of_bench_fits_80_columns():
 def test_the_99th_percentile_needs_a_hundred_samples():
     assert percentiles([1.0] * 99)["p99"] is None
     assert percentiles([1.0] * 100)["p99"] == 1.0
-    assert bench_table.percentile_text({"p50": 1.5, "p99": None}, 3) == "p50 1.5 ms, p99 - (3 samples are too few)"
+    assert bench.percentile_text({"p50": 1.5, "p99": None}, 3) == "p50 1.5 ms, p99 - (3 samples are too few)"
 
 
 def test_int8_products_are_told_in_words():

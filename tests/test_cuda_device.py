@@ -15,12 +15,11 @@ import pytest
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
-from lrt_deploy.gpu import find_gpu
+from lrt_deploy.machine import find_gpu
 from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
-from lrt_deploy.runtime.backends.device_buffers import DeviceBuffers
-from lrt_deploy.runtime.backends.device import PrefillStep, Setup
+from lrt_deploy.runtime.backends.device import DeviceBuffers, PrefillStep, Setup
 from lrt_deploy.runtime.backends.host_tables import HostTables
-from lrt_deploy.runtime.bench import bandwidth
+from lrt_deploy.runtime.bench import roofline
 
 
 class FakeCuda(ModuleType):
@@ -160,23 +159,23 @@ def test_memory_is_copied_within_the_device(cuda, device):
 @pytest.mark.parametrize(("asked", "count"), [(2**8, 2**8), (None, 4 * 2**10)])
 def test_bandwidth_counts_what_is_read_and_written_in_the_best_round(cuda, device, monkeypatch, asked, count):
     clock = iter([0, 9, 10, 12, 20, 21, 30, 33, 40, 44])  # five rounds, of which one takes a second
-    monkeypatch.setattr(bandwidth, "_SMALLEST_COPY_BYTES", 2**8)
-    monkeypatch.setattr(bandwidth, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert bandwidth.device_copy_gb_s(device, asked) == 2 * bandwidth._COPIES * count / 1e9
-    assert set(cuda.copies) == {(count, 3)} and len(cuda.copies) == 5 * bandwidth._COPIES
+    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**8)
+    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert roofline.device_copy_gb_s(device, asked) == 2 * roofline._COPIES * count / 1e9
+    assert set(cuda.copies) == {(count, 3)} and len(cuda.copies) == 5 * roofline._COPIES
     assert cuda.blocks == {}
 
 
 def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
     cuda.fails = "cudaMemcpyAsync"
     with pytest.raises(BackendError, match="copying 64 bytes: out of luck"):
-        bandwidth.device_copy_gb_s(device, 64)
+        roofline.device_copy_gb_s(device, 64)
     assert cuda.blocks == {}
 
 
 def test_what_is_measured_of_a_device_is_named(device, monkeypatch):
-    monkeypatch.setattr(bandwidth, "device_copy_gb_s", lambda device: 1234.5)
-    assert bandwidth.measure(device) == bandwidth.Bandwidth(1234.5, None, "device-to-device copy", 2**10)
+    monkeypatch.setattr(roofline, "device_copy_gb_s", lambda device: 1234.5)
+    assert roofline.measure(device) == roofline.Bandwidth(1234.5, None, "device-to-device copy", 2**10)
 
 
 def test_rows_go_to_and_from_addresses_a_pitch_apart(device):

@@ -29,9 +29,7 @@ from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import build as build_module
 from lrt_deploy.exporters.engine.build import BuildOptions, profiles
 from lrt_deploy.exporters.engine.build import build_engine as build
-from lrt_deploy.exporters.engine.tensorrt import parse
-from lrt_deploy.exporters.engine.tensorrt_graph import tensorrt_copy
-from lrt_deploy.exporters.engine.tensorrt_log import BuildLog
+from lrt_deploy.exporters.engine.tensorrt import BuildLog, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.verify import Product, promise_of, prove
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
@@ -170,7 +168,7 @@ alias.__version__, alias.__spec__ = "11.4.0", ModuleSpec("tensorrt", None)
 sys.modules["tensorrt"] = alias
 import lrt_deploy
 from lrt_deploy.exporters.engine import build
-from lrt_deploy.gpu import Gpu
+from lrt_deploy.machine import Gpu
 if sys.argv[2] == "gpu":
     build.find_gpu = lambda: (Gpu("Fake H100", (9, 0)), "Fake H100")
 lrt_deploy.build_engine(sys.argv[1], backend="auto")

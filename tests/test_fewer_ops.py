@@ -9,7 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from lrt_deploy.bundle.manifest import graph_path
-from lrt_deploy.exporters.graph.fewer_ops import fewer_ops
+from lrt_deploy.exporters.graph.passes import fewer_ops
 
 pytestmark = pytest.mark.slow  # for the exports
 

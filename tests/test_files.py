@@ -8,7 +8,17 @@ import time
 import pytest
 
 from lrt_deploy.errors import BundleError
-from lrt_deploy.files import PARTIAL, atomic_write, check_replaceable, open_regular, parse_json, read_bytes, read_json, read_text, user_cache_folder
+from lrt_deploy.files import (
+    PARTIAL,
+    atomic_write,
+    check_replaceable,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    user_cache_folder,
+)
 
 
 def test_a_regular_file_and_a_link_to_one_are_read(tmp_path):

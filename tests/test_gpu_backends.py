@@ -31,18 +31,17 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.bench import Task
-from lrt_deploy.cli.smoke import smoke_test
+from lrt_deploy.cli.build import smoke_test
 from lrt_deploy.errors import BackendError, EngineError, ParityError
-from lrt_deploy.gpu import Gpu, find_gpu
+from lrt_deploy.machine import Gpu, find_gpu
 from lrt_deploy.runtime import state as state_module
 from lrt_deploy.runtime.backends import ort_cuda, select, tensorrt
 from lrt_deploy.runtime.backends.base import check_finite
 from lrt_deploy.runtime.backends.cuda import Arena
 from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend, misplaced, open_session
-from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
-from lrt_deploy.runtime.backends.tensorrt_engine import open_engine
-from lrt_deploy.runtime.bench import bandwidth
+from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
+from lrt_deploy.runtime.bench import roofline
 from lrt_deploy.runtime.bench.measure import count_step_copies, random_tokens, variants
 from lrt_deploy.runtime.bench.roofline import count_copies
 from lrt_deploy.runtime.decoder import Decoder
@@ -696,7 +695,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
 @pytest.fixture
 def with_gpu(monkeypatch, bundle, device):
     """As if there were a GPU: the fake library, and a device in host memory."""
-    for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
+    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
     monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
@@ -728,7 +727,11 @@ def quantized_engine(monkeypatch, in_every_precision, device, tmp_path):
     def make(precision):
         folder = shutil.copytree(in_every_precision(GOLDEN), tmp_path / precision)
         put_engine(folder, precision)
-        for place in ("lrt_deploy.gpu", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
+        for place in (
+            "lrt_deploy.machine",
+            "lrt_deploy.runtime.backends.select",
+            "lrt_deploy.runtime.backends.tensorrt",
+        ):
             monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
         monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device, precision))
         monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
@@ -779,7 +782,7 @@ def test_a_comparison_without_limits_is_no_failure(bundle, with_gpu, monkeypatch
     def none(precision):
         raise ParityError(f"there are no limits for {precision}")
 
-    monkeypatch.setattr("lrt_deploy.evaluation.comparison.limits", none)
+    monkeypatch.setattr("lrt_deploy.evaluation.verdict.limits", none)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found == {"ran": False, "reason": "there are no limits for fp32"}
 
@@ -806,7 +809,7 @@ def test_the_command_line_opens_the_engine_by_name_or_by_auto(bundle, with_gpu):
 @pytest.fixture
 def little_memory(monkeypatch):
     """Copies in no time; the bandwidth means nothing then."""
-    monkeypatch.setattr(bandwidth, "_SMALLEST_COPY_BYTES", 2**15)
+    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**15)
 
 
 BENCH = ("--prompt-tokens", "8", "--new-tokens", "6", "--repeats", "2", "--prefill-lengths", "16,64")
@@ -829,7 +832,7 @@ def test_bench_measures_decoding(bundle, with_gpu, device, little_memory, tmp_pa
     assert fields["logits_bytes_written_per_step"] == 4 * 4 * 320
     assert 0 < fields["outside_backend_fraction"] < 1
     assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)
-    assert device.copied_within == bandwidth._ROUNDS * bandwidth._COPIES * 4 * device.cache
+    assert device.copied_within == roofline._ROUNDS * roofline._COPIES * 4 * device.cache
     read, seconds = (
         fields["weight_bytes_per_step"] + fields["state_bytes_read_per_step"],
         fields["tpot_ms"]["p50"] / 1e3,

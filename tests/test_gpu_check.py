@@ -11,7 +11,7 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.errors import EngineError
-from lrt_deploy.gpu import Gpu, find_gpu
+from lrt_deploy.machine import Gpu, find_gpu
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -78,7 +78,7 @@ def test_what_fails_is_written_down_and_fails_nothing_else(bundle, monkeypatch):
 
 def test_speed_is_held_against_the_copies_of_the_runtime(bundle, monkeypatch):
     monkeypatch.setattr("lrt_deploy.runtime.backends.cuda.CudaDevice", lambda: "the device")
-    monkeypatch.setattr("lrt_deploy.runtime.bench.bandwidth.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
+    monkeypatch.setattr("lrt_deploy.runtime.bench.roofline.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
     monkeypatch.setattr(gpu_check, "candidates", lambda *_: [("tensorrt", "fp32")])
     monkeypatch.setattr(gpu_check, "check", lambda *found: {"bandwidth": found[-1]})
     report = gpu_check.run(bundle, argparse.Namespace(precision=None), Gpu("X", (9, 0)))

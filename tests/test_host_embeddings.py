@@ -16,14 +16,23 @@ import lrt_deploy
 from lrt_deploy import activations
 from lrt_deploy.activations import StepInput
 from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.manifest import MANIFEST, PHASES, TABLES, WEIGHTS, graph_path, read_manifest, table_path, write_manifest
+from lrt_deploy.bundle.manifest import (
+    MANIFEST,
+    PHASES,
+    TABLES,
+    WEIGHTS,
+    graph_path,
+    read_manifest,
+    table_path,
+    write_manifest,
+)
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, ExportError, InputError
 from lrt_deploy.exporters.graph.debug_outputs import probed
 from lrt_deploy.exporters.graph.host_embeddings import take_out
 from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
-from lrt_deploy.runtime.backends.ort_probe import OrtProbe
+from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 from lrt_deploy.runtime.batch import BatchDecoder
 
 pytestmark = pytest.mark.slow  # for the exports

@@ -15,12 +15,12 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lrt_deploy.cli.report_files import comparable
+from lrt_deploy.cli.parity import comparable
 from lrt_deploy.evaluation.bisect import Bisection, StageError
-from lrt_deploy.evaluation.comparison import About, report_of
 from lrt_deploy.evaluation.html import number, page
 from lrt_deploy.evaluation.report import Point, Rollout, as_json
 from lrt_deploy.evaluation.svg_charts import Curve, curves, heat_map
+from lrt_deploy.evaluation.verdict import About, report_of
 from lrt_deploy.tolerances import FP32, limits
 
 VOID = {"meta", "line", "path", "image", "br"}

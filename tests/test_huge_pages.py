@@ -9,14 +9,14 @@ import numpy as np
 import psutil
 import pytest
 
-from lrt_deploy.runtime.backends import huge_pages
+from lrt_deploy.runtime.backends import memory_pages
 
-BYTES = 16 * huge_pages.HUGE_PAGE_BYTES
+BYTES = 16 * memory_pages.HUGE_PAGE_BYTES
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
 def test_contents_and_addresses_stay():
-    with huge_pages.in_huge_pages() as moved:
+    with memory_pages.in_huge_pages() as moved:
         array = np.arange(BYTES // 8)
         address = array.ctypes.data
     assert array.ctypes.data == address and np.array_equal(array, np.arange(BYTES // 8))
@@ -36,26 +36,26 @@ def test_contents_and_addresses_stay():
     ],
 )
 def test_what_was_there_before_is_left_out(old, parts):
-    assert list(huge_pages._without((10, 20), old)) == parts
+    assert list(memory_pages._without((10, 20), old)) == parts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
 @pytest.mark.parametrize(("used", "asked"), [(1, True), (0.8, True), (0.7, False), (0, False)])
 def test_a_huge_page_is_asked_for_where_most_of_it_is_in_use(monkeypatch, used, asked):
-    size = huge_pages.HUGE_PAGE_BYTES
+    size = memory_pages.HUGE_PAGE_BYTES
     memory = mmap.mmap(-1, 3 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_NOHUGEPAGE)  # a system may give huge pages to who does not ask
     view = np.frombuffer(memory, np.uint8)
     start = -(-view.ctypes.data // size) * size
     view[start - view.ctypes.data :][: int(used * size) : mmap.PAGESIZE] = 1
-    monkeypatch.setattr(huge_pages, "_MADV_COLLAPSE", mmap.MADV_NORMAL)  # which no system refuses
-    assert huge_pages._collapse(start, start + size) == asked * size
+    monkeypatch.setattr(memory_pages, "_MADV_COLLAPSE", mmap.MADV_NORMAL)  # which no system refuses
+    assert memory_pages._collapse(start, start + size) == asked * size
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is counted on Linux alone")
 def test_what_the_block_freed_is_given_back():
     """Small arrays between kept ones: malloc cannot return them by itself."""
-    with huge_pages.in_huge_pages():
+    with memory_pages.in_huge_pages():
         kept = [np.ones(2**15, np.uint8) for _ in range(4096)][::16]
         before = private_bytes()
     assert private_bytes() < before - 64 * 2**20 and all(array.all() for array in kept)
@@ -69,27 +69,27 @@ def private_bytes():
 @pytest.mark.skipif(sys.platform != "linux", reason="huge pages are asked for on Linux alone")
 def test_only_what_the_block_allocated_is_moved(monkeypatch):
     asked = []
-    monkeypatch.setattr(huge_pages, "_collapse", lambda start, end: asked.append((start, end)) or end - start)
+    monkeypatch.setattr(memory_pages, "_collapse", lambda start, end: asked.append((start, end)) or end - start)
     before = np.ones(BYTES // 8)
-    with huge_pages.in_huge_pages() as moved:
+    with memory_pages.in_huge_pages() as moved:
         after = np.ones(BYTES // 8)
     assert moved.bytes == sum(end - start for start, end in asked) >= BYTES
     middle = after.ctypes.data + after.nbytes // 2
     assert any(start <= middle < end for start, end in asked)
     assert before.all()
     asked.clear()
-    with huge_pages.in_huge_pages() as moved:
+    with memory_pages.in_huge_pages() as moved:
         pass
     assert (asked, moved.bytes) == ([], 0)
 
 
 def test_a_system_without_a_memory_map_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(huge_pages, "_MAPS", tmp_path / "maps")
-    with huge_pages.in_huge_pages() as moved:
+    monkeypatch.setattr(memory_pages, "_MAPS", tmp_path / "maps")
+    with memory_pages.in_huge_pages() as moved:
         kept = np.ones(BYTES // 8)
     assert kept.all() and moved.bytes == 0
 
 
 def test_an_error_in_the_block_passes():
-    with pytest.raises(KeyError), huge_pages.in_huge_pages():
+    with pytest.raises(KeyError), memory_pages.in_huge_pages():
         raise KeyError

@@ -121,7 +121,7 @@ RULES = (
     Rule(
         "CUDA is asked in two places: whether there is a GPU, and the runtime's device",
         files=("*",),
-        but=("lrt_deploy/gpu.py", "runtime/backends/cuda.py"),
+        but=("lrt_deploy/machine.py", "runtime/backends/cuda.py"),
         forbidden=CUDA,
     ),
     Rule(
@@ -308,7 +308,7 @@ def test_no_module_is_named_after_nothing():
         ("lrt_deploy/model/reference.py", "from lrt_deploy.evaluation import rollout"),
         ("lrt_deploy/evaluation/checks.py", "def f():\n    from lrt_deploy.model import reference"),
         ("lrt_deploy/bundle/manifest.py", "from ..runtime.sampling import Sampler"),
-        ("lrt_deploy/evaluation/comparison.py", "def f():\n    from ..cli import app"),
+        ("lrt_deploy/evaluation/verdict.py", "def f():\n    from ..cli import app"),
         ("exporters/bundle.py", "import lrt_deploy.runtime.decoder as d"),
         ("exporters/bundle.py", "from ..runtime import decoder"),
         ("runtime/decoder.py", "from lrt_deploy.exporters.bundle import read"),

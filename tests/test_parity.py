@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
-from lrt_deploy.evaluation.comparison import compare, kl_divergence
 from lrt_deploy.evaluation.report import Drift, Point, PrefillCheck, Rollout
-from lrt_deploy.evaluation.verdict import judge
+from lrt_deploy.evaluation.verdict import compare, judge, kl_divergence
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
 from lrt_deploy.types import PrefillReport
 

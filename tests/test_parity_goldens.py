@@ -9,7 +9,7 @@ import dataclasses
 
 import pytest
 
-from lrt_deploy.evaluation.comparison import compare
+from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.tolerances import FP32
 
 slow = pytest.mark.slow

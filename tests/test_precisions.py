@@ -20,15 +20,13 @@ from lrt_deploy.bundle.manifest import PHASES, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
-from lrt_deploy.evaluation.comparison import compare
 from lrt_deploy.evaluation.parity import PROMPT
+from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
 from lrt_deploy.exporters.graph.cast import lower, narrow
 from lrt_deploy.exporters.graph.ort_verify import verify_graphs
-from lrt_deploy.exporters.quantize.calibrate import calibrate
-from lrt_deploy.exporters.quantize.calibration_text import SHIPPED, calibration_rows
+from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows
 from lrt_deploy.exporters.quantize.gptq import compensated
-from lrt_deploy.exporters.quantize.histogram import Histogram
 from lrt_deploy.exporters.quantize.plan import make_plan
 from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
 from lrt_deploy.model.checkpoint import open_checkpoint

@@ -13,11 +13,11 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.runtime import opening
-from lrt_deploy.runtime.backends import read_ahead
-from lrt_deploy.runtime.backends.read_ahead import _available_bytes
+from lrt_deploy.runtime.backends import memory_pages
+from lrt_deploy.runtime.backends.memory_pages import _available_bytes
 
 MODEL = "mr_gqa_SSSL"
-BYTES = 2 * read_ahead._SMALLEST_BYTES
+BYTES = 2 * memory_pages._SMALLEST_BYTES
 needs_advice = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice on files")
 
 
@@ -48,7 +48,7 @@ def test_a_dropped_file_is_read_again(file):
         os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if held(file) > 0.5:
         pytest.skip("this file system keeps its files in memory")
-    thread = read_ahead.read_ahead(file)
+    thread = memory_pages.read_ahead(file)
     thread.join()
     for _ in range(100):  # asked for is not read yet
         if held(file) == 1:
@@ -59,29 +59,29 @@ def test_a_dropped_file_is_read_again(file):
 
 @needs_advice
 def test_small_files_and_those_that_do_not_fit_are_left(file, monkeypatch):
-    assert read_ahead.read_ahead(file) is not None
-    monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * BYTES - 1)
-    assert read_ahead.read_ahead(file) is None
-    monkeypatch.setattr(read_ahead, "_available_bytes", lambda: 2 * BYTES)
-    assert read_ahead.read_ahead(file) is not None
+    assert memory_pages.read_ahead(file) is not None
+    monkeypatch.setattr(memory_pages, "_available_bytes", lambda: 2 * BYTES - 1)
+    assert memory_pages.read_ahead(file) is None
+    monkeypatch.setattr(memory_pages, "_available_bytes", lambda: 2 * BYTES)
+    assert memory_pages.read_ahead(file) is not None
     file.write_bytes(b"few")
-    assert read_ahead.read_ahead(file) is None
+    assert memory_pages.read_ahead(file) is None
 
 
 def test_a_system_without_advice_is_let_be(file, monkeypatch):
     monkeypatch.delattr(os, "posix_fadvise", raising=False)
-    assert read_ahead.read_ahead(file) is None
+    assert memory_pages.read_ahead(file) is None
 
 
 @needs_advice
 def test_a_file_that_goes_meanwhile_ends_the_thread_quietly(file, recwarn):
-    read_ahead._ask(file.with_name("gone"), BYTES)
+    memory_pages._ask(file.with_name("gone"), BYTES)
     assert not recwarn
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory of Linux")
 def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_ahead, "_GROUP", tmp_path)
+    monkeypatch.setattr(memory_pages, "_GROUP", tmp_path)
     whole = _available_bytes()
     assert whole > 0
     (tmp_path / "memory.stat").write_text("anon 3000\nfile 900000\n")
@@ -92,7 +92,7 @@ def test_a_container_has_what_its_limit_leaves(tmp_path, monkeypatch):
 
 
 def test_a_system_that_does_not_say_has_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(read_ahead, "_MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory_pages, "_MEMORY", tmp_path / "meminfo")
     assert _available_bytes() == 0
 
 

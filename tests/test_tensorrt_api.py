@@ -22,9 +22,9 @@ WHEEL = json.loads((Path(__file__).parent / "data" / "tensorrt_api" / "tensorrt.
 FILES = (
     "exporters/engine/build.py",
     "exporters/engine/tensorrt.py",
-    "exporters/engine/tensorrt_log.py",
+    "exporters/engine/tensorrt.py",
     "exporters/engine/verify.py",
-    "runtime/backends/tensorrt_engine.py",
+    "runtime/backends/tensorrt.py",
     "lrt_deploy/bundle/tensorrt_flavours.py",
 )
 
@@ -213,7 +213,7 @@ def test_every_cuda_call_takes_as_many_arguments_as_we_give():
     cuda = pytest.importorskip("cuda.bindings.runtime")
     calls = [
         node
-        for path in ("runtime/backends/cuda.py", "lrt_deploy/gpu.py")
+        for path in ("runtime/backends/cuda.py", "lrt_deploy/machine.py")
         for node in ast.walk(ast.parse((ROOT / path).read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cuda")
     ]

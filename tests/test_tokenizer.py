@@ -20,7 +20,13 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
 from lrt_deploy.text.split_patterns import PATTERNS, known_pattern
 from lrt_deploy.text.tiktoken_pickle import EncodingData, read_encoding
-from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, load_source_tokenizer, token_byte_lengths, write_tokenizer
+from lrt_deploy.text.tokenizer import (
+    SourceTokenizer,
+    Tokenizer,
+    load_source_tokenizer,
+    token_byte_lengths,
+    write_tokenizer,
+)
 from lrt_deploy.text.tokenizer_file import Vocabulary, from_encoding
 
 GOLDEN = Path(__file__).parent / "data" / "golden"

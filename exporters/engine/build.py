@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.engine_sidecar import DECODE, ENGINES, PLAN, PREFILL, EngineSidecar, Profile, cache_capacity, engine_folder, write_sidecar
+from lrt_deploy.bundle.engine_sidecar import (
+    DECODE,
+    ENGINES,
+    PLAN,
+    PREFILL,
+    EngineSidecar,
+    Profile,
+    cache_capacity,
+    engine_folder,
+    write_sidecar,
+)
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.bundle.precisions import not_held
@@ -28,11 +38,9 @@ from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.exporters.early_checks import check_target
-from lrt_deploy.gpu import find_gpu
+from lrt_deploy.machine import find_gpu
 
-from .tensorrt import NoFusedAttentionError, Parsed, Plan, Settings, build, parse
-from .tensorrt_graph import tensorrt_copy
-from .tensorrt_log import Progress
+from .tensorrt import NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
 from .verify import promise_of, prove
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most

@@ -3,7 +3,8 @@
 A copy in memory of the graph on disk, on the same stored weights, where every 16-bit value is float32 and activations
 are not rounded to int8. So it computes, up to float32's noise, what PyTorch computes with the same weights, if its ops
 and their order are right, whatever the precision. The scales that were taken out are returned, to be held against what
-the manifest says. The intermediate values that `stages` names can be outputs. Runs nothing: see `runtime.ort_exact`.
+the manifest says. The intermediate values that
+`activations` names can be outputs. Runs nothing: see `runtime.backends.ort_debug`.
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
-from .fewer_ops import fewer_ops
-from .passes import constant
+from .passes import constant, fewer_ops
 
 
 def decode_step(model: ir.Model) -> ir.Model:

@@ -1,27 +1,136 @@
-"""Measure what flows through the model while it decodes real text: true recurrence, token by token, latent and all.
+"""Measure the activations of the model while it decodes text: with the recurrence, token by token.
 
 A checkpoint's activations depend on its latent, and the latent on all tokens before: single tokens from an empty state
-show another distribution (the memory projection's input is then zero throughout). So whole rows are rolled out with
-the PyTorch reference, and what each matrix is multiplied with, and what comes out, is watched from outside the model.
-What follows from it (scales, what float16 cannot hold) is decided in `plan`.
+show another distribution (the memory projection's input is then zero). So whole rows are decoded with the PyTorch
+reference, and the inputs and outputs of each matrix product are observed from outside of the model. The rows come from
+the user's text, from the text shipped with the package, or, without a tokenizer, from an arithmetic progression of
+token ids. What follows from the measurement (scales, what float16 cannot hold) is decided in `plan`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lrt_deploy.errors import ExportError
+from lrt_deploy.files import MAX_TEXT_BYTES, read_text
 from lrt_deploy.model.model import LRT
 from lrt_deploy.model.reference import ReferenceDecoder
+from lrt_deploy.text.chat import BOS
+from lrt_deploy.text.tokenizer import Tokenizer
 
 from .gptq import Doubles
-from .histogram import Histogram
+
+INT8_LEVELS = 127  # symmetric: -127 to 127, no zero point
+_BINS = 4096  # 32 a level at the full range
+_TINY = 1e-30
+# Candidates for the largest number that is still represented, as shares of the largest one seen.
+_SHARES = np.geomspace(0.02, 1.0, 80)
+
+
+class Histogram:
+    """Counts of absolute values; `largest` is exact. `add` raises ValueError for a number that is not finite."""
+
+    def __init__(self) -> None:
+        self.counts: npt.NDArray[np.int64] = np.zeros(_BINS, np.int64)
+        self.limit, self.largest = 0.0, 0.0
+
+    def add(self, values: npt.NDArray[np.float32]) -> None:
+        """Count the values of an array of any shape."""
+        sizes = np.abs(values.reshape(-1))
+        largest = float(sizes.max(initial=0.0))
+        if not np.isfinite(largest):
+            raise ValueError("not finite")
+        self.largest = max(self.largest, largest)
+        if self.limit == 0.0:
+            if largest == 0.0:
+                self.counts[0] += sizes.size
+                return
+            self.limit = largest
+        while self.largest > self.limit:
+            self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(_BINS // 2, np.int64)])
+            self.limit *= 2
+        if self.limit < _TINY:  # the factor would be infinite in float32
+            sizes = sizes.astype(np.float64)
+        bins = np.minimum((sizes * (_BINS / self.limit)).astype(np.int64), _BINS - 1)
+        self.counts += np.bincount(bins, minlength=_BINS)
+
+    def scale(self) -> float:
+        """The step of a symmetric int8 grid with the least mean squared error: few outliers may be worth clipping.
+
+        Where nothing but zeros passed there is nothing to go by, and the grid spans -1 to 1.
+        """
+        if self.largest == 0.0:
+            return 1.0 / INT8_LEVELS
+        centers = (np.arange(_BINS) + 0.5) * (self.limit / _BINS)
+        seen = np.flatnonzero(self.counts)
+        seen = seen[seen > 0]  # the first bin is zero, or close enough
+        values, counts = centers[seen], self.counts[seen]
+        steps = self.largest * _SHARES / INT8_LEVELS
+        rounded = np.minimum(np.rint(values / steps[:, None]), INT8_LEVELS) * steps[:, None]  # (candidates, bins)
+        return float(steps[np.argmin(((rounded - values) ** 2 * counts).sum(1))])
+
+    def clipped(self, scale: float) -> float:
+        """The share of values beyond the range of a scale."""
+        beyond = int(np.ceil(scale * INT8_LEVELS * _BINS / self.limit)) if self.limit else _BINS
+        return float(self.counts[beyond:].sum() / max(1, self.counts.sum()))
+
+
+ROWS, ROW_TOKENS = 16, 256
+SHIPPED = "the text shipped with lrt-deploy"
+_STRIDE, _OFFSET = 7919, 104_729  # primes: neighbouring tokens and rows differ
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Rows of one length, what they are in words, and the hash of the text (None: made up)."""
+
+    tokens: Sequence[Sequence[int]]
+    source: str
+    sha256: str | None
+
+
+def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size: int, capacity: int) -> CalibrationRows:
+    """At most 16 rows of at most 256 tokens, spread evenly over the text, each begun with <|bos|>.
+
+    Raises ExportError for a text that cannot be read, is too short, or that there is no tokenizer for.
+    """
+    length = min(ROW_TOKENS, capacity)
+    if tokenizer is None:
+        if file is not None:
+            raise ExportError(
+                f"{file} cannot be read for calibration: this checkpoint has no tokenizer; add --tokenizer"
+            )
+        made = [[(_STRIDE * t + _OFFSET * row) % vocab_size for t in range(length)] for row in range(ROWS)]
+        return CalibrationRows(made, "token ids made up, because there is no tokenizer", None)
+    text = _read(file)
+    ids, bos = tokenizer.encode(text), [tokenizer.bos_id] if BOS in tokenizer.special_tokens else []
+    piece = length - len(bos)
+    if piece < 1 or not ids:
+        raise ExportError(f"the calibration text has {len(ids)} tokens and a row holds {piece}; expected at least one")
+    length = min(piece, len(ids))
+    count = min(ROWS, len(ids) // length)
+    starts = [index * (len(ids) - length) // max(1, count - 1) for index in range(count)]
+    rows = [bos + ids[start : start + length] for start in starts]
+    source = SHIPPED if file is None else file.name
+    return CalibrationRows(rows, source, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read(file: Path | None) -> str:
+    if file is None:
+        return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
+    return read_text(file, "the calibration text", ExportError, MAX_TEXT_BYTES)
+
 
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 

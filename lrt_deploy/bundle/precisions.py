@@ -16,15 +16,9 @@ stream, rotary embedding and softcap are float32 in all of them. How graphs come
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
+from typing import Literal
 
 from .contract import Flavour
-
-Floats = npt.NDArray[np.float32]
 
 # From the most precise on; where none is asked for, the first one that a bundle holds is taken.
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
@@ -57,30 +51,3 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 def item_bytes(dtype: str) -> int:
     """Size of one element of a base type."""
     return ITEM_BYTES[dtype]
-
-
-@dataclass(frozen=True)
-class StoredMatrix:
-    """A matrix (K, N) or table as a bundle stores it.
-
-    Integers have `scales`, (N) for whole columns or (blocks, N) for blocks of `block` rows, of which the last may have
-    fewer; floats have none.
-    """
-
-    name: str
-    dtype: str  # int4, int8, float16, bfloat16 or float32
-    values: npt.NDArray[Any]
-    scales: npt.NDArray[np.float16] | None = None
-    block: int | None = None
-
-    def dequantized(self) -> Floats:
-        """(K, N), what a graph multiplies by."""
-        values: Floats = self.values.astype(np.float32)
-        return values if self.scales is None else values * self.steps()
-
-    def steps(self) -> Floats:
-        """The scale of each weight, (K, N)."""
-        assert self.scales is not None
-        scales = self.scales.astype(np.float32)
-        rows, columns = self.values.shape
-        return np.broadcast_to(scales, (rows, columns)) if self.block is None else scales.repeat(self.block, 0)[:rows]

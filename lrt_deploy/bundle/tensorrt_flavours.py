@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lrt_deploy import extras
+from lrt_deploy import machine
 from lrt_deploy.errors import EngineError
 
 
@@ -23,7 +23,7 @@ class TensorRTFlavour:
 
     backend: str
     module: str
-    extra: extras.Extra
+    extra: machine.Extra
 
     @property
     def installed(self) -> bool:
@@ -37,7 +37,7 @@ class TensorRTFlavour:
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"the backend {self.backend} needs the Python module {error.name}, which is not installed; "
-                f"{extras.install(self.extra)}"
+                f"{machine.install(self.extra)}"
             ) from error
         except Exception as error:  # a broken installation may raise anything
             raise EngineError(
@@ -72,7 +72,7 @@ def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
     if not found:
         modules = " nor ".join(flavour.module for flavour in FLAVOURS.values())
         raise EngineError(
-            f"neither {modules} is installed here; {extras.install('tensorrt-rtx')} (the extra 'tensorrt' is for GPUs "
+            f"neither {modules} is installed here; {machine.install('tensorrt-rtx')} (the extra 'tensorrt' is for GPUs "
             "in data centres)"
         )
     if found[0].backend == "tensorrt":

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn, get_args, get_type_hints
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from lrt_deploy import extras
+from lrt_deploy import machine
 from lrt_deploy.errors import LRTDeployError
 
 from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
@@ -155,7 +155,7 @@ def describe(error: Exception, verb: str = "") -> str:
     """Say in one line what happened; only errors raised on purpose speak for themselves."""
     if isinstance(error, LRTDeployError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and (text := extras.explain(error, _extras_of(verb))):
+    if isinstance(error, ModuleNotFoundError) and (text := machine.explain(error, _extras_of(verb))):
         return text
     if isinstance(error, MemoryError):
         return f"out of memory{_reason(error)}; {_WITH_TRACEBACK}"
@@ -165,11 +165,11 @@ def describe(error: Exception, verb: str = "") -> str:
     return f"something broke inside lrt-deploy, {type(error).__name__}{_reason(error)}; {_WITH_TRACEBACK}"
 
 
-def _extras_of(verb: str) -> tuple[extras.Extra, ...]:
+def _extras_of(verb: str) -> tuple[machine.Extra, ...]:
     """The extras that a verb may need, the likeliest first."""
     if verb != "build":
         return ("export",)
-    return ("tensorrt", "tensorrt-rtx") if "tensorrt_rtx" in extras.missing("tensorrt-rtx") else ("tensorrt-rtx",)
+    return ("tensorrt", "tensorrt-rtx") if "tensorrt_rtx" in machine.missing("tensorrt-rtx") else ("tensorrt-rtx",)
 
 
 def _reason(error: Exception) -> str:

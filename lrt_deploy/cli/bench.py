@@ -1,7 +1,6 @@
 """`lrt-deploy bench`: how fast a bundle is here, as a share of the memory bandwidth, and what each prefill way costs.
 
-Chooses what is measured; `bench_table` shows it. Measuring is the work of `benchmark`, `convergence`, `traffic` and
-`bandwidth`, drawing that of `plots`, all in `lrt_deploy.runtime`.
+Chooses what is measured and shows it. `lrt_deploy.runtime.bench` measures and draws.
 """
 
 from __future__ import annotations
@@ -19,13 +18,75 @@ import typer
 from lrt_deploy.errors import InputError
 from lrt_deploy.machine import cpu_model, peak_rss_bytes
 
-from . import bench_table, doctor, options, output, signals
+from . import doctor, options, output, signals
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.contract import Flavour
-    from lrt_deploy.runtime.bench.bandwidth import Bandwidth
     from lrt_deploy.runtime.bench.measure import DecodeTimes
+    from lrt_deploy.runtime.bench.roofline import Bandwidth
     from lrt_deploy.runtime.decoder import Decoder
+
+
+def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
+    """One line; of the prompts that were iterated, the one nearest to a length."""
+    cache = "the GPU's cache" if fields["environment"]["threads"] is None else "the processor's cache"
+    cached = f" (the weights fit {cache})" if fields["weights_fit_cache"] else ""
+    line = (
+        f"{fields['tpot_ms']['p50']:.3g} ms a token ({fields['tokens_per_s']:.0f} tokens/s), "
+        f"{fields['roofline_fraction']:.0%} of the memory bandwidth{cached}"
+    )
+    iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point"]
+    iterated = [row for row in iterated if row["algorithm"] != "plain"] or iterated  # plain: where nothing else is
+    if not iterated:
+        return line
+    row = min(iterated, key=lambda row: abs(row["tokens"] - prompt_tokens))
+    pace = f"{row['speedup']:.1f}x faster" if row["speedup"] >= 1 else f"{1 / row['speedup']:.1f}x slower"
+    return f"{line}; a prompt of {row['tokens']} tokens is read {pace} than stepwise"
+
+
+def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
+    """Decoding, for people."""
+    ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
+    peak, facts, copied = fields["peak_rss_bytes"], fields["environment"], fields["state_bytes_copied_per_step"]
+    reading = fields["read_bandwidth_gb_s"]
+    return {
+        "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
+        "first token": f"{percentile_text(ttft, fields['samples']['ttft_ms'])} after {fields['prompt_tokens']} tokens",
+        "after opening": f"{fields['open_ms']:.0f} ms to open, {fields['first_ttft_ms']:.3g} ms to a token",
+        "each token": f"{percentile_text(tpot, fields['samples']['tpot_ms'])}; "
+        f"{fields['outside_backend_fraction']:.1%} outside of the backend",
+        "weights a step": output.bytes_text(fields["weight_bytes_per_step"]),
+        "state a step": f"{output.bytes_text(fields['state_bytes_read_per_step'])} read, "
+        f"{output.bytes_text(fields['state_bytes_written_per_step'])} written, "
+        f"{'copies not counted' if copied is None else f'{output.bytes_text(copied)} copied'}; "
+        f"{output.bytes_text(fields['latent_record_bytes_per_step'])} recorded for rewinding",
+        "bandwidth": f"{fields['bandwidth_gb_s']:.1f} GB/s ({fields['bandwidth_of']}), "
+        f"{fields['roofline_fraction']:.0%} used{'' if reading is None else f'; {reading:.1f} GB/s reading alone'}",
+        "peak memory": "unknown" if peak is None else f"{output.bytes_text(peak)} on the host",
+    }
+
+
+def percentile_text(times: dict[str, Any], samples: int) -> str:
+    """Median and 99th percentile of times, the latter only where there are enough samples."""
+    p99 = f"- ({samples} samples are too few)" if times["p99"] is None else f"{times['p99']:.3g} ms"
+    return f"p50 {times['p50']:.3g} ms, p99 {p99}"
+
+
+def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
+    """The policies, for people: one line each, with tokens and algorithm, and the errors against stepwise reading."""
+    rows = {}
+    for row in fields["prefill"]:
+        latent = "" if row["max_abs_latent_error"] is None else f"  latent {row['max_abs_latent_error']:7.1e}"
+        error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
+        ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
+        name = row["algorithm"].removeprefix("interleaved, ").removeprefix("one pass with ")
+        rows[f"{row['tokens']} {name}"] = (
+            f"{row['seconds'] * 1e3:8.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
+        )
+    if left_out := fields["prefill_lengths_left_out"]:
+        rows["left out"] = f"{', '.join(map(str, left_out))} tokens do not fit"
+    return rows | ({"plot": fields["plot"]} if fields["plot"] else {})
+
 
 LENGTHS = "32,64,128,256,512,1024,2048"
 _LONGEST_CONVERGENCE = 512
@@ -78,9 +139,9 @@ def bench(
     if json:
         output.document(fields)
     else:
-        output.answer(bench_table.summary(fields, _LONGEST_CONVERGENCE))
-        output.table(bench_table.decode_rows(fields))
-        output.table(bench_table.prefill_rows(fields))
+        output.answer(summary(fields, _LONGEST_CONVERGENCE))
+        output.table(decode_rows(fields))
+        output.table(prefill_rows(fields))
 
 
 def announcer(quiet: bool) -> output.Progress:
@@ -141,13 +202,13 @@ class Task:
 
     def decode(self, progress: output.Progress) -> dict[str, Any]:
         """Times and bytes of decoding; the bandwidth is measured after it, because its arrays count as memory."""
-        from lrt_deploy.runtime.bench import bandwidth, measure
+        from lrt_deploy.runtime.bench import measure, roofline
 
         prompt = self.tokens[: self.prompt_tokens]
         times = measure.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
         peak = peak_rss_bytes()
         progress("memory bandwidth", 0, 0)
-        memory = bandwidth.measure(self.decoder.device, thread_count(self.decoder) or 1)
+        memory = roofline.measure(self.decoder.device, thread_count(self.decoder) or 1)
         return decode_fields(self.decoder, times, memory) | {
             "peak_rss_bytes": peak,
             "prompt_tokens": self.prompt_tokens,
@@ -176,12 +237,12 @@ class Task:
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """The JSON fields of decoding; those that stand for a whole step take its median time."""
     from lrt_deploy.bundle.precisions import base_dtype, item_bytes
-    from lrt_deploy.runtime.bench import traffic
+    from lrt_deploy.runtime.bench import roofline
 
     flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
-    weights = traffic.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
+    weights = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
     item = item_bytes(base_dtype(decoder.precision, flavour))
-    state = traffic.state_bytes_per_step(decoder.config, times.context, item)
+    state = roofline.state_bytes_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     median_ms = float(tpot["p50"] or 0)
     return {
@@ -246,7 +307,7 @@ def thread_count(decoder: Decoder) -> int | None:
 
 def environment(decoder: Decoder) -> dict[str, Any]:
     """The machine, the versions, and the command."""
-    from lrt_deploy.runtime.bench.bandwidth import last_level_cache_bytes
+    from lrt_deploy.runtime.bench.roofline import last_level_cache_bytes
 
     return doctor.environment() | {
         "cpu": cpu_model(),

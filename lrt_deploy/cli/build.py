@@ -1,6 +1,6 @@
-"""`lrt-deploy build`: a bundle gets an engine for a GPU. Shows what is built and how far; the work is `build_engine`'s.
+"""`lrt-deploy build`: build an engine of a bundle. Shows what is built and how far; the work is `build_engine`'s.
 
-Where a GPU is present the plan is run at once and held against ONNX Runtime on the CPU; where none is, that is said.
+Where there is a GPU, the new engine then decodes a short rollout beside ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lrt_deploy.errors import LRTDeployError, ParityError
+
 from . import options, output
 from .export import product_words
-from .smoke import smoke_test
+from .output import Progress
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.engine_sidecar import EngineSidecar
@@ -103,7 +105,7 @@ def parse_bytes(text: str) -> int:
 def use_device(number: int) -> None:
     """Let this process see one GPU only; must come before CUDA is loaded."""
     from lrt_deploy.errors import EngineError
-    from lrt_deploy.gpu import find_gpu
+    from lrt_deploy.machine import find_gpu
 
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     if number < 0 or (visible and number >= len(visible)):
@@ -177,3 +179,44 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),
         "smoke test": smoke_text(sidecar.smoke),
     }
+
+
+_PROMPT_TOKENS, _STEPS = 12, 32
+
+
+def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -> dict[str, Any]:
+    """What came of it, for the sidecar: `ran`, and `reason` or `passed`, `verdict` and the numbers behind it."""
+    from lrt_deploy import open_decoder
+    from lrt_deploy.bundle.manifest import read_manifest
+    from lrt_deploy.evaluation import verdict
+    from lrt_deploy.machine import find_gpu
+
+    gpu, reason = find_gpu()
+    if gpu is None:
+        return {"ran": False, "reason": reason}
+    manifest = read_manifest(bundle)
+    steps = min(_STEPS, manifest.max_seq_len - _PROMPT_TOKENS)
+    if steps < 1:
+        return {"ran": False, "reason": f"a capacity of {manifest.max_seq_len} tokens is too small for it"}
+    prompt = [(7919 * i + 13) % manifest.model.vocab_size for i in range(_PROMPT_TOKENS)]
+    try:
+        with open_decoder(bundle, "ort-cpu") as reference, open_decoder(bundle, backend, precision) as decoder:
+            report = verdict.compare(
+                reference,
+                decoder,
+                prompt,
+                steps,
+                precision=precision,
+                checkpoint_matches=None,
+                backend=backend,
+                prefill="stepwise",
+                progress=progress,
+            )
+            beside = f"{reference.backend} in {reference.precision}"
+    except ParityError as error:  # a comparison that could not be made
+        return {"ran": False, "reason": str(error)}
+    except LRTDeployError as error:
+        return {"ran": True, "passed": False, "gpu": gpu.name, "verdict": str(error)}
+    numbers = ("max_abs_logit_error", "max_abs_latent_error", "mean_kl", "top1_agreement")
+    fields = {name: getattr(report, name) for name in numbers}
+    return {"ran": True, "passed": report.passed, "gpu": gpu.name, "beside": beside, "verdict": report.verdict} | fields

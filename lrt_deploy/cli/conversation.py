@@ -16,7 +16,7 @@ from lrt_deploy.errors import InputError, StateError
 
 from . import options, output, signals
 from .generate import Answer
-from .wrap import WordWrapper
+from .output import WordWrapper
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder

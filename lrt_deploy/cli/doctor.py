@@ -21,7 +21,7 @@ import typer
 from . import options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.gpu import Gpu
+    from lrt_deploy.machine import Gpu
 
 PACKAGES = (
     *("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir"),
@@ -56,7 +56,7 @@ class Found:
 
 def doctor(json: options.Json = False, debug: options.Debug = False) -> None:
     """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
-    from lrt_deploy.gpu import find_gpu
+    from lrt_deploy.machine import find_gpu
 
     gpu = find_gpu()
     backends = [report_backend(name, probe(), None if name == "ort-cpu" else gpu) for name, probe in PROBES.items()]

@@ -1,40 +1,190 @@
 """`lrt-deploy parity`: is the bundle the model of the checkpoint? Exits 1 on no.
 
-What is measured and tolerated is for `lrt_deploy.evaluation.parity`; here options become a call, and a report is shown.
+What is measured and tolerated is for `lrt_deploy.evaluation`; here options become a call, and a report is shown and
+written: a page, a picture and its numbers. `--check` and `--golden` compare a decoder with itself or with a recording.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
+from lrt_deploy import machine
+from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import CheckpointError, LRTDeployError
 
-from . import checks, options, output
-from . import parity_options as own
+from . import options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.evaluation.parity import ParityOptions
     from lrt_deploy.evaluation.report import ParityReport
+    from lrt_deploy.runtime.decoder import Decoder
+
+Checkpoint = Annotated[
+    Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
+]
+CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
+]
+
+# The names of `lrt_deploy.evaluation.checks`; a test holds them against it.
+CheckName = Literal[
+    "fixed-point-vs-stepwise", "chunked-vs-whole", "batch-vs-alone", "restored-vs-straight", "cuda-graph", "all"
+]
+if TYPE_CHECKING:
+    _CheckItem = str
+else:
+    _CheckItem = StrEnum("_CheckItem", [(name, name) for name in get_args(CheckName)])
+Check = Annotated[
+    list[_CheckItem] | None,
+    typer.Option(
+        metavar="NAME",
+        help=f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.",
+    ),
+]
+Golden = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.npz", help="Compare with recorded logits and latents; needs no checkpoint.", show_default=False
+    ),
+]
+Bisect = Annotated[bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(metavar="KL", help="Largest mean KL in nats, in precisions judged by quality.", show_default=False),
+]
+MinAgreement = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Smallest share of equal first choices, 0 to 1, likewise.", show_default=False),
+]
+Report = Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")]
+ReportDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)]
+Float64 = Annotated[
+    bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
+]
+
+
+def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
+    """Write `parity-BACKEND-PRECISION` as .json, .html and, where matplotlib is installed, .png; returns the page."""
+    from lrt_deploy import figures
+    from lrt_deploy.evaluation import plots
+    from lrt_deploy.evaluation.html import page
+    from lrt_deploy.files import atomic_write
+
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = f"parity-{fields['backend']}-{fields['precision']}"
+    title = f"Parity of {bundle}: {fields['backend']}, {fields['precision']}"
+    with atomic_write(folder / f"{name}.json", private=True) as path:
+        path.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    others = comparable(folder, fields)
+    with atomic_write(folder / f"{name}.html", private=True) as path:
+        path.write_text(page(title, fields, others), encoding="utf-8")
+    if not fields["positions"]["position"]:  # stored weights alone were judged
+        return folder / f"{name}.html"
+    if not figures.available():
+        output.say(f"no pictures beside the page: matplotlib is not installed; {machine.install('bench')}")
+        return folder / f"{name}.html"
+    plots.plot_parity(folder / f"{name}.png", fields, title)
+    if len(others) > 1:
+        plots.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
+    return folder / f"{name}.html"
+
+
+def comparable(folder: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stored runs over the same prompt and as many steps, from the most precise on."""
+    found = []
+    for path in sorted(folder.glob("parity-*.json")):
+        try:
+            other = json.loads(path.read_text(encoding="utf-8"))
+            same = all(other[name] == fields[name] for name in ("prompt_tokens", "steps"))
+            prompt = fields["prompt_tokens"]
+            same = same and bool(other["positions"]["position"])  # something was run
+            if same and other["tokens"][:prompt] == fields["tokens"][:prompt] and other["precision"] in PRECISIONS:
+                found.append(other)
+        except (ValueError, KeyError, TypeError):
+            output.say(f"{path} is not a report of this version and was left out")
+    return sorted(found, key=lambda other: (PRECISIONS.index(other["precision"]), other["backend"]))
+
+
+STEPS = 16
+
+
+def run_checks(
+    bundle: Path,
+    decoder: Decoder,
+    runner: options.Runner,
+    names: Sequence[str],
+    prompt: list[int],
+    tolerance: float | None,
+) -> list[dict[str, Any]]:
+    """The JSON fields of each check, in the order asked for."""
+    from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
+    from lrt_deploy.tolerances import limits
+
+    with contextlib.ExitStack() as opened:
+        setting = Setting(
+            prompt,
+            max(1, min(STEPS, decoder.max_seq_len - len(prompt))),
+            limits(decoder.precision),
+            tolerance,
+            decoder.manifest.max_batch_size,
+            lambda: opened.enter_context(dataclasses.replace(runner, cuda_graph=False).open(bundle)),
+        )
+        return [CHECKS[name](decoder, setting).to_dict() for name in chosen(names, decoder.backend)]
+
+
+def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
+    """The JSON fields of the comparison with recorded arrays."""
+    from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
+    from lrt_deploy.tolerances import limits
+
+    recording = read_recording(golden, decoder.config)
+    with output.progress(quiet) as progress:
+        return compare_with_recording(decoder, recording, limits(decoder.precision), progress).to_dict()
+
+
+def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The JSON fields of a run without a checkpoint."""
+    failed = [check["name"] for check in checks if not check["passed"]]
+    return {
+        "passed": not failed,
+        "verdict": f"FAIL: {', '.join(failed)}" if failed else f"PASS: {len(checks)} of {len(checks)} checks",
+        "backend": decoder.backend,
+        "precision": decoder.precision,
+        "checks": checks,
+    }
+
+
+def joined(fields: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:
+    """A comparison with a checkpoint, with the checks made beside it; a failed one fails the whole. In place."""
+    fields["checks"] = checks
+    fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checks)
+    return fields
 
 
 def parity(
     bundle: options.BundlePath,
-    checkpoint: own.Checkpoint = None,
-    step: own.CheckpointStep = None,
+    checkpoint: Checkpoint = None,
+    step: CheckpointStep = None,
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
-    steps: own.Steps = None,
-    check: own.Check = None,
-    golden: own.Golden = None,
-    bisect: own.Bisect = False,
-    max_kl: own.MaxKl = None,
-    min_agreement: own.MinAgreement = None,
-    write_report: own.Report = False,
-    report_dir: own.ReportDir = None,
-    float64: own.Float64 = False,
+    steps: Steps = None,
+    check: Check = None,
+    golden: Golden = None,
+    bisect: Bisect = False,
+    max_kl: MaxKl = None,
+    min_agreement: MinAgreement = None,
+    write_report: Report = False,
+    report_dir: ReportDir = None,
+    float64: Float64 = False,
     prefill: options.Prefill = "fixed-point",
     tolerance: options.Tolerance = None,
     backend: options.Backend = "ort-cpu",
@@ -65,7 +215,7 @@ def parity(
     else:
         fields, checked = _decoded(bundle, checkpoint, runner, asked, (names, golden), json)
     written = _write(bundle, report_dir, fields) if checkpoint and (write_report or report_dir is not None) else None
-    show(checks.joined(fields, checked), json)
+    show(joined(fields, checked), json)
     if written and not json:
         output.say(written)
     if not fields["passed"]:
@@ -102,18 +252,16 @@ def _decoded(
             if chosen is None
             else options.prompt_ids(decoder, chosen if isinstance(chosen, str) else list(chosen))
         )
-        checked = checks.run_checks(bundle, decoder, runner, check, ids, asked.tolerance) if check else []
-        checked += [checks.against_golden(decoder, golden, json)] if golden else []
+        checked = run_checks(bundle, decoder, runner, check, ids, asked.tolerance) if check else []
+        checked += [against_golden(decoder, golden, json)] if golden else []
         if checkpoint is None:
-            return checks.document(decoder, checked), checked
+            return checks_document(decoder, checked), checked
         with output.progress(json) as progress:
             return document(parity_of(bundle, decoder, checkpoint, asked, progress)), checked
 
 
 def _write(bundle: Path, folder: Path | None, fields: dict[str, Any]) -> str | None:
     """Write the page and put its place into `fields`; or say why it could not be written, for after the verdict."""
-    from .report_files import write_reports
-
     target = bundle / "reports" if folder is None else folder
     try:
         fields["report"] = str(write_reports(target, bundle.resolve().name, fields))

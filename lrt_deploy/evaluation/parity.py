@@ -33,12 +33,12 @@ from lrt_deploy.machine import cpu_model
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy
 
-from . import comparison
+from . import verdict
 from .arithmetic import ArithmeticPart, Computed, activation_scale_fault, judge_arithmetic
-from .comparison import About, Parts, Progress
 from .report import ParityReport, Rollout
 from .rollout import Reading
 from .stored_weights import WeightsPart, check_weights
+from .verdict import About, Parts, Progress
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.contract import Flavour
@@ -195,9 +195,7 @@ def _run(
     model = opened.model(decoder.max_seq_len)
     make = ReferenceDecoder.in_float64 if options.float64 else ReferenceDecoder
     reference = make(model, decoder.max_seq_len)
-    rollout = comparison.follow(
-        reference, decoder, prompt, steps, Reading(options.prefill, options.tolerance), progress
-    )
+    rollout = verdict.follow(reference, decoder, prompt, steps, Reading(options.prefill, options.tolerance), progress)
     arithmetic = None
     if bounds.top1_agreement is not None and rollout.points:
         progress("comparing with PyTorch on the stored weights", 0, 0)
@@ -330,7 +328,7 @@ def _report(
     origin: Mapping[str, Any] = subject.manifest.provenance.get("checkpoint") or {}
     matches = opened.sha256 == origin.get("sha256")
     about = About(subject.precision, subject.backend, matches, options.limits(subject.precision))
-    report = comparison.report_of(rollout, about, parts)
+    report = verdict.report_of(rollout, about, parts)
     return dataclasses.replace(report, provenance=_provenance(subject, opened, options, rollout.tokens))
 
 
@@ -375,7 +373,7 @@ def _bisect_rollout(subject: Subject, reference: Any, decoder: Decoder, report: 
     """Where a difference begins, seen in the graph that the backend runs."""
     from lrt_deploy.exporters.graph.debug_outputs import probed
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_probe import OrtProbe
+    from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 
     from .bisect import bisect
 
@@ -391,7 +389,7 @@ def _bisect_parts(subject: Subject, model: LRT, capacity: int, report: ParityRep
     from lrt_deploy.exporters.graph.exact_graph import exact_graph
     from lrt_deploy.model.reference import ReferenceDecoder
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_probe import OrtProbe
+    from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 
     from .bisect import bisect_parts
 

@@ -1,18 +1,19 @@
-"""Move what a block of code allocates into huge pages, on Linux: weights that every step reads from end to end.
+"""Memory of weights and tables on Linux: huge pages for what each step reads, and files read before they are needed.
 
-A step of a large model walks through all of its packed weights. In pages of 4 KiB that means a walk through the page
-tables for every few cache lines; in pages of 2 MiB a decode step took 2 to 30% less time (benchmarks/README.md).
-Runtimes do not ask for huge pages, and most systems give them only to who asks, so this does, afterwards: MADV_COLLAPSE
-(Linux 6.1) copies a range into a huge page, or leaves it as it was. What the block has freed is given back to the
-system first, because malloc keeps it and huge pages would keep it for good: of quantized models a quarter of the
-process's memory. Does nothing where the system cannot.
+A decode step reads all weights from end to end, and pages of 4 KiB cost it address translations; `in_huge_pages` moves
+what a block of code allocates. Embedding tables are mapped, so that a row that the system does not hold makes a step
+wait for the disk, some milliseconds on top of its own ten (benchmarks/README.md); `read_ahead` has the system read the
+file in the background. Does nothing where the system cannot, or has too little memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
+import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,3 +89,44 @@ def _collapse(start: int, end: int) -> int:
         if resident >= _RESIDENT * pages and library.madvise(low, HUGE_PAGE_BYTES, _MADV_COLLAPSE) == 0:
             moved += HUGE_PAGE_BYTES
     return moved
+
+
+_SMALLEST_BYTES = 2**24  # of a file worth a thread
+_CHUNK_BYTES = 2**17  # the most that Linux reads for one request, unless a disk has it set otherwise
+_SHARE = 1 / 2  # of the memory that is available: of weights a second copy is made, packed
+_MEMORY = Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")  # of a container, its own limits
+
+
+def read_ahead(file: Path) -> threading.Thread | None:
+    """Read `file` in the background; the thread that asks for it, or None where it is not read."""
+    size = file.stat().st_size
+    if not hasattr(os, "posix_fadvise") or size < _SMALLEST_BYTES or size > _SHARE * _available_bytes():
+        return None
+    thread = threading.Thread(target=_ask, args=(file, size), name=f"read ahead {file.name}", daemon=True)
+    thread.start()
+    return thread
+
+
+def _ask(file: Path, size: int) -> None:
+    """What the system holds already costs it a look."""
+    with contextlib.suppress(OSError), file.open("rb") as opened:  # advice alone: whoever needs the file will say more
+        for start in range(0, size, _CHUNK_BYTES):
+            os.posix_fadvise(opened.fileno(), start, _CHUNK_BYTES, os.POSIX_FADV_WILLNEED)
+
+
+def _available_bytes() -> int:
+    """Of the machine, or of this container where it has a limit; 0 where the system does not say."""
+    if not _MEMORY.is_file():
+        return 0
+    available = _numbers(_MEMORY).get("MemAvailable:", 0) * 1024
+    limit, held = _GROUP / "memory.max", _GROUP / "memory.stat"
+    if limit.is_file() and held.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - _numbers(held).get("anon", 0))  # files that it holds can go
+    return available
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """The number in each line, by the word before it."""
+    lines = [line.split() for line in file.read_text().splitlines()]
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}

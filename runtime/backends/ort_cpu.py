@@ -30,9 +30,8 @@ from .base import Block, BlockLimits, SlotArrays
 from .cache_room import room_for, room_for_prompt
 from .host_tables import HostTables, RowArrays, Rows
 from .memory_pages import Moved, in_huge_pages
-from .ort_session import check_session
-from .ort_errors import ORT_ERRORS, raise_backend_error
 from .ort_quantized import quantized_entries
+from .ort_session import ORT_ERRORS, check_session, raise_backend_error
 
 # Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
 # stay in the processor's cache.

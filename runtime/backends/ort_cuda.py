@@ -1,6 +1,6 @@
 """ONNX Runtime on a CUDA GPU: the bundle's `full` graph, with the whole state in device memory.
 
-The same memory and the same calls as the TensorRT backends (see `device_steps`), bound through IOBinding by address: a
+The same memory and the same calls as the TensorRT backends (see `device`), bound through IOBinding by address: a
 cache goes in and comes out at one address. ONNX Runtime runs on the device's own stream. What it falls back to in
 silence is refused: a session without the provider, and heavy operators that it has placed elsewhere.
 """
@@ -22,15 +22,13 @@ from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import Manifest, graph_path, weights_path
 from lrt_deploy.bundle.precisions import QUANTIZED, base_dtype
 from lrt_deploy.errors import BackendError
-from lrt_deploy.gpu import find_gpu
+from lrt_deploy.machine import find_gpu
 
 from .base import BlockLimits
 from .cuda import Arena, CudaDevice, Device
-from .device_buffers import DeviceBuffers
-from .device import PrefillStep, Setup
+from .device import DeviceBuffers, PrefillStep, Setup
 from .host_tables import HostTables
-from .ort_session import check_session
-from .ort_errors import ORT_ERRORS, raise_backend_error
+from .ort_session import ORT_ERRORS, check_session, raise_backend_error
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -106,12 +104,12 @@ class OrtRunner:
         self.outputs = {spec["name"]: spec for spec in outputs}
 
     def context(self, profile: str, stream: int) -> OrtContext:
-        """See `device_steps.Runner`."""
+        """See `device.Runner`."""
         return OrtContext(self)
 
 
 class OrtContext:
-    """Shapes and addresses for a session, and the bindings made of them. See `device_steps.Context`."""
+    """Shapes and addresses for a session, and the bindings made of them. See `device.Context`."""
 
     def __init__(self, runner: OrtRunner) -> None:
         self._runner = runner
@@ -120,22 +118,22 @@ class OrtContext:
         self._bindings: dict[tuple[Any, ...], Any] = {}
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """See `device_steps.Context`."""
+        """See `device.Context`."""
         self._shapes[name] = shape
 
     def bind(self, name: str, address: int) -> None:
-        """See `device_steps.Context`."""
+        """See `device.Context`."""
         self._addresses[name] = address
 
     def ready(self) -> None:
-        """See `device_steps.Context`."""
+        """See `device.Context`."""
         missing = sorted({*self._runner.types, *self._runner.outputs} - set(self._addresses))
         missing += sorted(set(self._runner.types) - set(self._shapes))
         if missing:
             raise BackendError(f"ort-cuda: {missing[0]} has no shape or no address")
 
     def enqueue(self, stream: int) -> None:
-        """See `device_steps.Context`. The stream is the one that the session was made for."""
+        """See `device.Context`. The stream is the one that the session was made for."""
         self.ready()
         key = (*self._shapes.values(), *self._addresses.values())
         if key not in self._bindings:

@@ -1,24 +1,43 @@
-"""Hold an opened ONNX Runtime session against the contract: that the file is the graph that its name says.
+"""ONNX Runtime sessions: hold an opened one against the contract, and turn what it raises into errors of this package.
 
-Names, types and shapes of inputs and outputs are those of the session, not those that the manifest lists; model and
-precision are what the graph's own metadata say. So a graph of another model, flavour or precision is refused, whatever
-its hash.
+ONNX Runtime's exceptions have no base of their own: each derives from Exception. An interrupt, or an exception that a
+signal handler of the caller raised, surfaces in the same line as they do and passes as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from onnxruntime.capi import onnxruntime_pybind11_state as _native
 
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour, TensorSpec
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import BundleError, ConfigError
+from lrt_deploy.errors import BackendError, BundleError, ConfigError
 from lrt_deploy.fields import shown
 from lrt_deploy.files import parse_json
+
+# RuntimeError is what its bindings make of C++ exceptions that have no type of their own, ValueError and IndexError of
+# two of the standard library's. UnicodeDecodeError: a message that quotes a damaged graph and is no text.
+ORT_ERRORS: tuple[type[Exception], ...] = (
+    *(RuntimeError, ValueError, IndexError, UnicodeDecodeError),
+    *(found for found in vars(_native).values() if isinstance(found, type) and issubclass(found, Exception)),
+)
+
+
+def raise_backend_error(error: Exception, what: str) -> NoReturn:
+    """Raise BackendError, which begins with `what`, for an error that `ORT_ERRORS` has caught.
+
+    An error whose type is the caller's own, derived from one of these, is raised as it is.
+    """
+    if type(error) not in ORT_ERRORS:
+        raise error
+    raise BackendError(f"{what}: {error}") from error
+
 
 _DTYPES = {
     "tensor(float)": "float32",

@@ -15,7 +15,7 @@ from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BackendError, BundleError
-from lrt_deploy.gpu import find_gpu
+from lrt_deploy.machine import find_gpu
 
 # Best first; `auto` takes the first that is present.
 BACKENDS: tuple[str, ...] = (*FLAVOURS, "ort-cuda", "ort-cpu")

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.evaluation.comparison import kl_divergence
+from lrt_deploy.evaluation.verdict import kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import PLAIN, SweepOptions
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
 
-from . import traffic
+from . import roofline
 
 Progress = Callable[[str, int, int], None]
 
@@ -60,9 +60,9 @@ class DecodeTimes:
     first_ttft_ms: float  # of the very first prompt: memory is committed, kernels run for the first time
     ttft_ms: list[float]  # one for each repeat: from the prompt to the first token
     tpot_ms: list[float]  # one for each following token
-    copies: traffic.Copies | None
+    copies: roofline.Copies | None
     copies_note: str | None  # why they were not counted
-    writes: traffic.Writes
+    writes: roofline.Writes
     context: int  # tokens in the state, on average over the steps
     outside_backend_fraction: float  # share of a step that is not the backend's: checks, bookkeeping, copies of logits
 
@@ -81,7 +81,7 @@ def measure_decode(
     warm_up = _decode_once(decoder, prompt, min(new_tokens, _WARM_UP_TOKENS), tolerance)
     observed = decoder.prefill([prompt[:1]], policy="stepwise")
     copies = count_step_copies(decoder, observed)
-    writes = traffic.count_writes(observed, lambda: decoder.step(observed, [0]))
+    writes = roofline.count_writes(observed, lambda: decoder.step(observed, [0]))
     first: list[float] = []
     following: list[float] = []
     for repeat in range(repeats):
@@ -118,7 +118,7 @@ def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
     return 1 - sum(inside) / sum(whole)
 
 
-def count_step_copies(decoder: Decoder, state: DecodeState) -> traffic.Copies | None:
+def count_step_copies(decoder: Decoder, state: DecodeState) -> roofline.Copies | None:
     """Take two steps, the second of them under observation: the first may still bind something.
 
     None, and no step, where the state's buffers say that it cannot be counted: see `StateBuffers.copies_note`.
@@ -127,7 +127,7 @@ def count_step_copies(decoder: Decoder, state: DecodeState) -> traffic.Copies | 
         return None
     token = np.full(state.batch, int(state.logits[0].argmax()))
     decoder.step(state, token)
-    return traffic.count_copies(state.buffers, state.lengths, lambda: decoder.step(state, token))
+    return roofline.count_copies(state.buffers, state.lengths, lambda: decoder.step(state, token))
 
 
 def _decode_once(decoder: Decoder, prompt: Sequence[int], new_tokens: int, tolerance: float | None) -> list[float]:

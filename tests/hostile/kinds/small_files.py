@@ -303,7 +303,7 @@ def is_text(data: bytes) -> bool:
 def read(path: Path, use: str, data: bytes, originals: Originals):
     """Use the file; the tokens must be those of its text."""
     from lrt_deploy.cli import options
-    from lrt_deploy.exporters.quantize.calibration_text import calibration_rows
+    from lrt_deploy.exporters.quantize.calibrate import calibration_rows
 
     tokenizer = originals.decoder.tokenizer
     if use == "prompt":
