@@ -129,9 +129,8 @@ class OrtCpuBuffers:
         self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
         self._expected = self.capacity  # tokens that the longest row will come to hold
         shape = (batch, config.n_kv_head, 0, config.head_dim)
-        self._caches = {
-            pair.past: np.zeros(shape, self._dtype) for pair in contract.state_pairs(config) if pair.in_place
-        }
+        self._presents = {pair.past: pair.present for pair in contract.state_pairs(config) if pair.in_place}
+        self._caches = {past: np.zeros(shape, self._dtype) for past in self._presents}
         self._latents = [np.zeros((batch, 1, config.n_embd), self._dtype) for _ in range(2)]
         width = config.n_embd if config.memory else 0
         self._latent_rows = [latent[:, 0, :width] for latent in self._latents]  # views, (B, C) or (B, 0)
@@ -315,11 +314,10 @@ class OrtCpuBuffers:
 
     def _bind_caches(self, call: _Call, rows: slice) -> None:
         """Input and output of a cache share one OrtValue: that is what makes TensorScatter write in place."""
-        for pair in contract.state_pairs(self._config):
-            if pair.in_place:
-                value = ort.OrtValue.ortvalue_from_numpy(self._caches[pair.past][rows])
-                call.binding.bind_ortvalue_input(pair.past, value)
-                call.binding.bind_ortvalue_output(pair.present, value)
+        for past, present in self._presents.items():
+            value = ort.OrtValue.ortvalue_from_numpy(self._caches[past][rows])
+            call.binding.bind_ortvalue_input(past, value)
+            call.binding.bind_ortvalue_output(present, value)
 
 
 def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
