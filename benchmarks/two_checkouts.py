@@ -29,7 +29,11 @@ WORKLOADS = ("step", "step of 8", "generate", "sampled", "batch of 8")
 def work(bundle: str, tokens: int) -> None:
     """Answer each workload named on stdin with the CPU microseconds that one call took, until stdin ends."""
     import lrt_deploy
-    from lrt_deploy.runtime.batch_decoder import BatchDecoder
+
+    try:
+        from lrt_deploy import BatchDecoder
+    except ImportError:  # version 0.1.0 does not export it
+        from lrt_deploy.runtime.batch_decoder import BatchDecoder
 
     decoder = lrt_deploy.open_decoder(bundle, threads=1)
     draw = np.random.default_rng(0)
