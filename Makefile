@@ -35,7 +35,7 @@ check: install
 	$(BIN)/pytest --quiet tests/test_types.py tests/test_layout.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 -m "not slow"
 
-# 100 kills of each thing that writes files, and as many full disks and file limits; ten minutes.
+# 100 kills of each thing that writes files, and as many full disks and file limits; three minutes.
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
 

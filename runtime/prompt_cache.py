@@ -174,7 +174,10 @@ class PromptCache:
         return [f"prompt cache: a damaged entry was removed and its prompt read again ({error})"]
 
     def _store(self, place: Path, state: DecodeState, row: IntArray) -> tuple[str, ...]:
-        """Save an entry and make room; a cache that cannot be written is no reason to fail."""
+        """Make room and save an entry; a cache that cannot be written is no reason to fail.
+
+        Room is made first, so that processes that are killed right after saving do not let the folder grow.
+        """
         path = place / f"{_name(row.tobytes())}{SUFFIX}"
         if state.num_bytes > self.max_bytes or os.path.lexists(path):
             return ()
@@ -183,8 +186,9 @@ class PromptCache:
             place.mkdir(mode=0o700, exist_ok=True)
             if not stat.S_ISDIR(place.lstat().st_mode):
                 raise StateError(f"{place} is a link; expected a folder of entries")
+            self._make_room(state.num_bytes)
             state.save(path)
-            self._make_room()
+            self._make_room(0)  # the file is a little larger than the state, and others store too
         except OSError as error:
             return (_trouble(self.folder, error),)
         except (StateError, InputError) as error:
@@ -192,18 +196,19 @@ class PromptCache:
             return (_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}",)
         return ()
 
-    def _make_room(self) -> None:
-        """Remove what killed processes left, and then the least recently used entries until the rest fits."""
+    def _make_room(self, needed: int) -> None:
+        """Remove what killed processes left, then the least recently used entries until `needed` bytes are free."""
         places = _places(self.folder)
         for place in places:
             _sweep(place)
-        if sum(size for _, size, _ in _all_entries(places)) <= self.max_bytes:
+        room = self.max_bytes - needed
+        if sum(size for _, size, _ in _all_entries(places)) <= room:
             return
         with self._locked():
             found = sorted(_all_entries(places))
             total = sum(size for _, size, _ in found)
             for _, size, path in found:
-                if total <= self.max_bytes:
+                if total <= room:
                     return
                 path.unlink(missing_ok=True)
                 self._known.pop(path, None)

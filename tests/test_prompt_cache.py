@@ -17,6 +17,7 @@ import lrt_deploy
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.files import PARTIAL
 from lrt_deploy.runtime.prompt_cache import MARKER, PromptCache
+from lrt_deploy.runtime.state import DecodeState
 
 NAME = "padded_vocab"
 RNG = np.random.default_rng(10)
@@ -119,6 +120,22 @@ def test_the_folder_stays_within_its_bytes_and_the_least_recently_used_go(decode
     assert sum(path.stat().st_size for path in entries(cache)) <= cache.max_bytes and len(entries(cache)) == 3
     assert read(cache, decoder, prompts[0]).prefill.reused_tokens == len(PROMPT)
     assert read(cache, decoder, prompts[1]).prefill.reused_tokens == 0
+
+
+def test_processes_that_end_right_after_an_entry_is_written_leave_no_more_than_fits(decoder, tmp_path, monkeypatch):
+    size = decoder.prefill([PROMPT]).num_bytes + 3000
+    cache, save = PromptCache(tmp_path, max_bytes=3 * size), DecodeState.save
+
+    def save_and_end(state, path):
+        save(state, path)
+        raise KeyboardInterrupt  # a kill would leave the same files
+
+    monkeypatch.setattr(DecodeState, "save", save_and_end)
+    for first in range(6):
+        with pytest.raises(KeyboardInterrupt):
+            read(cache, decoder, [first, *PROMPT[1:]])
+        assert sum(path.stat().st_size for path in entries(cache)) <= cache.max_bytes
+    assert len(entries(cache)) == 3
 
 
 def test_a_state_larger_than_the_cache_is_not_kept(decoder, tmp_path):
