@@ -7,7 +7,7 @@ and the kernels that ran; the graph of the `full` flavour is held to the same li
 where the model is trained; elsewhere it is measured.
 
 A line of JSON is added to RESULTS for each precision of each export; exports that are in it are not done again. The
-tables are of all lines in it. Exits with 1 if something failed. Half a minute to three minutes an export on one core.
+tables are of all lines in it. Exits with 1 if something failed. About half a minute an export on one core.
 
     python benchmarks/right_exports.py --trained demo/checkpoint --untrained tests/data/golden/* --random 8 \
         --results RESULTS.jsonl [--markdown FILE.md]
@@ -61,7 +61,7 @@ class Case:
 
     @property
     def words(self) -> str:
-        """The options as the command line spells them."""
+        """The options in the words of the command line."""
         options, words = self.options, []
         if options["compensate"]:
             words.append("--compensate")
@@ -90,7 +90,7 @@ def random_checkpoint(index: int, folder: Path) -> Path:
     rng = random.Random(1000 + index)  # noqa: S311 - draws test cases
     config = draw_config(rng)
     if index % 2:
-        config = dataclasses.replace(config, n_embd=config.n_embd * rng.choice((2, 3, 4)))
+        config = dataclasses.replace(config, n_embd=config.n_head * rng.choice((32, 48, 64)))
     write_native(random_model(config, seed=index, memory_scale=rng.choice((0.3, 1.0))), folder)
     return folder
 
