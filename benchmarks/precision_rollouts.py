@@ -2,7 +2,7 @@
 
 Rollouts of 256 greedy steps from each of the golden's prompts against the PyTorch reference in float32, on ONNX
 Runtime's CPU provider; bits per byte of the golden's rows. Two more rows: INT4 with every matrix quantized, and with
-the head and the attention output projections kept precise and the others rounded by GPTQ, measured like the others.
+gates, head and attention output projections kept precise and the others rounded by GPTQ, measured like the others.
 
     python benchmarks/precision_rollouts.py GOLDEN_FOLDER [--steps 256] [--work FOLDER] [--picture FILE.png]
 """
@@ -109,7 +109,7 @@ def main() -> None:
             compensate=True,
             force=True,
         )
-        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, {', '.join(KEPT)} kept, compensated"))
+        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, three kept, GPTQ"))
     show(rows, args.steps)
     print(f"\nINT4: {rows[-2]['mean_kl'] / rows[-1]['mean_kl']:.2f} times less KL with these kept")
     if args.picture:

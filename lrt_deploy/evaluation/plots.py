@@ -52,10 +52,11 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
         panels.append(("bits_per_byte", "bits per byte"))
     figure = new_figure(4.2 * len(panels), 0.42 * len(rows) + 1.5, _DPI, title)
     names = [str(row["precision"]) for row in rows]
-    for axes, (field, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    drawn = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    drawn[0].invert_yaxis()
+    for axes, (field, label) in zip(drawn, panels, strict=True):
         values = [float(row[field]) for row in rows]
         axes.barh(names, values, color=_BLUE, height=0.6)
-        axes.invert_yaxis()
         if field == "mean_kl":
             axes.set_xscale("log")
             axes.set_xlim(left=min(value for value in values if value > 0) / 10)
