@@ -82,7 +82,11 @@ _PARITY = {
 
 
 # A model whose best two logits are this near to one another in the median hardly prefers any token, so that rounding
-# changes its first choices often. Chosen, not measured: it decides words of the verdict alone.
+# changes its first choices often. It decides words of the verdict alone. Measured on the reference over prompt and
+# greedy tokens: 47 of 48 random models 0.14 to 0.42, one 0.56; a model of `examples/train_tiny.py` 0.002 untrained,
+# 0.11 after 10 steps, 0.46 and 0.36 after 20 and 40, 0.71 and 0.84 after 80 and 131; trained golden 0.70, demo 2.7.
+# Random weights may also give logits that are not level: those of the tiny goldens are 0.44 to 0.74 apart, and as
+# peaked as a trained model's (entropy 0.44 to 0.53 of ln V; random models 0.87 to 0.93, trained ones 0.22 to 0.48).
 LEVEL_MARGIN = 0.5
 
 
