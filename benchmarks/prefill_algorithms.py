@@ -6,7 +6,7 @@ reading in the same run; the repetitions of all algorithms take turns. What lost
 
     .venv/bin/python benchmarks/prefill_algorithms.py [--bundle B] [--tokens 256 700] [--out FILE.json]
 
-Without --bundle, the trained golden (or the demo's checkpoint) is exported to a temporary folder. `--calibrate N`
+Without --bundle, the demo's checkpoint is exported to a temporary folder. `--calibrate N`
 reads N prompts at several tolerances instead and reports the KL of the next token.
 """
 
@@ -34,7 +34,8 @@ from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TO
 from lrt_deploy.types import FloatArray, IntArray
 
 ROOT = Path(__file__).parents[1]
-TRAINED = (ROOT.parent / "shared" / "golden" / "trained", ROOT / "shared" / "golden" / "trained")
+DEMO = ROOT / "demo" / "checkpoint"
+RECORDING = ROOT / "tests" / "data" / "demo_golden.npz"
 TARGETS = (DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE)
 MAX_PASSES = 40
 INT8_PASSES = 3
@@ -311,12 +312,10 @@ def quantized(bundle: Path, decoder: Decoder, folder: Path) -> OrtCpuBackend | s
         return f"{type(error).__name__}: {error}"
 
 
-def default_bundle(folder: Path) -> tuple[Path, IntArray | None]:
-    """Export the trained golden, or the demo, and return the golden's held-out tokens."""
-    trained = next((path for path in TRAINED if path.is_dir()), None)
-    lrt_deploy.export_bundle(trained or ROOT / "demo" / "checkpoint", folder / "bundle", max_seq_len=1100)
-    tokens = None if trained is None else np.load(trained / "golden.npz")["bpb_x"].reshape(-1)
-    return folder / "bundle", tokens
+def default_bundle(folder: Path) -> tuple[Path, IntArray]:
+    """Export the demo, and return held-out tokens of its golden."""
+    lrt_deploy.export_bundle(DEMO, folder / "bundle", max_seq_len=1100)
+    return folder / "bundle", np.load(RECORDING)["bpb_x"].reshape(-1)
 
 
 def text_tokens(decoder: Decoder, count: int) -> IntArray:

@@ -27,9 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TINY = tuple(sorted(folder.name for folder in GOLDEN.iterdir()))
-TRAINED = "trained"
-# The trained golden is too large to be committed; it lies beside the checkout, or in it, where it is present at all.
-TRAINED_FOLDERS = (ROOT.parent / "shared" / "golden" / TRAINED, ROOT / "shared" / "golden" / TRAINED)
+# The trained golden: the demo's checkpoint, or another one with its `golden.npz` in the same folder.
+TRAINED = "demo"
+OTHER_TRAINED = os.environ.get("LRT_DEPLOY_GOLDEN")
 CAPACITIES = {"no_x0": 640, TRAINED: 640}  # for the long rollouts; all others
 CAPACITY = 128
 EXPORT_SECONDS = 400
@@ -41,10 +41,12 @@ class Golden:
 
     name: str
     folder: Path
+    """Of the checkpoint."""
+    recording: Path
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
-        with np.load(self.folder / "golden.npz") as file:
+        with np.load(self.recording) as file:
             return dict(file)
 
     @property
@@ -59,7 +61,7 @@ class Golden:
 
     @property
     def last_logits(self) -> np.ndarray:
-        """(B, n, V) of the sequential run, for the last n positions; n = T except in the trained golden."""
+        """(B, n, V) of the sequential run, for the last n positions; n = T except in the trained one."""
         return self.arrays.get("seq_logits", self.arrays.get("seq_logits_last32"))
 
     def greedy_runs(self) -> list[tuple[list[int], list[int]]]:
@@ -75,12 +77,11 @@ class Golden:
 
 
 def find_golden(name: str) -> Golden:
-    if name in TINY:
-        return Golden(name, GOLDEN / name)
-    folder = next((folder for folder in TRAINED_FOLDERS if (folder / "golden.npz").is_file()), None)
-    if folder is None:
-        pytest.skip(f"the trained golden is not here ({' nor '.join(map(str, TRAINED_FOLDERS))})")
-    return Golden(name, folder)
+    assert name in (*TINY, TRAINED)
+    if name == TRAINED and OTHER_TRAINED is None:
+        return Golden(name, ROOT / "demo" / "checkpoint", GOLDEN.parent / "demo_golden.npz")
+    folder = GOLDEN / name if name in TINY else Path(OTHER_TRAINED)
+    return Golden(name, folder, folder / "golden.npz")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -128,7 +129,7 @@ def tiny_names() -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def golden_of():
-    """name -> Golden; skips the test where it is the trained one and absent."""
+    """name -> Golden."""
     found: dict[str, Golden] = {}
 
     def get(name: str) -> Golden:
@@ -212,20 +213,19 @@ def host_embeddings_once(make_once, golden_of):
 
 
 @pytest.fixture(scope="session")
-def in_every_precision(make_once, golden_of, root):
-    """Name of a golden, or `demo` -> bundle folder with all precisions, traced once. Tests must not change it."""
+def in_every_precision(make_once, golden_of):
+    """Name of a golden -> bundle folder with all precisions, traced once. Tests must not change it."""
 
     def export(name: str) -> Path:
         import lrt_deploy
         from lrt_deploy.bundle.precisions import PRECISIONS
 
-        source = root / "demo" / "checkpoint" if name == "demo" else golden_of(name).folder
-        capacity = 256 if name == "demo" else CAPACITY
+        capacity = 256 if name == TRAINED else CAPACITY
 
         def make(folder: Path) -> None:
-            lrt_deploy.export_bundle(source, folder, precision=PRECISIONS, max_seq_len=capacity)
+            lrt_deploy.export_bundle(golden_of(name).folder, folder, precision=PRECISIONS, max_seq_len=capacity)
 
-        return make_once("precisions" if name == "demo" else f"precisions-{name}", make)
+        return make_once(f"precisions-{name}", make)
 
     return export
 

@@ -14,7 +14,7 @@ PROMPTS = [RNG.integers(0, 250, n).tolist() for n in (3, 40, 1, 70, 12, 25, 90, 
 BUDGETS = [9, 4, 20, 30, 1, 7, 12, 33, 2, 16, 5]
 
 
-@pytest.fixture(params=["padded_vocab", "mr_gqa_SSSL", "baseline_ve", "trained"])
+@pytest.fixture(params=["padded_vocab", "mr_gqa_SSSL", "baseline_ve", "demo"])
 def decoder(request, decoder_of):
     return decoder_of(request.param)
 

@@ -163,7 +163,7 @@ def test_caches_equal_the_authors(run, golden, tolerances):
 @slow
 def test_greedy_continuations_equal_the_authors_in_all_tokens(golden, decoder_of):
     runs = golden.greedy_runs()
-    assert len(runs) == (3 if golden.name == "trained" else 1)
+    assert len(runs) == (3 if golden.name == "demo" else 1)
     for prompt, expected in runs:
         events = list(decoder_of(golden.name).generate(prompt, len(expected), stop_ids=[]))
         assert [event.token for event in events] == expected
@@ -234,7 +234,7 @@ def test_parallel_passes_equal_the_authors(golden, tolerances):
 def test_bits_per_byte_equal_the_authors(golden, decoder_of, tolerances, batch_size):
     from lrt_deploy.evaluation.bits_per_byte import evaluate
 
-    if golden.name == "trained" and batch_size == 1:
+    if golden.name == "demo" and batch_size == 1:
         pytest.skip("one batch size is enough for the large one")
     arrays = golden.arrays
     result = evaluate(
@@ -378,7 +378,7 @@ FAULTS = [
     one_percent_of_one_matrix,
 ]
 PLANTED = [("mr_gqa_SSSL", fault) for fault in FAULTS]
-PLANTED += [("gate32", last_layer_not_long), ("trained", larger_epsilon), ("mr_mha_L", no_key_memory)]
+PLANTED += [("gate32", last_layer_not_long), ("demo", larger_epsilon), ("mr_mha_L", no_key_memory)]
 
 
 @pytest.mark.parametrize(("name", "plant"), PLANTED, ids=lambda value: getattr(value, "__name__", value))

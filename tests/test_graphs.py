@@ -168,7 +168,7 @@ def test_the_weights_file_holds_every_parameter_once_and_little_else(bundled):
 
 
 def test_graphs_are_small_beside_their_weights(export_once):
-    folder = export_once("trained") / "graphs" / "fp32"
+    folder = export_once("demo") / "graphs" / "fp32"
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     assert len(sizes) == 5
     assert sum(sizes.values()) < 1.1 * sizes[WEIGHTS]

@@ -115,20 +115,13 @@ def continue_greedily(decoder, expected, state, count=GREEDY_TOKENS) -> int:
 # Trained models
 
 
-@pytest.fixture(scope="module", params=["trained", "demo"])
+@pytest.fixture(scope="module", params=["held out", "other text"])
 def trained(request, golden_of, make_once, root):
     """(bundle, 700 tokens) of a model that was trained, so that its memory contracts."""
-    if request.param == "trained":
-        golden = golden_of("trained")
-        source, ids = golden.folder, golden.arrays["bpb_x"].reshape(-1)
-    else:
-        source, ids = root / "demo" / "checkpoint", None
-        if not list(source.glob("model_*.pt")):
-            pytest.skip(f"{source} holds no checkpoint yet")
-    bundle = make_once(
-        f"prefill-{request.param}", lambda folder: lrt_deploy.export_bundle(source, folder, max_seq_len=1100)
-    )
-    if ids is None:
+    golden = golden_of("demo")
+    bundle = make_once("prefill", lambda folder: lrt_deploy.export_bundle(golden.folder, folder, max_seq_len=1100))
+    ids = golden.arrays["bpb_x"].reshape(-1)
+    if request.param == "other text":
         with lrt_deploy.open_decoder(bundle) as decoder:
             ids = decoder.tokenizer.encode_prompt((root / "LICENSE").read_text())
     return bundle, np.resize(ids, max(LENGTHS)).tolist()

@@ -20,7 +20,7 @@ def read(decoder, prompts, state, **options):
     return decoder.prefill(prompts, state=state, reuse=True, **options)
 
 
-@pytest.mark.parametrize("name", ["padded_vocab", "mr_gqa_SSSL", "baseline_ve", "trained"])
+@pytest.mark.parametrize("name", ["padded_vocab", "mr_gqa_SSSL", "baseline_ve", "demo"])
 @pytest.mark.parametrize("kept", [0, 1, 31, 59, 60])
 def test_an_edited_prompt_gives_what_reading_it_whole_gives_to_the_bit(name, kept, decoder_of):
     decoder, edited = decoder_of(name), LONG[:kept] + OTHER

@@ -18,7 +18,7 @@ from lrt_deploy.runtime.backends import ort_cpu
 from lrt_deploy.runtime.backends.base import check_finite
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 
-NAMES = (*sorted(path.name for path in (Path(__file__).parent / "data" / "golden").iterdir()), "trained")
+NAMES = (*sorted(path.name for path in (Path(__file__).parent / "data" / "golden").iterdir()), "demo")
 CAPACITY = 128
 RNG = np.random.default_rng(5)
 LONG, SHORT, OTHER = (RNG.integers(0, 250, n).tolist() for n in (40, 7, 23))

@@ -52,7 +52,7 @@ assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("name", [NAME, "mr_gqa_SSSL", "baseline_ve", "trained"])
+@pytest.mark.parametrize("name", [NAME, "mr_gqa_SSSL", "baseline_ve", "demo"])
 def test_another_process_continues_to_the_bit(name, decoder_of, export_once, tmp_path):
     decoder = decoder_of(name)
     state = decoder.prefill([LONG, SHORT], policy="fixed-point", tolerance=1e-4)

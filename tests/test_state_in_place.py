@@ -27,7 +27,7 @@ OPEN = """
 import sys
 from pathlib import Path
 import numpy as np
-from lrt_deploy import contract
+from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import read_manifest
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 folder = Path(sys.argv[1])
@@ -65,7 +65,7 @@ def run_script(script, bundle):
     return result
 
 
-@pytest.mark.parametrize("name", ["no_x0", "trained"])
+@pytest.mark.parametrize("name", ["no_x0", "demo"])
 def test_a_long_rollout_draws_no_copy_warning(name, export_once):
     result = run_script(OPEN + ROLL_OUT, export_once(name))
     assert result.stdout == f"steps {STEPS}\n"

@@ -128,7 +128,7 @@ BUDGET = settings(
 )
 
 
-@pytest.mark.parametrize("name", ["mr_gqa_SSSL", "baseline_ve", "trained"])
+@pytest.mark.parametrize("name", ["mr_gqa_SSSL", "baseline_ve", "demo"])
 def test_any_history_of_a_batch_equals_single_rows(name, decoder_of, tolerances):
     fields = {"decoder": decoder_of(name), "tolerances": tolerances, "truths": {}}
     run_state_machine_as_test(type("Batch", (Batch,), fields), settings=BUDGET)
