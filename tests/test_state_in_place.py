@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 import lrt_deploy
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import read_manifest
-from lrt_deploy.runtime.backends.cache_room import room_for, room_for_prompt
-from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
+from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend, room_for, room_for_prompt
 
 pytestmark = pytest.mark.slow  # for the exports
 
