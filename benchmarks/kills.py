@@ -46,8 +46,8 @@ import lrt_deploy
 from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_plan, read_sidecar
 from lrt_deploy.bundle.manifest import read_manifest, verify_files
 from lrt_deploy.errors import LRTDeployError
-from lrt_deploy.exporters import bundle as bundle_module
 from lrt_deploy.exporters.engine import build as engine_module
+from lrt_deploy.exporters.graph import trace as trace_module
 from lrt_deploy.runtime.prompt_cache import PromptCache
 from lrt_deploy.runtime.state_file import read_file
 
@@ -108,7 +108,7 @@ def operations(checkpoint: Path, folder: Path, whole: bool) -> Iterator[Operatio
 
 def trace_once() -> None:
     """Trace a model of each capacity once for this process and its forks; tracing writes nothing."""
-    original, traced = bundle_module.trace, dict[Any, Any]()
+    original, traced = trace_module.trace, dict[Any, Any]()
 
     def trace(model: Any) -> Any:  # noqa: ANN401
         capacity = model.cos.shape
@@ -116,7 +116,7 @@ def trace_once() -> None:
             traced[capacity] = original(model)
         return traced[capacity].clone()
 
-    bundle_module.trace = trace
+    trace_module.trace = trace
 
 
 def nothing(folder: Path) -> None:
@@ -150,7 +150,7 @@ def build_operation(bundle: Path, whole: bool) -> Iterator[Operation]:
     """Build an engine with TensorRT-RTX, where it is installed, in place of an older one."""
     if importlib.util.find_spec("tensorrt_rtx") is None:
         return
-    options = engine_module.BuildOptions(backend="tensorrt-rtx", force=True)
+    options: dict[str, Any] = {"backend": "tensorrt-rtx", "force": True}
     if not whole:
         original, built = engine_module._built, dict[str, Any]()
 
@@ -160,7 +160,7 @@ def build_operation(bundle: Path, whole: bool) -> Iterator[Operation]:
             return built["plan"]
 
         engine_module._built = build_once
-    engine_module.build_engine(bundle, options)
+    engine_module.build_engine(bundle, **options)
     place = engine_folder(bundle, "tensorrt-rtx", "fp32")
     old = read_sidecar(place / PLAN)
 
@@ -171,7 +171,7 @@ def build_operation(bundle: Path, whole: bool) -> Iterator[Operation]:
         return "old" if sidecar == old else "new"
 
     def run(folder: Path) -> None:
-        engine_module.build_engine(folder / "target", options)
+        engine_module.build_engine(folder / "target", **options)
 
     yield Operation("build", copying(bundle), run, check, folder_bytes(place))
     shutil.rmtree(bundle / "engines")

@@ -1,38 +1,35 @@
 """Export a checkpoint as a bundle: trace, clean, write graphs, weights, tokenizer and manifest, then rename into place.
 
-A bundle is whole or absent: everything is made in a temporary folder beside the target.
+A bundle is whole or absent: everything is made in a temporary folder beside the target. Loading this file is cheap:
+torch and the graph tools are imported when an export begins.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lrt_deploy.arguments import check_callable, check_flag, check_path, check_texts, check_whole
 from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.manifest import Manifest
-from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS, PRECISIONS, base_dtype
+from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
-from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import ExportError, InputError
-from lrt_deploy.exporters.graph.ort_verify import verify_graphs
-from lrt_deploy.exporters.graph.precision_graphs import write_precision
-from lrt_deploy.exporters.graph.trace import trace
-from lrt_deploy.exporters.quantize.calibrate import Calibration, calibrate, calibration_rows
-from lrt_deploy.exporters.quantize.plan import make_plan, matching, needs_calibration
+from lrt_deploy.errors import ExportError
 from lrt_deploy.files import read_json, read_text
-from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
-from lrt_deploy.model.model import LRT
 from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 
 from .atomic_folder import atomic_folder, recover
-from .early_checks import check_batch, check_space, check_target
-from .graph import passes
+from .export_options import ExportOptions, check_space, check_target
+
+if TYPE_CHECKING:
+    from lrt_deploy.exporters.quantize.calibrate import Calibration
+    from lrt_deploy.model.checkpoint import Checkpoint
+    from lrt_deploy.model.model import LRT
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
 Progress = Callable[[str, int, int], None]
@@ -43,40 +40,76 @@ _DIGEST_FORM = re.compile(rf"[0-9a-f]{{64}}  {re.escape(manifest.MANIFEST)}\n?")
 _ADDED_LATER = ("engines", "reports")
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `export_bundle` takes beside the two folders; None means the default that DESIGN gives."""
-
-    precisions: tuple[str, ...] = ("fp32",)
-    max_seq_len: int | None = None
-    max_batch_size: int = 8
-    tokenizer: Path | None = None
-    step: int | None = None
-    force: bool = False
-    calibration: Path | None = None
-    keep_high: tuple[str, ...] | None = None
-    compensate: bool = False
-    int4_block: int | None = None
-    host_embeddings: bool = False
-
-
 def export_bundle(
     checkpoint: str | Path,
     bundle: str | Path,
-    options: ExportOptions,
+    *,
+    precision: str | Sequence[str] = "fp32",
+    max_seq_len: int | None = None,
+    max_batch_size: int = 8,
+    tokenizer: str | Path | None = None,
+    step: int | None = None,
+    force: bool = False,
+    calibration: str | Path | None = None,
+    keep_high: Sequence[str] | None = None,
+    compensate: bool = False,
+    int4_block: int | None = None,
+    host_embeddings: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Manifest:
-    """Export `checkpoint` (see `checkpoint.open_checkpoint`) to the folder `bundle` and return its manifest.
+    """Export a checkpoint to a bundle folder and return the bundle's manifest.
 
-    Raises CheckpointError for what comes in and ExportError for what cannot go out; leaves no partial bundle.
+    Args:
+        checkpoint: a checkpoint folder or weights file, in the authors' layout or the native one.
+        bundle: the folder to make. It is whole or absent.
+        precision: one or several of `fp32`, `fp16`, `bf16`, `int8` (W8A8), `int8-weight-only`, `int4-weight-only`.
+        max_seq_len: tokens that a sequence can hold; None: the model's `sequence_len`. At most 10 times that.
+        max_batch_size: sequences that can run together.
+        tokenizer: a folder with `tokenizer.pkl` or `tokenizer.json`, or one of these files; `none`: no tokenizer;
+            None: the one that belongs to the checkpoint, if any.
+        step: which of several saved steps; None: the last.
+        force: replace an existing bundle.
+        calibration: a text file on which ranges and int8 activations are measured; None: the one that is shipped.
+        keep_high: matrices that stay precise, as `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0`; None: the
+            default of each precision; empty: none.
+        compensate: round int4 weights by GPTQ, so that later rows make up for the error of earlier ones.
+        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: 32.
+        host_embeddings: keep the embedding tables out of graphs and engines; the runtime maps them.
+        progress: called with (what, done, total), in bytes or 0, 0. What it raises ends the export.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint cannot be read, or its model is not known to this version.
+        ExportError: the bundle cannot be made as asked for. Nothing is left behind.
+        InputError: an argument is not of its type.
+
     """
-    target = Path(bundle) if Path(bundle).name else Path(bundle).resolve()  # `.` cannot be renamed
+    source, target = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
+    options = ExportOptions(
+        precisions=(precision,) if isinstance(precision, str) else check_texts(precision, "precision"),
+        max_seq_len=None if max_seq_len is None else check_whole(max_seq_len, "max_seq_len"),
+        max_batch_size=check_whole(max_batch_size, "max_batch_size"),
+        tokenizer=None if tokenizer is None else check_path(tokenizer, "tokenizer"),
+        step=None if step is None else check_whole(step, "step"),
+        force=check_flag(force, "force"),
+        calibration=None if calibration is None else check_path(calibration, "calibration"),
+        keep_high=None if keep_high is None else check_texts(keep_high, "keep_high"),
+        compensate=check_flag(compensate, "compensate"),
+        int4_block=None if int4_block is None else check_whole(int4_block, "int4_block"),
+        host_embeddings=check_flag(host_embeddings, "host_embeddings"),
+    )
+    return _export(source, target, options, check_callable(progress, "progress"))
+
+
+def _export(source: Path, bundle: Path, options: ExportOptions, progress: Progress) -> Manifest:
+    from lrt_deploy.model.checkpoint import open_checkpoint
+
+    target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
-    check_options(options)
+    options.check()
     check_target(target, ExportError)
     progress("reading the checkpoint", 0, 0)
-    opened = open_checkpoint(checkpoint, options.step)
-    capacity = check_limits(opened.config, options)
+    opened = open_checkpoint(source, options.step)
+    capacity = options.capacity(opened.config)
     tokenizer = find_tokenizer(opened, options.tokenizer)
     check_space(target, opened.config, options.precisions)
     with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
@@ -89,7 +122,7 @@ def export_bundle(
 
 
 def refuse_existing(target: Path, force: bool) -> None:
-    """Raise ExportError for an existing target, unless it is to be replaced and may be."""
+    """Raise ExportError for an existing target, unless `force` is given and it may be replaced."""
     recover(target)
     if not os.path.lexists(target):
         return
@@ -118,7 +151,7 @@ def check_replaceable(target: Path) -> None:
 
 
 def _foreign_in(folder: Path) -> str | None:
-    """Say what in a folder is not of a bundle, if anything is not."""
+    """Describe the first thing in a folder that no bundle has; None if there is none."""
     if not os.path.lexists(folder / manifest.MANIFEST):
         return f"holds {min(path.name for path in folder.iterdir())} and no {manifest.MANIFEST}"
     try:
@@ -139,44 +172,6 @@ def _foreign_in(folder: Path) -> str | None:
     return None
 
 
-def check_limits(config: LRTConfig, options: ExportOptions) -> int:
-    """Return the capacity in tokens; refuse what the model cannot do."""
-    capacity = config.sequence_len if options.max_seq_len is None else options.max_seq_len
-    if not 1 <= capacity <= config.max_positions:
-        raise ExportError(
-            f"max_seq_len is {capacity}; this model's rotary tables cover 1 to {config.max_positions} positions "
-            f"(10 x sequence_len, as the authors built them)"
-        )
-    check_batch(config, options.precisions, options.max_batch_size, capacity)
-    matching(options.keep_high or (), matrix_shapes(config), strict=True)
-    return capacity
-
-
-def check_options(options: ExportOptions) -> None:
-    """Refuse what this version cannot do, whatever the model."""
-    if options.calibration is not None and not options.calibration.exists():
-        raise InputError(f"the calibration text {options.calibration} does not exist")
-    unknown = [p for p in options.precisions if p not in PRECISIONS]
-    if unknown or not options.precisions or len(set(options.precisions)) != len(options.precisions):
-        asked, held = ", ".join(options.precisions) or "empty", ", ".join(PRECISIONS)
-        raise ExportError(f"precision is {asked}; this version exports {held}, each once")
-    _check_int4_block(options)
-
-
-def _check_int4_block(options: ExportOptions) -> None:
-    """A block that is asked for is one that int4 can have, and there is int4 to have it."""
-    block, held = options.int4_block, ", ".join(map(str, INT4_BLOCKS))
-    if block is None:
-        return
-    if block not in INT4_BLOCKS:
-        raise ExportError(f"int4_block is {block}, expected one of {held}: rows of a column that share a scale")
-    if INT4 not in options.precisions:
-        raise ExportError(
-            f"int4_block is {block}, and {', '.join(options.precisions)} has no int4 weights; add --precision {INT4} "
-            "or leave --int4-block out"
-        )
-
-
 def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenizer | None:
     """The tokenizer that was named (`none`: without), else the one that belongs to the checkpoint, else None.
 
@@ -194,14 +189,20 @@ def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenize
 
 @dataclass(frozen=True)
 class Graphs:
-    """What the manifest says of the graphs: details of each precision, and its tables where they are on the host."""
+    """The manifest's entries on graphs: details of each precision, and its tables where they are on the host."""
 
     details: dict[str, Any]
     tables: dict[str, dict[str, manifest.TableRecord]]
 
 
 def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> Graphs:
-    """Trace once; every precision is derived from that graph. Returns what the manifest says of each precision."""
+    """Trace the model once, derive the graphs of every precision, and write them and their weights below `folder`."""
+    from .graph import passes
+    from .graph.ort_verify import verify_graphs
+    from .graph.precision_graphs import write_precision
+    from .graph.trace import trace
+    from .quantize.plan import make_plan, needs_calibration
+
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
     details: dict[str, Any] = {}
@@ -215,7 +216,7 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
     plans = [make_plan(p, matrices, options.keep_high, seen, options.int4_block) for p in options.precisions]
     tables: dict[str, dict[str, manifest.TableRecord]] = {}
     for plan in plans:
-        plan = dataclasses.replace(plan, host_embeddings=options.host_embeddings)
+        plan = replace(plan, host_embeddings=options.host_embeddings)
         written = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
         say(f"opening the {plan.precision} graphs", 0, 0)
         verify_graphs(folder, plan.precision)
@@ -228,7 +229,9 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
 def _calibrate(
     model: LRT, options: ExportOptions, capacity: int, folder: Path, say: Progress
 ) -> tuple[Calibration, dict[str, Any]]:
-    """Roll the reference out over the calibration text; returns what was seen, and what it was seen on."""
+    """Roll the reference out over the calibration text; return the measurements, and the manifest's entry on them."""
+    from .quantize.calibrate import calibrate, calibration_rows
+
     has_tokenizer = (folder / manifest.TOKENIZER).is_dir()
     tokenizer = Tokenizer.open(folder / manifest.TOKENIZER) if has_tokenizer else None
     rows = calibration_rows(options.calibration, tokenizer, model.config.vocab_size, capacity)
@@ -251,7 +254,7 @@ def _manifest(
         model=config,
         max_seq_len=capacity,
         max_batch_size=options.max_batch_size,
-        precisions=tuple(options.precisions),
+        precisions=options.precisions,
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
         contracts={
             precision: {

@@ -1,7 +1,7 @@
 """Engines are really built here, which TensorRT-RTX does without a GPU: what they consist of, and what is refused.
 
-A plan cannot be run or even read without a GPU, so what can be held against the promise is the parsed network and the
-sidecar. The proof's twins are graphs with one thing changed.
+A plan cannot be run or even read without a GPU, so the parsed network and the sidecar are compared with what is
+expected. The twins that must fail are graphs with one thing changed.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.cli.build import engine_rows
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import build as build_module
-from lrt_deploy.exporters.engine.build import BuildOptions, profiles
 from lrt_deploy.exporters.engine.build import build_engine as build
+from lrt_deploy.exporters.engine.build import profiles
 from lrt_deploy.exporters.engine.tensorrt import BuildLog, parse, tensorrt_copy
-from lrt_deploy.exporters.engine.verify import Product, promise_of, prove
+from lrt_deploy.exporters.engine.verify import Product, expected_network, verify
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 
@@ -54,7 +54,7 @@ def built(bundle):
         "import lrt_deploy\n"
         "seen = []\n"
         "lrt_deploy.build_engine(sys.argv[1], backend='tensorrt-rtx', progress=lambda *step: seen.append(step[0]))\n"
-        "assert 'proving' in seen and any(what.startswith('TensorRT: ') for what in seen), seen\n"
+        "assert 'verifying' in seen and any(what.startswith('TensorRT: ') for what in seen), seen\n"
         "print('onnxruntime' in sys.modules)\n"
     )
     result = subprocess.run(
@@ -122,7 +122,7 @@ def test_an_engine_does_not_hold_tables_that_are_on_the_host(built, host_embeddi
     assert whole.plan_bytes - sidecar.plan_bytes == pytest.approx(tables, rel=0.1)
 
 
-def test_the_network_is_what_was_promised(built, manifest):
+def test_the_network_is_what_is_expected(built, manifest):
     layers, count = read_sidecar(built).layers, manifest.model.n_layer
     assert (layers["kv_cache_update"], layers["attention"]) == (2 * count, count)
     assert layers["attention_masks"] == 2
@@ -142,20 +142,21 @@ def test_an_existing_engine_is_kept_unless_forced_and_nothing_is_left_behind(bun
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (BuildOptions("tensorrt-rtx", "fp64"), "there is no precision .fp64.; this bundle holds fp32"),
-        (BuildOptions("cuda"), "'cuda' is none of them"),
-        (BuildOptions("tensorrt-rtx", chunk_tokens=0), "chunk_tokens is 0"),
+        ({"backend": "tensorrt-rtx", "precision": "fp64"}, "there is no precision .fp64.; this bundle holds fp32"),
+        ({"backend": "cuda"}, "'cuda' is none of them"),
+        ({"backend": "tensorrt-rtx", "max_batch_size": 0}, "max_batch_size is 0"),
+        ({"backend": "tensorrt-rtx", "chunk_tokens": 10**6}, "chunk_tokens is 1000000"),
     ],
 )
 def test_what_cannot_be_built_is_refused_by_name(bundle, options, message):
     with pytest.raises(EngineError, match=message):
-        build(bundle, options)
+        build(bundle, **options)
 
 
 def test_a_library_that_is_missing_is_named_with_what_installs_it(bundle, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(EngineError, match="install the extra 'tensorrt'"):
-        build(bundle, BuildOptions("tensorrt"))
+        build(bundle, backend="tensorrt")
 
 
 AS_FULL_TENSORRT = """
@@ -215,7 +216,7 @@ def test_profiles_follow_the_bundle():
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
 @pytest.mark.parametrize("name", ["demo", GOLDEN])
-def test_every_precision_is_built_as_promised(in_every_precision, tmp_path, name, precision):
+def test_every_precision_is_built_as_expected(in_every_precision, tmp_path, name, precision):
     """The demo checkpoint (windows, heads without groups) and a golden with grouped heads, without a GPU."""
     folder = tmp_path / "bundle"
     shutil.copytree(in_every_precision(name), folder)
@@ -250,14 +251,13 @@ def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model
     config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
     source = export_model("two-heads", lambda: random_model(config, seed=1), precision="fp16")
     folder, said = shutil.copytree(source, tmp_path / "bundle"), []
-    options = BuildOptions(backend="tensorrt-rtx")
-    sidecar = build(folder, options, progress=lambda what, done, total: said.append(what))
+    sidecar = build(folder, backend="tensorrt-rtx", progress=lambda what, done, total: said.append(what))
     assert "building again, with attention decomposed" in said
     assert sidecar.layers["attention"] == 2 and sidecar.layers["attention_decomposable"] is True
     assert engine_rows(sidecar)["attentions"].endswith("decomposed where there is no fused kernel")
     monkeypatch.setattr(build_module, "NoFusedAttentionError", ZeroDivisionError)
     with pytest.raises(EngineError, match="dedicated kernel"):
-        build(folder, BuildOptions(backend="tensorrt-rtx", force=True))
+        build(folder, backend="tensorrt-rtx", force=True)
 
 
 @pytest.mark.slow
@@ -284,14 +284,14 @@ def test_int4_is_built_in_wider_blocks(int4_in_blocks, tmp_path, block, width):
 
 def test_a_float32_graph_asked_for_as_fp16_fails_with_the_layers_named(bundle, manifest):
     network, _keep = network_of(bundle)
-    promise = promise_of(manifest, "fp32")
-    assert prove(RTX.load(), network, promise)["kv_cache_update"] == 8
+    expected = expected_network(manifest, "fp32")
+    assert verify(RTX.load(), network, expected)["kv_cache_update"] == 8
     half = dataclasses.replace(
-        promise, precision="fp16", base="float16", products={name: Product("float16") for name in promise.products}
+        expected, precision="fp16", base="float16", products={name: Product("float16") for name in expected.products}
     )
-    with pytest.raises(EngineError, match=r"not what fp16 promises, so nothing was built") as caught:
-        prove(RTX.load(), network, half)
-    assert "keeps past_key_0 in float32, promised is float16" in str(caught.value)
+    with pytest.raises(EngineError, match=r"not what fp16 expects, so nothing was built") as caught:
+        verify(RTX.load(), network, half)
+    assert "keeps past_key_0 in float32, expected is float16" in str(caught.value)
     assert "and 22 more" in str(caught.value)  # 8 caches, 4 attentions and 22 products, 12 of them named
 
 
@@ -303,18 +303,18 @@ def test_a_bundle_whose_fp16_graph_is_float32_builds_nothing(in_every_precision,
     for file in (graph_path("fp16", "prefill", "full"), "graphs/fp16/weights.bin"):
         shutil.copy(folder / file.replace("fp16", "fp32"), folder / file)
     write_manifest(folder, read_manifest(folder))
-    with pytest.raises(EngineError, match=r"not what fp16 promises.*past_key_0 in float32, promised is float16"):
+    with pytest.raises(EngineError, match=r"not what fp16 expects.*past_key_0 in float32, expected is float16"):
         lrt_deploy.build_engine(folder, backend="tensorrt-rtx", precision="fp16")
     assert not engine_folder(folder, "tensorrt-rtx", "fp16").exists()
 
 
-def test_a_promise_of_other_numbers_fails(in_every_precision):
-    """The twin: quantized products held against another precision's promise."""
+def test_an_expectation_of_other_numbers_fails(in_every_precision):
+    """The twin: quantized products compared with what another precision expects."""
     folder = in_every_precision(GOLDEN)
     network, _keep = network_of(folder, precision="int8")
     for other in ("int8-weight-only", "fp16"):
         with pytest.raises(EngineError, match=r"\(blocks\.0\.qkv\) computes in float16 with int8 weights and int8 act"):
-            prove(RTX.load(), network, promise_of(read_manifest(folder), other))
+            verify(RTX.load(), network, expected_network(read_manifest(folder), other))
 
 
 def test_a_bundle_whose_graph_multiplies_twice_by_one_weight_builds_nothing(bundle, tmp_path):
@@ -327,7 +327,7 @@ def test_a_bundle_whose_graph_multiplies_twice_by_one_weight_builds_nothing(bund
     onnx.save(model, graph)
     write_manifest(folder, read_manifest(folder))
     with pytest.raises(EngineError, match=r"blocks\.0\.qkv is multiplied 2 times.*lm_head is multiplied 0 times|parse"):
-        build(folder, BuildOptions("tensorrt-rtx"))
+        build(folder, backend="tensorrt-rtx")
     assert not (folder / "engines").exists() or not list((folder / "engines").iterdir())
 
 
@@ -377,17 +377,17 @@ def half_a_product(model):
     ("edit", "message"),
     [
         (drop_a_mask, "has no mask: its window of 16 would be dropped"),
-        (swap_masks, "looks back 32 positions, promised is its window of 16"),
-        (one_mask_for_all, "looks back 16 positions, promised is its window of 32"),
-        (see_everything_past, "looks back any number of positions, promised is its window of 16"),
+        (swap_masks, "looks back 32 positions, expected is its window of 16"),
+        (one_mask_for_all, "looks back 16 positions, expected is its window of 32"),
+        (see_everything_past, "looks back any number of positions, expected is its window of 16"),
         (hide_a_cache, "past_value_2, not the network output present_value_2"),
-        (half_a_product, r"\(blocks\.0\.attention_out\) computes in float16, promised is float32"),
+        (half_a_product, r"\(blocks\.0\.attention_out\) computes in float16, expected is float32"),
     ],
 )
 def test_one_thing_changed_fails_the_proof(bundle, manifest, edit, message):
     network, _keep = network_of(bundle, edit)
     with pytest.raises(EngineError, match=message):
-        prove(RTX.load(), network, promise_of(manifest, "fp32"))
+        verify(RTX.load(), network, expected_network(manifest, "fp32"))
 
 
 def test_a_graph_that_the_parser_refuses_is_refused_with_its_node(bundle):

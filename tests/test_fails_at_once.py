@@ -18,7 +18,7 @@ from lrt_deploy.cli import options
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters import bundle as exporting
-from lrt_deploy.exporters import early_checks
+from lrt_deploy.exporters import export_options
 
 CHECKPOINT = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 
@@ -87,7 +87,7 @@ def test_rights_are_asked_of_the_nearest_parent_that_exists(tmp_path, monkeypatc
     asked = []
     monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
     with pytest.raises(ExportError, match="may not be written to"):
-        early_checks.check_target(tmp_path / "a" / "b", ExportError)
+        export_options.check_target(tmp_path / "a" / "b", ExportError)
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
@@ -102,7 +102,7 @@ def test_the_room_that_is_asked_for_is_less_than_a_bundle_takes(precision, in_ev
     folder = in_every_precision("mr_gqa_SSSL")
     found = manifest.read_manifest(folder)
     taken = sum(record.bytes for name, record in found.files.items() if name.startswith(f"graphs/{precision}/"))
-    assert 0.3 * taken < early_checks.weight_bytes(found.model, precision) <= taken
+    assert 0.3 * taken < export_options.weight_bytes(found.model, precision) <= taken
 
 
 # one thing in place of another

@@ -70,7 +70,39 @@ def test_importing_the_package_loads_nothing_of_the_runtime():
         " or n.startswith('lrt_deploy.')))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout == "['lrt_deploy.arguments', 'lrt_deploy.errors', 'lrt_deploy.fields']\n"
+    assert result.stdout == "['lrt_deploy.errors']\n"
+
+
+def test_functions_are_there_where_torch_and_graph_tools_are_not():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnx_ir', 'onnxruntime', 'tensorrt'): sys.modules[name] = None\n"
+        "import lrt_deploy\n"
+        "print([bool(getattr(lrt_deploy, name).__doc__) for name in ('export_bundle', 'build_engine', 'parity')])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout == "[True, True, True]\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "new"),
+    [
+        ("from lrt_deploy.runtime.batch_decoder import BatchDecoder as old", "lrt_deploy.runtime.batch.BatchDecoder"),
+        ("import lrt_deploy.manifest; old = lrt_deploy.manifest", "lrt_deploy.bundle.manifest"),
+        ("from lrt_deploy import chat_form as old", "lrt_deploy.text.chat"),
+        ("from lrt_deploy.checkpoint import open_checkpoint as old", "lrt_deploy.model.checkpoint.open_checkpoint"),
+        ("from lrt_deploy.model import LRT as old", "lrt_deploy.model.model.LRT"),
+        ("from lrt_deploy.reference import ReferenceDecoder as old", "lrt_deploy.model.reference.ReferenceDecoder"),
+        ("from lrt_deploy.tokenizer import Tokenizer as old", "lrt_deploy.text.tokenizer.Tokenizer"),
+        ("from lrt_deploy.weights import weight_sources as old", "lrt_deploy.bundle.weights.weight_sources"),
+    ],
+)
+def test_a_name_that_older_documents_had_still_works_and_says_where_it_is_now(line, new):
+    code = f"{line}\nimport pkgutil\nassert old is pkgutil.resolve_name({new!r}); print(old)"
+    command = [sys.executable, "-W", "error::ImportWarning", "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "DeprecationWarning" in result.stderr and "<string>:1" in result.stderr, result.stderr
+    assert new.rpartition(".")[0] in result.stderr or new in result.stderr
 
 
 @pytest.mark.parametrize("name", sorted(NAMES - ERRORS - {"__version__"}))

@@ -1,8 +1,8 @@
-"""Build an engine from a bundle: copy the graph, parse, prove, build, and write plan and sidecar beside the graphs.
+"""Build an engine from a bundle: copy the graph, parse, verify, build, and write plan and sidecar beside the graphs.
 
 Engines are a cache: they can always be made again from the bundle, they are not in its manifest, and they are used only
-where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not). Running the
-plan is the runtime's: the smoke test after a build is the command line's to arrange.
+where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not). The plan is
+not run here: the command line arranges a smoke test after a build. Loading this file is cheap.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import hashlib
 import os
 import platform
 import re
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lrt_deploy.arguments import check_callable, check_flag, check_path, check_text, check_whole
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import (
     DECODE,
@@ -37,33 +37,15 @@ from lrt_deploy.bundle.precisions import not_held
 from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
-from lrt_deploy.exporters.early_checks import check_target
-from lrt_deploy.machine import find_gpu
+from lrt_deploy.exporters.export_options import check_target
+from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
-from .tensorrt import NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
-from .verify import promise_of, prove
+from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
+from .verify import expected_network, verify
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
+_LARGEST = 2**63 - 1  # bytes that TensorRT can be told
 _RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built without naming any
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """What `build_engine` takes beside the bundle.
-
-    `precision` None: the only one in it. `chunk_tokens` None: 512, or the capacity if that is less. `max_batch_size`
-    None: the bundle's. `workspace_bytes` None: TensorRT's own limit. `timing_cache` None: a file beside the engines.
-    `listener` is called with severity and text of TensorRT's messages.
-    """
-
-    backend: str = "auto"
-    precision: str | None = None
-    force: bool = False
-    chunk_tokens: int | None = None
-    max_batch_size: int | None = None
-    workspace_bytes: int | None = None
-    timing_cache: Path | None = None
-    listener: Callable[[str, str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,7 @@ class _Job:
     max_batch_size: int
     compute_capabilities: tuple[str, ...]
     settings: Settings
-    listener: Callable[[str, str], None] | None = None
+    listener: Listener | None
 
     @property
     def graph(self) -> str:
@@ -87,22 +69,79 @@ class _Job:
 
 
 def build_engine(
-    bundle: str | Path, options: BuildOptions, progress: Progress = lambda what, done, total: None
+    bundle: str | Path,
+    *,
+    backend: str = "auto",
+    precision: str | None = None,
+    chunk_tokens: int | None = None,
+    max_batch_size: int | None = None,
+    workspace_bytes: int | None = None,
+    timing_cache: str | Path | None = None,
+    force: bool = False,
+    progress: Progress = lambda what, done, total: None,
+    on_message: Listener | None = None,
 ) -> EngineSidecar:
-    """Build an engine into `bundle` and return its sidecar.
+    """Build a TensorRT engine beside the graphs of a bundle and return its sidecar.
 
-    Raises EngineError, and then leaves what was there: an old engine, or none.
+    Args:
+        bundle: the bundle folder.
+        backend: `tensorrt`, `tensorrt-rtx`, or `auto` for the first of the two that is installed.
+        precision: which precision of the bundle; None: the only one in it.
+        chunk_tokens: most prompt tokens that the engine takes at once; None: 512, or the capacity if that is less.
+        max_batch_size: most sequences that the engine decodes together; None: the bundle's, which it may not exceed.
+        workspace_bytes: most scratch memory that a layer may take, in bytes; None: TensorRT's own limit.
+        timing_cache: a file with measured kernel times, read where it exists and replaced after the build; None: one
+            beside the engines. TensorRT-RTX has none.
+        force: replace an existing engine.
+        progress: called with (what, done, total). What it raises cancels the build.
+        on_message: called with severity and text of each message of TensorRT.
+
+    Raises:
+        BundleError: the bundle is not intact.
+        EngineError: the engine cannot be built, or its network is not what the precision expects. What was there
+            before stays.
+        InputError: an argument is not of its type.
+
     """
-    folder = Path(bundle)
-    job = _job(folder, options)
-    target = engine_folder(folder, job.flavour.backend, job.precision)
+    folder, backend = check_path(bundle, "bundle"), check_text(backend, "backend")
+    precision = None if precision is None else check_text(precision, "precision")
+    chunk = None if chunk_tokens is None else check_whole(chunk_tokens, "chunk_tokens", 1)
+    batch = None if max_batch_size is None else check_whole(max_batch_size, "max_batch_size", most=_LARGEST)
+    workspace = None if workspace_bytes is None else check_whole(workspace_bytes, "workspace_bytes", most=_LARGEST)
+    cache = None if timing_cache is None else check_path(timing_cache, "timing_cache")
+    check_flag(force, "force")
+    check_callable(progress, "progress")
+    manifest = read_manifest(folder)
+    flavour, _ = choose_flavour(backend)
+    flavour.load()  # raises before anything is hashed if it is not installed
+    chunk = _checked_size("chunk_tokens", chunk, manifest.max_seq_len, CHUNK_TOKENS)
+    batch = _checked_size("max_batch_size", batch, manifest.max_batch_size, manifest.max_batch_size)
+    if workspace == 0:
+        raise EngineError("workspace_bytes is 0, expected at least 1")
+    job = _Job(
+        folder,
+        manifest,
+        flavour,
+        _precision(manifest, precision),
+        cache_capacity(manifest.max_seq_len),
+        profiles(manifest.max_seq_len, batch, chunk),
+        batch,
+        _compute_capabilities(flavour),
+        Settings(workspace, _timing_cache(folder, flavour, cache)),
+        on_message,
+    )
+    return _build(job, force, progress)
+
+
+def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
+    target = engine_folder(job.bundle, job.flavour.backend, job.precision)
     recover(target)
-    if os.path.lexists(target) and not options.force:
+    if os.path.lexists(target) and not force:
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
     check_replaceable(target)
     check_target(target, EngineError)
-    verify_files(folder, job.manifest, progress=lambda done, total: progress("hashing", done, total))
-    check_graph_file(folder / job.graph, folder / weights_path(job.precision))
+    verify_files(job.bundle, job.manifest, progress=lambda done, total: progress("hashing", done, total))
+    check_graph_file(job.bundle / job.graph, job.bundle / weights_path(job.precision))
     started = time.perf_counter()
     built = None
     with suppress(NoFusedAttentionError):
@@ -112,7 +151,7 @@ def build_engine(
         built = _built(job, progress, decompose=True)
     parsed, layers, plan = built
     seconds = time.perf_counter() - started
-    with atomic_folder(target, check_replaceable if options.force else None, EngineError) as out:
+    with atomic_folder(target, check_replaceable if force else None, EngineError) as out:
         progress("writing the plan", 0, 0)
         (out / PLAN).write_bytes(plan.data)
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
@@ -135,13 +174,13 @@ def check_replaceable(target: Path) -> None:
 
 
 def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict[str, Any], Plan]:
-    """The network, what it was proven to consist of, and the plan made of it."""
-    graph, promise = job.bundle / job.graph, promise_of(job.manifest, job.precision)
+    """Parse, verify and build; return the network, the counts of its layers, and the plan."""
+    graph, expected = job.bundle / job.graph, expected_network(job.manifest, job.precision)
     progress("parsing", 0, 0)
     parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
-    progress("proving", 0, 0)
-    layers = prove(parsed.trt, parsed.network, promise)
-    decomposable = {"attention_decomposable": decompose or promise.base == "float32"}
+    progress("verifying", 0, 0)
+    layers = verify(parsed.trt, parsed.network, expected)
+    decomposable = {"attention_decomposable": decompose or expected.base == "float32"}
     return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, job.settings, progress)
 
 
@@ -154,30 +193,8 @@ def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[
     )
 
 
-def _job(folder: Path, options: BuildOptions) -> _Job:
-    manifest = read_manifest(folder)
-    flavour, _ = choose_flavour(options.backend)
-    flavour.load()  # what is missing here is said before anything is hashed
-    chunk = _within("chunk_tokens", options.chunk_tokens, manifest.max_seq_len, CHUNK_TOKENS)
-    batch = _within("max_batch_size", options.max_batch_size, manifest.max_batch_size, manifest.max_batch_size)
-    if options.workspace_bytes is not None and options.workspace_bytes < 1:
-        raise EngineError(f"workspace_bytes is {options.workspace_bytes}, expected at least 1")
-    return _Job(
-        folder,
-        manifest,
-        flavour,
-        _precision(manifest, options.precision),
-        cache_capacity(manifest.max_seq_len),
-        profiles(manifest.max_seq_len, batch, chunk),
-        batch,
-        _compute_capabilities(flavour),
-        Settings(options.workspace_bytes, _timing_cache(folder, flavour, options.timing_cache)),
-        options.listener,
-    )
-
-
-def _within(name: str, asked: int | None, largest: int, default: int) -> int:
-    """The size that was asked for, which the bundle must allow, or the default, which it may lower."""
+def _checked_size(name: str, asked: int | None, largest: int, default: int) -> int:
+    """Return `asked`, which must be 1 to `largest`; where it is None, `default` or `largest` if that is less."""
     if asked is None:
         return min(default, largest)
     if not 1 <= asked <= largest:
@@ -216,7 +233,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
     manifest, network, files = job.manifest, parsed.network, job.manifest.files
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
-    promise, (gpu, reason) = promise_of(manifest, job.precision), find_gpu()
+    expected, (gpu, reason) = expected_network(manifest, job.precision), find_gpu()
     return EngineSidecar(
         backend=job.flavour.backend,
         precision=job.precision,
@@ -233,14 +250,14 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
         max_seq_len=manifest.max_seq_len,
         max_batch_size=job.max_batch_size,
         inputs=_described(
-            inputs, contract.graph_inputs(manifest.model, "full", promise.base, manifest.host_embeddings)
+            inputs, contract.graph_inputs(manifest.model, "full", expected.base, manifest.host_embeddings)
         ),
-        outputs=_described(outputs, contract.graph_outputs(manifest.model, promise.base)),
-        state=tuple(pair.to_dict() for pair in contract.state_pairs(manifest.model, promise.base)),
+        outputs=_described(outputs, contract.graph_outputs(manifest.model, expected.base)),
+        state=tuple(pair.to_dict() for pair in contract.state_pairs(manifest.model, expected.base)),
         layers=layers,
         build={
             "seconds": round(seconds, 3),
-            "peak_host_bytes": _peak_rss_bytes(),
+            "peak_host_bytes": peak_rss_bytes(),
             "memory": parsed.log.memory,
             "warnings": parsed.log.warnings,
             "platform": platform.platform(),
@@ -270,12 +287,3 @@ def _described(tensors: Sequence[Any], specs: Sequence[contract.TensorSpec]) -> 
         }
         for tensor in tensors
     )
-
-
-def _peak_rss_bytes() -> int | None:
-    """Largest resident memory of this process so far, where the system counts it."""
-    if sys.platform != "linux":
-        return None
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

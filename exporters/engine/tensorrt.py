@@ -23,8 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import onnx_ir as ir
-
 from lrt_deploy.bundle.engine_sidecar import Profile, Range
 from lrt_deploy.bundle.tensorrt_flavours import TensorRTFlavour, collecting_logger
 from lrt_deploy.errors import EngineError
@@ -32,38 +30,29 @@ from lrt_deploy.files import atomic_write, read_bytes
 
 
 def tensorrt_copy(graph: Path, capacity: int, decompose: bool = False) -> bytes:
-    """The edited graph as ONNX bytes; it names its weights file as the original does.
+    """Return the edited graph as ONNX bytes; it names its weights file as the original does.
 
-    With `decompose`, attention in any type may be: for shapes that TensorRT has no fused kernel for.
+    Attention in float32 is marked as decomposable, and with `decompose` all attention: TensorRT has fused kernels for
+    some shapes and 16-bit types only.
     """
+    import onnx_ir as ir
+
+    from lrt_deploy.exporters.graph.variants import fix_dims
+
     try:
         model = ir.load(graph)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read the graph {graph}: {error}; export the bundle again") from error
     fix_dims(model, {"capacity": capacity, "rows": 1})
     for node in model.graph:
-        if node.op_type == "Attention" and (decompose or _computes_in(node) == ir.DataType.FLOAT):
+        if node.op_type == "Attention" and (decompose or node.outputs[0].dtype == ir.DataType.FLOAT):
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
 
-def fix_dims(model: ir.Model, sizes: dict[str, int]) -> None:
-    """Give symbolic dimensions a size, wherever they occur."""
-    for value in [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]:
-        if value.shape is not None:
-            value.shape = ir.Shape([sizes.get(_symbol(dim), dim) for dim in value.shape])
-
-
-def _symbol(dim: int | ir.SymbolicDim) -> str:
-    return str(dim.value) if isinstance(dim, ir.SymbolicDim) else ""
-
-
-def _computes_in(node: ir.Node) -> ir.DataType | None:
-    return node.outputs[0].dtype
-
-
 Progress = Callable[[str, int, int], None]
+Listener = Callable[[str, str], None]  # called with severity and text of a message of TensorRT
 T = TypeVar("T")
 
 _KEPT = 40  # messages of a kind; a build repeats itself
@@ -81,7 +70,7 @@ class BuildLog:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)
-    listener: Callable[[str, str], None] | None = None  # hears every message as it comes
+    listener: Listener | None = None  # hears every message as it comes
 
     def take(self, severity: str, text: str) -> None:
         """Sort one message in."""
@@ -215,9 +204,7 @@ class Settings:
     timing_cache: Path | None = None
 
 
-def parse(
-    flavour: TensorRTFlavour, model: bytes, weights_beside: Path, listener: Callable[[str, str], None] | None = None
-) -> Parsed:
+def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network.
 
     `listener` is called with severity and text of every message of TensorRT, during the build as well.

@@ -1,11 +1,11 @@
-"""Proof before the build: what TensorRT made of a graph, layer by layer, held against what the precision promises.
+"""Verify before the build what TensorRT made of a graph, layer by layer, against what the precision expects.
 
-A plan cannot be inspected without a GPU, and the worst failure in the field is silent: FP16 was asked for, FP32 was
-built. What can be inspected everywhere is the network that the parser made, from which TensorRT, being strongly typed,
-builds without changing types. The promise follows from the model configuration, the precision and the matrices that
-the manifest says are kept precise, never from the graph: 2L cache updates on the network's own inputs and outputs, L
-attentions each under the mask of its window, every weight matrix multiplied exactly once and in the promised type,
-norms and logits in float32.
+A plan cannot be inspected without a GPU, and a plan that was built in another type than was asked for shows no error.
+The network that the parser made can be inspected everywhere, and TensorRT, being strongly typed, builds from it without
+changing types. What is expected follows from the model configuration, the precision and the matrices that the manifest
+says are kept precise, never from the graph: 2L cache updates on the network's own inputs and outputs, L attentions each
+under the mask of its window, every weight matrix multiplied exactly once and in the expected type, norms and logits in
+float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Promise:
+class ExpectedNetwork:
     """What the network must consist of; `products` by the name of the weight."""
 
     precision: str
@@ -55,8 +55,8 @@ class Promise:
     products: dict[str, Product]
 
 
-def promise_of(manifest: Manifest, precision: str) -> Promise:
-    """What a precision of this bundle promises TensorRT; the manifest says which matrices it keeps precise."""
+def expected_network(manifest: Manifest, precision: str) -> ExpectedNetwork:
+    """Return what a precision of this bundle expects; the manifest says which matrices are kept precise."""
     config, base = manifest.model, base_dtype(precision, "full")
     details = manifest.precision_details.get(precision, {})
     kept, wide = set(details.get("keep_high", ())), set(details.get("multiplied_in_float32", ()))
@@ -65,25 +65,25 @@ def promise_of(manifest: Manifest, precision: str) -> Promise:
     for name in matrix_shapes(config):
         plain = name in kept or name in wide
         products[name] = Product("float32" if name in wide else base, *((None, None) if plain else quantized))
-    return Promise(precision, config, base, products)
+    return ExpectedNetwork(precision, config, base, products)
 
 
-def prove(trt: Any, network: Any, promise: Promise) -> dict[str, Any]:  # noqa: ANN401 - TensorRT ships no types
-    """Hold the parsed network against the promise; returns what was counted, EngineError names the layers at fault."""
+def verify(trt: Any, network: Any, expected: ExpectedNetwork) -> dict[str, Any]:  # noqa: ANN401 - TensorRT ships no types
+    """Compare the parsed network with what is expected and return its counts; EngineError names the layers at fault."""
     view = _Network(trt, network)
-    faults = [*_cache_faults(view, promise), *_attention_faults(view, promise)]
-    faults += [*_product_faults(view, promise), *_float32_faults(view)]
+    faults = [*_cache_faults(view, expected), *_attention_faults(view, expected)]
+    faults += [*_product_faults(view, expected), *_float32_faults(view)]
     if faults:
         more = f"; and {len(faults) - _NAMED} more" if len(faults) > _NAMED else ""
         raise EngineError(
-            f"the network that TensorRT parsed is not what {promise.precision} promises, so nothing was built: "
+            f"the network that TensorRT parsed is not what {expected.precision} expects, so nothing was built: "
             f"{'; '.join(faults[:_NAMED])}{more}"
         )
     return view.counts()
 
 
 class _Network:
-    """The layers of a network by kind, and who makes each tensor."""
+    """The layers of a network by kind, and the layer that makes each tensor."""
 
     def __init__(self, trt: Any, network: Any) -> None:  # noqa: ANN401
         self.trt = trt
@@ -98,8 +98,8 @@ class _Network:
     def products(self) -> Iterator[tuple[str, Product, str]]:
         """Weight, product and layer name of every matrix product by a constant; the weight is '' for any other."""
         for layer in self.by_kind["MATRIX_MULTIPLY"]:
-            weight, quantized = self._origin(layer.get_input(1))
-            _, activation = self._origin(layer.get_input(0))
+            weight, quantized = self._source(layer.get_input(1))
+            _, activation = self._source(layer.get_input(0))
             yield weight, Product(_dtype(layer.get_output(0)), quantized, activation), layer.name
 
     def counts(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class _Network:
             "norms": dict(Counter(_dtype(layer.get_output(0)) for layer in self.by_kind["REDUCE"])),
         }
 
-    def look_back(self, mask: Any) -> set[int]:  # noqa: ANN401
-        """What is subtracted from `position_ids` on the way to a mask: how far back it lets a query see."""
+    def looks_back(self, mask: Any) -> set[int]:  # noqa: ANN401
+        """Return the numbers subtracted from `position_ids` on the way to a mask: how far back a query attends."""
         found, todo, done = set(), [mask.name], set()
         while todo:
             name = todo.pop()
@@ -126,7 +126,7 @@ class _Network:
             done.add(name)
             inputs = [layer.get_input(i) for i in range(layer.num_inputs) if layer.get_input(i) is not None]
             todo += [tensor.name for tensor in inputs]
-            if layer.type.name == "ELEMENTWISE" and self._origin(inputs[0])[0] == "position_ids":
+            if layer.type.name == "ELEMENTWISE" and self._source(inputs[0])[0] == "position_ids":
                 found |= self._number(inputs[1])
         return found
 
@@ -140,7 +140,7 @@ class _Network:
         weights = layer.weights
         return {int(weights.item())} if weights.size == 1 else set()
 
-    def _origin(self, tensor: Any) -> tuple[str, str | None]:  # noqa: ANN401
+    def _source(self, tensor: Any) -> tuple[str, str | None]:  # noqa: ANN401
         """Name of the constant or input behind a tensor ('' if neither), and the type that it was dequantized from."""
         quantized = None
         while (layer := self.makers.get(tensor.name)) is not None and layer.type.name in _CARRIERS:
@@ -152,8 +152,8 @@ class _Network:
         return layer.name if layer.type.name == "CONSTANT" else "", quantized
 
 
-def _cache_faults(view: _Network, promise: Promise) -> Iterator[str]:
-    expected = {pair.past: pair for pair in contract.state_pairs(promise.config, promise.base) if pair.in_place}
+def _cache_faults(view: _Network, network: ExpectedNetwork) -> Iterator[str]:
+    expected = {pair.past: pair for pair in contract.state_pairs(network.config, network.base) if pair.in_place}
     updates = {layer.get_input(0).name: layer for layer in view.by_kind["KV_CACHE_UPDATE"]}
     for past, pair in expected.items():
         layer = updates.get(past)
@@ -161,20 +161,20 @@ def _cache_faults(view: _Network, promise: Promise) -> Iterator[str]:
             yield f"{past} is not updated in place by a KV_CACHE_UPDATE layer"
         elif past not in view.inputs or layer.get_output(0).name != pair.present or pair.present not in view.outputs:
             yield f"{layer.name} makes {layer.get_output(0).name} of {past}, not the network output {pair.present}"
-        elif _dtype(layer.get_output(0)) != promise.base:
-            yield f"{layer.name} keeps {past} in {_dtype(layer.get_output(0))}, promised is {promise.base}"
+        elif _dtype(layer.get_output(0)) != network.base:
+            yield f"{layer.name} keeps {past} in {_dtype(layer.get_output(0))}, expected is {network.base}"
     extra = [layer.name for past, layer in updates.items() if past not in expected]
     if extra or len(view.by_kind["KV_CACHE_UPDATE"]) != len(expected):
         found = len(view.by_kind["KV_CACHE_UPDATE"])
-        yield f"{found} KV_CACHE_UPDATE layers, promised are {len(expected)} ({', '.join(extra) or 'none is foreign'})"
+        yield f"{found} KV_CACHE_UPDATE layers, expected are {len(expected)} ({', '.join(extra) or 'none is foreign'})"
 
 
-def _attention_faults(view: _Network, promise: Promise) -> Iterator[str]:
+def _attention_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
     """L fused attentions, each under a mask that looks back as far as its layer's window."""
-    found, windows = view.by_kind["ATTENTION_INPUT"], promise.config.windows
+    found, windows = view.by_kind["ATTENTION_INPUT"], expected.config.windows
     if len(found) != len(windows) or len(view.by_kind["ATTENTION_OUTPUT"]) != len(windows):
         names = ", ".join(layer.name for layer in found) or "none"
-        yield f"{len(found)} attention layers, promised are {len(windows)} ({names})"
+        yield f"{len(found)} attention layers, expected are {len(windows)} ({names})"
         return
     layer_of = {contract.present_value(i): i for i in range(len(windows))}
     for layer in found:
@@ -184,35 +184,35 @@ def _attention_faults(view: _Network, promise: Promise) -> Iterator[str]:
             yield f"{layer.name} attends to {layer.get_input(2).name}, which is no layer's value cache"
         elif mask is None:
             yield f"{layer.name} has no mask: its window of {windows[index]} would be dropped"
-        elif (looks_back := view.look_back(mask)) != {windows[index]}:
+        elif (looks_back := view.looks_back(mask)) != {windows[index]}:
             seen = ", ".join(map(str, sorted(looks_back))) or "any number of"
-            yield f"{layer.name} looks back {seen} positions, promised is its window of {windows[index]}"
-        if _dtype(layer.get_output(0)) != promise.base:
-            yield f"{layer.name} attends in {_dtype(layer.get_output(0))}, promised is {promise.base}"
+            yield f"{layer.name} looks back {seen} positions, expected is its window of {windows[index]}"
+        if _dtype(layer.get_output(0)) != expected.base:
+            yield f"{layer.name} attends in {_dtype(layer.get_output(0))}, expected is {expected.base}"
 
 
-def _product_faults(view: _Network, promise: Promise) -> Iterator[str]:
+def _product_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
     found: dict[str, list[tuple[Product, str]]] = defaultdict(list)
     for weight, product, layer in view.products():
         found[weight].append((product, layer))
-    for weight, promised in promise.products.items():
+    for weight, wanted in expected.products.items():
         uses = found.pop(weight, [])
         if len(uses) != 1:
-            yield f"{weight} is multiplied {len(uses)} times, promised is once"
-        elif (product := uses[0][0]) != promised:
-            yield f"{uses[0][1]} ({weight}) computes in {product}, promised is {promised}"
+            yield f"{weight} is multiplied {len(uses)} times, expected is once"
+        elif (product := uses[0][0]) != wanted:
+            yield f"{uses[0][1]} ({weight}) computes in {product}, expected is {wanted}"
     for weight, uses in found.items():
-        yield f"{uses[0][1]} multiplies {weight or 'two activations'}, which is not promised"
+        yield f"{uses[0][1]} multiplies {weight or 'two activations'}, which is not expected"
 
 
 def _float32_faults(view: _Network) -> Iterator[str]:
     """Norms (the sums of squares in them) and logits stay in float32 whatever the base type is."""
     for layer in view.by_kind["REDUCE"]:
         if _dtype(layer.get_output(0)) != "float32":
-            yield f"{layer.name} sums squares in {_dtype(layer.get_output(0))}, promised is float32"
+            yield f"{layer.name} sums squares in {_dtype(layer.get_output(0))}, expected is float32"
     logits = view.outputs.get("logits")
     if logits is None or _dtype(logits) != "float32":
-        yield f"logits are {_dtype(logits) if logits is not None else 'missing'}, promised is float32"
+        yield f"logits are {_dtype(logits) if logits is not None else 'missing'}, expected is float32"
 
 
 def _outputs(layer: Any) -> Iterator[Any]:  # noqa: ANN401

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from typing import Any
 
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.errors import ExportError
+from lrt_deploy.exporters.export_options import matching
 from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibrate import Calibration
@@ -88,25 +88,6 @@ def make_plan(
         moments = {name: moment for name, moment in seen.moments.items() if name not in keep}
         details["compensated"] = bool(moments)
     return Plan(precision, kind, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
-
-
-def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:
-    """Matrices named in full, by the last or first part of their name, or by a pattern with *."""
-    found: set[str] = set()
-    for pattern in patterns:
-        names = {
-            name
-            for name in matrices
-            if fnmatch(name, pattern) or name.endswith(f".{pattern}") or name.startswith(f"{pattern}.")
-        }
-        if strict and not names:
-            kinds = dict.fromkeys(name.rpartition(".")[2] for name in matrices)
-            raise ExportError(
-                f"keep_high names {pattern!r}, and no matrix of this model is called so; its matrices are "
-                f"{', '.join(kinds)}, in a layer as blocks.0.{next(iter(kinds))}"
-            )
-        found |= names
-    return found
 
 
 def _beyond_float16(precision: str, seen: Calibration) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrt_deploy import activations
+from lrt_deploy.arguments import check_path
 from lrt_deploy.bundle import manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.errors import InputError, ParityError
@@ -107,6 +108,46 @@ class ParityOptions:
             mean_kl=bounds.mean_kl if self.max_kl is None else self.max_kl,
             top1_agreement=bounds.top1_agreement if self.min_agreement is None else self.min_agreement,
         )
+
+
+def parity(
+    bundle: str | Path,
+    checkpoint: str | Path,
+    *,
+    backend: str = "ort-cpu",
+    precision: str | None = None,
+    prompt: str | Sequence[int] | None = None,
+    steps: int | None = None,
+    step: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    prefill: PrefillPolicy = "fixed-point",
+    tolerance: float | None = None,
+    float64: bool = False,
+    bisect: bool = False,
+    threads: int | None = None,
+    max_seq_len: int | None = None,
+    verify: bool = False,
+    progress: Progress = _silent,
+) -> ParityReport:
+    """Compare a bundle with the checkpoint that it should be, as the verb `parity` does; for tests of your own.
+
+    `report.passed` is the answer and `report.verdict` says why in a line; `report.weights`, `.arithmetic` and
+    `.quality` are its parts, and `report.to_dict()` has the fields of the JSON document. A difference is a result:
+    nothing is raised for it. The options are those of `ParityOptions`; the rest is as in `open_decoder`.
+
+    Raises CheckpointError, BundleError and BackendError for what cannot be opened, ParityError for models that cannot
+    be compared, InputError for a prompt or limit that cannot be used.
+    """
+    from lrt_deploy.runtime.decoder import open_decoder
+
+    folder, source = check_path(bundle, "bundle"), check_path(checkpoint, "checkpoint")
+    options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
+    stored_only = stored_only_precision(folder, backend, precision)
+    if stored_only is not None:
+        return parity_of_stored(folder, source, stored_only, options, verify, progress)
+    with open_decoder(folder, backend, precision, threads=threads, max_seq_len=max_seq_len, verify=verify) as decoder:
+        return parity_of(folder, decoder, source, options, progress)
 
 
 def stored_only_precision(folder: Path, backend: str, precision: str | None) -> str | None:
