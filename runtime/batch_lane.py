@@ -18,7 +18,7 @@ from lrt_deploy.types import IntArray, PrefillReport
 
 from .generation import Continuation, Event
 from .prefill import PrefillRequest, way_of
-from .scoring import log_normalizers
+from .sampling import log_normalizers
 from .state import DecodeState
 
 if TYPE_CHECKING:

@@ -6,10 +6,12 @@ It checks everything that comes in and every logit that goes out; the arithmetic
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, Unpack
+
+import numpy as np
 
 from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
@@ -22,13 +24,12 @@ from lrt_deploy.text.prompts import check_ids, check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
-from .generation import Event, Generation, generate
+from .generation import Continuation, Event, Generation
 from .identity import Identity, Origin
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, settle
 from .prefix import reused, shared_tokens
-from .sampling import SamplingArguments
-from .scoring import score
+from .sampling import SamplingArguments, log_normalizers, log_probabilities
 from .state import DecodeState
 from .state_file import load_state
 
@@ -198,11 +199,36 @@ class Decoder:
             check_is(state, DecodeState, "state")
         PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)  # checks them before the first event
         if prompt is None:
-            return generate(self, options, lambda: self._standing(state), reads=False)
+            return self._generate(options, lambda: self._standing(state), reads=False)
         ids = self.prompt_ids(prompt)
         check_prompts([ids], self.config.vocab_size)
         reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance, "reuse": reuse and state is not None}
-        return generate(self, options, lambda: self.prefill([ids], state=state, **reading))
+        return self._generate(options, lambda: self.prefill([ids], state=state, **reading))
+
+    def _generate(self, options: Generation, read: Callable[[], DecodeState], reads: bool = True) -> Iterator[Event]:
+        """Get the state from `read`, then yield events until something stops it.
+
+        After an exception before the first event, a prompt that `read` has read (`reads`) is taken back.
+        """
+        state = undo = continuation = None
+        try:
+            state = read()
+            undo = state.undo
+            continuation = Continuation(options, state.tokens[0])
+            reason = None
+            while reason is None:
+                self.check_own(state)
+                logits = state.row_logits(0)  # (V)
+                full = state.length(0) == state.capacity
+                token = continuation.choose(logits)
+                logprob = logits.item(token) - log_normalizers(logits[None])[0]
+                event = continuation.take(token, logprob, state.prefill, full)
+                reason = event.finish_reason
+                yield continuation.emit(state, event, full)
+        except BaseException:
+            if reads and state is not None and not (continuation and continuation.emitted):
+                state.take_back(undo or state.undo)
+            raise
 
     def close(self) -> None:
         """Let go of the weights, which stay in memory as long as a state of this decoder does."""
@@ -219,11 +245,40 @@ class Decoder:
     def score(self, rows: Sequence[Sequence[int]]) -> list[FloatArray]:
         """Return the log-probabilities of each row's tokens after its first: an array (T - 1) for a row of T token ids.
 
-        Natural logarithms, from the logits as the model gives them, whatever sampling would do to them. Rows are read
-        stepwise from an empty state, any number of them and of any lengths. Raises InputError for a row that is empty,
-        has ids outside the vocabulary or does not fit the capacity.
+        Natural logarithms, float32, of the model's own logits, before temperature, penalty and cuts. Rows are read
+        stepwise from an empty state, any number of them and of any lengths; as many as the bundle allows run together.
+        Raises InputError for a row that is empty, has ids outside the vocabulary or does not fit the capacity.
         """
-        return score(self, rows)
+        checked = check_prompts(rows, self.config.vocab_size)
+        for index, row in enumerate(checked):
+            if len(row) - 1 > self.max_seq_len:
+                raise InputError(
+                    f"row {index} has {len(row)} tokens; a capacity of {self.max_seq_len} scores at most "
+                    f"{self.max_seq_len + 1}"
+                )
+        found: list[FloatArray] = [np.empty(0, np.float32)] * len(checked)
+        order = sorted(range(len(checked)), key=lambda index: len(checked[index]))  # little padding in a batch
+        size = self.manifest.max_batch_size
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            for index, scores in zip(chosen, self._score_batch([checked[i] for i in chosen]), strict=True):
+                found[index] = scores
+        return found
+
+    def _score_batch(self, rows: list[IntArray]) -> list[FloatArray]:
+        """Score rows together. A row that has ended repeats its last token, which no other row sees."""
+        steps = max(map(len, rows)) - 1
+        scores = np.zeros((len(rows), steps), np.float32)  # (B, T - 1)
+        if steps == 0:
+            return list(scores)
+        state = self.prefill([row[:1].tolist() for row in rows], policy="stepwise")
+        logits = state.logits  # (B, V)
+        for step in range(1, steps + 1):
+            tokens = np.array([row[min(step, len(row) - 1)] for row in rows], np.int64)  # (B)
+            scores[:, step - 1] = log_probabilities(logits, tokens)
+            if step < steps:
+                logits = self.step(state, tokens)
+        return [row_scores[: len(row) - 1].copy() for row_scores, row in zip(scores, rows, strict=True)]
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Token ids as given, or those of a text with `<|bos|>` in front."""

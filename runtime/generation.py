@@ -1,14 +1,14 @@
-"""The generation loop: choose a token, emit what text is certain, stop, or feed it back.
+"""Continue one sequence: options, events, and `Continuation`, which chooses tokens, decodes text and knows the end.
 
-One sequence, one event per token. A token is appended to the state as its event is handed out, and fed when its
-successor is wanted: the state holds what was emitted, and the last token costs nothing until it is needed.
+The loops that run the model are elsewhere: `Decoder.generate` for one sequence, `batch` for many. A token is appended
+to the state as its event is yielded, and run when its successor is needed: the state holds what was emitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from lrt_deploy.arguments import check_texts, check_whole
 from lrt_deploy.errors import InputError
@@ -17,11 +17,7 @@ from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, PrefillReport
 
 from .sampling import Sampler, SamplingOptions
-from .scoring import log_normalizers
-
-if TYPE_CHECKING:
-    from .decoder import Decoder
-    from .state import DecodeState
+from .state import DecodeState
 
 FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
 
@@ -151,31 +147,3 @@ class Continuation:
             return "", None
         text = self._stream.push(token)
         return text, "stop_string" if self._stream.stopped is not None else None
-
-
-def generate(
-    decoder: Decoder, options: Generation, read: Callable[[], DecodeState], reads: bool = True
-) -> Iterator[Event]:
-    """Read the prompt, then yield events until something stops it.
-
-    After an exception before the first event the prompt, if `read` reads one, is not in the state either.
-    """
-    state = undo = continuation = None
-    try:
-        state = read()
-        undo = state.undo
-        continuation = Continuation(options, state.tokens[0])
-        reason = None
-        while reason is None:
-            decoder.check_own(state)
-            logits = state.row_logits(0)  # (V)
-            full = state.length(0) == state.capacity
-            token = continuation.choose(logits)
-            logprob = logits.item(token) - log_normalizers(logits[None])[0]
-            event = continuation.take(token, logprob, state.prefill, full)
-            reason = event.finish_reason
-            yield continuation.emit(state, event, full)
-    except BaseException:
-        if reads and state is not None and not (continuation and continuation.emitted):
-            state.take_back(undo or state.undo)
-        raise

@@ -1,4 +1,4 @@
-"""From one row of logits to one token id.
+"""From one row of logits to one token id, and the log-probabilities of tokens.
 
 A row goes through these steps, each on what the one before left, in the order of Hugging Face's processors:
 
@@ -219,6 +219,25 @@ def _describe_non_finite(logits: _Floats) -> str:
         f"{wrong.size} of {logits.size} logits are not finite: {shown}{more}; no token can be chosen from them. "
         "Half precision overflows first: try fp32, and compare the two with `lrt-deploy parity`"
     )
+
+
+def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Compute the log-probability of one token (B) in each row of logits (B, V), in float64."""
+    wide = logits.astype(np.float64)
+    largest = wide.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(wide - largest).sum(axis=-1)) + largest[:, 0]
+    chosen: NDArray[np.float64] = np.take_along_axis(wide, tokens[:, None], axis=-1)[:, 0] - total
+    return chosen
+
+
+def log_normalizers(logits: NDArray[np.float32]) -> list[float]:
+    """Compute log-sum-exp (B) of logits (B, V) in float32; a token's logit minus it is its log-probability.
+
+    Faster than `log_probabilities`, because every generated token waits for it. Graphs cap their logits at
+    `LOGIT_SOFTCAP`, so exponentials neither overflow nor vanish, and the largest logit need not be subtracted.
+    """
+    normalizers: list[float] = np.log(np.exp(logits).sum(axis=-1)).tolist()
+    return normalizers
 
 
 def _is_real(value: object) -> bool:

@@ -158,6 +158,7 @@ class Import(NamedTuple):
     name: str
     line: int
     late: bool
+    typing: bool = False  # under TYPE_CHECKING
 
 
 def module_name(path):
@@ -166,19 +167,21 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@cache
 def imports(path, source):
     """Every import of a file, also importlib.import_module("..."); late: loading the file does not run it."""
     module = module_name(path)
     package = module if path.endswith("__init__.py") else module.rpartition(".")[0]
     found = []
 
-    def visit(node, late):
-        found.extend(Import(name, node.lineno, late) for name in imported_names(node, package))
-        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or only_for_types(node)
+    def visit(node, late, typing):
+        found.extend(Import(name, node.lineno, late, typing) for name in imported_names(node, package))
+        typing = typing or only_for_types(node)
+        late = late or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or typing
         for child in ast.iter_child_nodes(node):
-            visit(child, late)
+            visit(child, late, typing)
 
-    visit(ast.parse(source), late=False)
+    visit(ast.parse(source), late=False, typing=False)
     return found
 
 
@@ -249,6 +252,31 @@ def reached(path, files):
     return names
 
 
+def circles(files):
+    """Pairs of modules that import each other, directly or through others; imports in functions count.
+
+    Not counted: imports for types alone, and that of a package by what it holds.
+    """
+    modules = {module_name(path): path for path in files}
+    targets = {}
+    for module, path in modules.items():
+        names = [found.name for found in imports(path, files[path]) if not found.typing]
+        direct = {name if name in modules else name.rpartition(".")[0] for name in names} & modules.keys()
+        targets[module] = direct - {module}
+    reach = {module: closure(module, targets) for module in modules}
+    return sorted((a, b) for a in modules for b in reach[a] if a < b and a in reach[b])
+
+
+def closure(start, targets):
+    """Everything that can be reached from `start`."""
+    found, todo = set(), [start]
+    while todo:
+        new = targets[todo.pop()] - found
+        found |= new
+        todo += new
+    return found
+
+
 def lines(path, source):
     """Lines of the file and of each of its functions, with the limit that goes for each."""
     yield path, source.count("\n"), FILE_LINES
@@ -277,6 +305,30 @@ def test_loading_a_file_reaches_nothing_heavy():
         if within(name, forbidden)
     ]
     assert not found, "\n" + "\n".join(found)
+
+
+# Modules that may import each other. Empty is the aim.
+CIRCLES = [
+    ("lrt_deploy.__main__", "lrt_deploy.cli.app"),  # the interrupt handler of the command; being taken apart
+    ("lrt_deploy.runtime.state", "lrt_deploy.runtime.state_file"),
+]
+
+
+def test_no_modules_import_each_other():
+    assert circles(sources()) == CIRCLES
+
+
+def test_a_circle_is_noticed_through_a_third_module_and_inside_a_function():
+    files = {
+        "runtime/a.py": "from .b import f",
+        "runtime/b.py": "def f():\n    from lrt_deploy.runtime import c",
+        "runtime/c.py": "import lrt_deploy.runtime.a",
+        "runtime/d.py": "from .a import f\nif TYPE_CHECKING:\n    from .e import E",
+        "runtime/e.py": "from .d import g",
+    }
+    names = [f"lrt_deploy.runtime.{letter}" for letter in "abc"]
+    assert circles(files) == [(names[0], names[1]), (names[0], names[2]), (names[1], names[2])]
+    assert circles(files | {"runtime/c.py": ""}) == []
 
 
 def test_files_and_functions_stay_short():

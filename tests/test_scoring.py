@@ -8,7 +8,7 @@ import pytest
 from lrt_deploy.config import LOGIT_SOFTCAP
 from lrt_deploy.errors import InputError
 from lrt_deploy.runtime.batch import BatchDecoder
-from lrt_deploy.runtime.scoring import log_normalizers, log_probabilities
+from lrt_deploy.runtime.sampling import log_normalizers, log_probabilities
 
 NAME = "mr_gqa_SSSL"
 
