@@ -60,7 +60,7 @@ class Decoder:
 
     @prefill_options.setter
     def prefill_options(self, options: PrefillOptions) -> None:
-        self._prefill_options = settle(options, self.config).within(self._loaded.blocks)
+        self._prefill_options = settle(options.within(self._loaded.blocks), self.config)
 
     @property
     def config(self) -> LRTConfig:

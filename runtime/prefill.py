@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrt_deploy.arguments import check_choice, check_is, check_number, check_whole
+from lrt_deploy.arguments import LARGEST_COUNT, check_choice, check_is, check_number, check_whole
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
@@ -31,7 +31,7 @@ ZERO_NOTE = "zero memory: this is not the model as trained"
 class PrefillOptions:
     """Settled once when a decoder is opened. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise.
 
-    `stepwise_below` None: by the size of the model, see `settle`.
+    `stepwise_below` None: by the size of the model, see `settle`; `LARGEST_COUNT`: `auto` never iterates.
     """
 
     stepwise_below: int | None = None
@@ -52,6 +52,8 @@ class PrefillOptions:
         if limits.in_order:
             sweeps = replace(sweeps, stride=1)
             options = replace(options, note="iterated with stride 1, the only one on this backend")
+        if not limits.auto_iterates and options.stepwise_below is None:
+            options = replace(options, stepwise_below=LARGEST_COUNT)
         return replace(options, sweeps=sweeps)
 
 

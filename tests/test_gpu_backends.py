@@ -24,6 +24,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy.arguments import LARGEST_COUNT
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
@@ -310,7 +311,7 @@ def sidecar_for(bundle, chunk_tokens=32, capacity=128, precision="fp32"):
         onnx_sha256=manifest.files[graph].sha256,
         weights_sha256=manifest.files[f"graphs/{precision}/weights.bin"].sha256,
         tensorrt_version=VERSION,
-        compute_capabilities=("8.0+",),
+        compute_capabilities=("8.6", "8.9", "12.0"),
         profiles=(
             lrt_deploy.bundle.engine_sidecar.Profile("decode", (1, 1, manifest.max_batch_size), (1, 1, 1)),
             lrt_deploy.bundle.engine_sidecar.Profile("prefill", (1, 1, 1), (1, 16, chunk_tokens)),
@@ -463,6 +464,17 @@ def test_the_options_of_the_decoder_are_those_that_the_backend_can_follow(open_f
     assert [variant.algorithm for variant in variants(decoder)][1:3] == ["plain", "one pass with zero memory"]
 
 
+def test_auto_reads_stepwise_here_whatever_the_length_unless_told_otherwise(open_fake):
+    """An iterated pass would copy the chunk's cache to the host twice."""
+    decoder, engine = open_fake()
+    state = decoder.prefill([[(7 * i) % 300 for i in range(100)]])
+    assert (state.prefill.policy, state.prefill.stepwise_below) == ("stepwise", LARGEST_COUNT)
+    assert {shape[1] for shape in engine.runs} == {1}
+    decoder.prefill_options = PrefillOptions(stepwise_below=20)
+    assert decoder.prefill([PROMPT * 2]).prefill.stepwise_below == 20
+    assert max(shape[1] for shape in engine.runs) == 24
+
+
 def test_a_second_row_is_read_into_its_own_caches(open_fake, decoder_of):
     decoder, _ = open_fake()
     state = decoder.prefill([PROMPT, PROMPT[::-1]], policy="zero")
@@ -596,6 +608,7 @@ def refused(bundle, monkeypatch, gpu=GPU, library=None, **changes):
         ({"weights_sha256": "0" * 64}, "made for SHA-256 of graphs/fp32/weights.bin 0000"),
         ({"backend": "tensorrt"}, "backend and precision"),
         ({"precision": "fp16"}, "backend and precision"),
+        ({"compute_capabilities": ("8.6", "12.0")}, "compute capability 8.6, 12.0, and Fake 8000 has 8.9"),
         ({"compute_capabilities": ("9.0",)}, "compute capability 9.0, and Fake 8000 has 8.9"),
         ({"compute_capabilities": ("9.0+",)}, "compute capability 9.0+, and Fake 8000 has 8.9"),
         ({"max_seq_len": 64}, "it holds 64 tokens and 8 sequences, the bundle 128 and 8"),
@@ -706,6 +719,28 @@ def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
     assert found["ran"] and found["passed"], found
     assert found["gpu"] == "Fake 8000" and found["beside"] == "ort-cpu in fp32"
     assert found["max_abs_logit_error"] < 1e-4
+
+
+@pytest.mark.parametrize("ort_cuda_opens", [True, False])
+def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, monkeypatch, ort_cuda_opens):
+    """As of a bundle that holds bf16 alone: ONNX Runtime has no bfloat16 on a CPU, and may not run here at all."""
+    plain = select.missing
+    no_bf16 = "ONNX Runtime has no bfloat16 on a CPU"
+    monkeypatch.setattr(select, "missing", lambda f, b, p: no_bf16 if b == "ort-cpu" else plain(f, b, p))
+    manifest = read_manifest(bundle)
+    assert select.find_reference(bundle, manifest)[:2] == ("ort-cuda", "fp32")
+    if ort_cuda_opens:
+        on_host = OrtCudaBackend(bundle, manifest, "fp32", EagerDevice(), kind="cpu")
+        monkeypatch.setattr(OrtCudaBackend, "open", lambda *_: on_host)
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    if ort_cuda_opens:
+        assert found["passed"] and found["beside"] == "ort-cuda in fp32"
+    else:  # a reference that does not open says nothing about the engine
+        assert found["ran"] is False and "ort-cuda" in found["reason"]
+    monkeypatch.setattr(select, "missing", lambda *_: no_bf16)
+    found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
+    assert found == {"ran": False, "reason": found["reason"]}
+    assert "no reference to compare with" in found["reason"] and no_bf16 in found["reason"]
 
 
 def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):

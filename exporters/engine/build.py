@@ -45,7 +45,8 @@ from .verify import expected_network, verify
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
 _LARGEST = 2**63 - 1  # bytes that TensorRT can be told
-_RTX_CAPABILITIES = ("8.0+",)  # what TensorRT-RTX documents for a plan built without naming any
+# What a plan of TensorRT-RTX that names none runs on, by NVIDIA's support matrix (versions 1.0 to 1.5).
+_RTX_CAPABILITIES = ("8.6", "8.9", "12.0")
 
 
 @dataclass(frozen=True)

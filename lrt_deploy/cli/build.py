@@ -190,6 +190,7 @@ def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -
     from lrt_deploy.bundle.manifest import read_manifest
     from lrt_deploy.evaluation import verdict
     from lrt_deploy.machine import find_gpu
+    from lrt_deploy.runtime.backends.select import find_reference
 
     gpu, reason = find_gpu()
     if gpu is None:
@@ -200,7 +201,12 @@ def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -
         return {"ran": False, "reason": f"a capacity of {manifest.max_seq_len} tokens is too small for it"}
     prompt = [(7919 * i + 13) % manifest.model.vocab_size for i in range(_PROMPT_TOKENS)]
     try:
-        with open_decoder(bundle, "ort-cpu") as reference, open_decoder(bundle, backend, precision) as decoder:
+        chosen = find_reference(bundle, manifest)
+        opened = open_decoder(bundle, chosen.backend, chosen.precision)
+    except LRTDeployError as error:  # it says nothing about the engine
+        return {"ran": False, "reason": str(error)}
+    try:
+        with opened as reference, open_decoder(bundle, backend, precision) as decoder:
             report = verdict.compare(
                 reference,
                 decoder,

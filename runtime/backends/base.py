@@ -22,10 +22,15 @@ from .cuda import Device
 
 @dataclass(frozen=True)
 class BlockLimits:
-    """What blocks a backend reads: how many tokens at most, and whether slots must be in the order of positions."""
+    """What blocks a backend reads: how many tokens at most, and whether slots must be in the order of positions.
+
+    `auto_iterates` says whether `auto` may read a prompt by iteration. It may not where every pass would copy the
+    chunk's cache entries from the device to the host to compare them.
+    """
 
     tokens: int | None = None
     in_order: bool = False
+    auto_iterates: bool = True
 
 
 # Entries of one row in every cache, (G, n, D) each in the cache's own type, by the contract's names: `past_key_0`, ...

@@ -70,7 +70,7 @@ class OrtCudaBackend:
         arena = Arena(device)
         weakref.finalize(self, arena.release).atexit = False
         self.prefill = PrefillStep(self.setup, arena)
-        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True)
+        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
         self.detail = f"ONNX Runtime {ort.__version__}, {_PROVIDERS[kind]}"
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from lrt_deploy.bundle.engine_sidecar import PLAN, build_command, engine_folder
 from lrt_deploy.bundle.manifest import Manifest
-from lrt_deploy.bundle.precisions import PRECISIONS, not_held
+from lrt_deploy.bundle.precisions import PRECISIONS, QUANTIZED, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BackendError, BundleError
 from lrt_deploy.machine import find_gpu
@@ -47,6 +47,22 @@ def choose(folder: Path, manifest: Manifest, backend: str, precision: str | None
             return Choice(name, ready[0], "; ".join(["the best that is present", *passed_over]))
         passed_over.append(f"not {name}: {reasons[wanted[0]]}")
     raise BackendError(f"no backend can run {' or '.join(wanted)} here: {'; '.join(passed_over)}")
+
+
+def find_reference(folder: Path, manifest: Manifest) -> Choice:
+    """Select what an engine is compared with: ONNX Runtime on the CPU, or on the GPU where the CPU runs no precision.
+
+    The most precise one that runs. Raises BackendError where ONNX Runtime can run none of them here.
+    """
+    reasons = []
+    for backend in ("ort-cpu", "ort-cuda"):
+        for precision in sorted(manifest.precisions, key=PRECISIONS.index):
+            if backend == "ort-cuda" and precision in QUANTIZED:
+                continue
+            if (reason := missing(folder, backend, precision)) is None:
+                return Choice(backend, precision, "the most precise reference that runs here")
+            reasons.append(f"{backend} in {precision}: {reason}")
+    raise BackendError(f"there is no reference to compare with here; {'; '.join(reasons)}")
 
 
 def missing(folder: Path, backend: str, precision: str) -> str | None:

@@ -254,7 +254,7 @@ class TensorRTBackend:
         arena = Arena(device)
         weakref.finalize(self, arena.release).atexit = False
         self.prefill = PrefillStep(self.setup, arena)
-        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True)
+        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
         graph = "decoding as a CUDA graph" if cuda_graph else "no CUDA graph"
         self.detail = f"{sidecar.backend} {sidecar.tensorrt_version}, {sidecar.precision} engine, {graph}"
 
