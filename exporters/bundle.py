@@ -20,11 +20,11 @@ from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import ExportError
-from lrt_deploy.files import read_json, read_text
+from lrt_deploy.files import check_writable, read_json, read_text
 from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 
 from .atomic_folder import atomic_folder, recover
-from .export_options import ExportOptions, check_space, check_target
+from .export_options import ExportOptions, check_space
 
 if TYPE_CHECKING:
     from lrt_deploy.exporters.quantize.calibrate import Calibration
@@ -101,12 +101,14 @@ def export_bundle(
 
 
 def _export(source: Path, bundle: Path, options: ExportOptions, progress: Progress) -> Manifest:
-    from lrt_deploy.model.checkpoint import open_checkpoint
-
     target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
     options.check()
-    check_target(target, ExportError)
+    check_writable(target, ExportError)
+    from lrt_deploy.model.checkpoint import open_checkpoint
+
+    from .graph import trace  # noqa: F401 - a missing package is reported before the checkpoint is read
+
     progress("reading the checkpoint", 0, 0)
     opened = open_checkpoint(source, options.step)
     capacity = options.capacity(opened.config)

@@ -6,7 +6,6 @@ that cannot be written, a disk that is too small, more sequences than a cache te
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from lrt_deploy.bundle.contract import state_pairs
 from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS, ITEM_BYTES, PRECISIONS, base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import ExportError, InputError, LRTDeployError
+from lrt_deploy.errors import ExportError, InputError
+from lrt_deploy.files import existing_parent
 
 # Elements of one tensor that TensorRT, and kernels that index with 32 bits, can address.
 _LARGEST_TENSOR = 2**31 - 1
@@ -107,19 +107,10 @@ def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool)
     return found
 
 
-def check_target(target: Path, error: type[LRTDeployError]) -> None:
-    """Raise `error` unless the nearest existing parent of `target` is a folder that may be written."""
-    parent = _existing_parent(target)
-    if not parent.is_dir():
-        raise error(f"{target} cannot be made: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise error(f"{target} cannot be made: the folder {parent} may not be written to; choose another place")
-
-
 def check_space(target: Path, config: LRTConfig, precisions: Sequence[str]) -> None:
     """Raise ExportError if the disk has no room for the weights of all precisions; all else is small beside them."""
     needed = sum(weight_bytes(config, precision) for precision in precisions)
-    free = shutil.disk_usage(_existing_parent(target)).free
+    free = shutil.disk_usage(existing_parent(target)).free
     if needed > free:
         raise ExportError(
             f"{target} needs at least {needed / 1e9:.2f} GB for the weights in {', '.join(precisions)}, and "
@@ -132,10 +123,6 @@ def weight_bytes(config: LRTConfig, precision: str) -> int:
     matrices = sum(prod(shape) for shape in matrix_shapes(config).values())
     everything = sum(prod(shape) for source in weight_sources(config).values() for shape in source.shapes)
     return (matrices * _BITS[precision] + (everything - matrices) * 16) // 8
-
-
-def _existing_parent(target: Path) -> Path:
-    return next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path(target.anchor or "/"))
 
 
 def _state_bytes(config: LRTConfig, precision: str, capacity: int) -> int:

@@ -178,6 +178,20 @@ def check_replaceable(target: Path, what: str, ours: Callable[[bytes], bool], er
         )
 
 
+def check_writable(target: Path, error: type[LRTDeployError]) -> None:
+    """Raise `error` unless a file or folder `target` can be made: its nearest existing parent is a writable folder."""
+    parent = existing_parent(target)
+    if not parent.is_dir():
+        raise error(f"{target} cannot be made: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise error(f"{target} cannot be made: the folder {parent} may not be written to; choose another place")
+
+
+def existing_parent(target: Path) -> Path:
+    """Return the nearest parent of a path that exists."""
+    return next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path(target.anchor or "/"))
+
+
 def remove_partials(target: Path) -> None:
     """Remove the temporary files and folders that killed writers of `target` have left beside it."""
     pattern = re.compile(re.escape(f".{_stem(target)}{PARTIAL}") + "[0-9a-f]{16}")

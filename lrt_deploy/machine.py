@@ -63,6 +63,8 @@ def find_gpu() -> tuple[Gpu | None, str]:
     except Exception as broken:  # the driver's libraries may fail in any way
         return None, f"CUDA cannot be asked: {' '.join(str(broken).split())}"
     if error != cuda.cudaError_t.cudaSuccess or not count:
+        if cuda.cudaDriverGetVersion() == (cuda.cudaError_t.cudaSuccess, 0):  # the error would speak of its version
+            return None, "no GPU: no NVIDIA driver is installed"
         text = cuda.cudaGetErrorString(error)[1].decode(errors="replace") if int(error) else "CUDA counts 0 devices"
         return None, f"no GPU: {text}"
     _, device = cuda.cudaGetDevice()

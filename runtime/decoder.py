@@ -73,6 +73,11 @@ class Decoder:
         return self._loaded.device
 
     @property
+    def threads(self) -> int | None:
+        """The CPU threads that the backend was given; None where it decides itself, or runs on a GPU."""
+        return getattr(self._loaded, "threads", None)
+
+    @property
     def identity(self) -> Identity:
         """What the numbers of this decoder's states depend on."""
         return self._origin.identity

@@ -25,7 +25,7 @@ from lrt_deploy.cli.app import app
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
 OTHER_GOLDEN = GOLDEN.parent / "mr_mha_L"
-COMMAND = [sys.executable, "-c", "from lrt_deploy.cli.app import main; main()"]
+COMMAND = [sys.executable, "-c", "from lrt_deploy.__main__ import main; main()"]
 CAPACITY = 128
 
 
@@ -490,7 +490,7 @@ def process(*args, **kwargs):
 
 
 def test_the_installed_command_generates_without_torch_and_onnx(bundle):
-    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from lrt_deploy.cli.app import main; main()"
+    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from lrt_deploy.__main__ import main; main()"
     command = [sys.executable, "-c", code, "generate", str(bundle), "--prompt", "a", "--json"]
     result = subprocess.run(command, capture_output=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def python(code, *args):
 def test_help_imports_nothing_heavy_and_answers_at_once():
     code = """if True:
         import json, resource, sys
-        from lrt_deploy.cli.app import main
+        from lrt_deploy.__main__ import main
         sys.argv = ["lrt-deploy", "--help"]
         try:
             main()
@@ -163,7 +164,7 @@ def test_a_folder_that_is_no_bundle_is_named(tmp_path):
 
 @pytest.mark.parametrize("missing", ["torch", "onnx_ir"])
 def test_export_without_its_extra_says_what_to_install(missing, tmp_path):
-    code = f"import sys; sys.modules['{missing}'] = None; from lrt_deploy.cli.app import main; main()"
+    code = f"import sys; sys.modules['{missing}'] = None; from lrt_deploy.__main__ import main; main()"
     result = python(code, "export", GOLDEN, tmp_path / "bundle")
     assert result.returncode == 1
     expected = f"error: this command needs {missing}, which is not installed; install the extra 'export'"
@@ -172,7 +173,7 @@ def test_export_without_its_extra_says_what_to_install(missing, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_even_the_help_fails_in_one_line():
-    command = [sys.executable, "-c", "from lrt_deploy.cli.app import main; main()", "--help"]
+    command = [sys.executable, "-c", "from lrt_deploy.__main__ import main; main()", "--help"]
     with Path("/dev/full").open("w") as stdout:
         result = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
@@ -197,7 +198,7 @@ def test_doctor_reports_every_backend_and_the_environment():
 
 
 def test_doctor_does_not_import_torch():
-    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from lrt_deploy.cli.app import main; main()"
+    code = "import sys; sys.modules['torch'] = sys.modules['onnx'] = None; from lrt_deploy.__main__ import main; main()"
     result = python(code, "doctor", "--json")
     assert result.returncode == 0
     assert json.loads(result.stdout)["environment"]["versions"]["torch"] is not None
@@ -214,13 +215,13 @@ def test_doctor_says_no_when_nothing_can_run(monkeypatch):
 
 
 def test_a_library_without_the_gpu_that_it_needs_is_reported_and_not_available():
-    library = doctor.Found("11.4", True, "tensorrt 11.4 can be imported")
+    library = doctor.Library("11.4", True, "tensorrt 11.4 can be imported")
     found = doctor.report_backend("tensorrt", library, (None, "no GPU: none counted"))
     assert (found.available, found.version) == (False, "11.4")
     assert "can be imported" in found.reason and "no GPU" in found.reason
     assert doctor.report_backend("tensorrt", library, (Gpu("H100", (9, 0)), "H100")).available
     assert doctor.report_backend("ort-cpu", library, None).available
-    assert not doctor.report_backend("ort-cpu", doctor.Found(None, False, "broken"), None).available
+    assert not doctor.report_backend("ort-cpu", doctor.Library(None, False, "broken"), None).available
 
 
 # inspect
@@ -286,3 +287,19 @@ def test_guarded_verbs_keep_their_options():
     names = {command.name for command in app.registered_commands}
     assert names == set(VERBS)
     assert typer.main.get_command(app).commands["eval"].params
+
+
+def test_a_machine_without_a_driver_is_told_so_and_no_driver_version(monkeypatch):
+    from lrt_deploy import machine
+
+    success, old = object(), 35
+    fake = SimpleNamespace(
+        cudaError_t=SimpleNamespace(cudaSuccess=success),
+        cudaGetDeviceCount=lambda: (old, 0),
+        cudaDriverGetVersion=lambda: (success, 0),
+        cudaGetErrorString=lambda error: (success, b"CUDA driver version is insufficient for CUDA runtime version"),
+    )
+    monkeypatch.setattr(machine.importlib, "import_module", lambda name: fake)
+    assert machine.find_gpu() == (None, "no GPU: no NVIDIA driver is installed")
+    fake.cudaDriverGetVersion = lambda: (success, 11000)
+    assert machine.find_gpu()[1].endswith("driver version is insufficient for CUDA runtime version")

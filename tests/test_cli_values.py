@@ -16,11 +16,11 @@ from typer.testing import CliRunner
 from lrt_deploy import machine
 from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
-from lrt_deploy.cli import bench, options, output, parity
+from lrt_deploy.cli import bench, options, output, parity, summary
 from lrt_deploy.cli.app import app, describe
 from lrt_deploy.cli.bench import percentiles
-from lrt_deploy.cli.export import product_words
 from lrt_deploy.cli.output import WordWrapper, columns, table_lines
+from lrt_deploy.cli.summary import product_words
 from lrt_deploy.evaluation import checks
 from lrt_deploy.runtime.backends.select import BACKENDS
 from lrt_deploy.types import PREFILL_POLICIES
@@ -69,6 +69,13 @@ def test_the_help_fits_80_columns_and_lists_values_whole(verb):
     words = set(re.findall(r"[\w-]+", text))
     for _, _, option, values in (row for row in VALUES if row[0] == verb):
         assert {option, *values} <= words
+
+
+@pytest.mark.parametrize("verb", GROUP.commands)
+def test_the_help_shows_arguments_as_they_are_given_and_no_type_beside_flags(verb):
+    text = run(verb, "--help").stdout
+    assert "<bool>" not in text and "{" not in text
+    assert f"Usage: lrt-deploy {verb} [OPTIONS]" in " ".join(text.split()).replace("root ", "lrt-deploy ")
 
 
 @pytest.mark.parametrize(
@@ -259,3 +266,25 @@ def test_progress_moves_on_a_terminal_while_nothing_is_reported():
     os.close(master)
     assert process.wait(timeout=60) == 0
     assert shown.count(b"tracing") > 3 and b"0:00:01" in shown
+
+
+def test_progress_in_a_file_is_a_line_for_each_thing_and_its_share_now_and_then(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(output.time, "monotonic", lambda: now[0])
+    progress = output.lines()
+    for second in range(31):
+        now[0] = float(second)
+        progress("calibrating", second, 30)
+    progress("hashing", 0, 0)
+    expected = ["calibrating", "calibrating: 33%", "calibrating: 67%", "calibrating: 100%", "hashing"]
+    assert capsys.readouterr().err.splitlines() == expected
+
+
+def test_the_rows_of_a_bundle_say_which_backends_run_which_graphs(in_every_precision):
+    from lrt_deploy.bundle.manifest import read_manifest
+
+    rows = summary.precision_rows(read_manifest(in_every_precision("mr_gqa_SSSL")))
+    assert rows["fp32"].startswith("matrix products: ")
+    assert rows["int4-weight-only on GPUs"].endswith("computed in float16")
+    assert rows["int4-weight-only on ort-cpu"].endswith("computed in float32")
+    assert not any(name in row for row in rows for name in ("full", "windowed"))

@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy import files
 from lrt_deploy.bundle import engine_sidecar, kinds, manifest
 from lrt_deploy.cli import options
 from lrt_deploy.cli.app import app
@@ -46,7 +47,7 @@ def unopened(monkeypatch):
     def reached(*args):
         raise AssertionError("the bundle was opened")
 
-    monkeypatch.setattr(options.Runner, "open", reached)
+    monkeypatch.setattr(options.DecoderOptions, "open", reached)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def test_rights_are_asked_of_the_nearest_parent_that_exists(tmp_path, monkeypatc
     asked = []
     monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
     with pytest.raises(ExportError, match="may not be written to"):
-        export_options.check_target(tmp_path / "a" / "b", ExportError)
+        files.check_writable(tmp_path / "a" / "b", ExportError)
     assert asked == [(tmp_path, os.W_OK | os.X_OK)]
 
 
@@ -103,6 +104,11 @@ def test_the_room_that_is_asked_for_is_less_than_a_bundle_takes(precision, in_ev
     found = manifest.read_manifest(folder)
     taken = sum(record.bytes for name, record in found.files.items() if name.startswith(f"graphs/{precision}/"))
     assert 0.3 * taken < export_options.weight_bytes(found.model, precision) <= taken
+
+
+def test_build_says_nothing_before_it_has_checked_the_bundle(tmp_path):
+    found = refusal("build", tmp_path / "none", "--backend", "tensorrt-rtx")
+    assert found.startswith("error: ") and found.count("\n") == 1
 
 
 # one thing in place of another
@@ -171,7 +177,8 @@ def test_files_that_are_not_there_are_named_before_the_bundle_is_opened(unopened
 
 def test_a_plot_that_cannot_be_written_is_refused_before_the_bundle_is_opened(unopened, tmp_path):
     (tmp_path / "file").touch()
-    assert "the plot cannot be written" in refusal("bench", "b", "--plot", tmp_path / "file" / "x.png")
+    found = refusal("bench", "b", "--plot", tmp_path / "file" / "x.png")
+    assert f"{tmp_path / 'file' / 'x.png'} cannot be made: {tmp_path / 'file'} is not a folder" in found
 
 
 def test_eval_refuses_a_batch_beyond_the_bundle_s_before_it_reads_the_file(export_once, tmp_path):

@@ -37,7 +37,7 @@ from lrt_deploy.bundle.precisions import not_held
 from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
-from lrt_deploy.exporters.export_options import check_target
+from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
 from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
@@ -140,7 +140,7 @@ def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
     if os.path.lexists(target) and not force:
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
     check_replaceable(target)
-    check_target(target, EngineError)
+    check_writable(target, EngineError)
     verify_files(job.bundle, job.manifest, progress=lambda done, total: progress("hashing", done, total))
     check_graph_file(job.bundle / job.graph, job.bundle / weights_path(job.precision))
     started = time.perf_counter()
@@ -224,7 +224,7 @@ def _timing_cache(bundle: Path, flavour: TensorRTFlavour, asked: Path | None) ->
             raise EngineError("tensorrt-rtx measures no kernels when it builds and has no timing cache; leave it out")
         return None
     if asked is not None:
-        check_target(asked, EngineError)
+        check_writable(asked, EngineError)
         return asked
     (bundle / ENGINES).mkdir(exist_ok=True)
     return bundle / ENGINES / f"{flavour.backend}.timing"

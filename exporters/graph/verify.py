@@ -17,7 +17,7 @@ from lrt_deploy.exporters.quantize.qdq import Format
 
 from .cast import matrix_name
 
-_NAMES = {"FLOAT": "float32", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+_NAMES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
 
 Counts = dict[str, dict[str, int]]
 
@@ -30,7 +30,7 @@ def count(graph: ir.Graph) -> Counts:
     """
     found = {name: Counter[str]() for name in ("matmul", "attention", "cache_write", "convert")}
     for node in graph:
-        base = _name(node.outputs[0].dtype)
+        base = dtype_name(node.outputs[0].dtype)
         if node.op_type == "MatMul":
             found["matmul"][_matmul_kind(node, base)] += 1
         elif node.op_type == "Attention":
@@ -85,7 +85,8 @@ def _matmul_kind(node: ir.Node, base: str) -> str:
     return f"{weights}, {base}" if weights == activations else f"{weights} weights, {base}"
 
 
-def _name(dtype: ir.DataType | None) -> str:
+def dtype_name(dtype: ir.DataType | None) -> str:
+    """Return the name of an element type as in the manifest: float32, int8; `unknown` for None."""
     return "unknown" if dtype is None else _NAMES.get(dtype.name, dtype.name.lower())
 
 

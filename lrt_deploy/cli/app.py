@@ -2,17 +2,18 @@
 
 Exit codes: 0 done, 1 the answer is no (parity failed, wrong input, something broke), 2 usage, 130 interrupted,
 141 the reader of stdout has gone, 143 terminated. With --json an error is one document on stdout as well:
-`{"error": {"type", "message"}}`. Each verb is a plain function in a file of its own and knows nothing of this.
+`{"error": {"type", "message"}}`. Each verb is a plain function in a file of its own, which `command` wraps.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
+import inspect
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -20,7 +21,8 @@ from typer.core import TyperCommand, TyperGroup
 from lrt_deploy import machine
 from lrt_deploy.errors import LRTDeployError
 
-from . import bench, build, chat, doctor, evaluate, export, generate, inspect, output, parity, signals
+from . import bench, build, chat, doctor, evaluate, export, generate, options, output, parity, signals
+from . import inspect as inspecting
 
 READER_GONE = 141
 _WITH_TRACEBACK = "run again with --debug for the traceback"
@@ -78,7 +80,7 @@ class Verb(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer has its own copy of Click
         """Parse the words after the verb's name; raise BadParameter for an empty path."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        kinds = get_type_hints(_VERBS[str(self.name)])
+        kinds = get_type_hints(_COMMANDS[str(self.name)])
         parameters: list[Any] = [*self.get_params(ctx)]
         for parameter in parameters:
             kind = kinds.get(parameter.name)
@@ -87,6 +89,18 @@ class Verb(TyperCommand):
                     "it is empty; expected a path (is a shell variable unset?)", ctx=ctx, param=parameter
                 )
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 - typer has its own copy of Click
+        """Return all parameters; the help shows no type beside flags."""
+        parameters: list[Any] = super().get_params(ctx)
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer has its own copy of Click
+        """Return the pieces of the usage line, arguments without braces."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 app = typer.Typer(
@@ -104,27 +118,41 @@ def run() -> int:
     return int(typer.main.get_command(app)(standalone_mode=False))
 
 
-def main() -> NoReturn:
-    """Run the command line of this process; see `lrt_deploy.__main__`."""
-    from lrt_deploy.__main__ import main as entry
+def command(verb: Callable[..., None]) -> Callable[..., None]:
+    """Make a command of a verb: errors are reported and become exit codes, and `--debug` adds the traceback.
 
-    entry()
+    A dataclass among the verb's parameters stands for its fields: each is an option of the command, and the verb gets
+    the object.
+    """
+    parameters, groups = [], dict[str, Any]()
+    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
+            continue
+        groups[parameter.name] = group = parameter.annotation
+        kinds = get_type_hints(group, include_extras=True)
+        parameters += [_option(field.name, kinds[field.name], field.default) for field in dataclasses.fields(group)]
+    parameters.append(_option("debug", options.Debug, False))
 
-
-def guarded(verb: Callable[..., None]) -> Callable[..., None]:
-    """Wrap `verb` so that its errors are reported and become exit codes; its `debug` option adds the traceback."""
-
-    @functools.wraps(verb)
-    def run(**options: Any) -> None:  # noqa: ANN401 - whatever options the verb has
+    def run(**given: Any) -> None:  # noqa: ANN401 - the values of all options
+        debug, json = given.pop("debug"), bool(given.get("json"))
         try:
-            verb(**options)
+            for name, group in groups.items():
+                given[name] = group(**{field.name: given.pop(field.name) for field in dataclasses.fields(group)})
+            verb(**given)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except (Exception, KeyboardInterrupt, signals.Terminated) as error:
-            code = report(error, json=bool(options.get("json")), debug=bool(options.get("debug")), verb=verb.__name__)
-            raise typer.Exit(code) from None
+            raise typer.Exit(report(error, json=json, debug=debug, verb=verb.__name__)) from None
 
+    run.__name__, run.__doc__ = verb.__name__, verb.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def _option(name: str, annotation: Any, default: object) -> inspect.Parameter:  # noqa: ANN401 - a type
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def report(error: BaseException, *, json: bool, debug: bool = False, verb: str = "") -> int:
@@ -141,18 +169,16 @@ def report(error: BaseException, *, json: bool, debug: bool = False, verb: str =
         return READER_GONE
     if debug:
         output.say("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, Exception):
-        line, code = f"error: {describe(error, verb)}", 1
-    else:
-        line, code = signals.describe(error), signals.exit_code(error)
+    mine = isinstance(error, Exception)
+    line = describe(error, verb) if isinstance(error, Exception) else signals.describe(error)
     if json:
-        output.failure(type(error).__name__, line.removeprefix("error: "))
-    output.say(line)
-    return code
+        output.failure(type(error).__name__, line)
+    output.say(f"error: {line}" if mine else line)
+    return 1 if mine else signals.exit_code(error)
 
 
 def describe(error: Exception, verb: str = "") -> str:
-    """Say in one line what happened; only errors raised on purpose speak for themselves."""
+    """Describe an error in one line; the messages of our own errors are complete already."""
     if isinstance(error, LRTDeployError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and (text := machine.explain(error, _extras_of(verb))):
@@ -202,8 +228,9 @@ _VERBS: dict[str, Callable[..., None]] = {
     "parity": parity.parity,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
-    "inspect": inspect.inspect,
+    "inspect": inspecting.inspect,
     "doctor": doctor.doctor,
 }
-for _name, _verb in _VERBS.items():
-    app.command(_name, cls=Verb)(guarded(_verb))
+_COMMANDS = {name: command(verb) for name, verb in _VERBS.items()}
+for _name, _command in _COMMANDS.items():
+    app.command(_name, cls=Verb)(_command)

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrt_deploy.errors import InputError
+from lrt_deploy.files import check_writable
 from lrt_deploy.machine import cpu_model, peak_rss_bytes
 
-from . import doctor, options, output, signals
+from . import doctor, options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.contract import Flavour
@@ -95,6 +96,7 @@ _P99_SAMPLES = 100
 
 def bench(
     bundle: options.BundlePath,
+    *,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length where decoding is measured.")] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
     repeats: Annotated[int, typer.Option(help="Repeats of decoding, and rounds over the prefill policies.")] = 3,
@@ -112,13 +114,8 @@ def bench(
         Path | None, typer.Option(metavar="FILE.png", help="Where to plot; default: BUNDLE/reports/prefill.png.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the random token ids.")] = 0,
-    backend: options.Backend = "ort-cpu",
-    precision: options.Precision = None,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    verify: options.Verify = False,
+    opening: options.DecoderOptions,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Measure decoding and reading prompts: times, bytes, and the share of the memory bandwidth."""
     from lrt_deploy import figures
@@ -127,14 +124,16 @@ def bench(
     if plot is not None:
         figures.require_matplotlib()
         figures.check_target(plot)
-        options.check_writable(plot.parent, "the plot")
+        check_writable(plot, InputError)
     options.check_file(None if text in (None, "-") else Path(text), "the text")
     options.check_tolerance(tolerance)
     started = time.perf_counter()
-    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+    with opening.open(bundle) as decoder:
         opened_ms = (time.perf_counter() - started) * 1e3
         task = Task(decoder, tokens(decoder, text, seed), prompt_tokens, new_tokens, repeats, tolerance)
-        fields = {"open_ms": opened_ms} | task.run(lengths, announcer(quiet=json))
+        fields = {"open_ms": opened_ms} | task.run(
+            lengths, output.lines(quiet=json)
+        )  # no bar: its thread would run within what is timed
     fields["plot"] = draw(fields, bundle, plot)
     if json:
         output.document(fields)
@@ -142,19 +141,6 @@ def bench(
         output.answer(summary(fields, _LONGEST_CONVERGENCE))
         output.table(decode_rows(fields))
         output.table(prefill_rows(fields))
-
-
-def announcer(quiet: bool) -> output.Progress:
-    """A line for each new thing. No bar: a thread of its own would redraw it within what is timed."""
-    seen: set[str] = set()
-
-    def announce(what: str, done: int, total: int) -> None:
-        signals.check()
-        if not quiet and what not in seen:
-            output.say(what)
-        seen.add(what)
-
-    return announce
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -298,11 +284,8 @@ def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
 
 
 def thread_count(decoder: Decoder) -> int | None:
-    """The threads that the backend says it runs on, all cores where it names no number; None on a GPU."""
-    if decoder.device is not None:
-        return None
-    found = re.search(r"(\d+) thread", decoder.backend_detail)
-    return int(found[1]) if found else int(doctor.environment()["cpu_count"] or 1)
+    """Return the CPU threads that the backend runs on, all cores where it decides itself; None on a GPU."""
+    return None if decoder.device is not None else decoder.threads or int(doctor.environment()["cpu_count"] or 1)
 
 
 def environment(decoder: Decoder) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""`lrt-deploy build`: build an engine of a bundle. Shows what is built and how far; the work is `build_engine`'s.
+"""`lrt-deploy build`: build an engine of a bundle, by `lrt_deploy.build_engine`.
 
-Where there is a GPU, the new engine then decodes a short rollout beside ONNX Runtime on the CPU.
+Where there is a GPU, a smoke test follows: the engine decodes a short rollout beside ONNX Runtime on the CPU.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import typer
 from lrt_deploy.errors import LRTDeployError, ParityError
 
 from . import options, output
-from .export import product_words
 from .output import Progress
+from .summary import product_words
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.engine_sidecar import EngineSidecar
@@ -60,22 +60,18 @@ def build(
     verbose: Annotated[bool, typer.Option("--verbose", help="Print all messages of TensorRT on stderr.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
-    """Build a TensorRT engine from a bundle, after proving that its network is what the precision promises."""
+    """Build a TensorRT engine from a bundle, after verifying that its network is what the precision expects."""
     from lrt_deploy import build_engine
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
-    from lrt_deploy.bundle.tensorrt_flavours import choose_flavour
 
     memory = None if workspace is None else parse_bytes(workspace)
     if device is not None:
         use_device(device)
-    flavour, reason = choose_flavour(backend)
-    output.say(f"building for {flavour.backend}, {reason}")
     with output.progress(quiet=json) as progress:
         sidecar = build_engine(
             bundle,
-            backend=flavour.backend,
+            backend=backend,
             precision=precision,
             chunk_tokens=chunk_tokens,
             max_batch_size=max_batch_size,
@@ -89,13 +85,13 @@ def build(
         smoke = smoke_test(bundle, sidecar.backend, sidecar.precision, progress)
         sidecar = dataclasses.replace(sidecar, smoke=smoke)
         write_sidecar(plan, sidecar)
-    show(plan, sidecar, json)
+    show(plan, sidecar, backend == "auto", json)
     if smoke["ran"] and not smoke["passed"]:
         raise typer.Exit(1)
 
 
 def parse_bytes(text: str) -> int:
-    """A size in bytes from `1048576`, `512MiB` or `4GiB`."""
+    """Parse a size in bytes, as `1048576`, `512MiB` or `4GiB`."""
     match = re.fullmatch(r"([0-9]{1,15})\s*(KiB|MiB|GiB|)", text.strip(), re.IGNORECASE)
     if match is None or int(match[1]) == 0:
         raise typer.BadParameter(f"--workspace is {text[:40]!r}; expected bytes, or a size as 512MiB or 4GiB")
@@ -118,12 +114,12 @@ def use_device(number: int) -> None:
 
 
 def print_message(severity: str, text: str) -> None:
-    """One message of TensorRT, for people."""
+    """Print a message of TensorRT on stderr."""
     output.say(f"TensorRT {severity.lower()}: {text}")
 
 
 def plain_commands(plan: Path, sidecar: EngineSidecar) -> dict[str, str]:
-    """Commands that load the plan without lrt-deploy, at the smallest shapes of the decode profile."""
+    """Return commands that load the plan without lrt-deploy, at the smallest shapes of the decode profile."""
     shapes = {
         value["name"]: [size if isinstance(size, int) else 1 for size in value["shape"]] for value in sidecar.inputs
     }
@@ -138,28 +134,30 @@ def plain_commands(plan: Path, sidecar: EngineSidecar) -> dict[str, str]:
     return {"polygraphy": f"POLYGRAPHY_USE_TENSORRT_RTX=1 {shlex.join(polygraphy)}", "trtexec": shlex.join(trtexec)}
 
 
-def show(plan: Path, sidecar: EngineSidecar, json: bool) -> None:
-    """The answer, and the table for people."""
+def show(plan: Path, sidecar: EngineSidecar, chosen: bool, json: bool) -> None:
+    """Print the document, or the answer and a table; `chosen`: the backend was not named, so say why it was taken."""
+    from lrt_deploy.bundle.tensorrt_flavours import choose_flavour
+
     commands = plain_commands(plan, sidecar)
     if json:
         output.document({"plan": str(plan)} | sidecar.to_dict() | {"commands": commands})
         return
     size = output.bytes_text(sidecar.plan_bytes)
     output.answer(f"built {plan} ({size}) in {sidecar.build['seconds']:.1f} s; {smoke_text(sidecar.smoke)}")
-    output.table(engine_rows(sidecar))
+    output.table(engine_rows(sidecar) | ({"chosen": choose_flavour("auto")[1]} if chosen else {}))
     for command in commands.values():  # one line each, to be copied
         output.say(command)
 
 
 def smoke_text(smoke: dict[str, Any]) -> str:
-    """What came of running the plan, in a clause."""
+    """Describe the outcome of the smoke test in a clause."""
     if not smoke.get("ran"):
         return f"it was not run here: {smoke.get('reason')}"
     return f"{'it passed' if smoke.get('passed') else 'IT FAILED'} the smoke test: {smoke.get('verdict')}"
 
 
 def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
-    """What an engine is and what its network was proven to consist of, for people."""
+    """Return the rows of a table on an engine and its verified network."""
     layers, memory = sidecar.layers, sidecar.build.get("memory", {})
     kernels = "decomposed where there is no fused kernel" if layers.get("attention_decomposable") else "fused"
     return {
@@ -185,7 +183,7 @@ _PROMPT_TOKENS, _STEPS = 12, 32
 
 
 def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -> dict[str, Any]:
-    """What came of it, for the sidecar: `ran`, and `reason` or `passed`, `verdict` and the numbers behind it."""
+    """Decode beside ONNX Runtime; return `ran`, and `reason` or `passed`, `verdict` and its numbers."""
     from lrt_deploy import open_decoder
     from lrt_deploy.bundle.manifest import read_manifest
     from lrt_deploy.evaluation import verdict

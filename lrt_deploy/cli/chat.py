@@ -30,40 +30,26 @@ _HELP = """\
 /quit           end (so does the end of the input)"""
 
 
+@dataclass(frozen=True)
+class ChatOptions(options.GenerationOptions):
+    """Options of the answers; they may be longer than those of `generate`."""
+
+    max_new_tokens: Annotated[int, options.sampling_option(help="Stop after this many tokens.")] = 256
+
+
 def chat(
     bundle: options.BundlePath,
+    *,
     system: Annotated[str | None, typer.Option(help="System message, joined to the first message.")] = None,
-    max_new_tokens: options.MaxNewTokens = 256,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ignore_stop_tokens: options.IgnoreStopTokens = False,
-    prefill: options.Prefill = "auto",
-    tolerance: options.Tolerance = None,
-    prompt_cache: options.PromptCacheFolder = None,
-    backend: options.Backend = "ort-cpu",
-    precision: options.Precision = None,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    verify: options.Verify = False,
+    generation: ChatOptions,
+    reading: options.PrefillOptions,
+    opening: options.DecoderOptions,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Talk with a model: one message a line, answers go to stdout as they come. /help lists the commands."""
-    numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    numbers |= {"repetition_penalty": repetition_penalty}
-    sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
-    sampling.check()
-    options.check_tolerance(tolerance)
-    cache = options.open_prompt_cache(prompt_cache)
-    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
-        reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
-        conversation = Conversation(decoder, chat_tokenizer(decoder), system, sampling, reading)
-        conversation.cache = cache
+    cache = reading.open_cache()
+    with opening.open(bundle) as decoder:
+        conversation = Conversation(decoder, chat_tokenizer(decoder), system, generation, reading, cache=cache)
         conversation.check()
         branches = Branches({"main": conversation})
         output.say(f"{decoder.backend}, {decoder.precision}, {decoder.max_seq_len} tokens; /help lists the commands")
@@ -148,7 +134,7 @@ class Branches:
         return _HELP
 
     def do_reset(self, argument: str) -> str:
-        """Begin anew."""
+        """Begin a new conversation."""
         self.chat.reset()
         return "a new chat begins"
 

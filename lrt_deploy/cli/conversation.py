@@ -9,7 +9,7 @@ output here: what stands between them is text, and nothing is ever run.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from lrt_deploy.errors import InputError, StateError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.state import DecodeState
     from lrt_deploy.text.tokenizer import Tokenizer
 
-WAY_ON = "/reset begins anew, /rewind takes turns back; for more room, export with a larger --max-seq-len"
+ADVICE = "/reset begins a new chat, /rewind takes turns back; for more room, export with a larger --max-seq-len"
 
 
 @dataclass
@@ -35,8 +35,8 @@ class Conversation:
     decoder: Decoder
     tokenizer: Tokenizer
     system: str | None
-    sampling: options.Sampling
-    reading: dict[str, Any]  # policy and tolerance of prefill
+    generation: options.GenerationOptions
+    reading: options.PrefillOptions
     history: list[int] = field(default_factory=list)
     state: DecodeState | None = None
     turns: list[int] = field(default_factory=list)  # tokens of the history before each turn
@@ -79,29 +79,29 @@ class Conversation:
         if answer.prefill and answer.prefill.note:
             output.say(f"prefill: {answer.prefill.note}")
         if answer.finish_reason == "capacity":
-            output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {WAY_ON}")
+            output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {ADVICE}")
         return self.turn(message, answer)
 
     def check(self) -> None:
         """Refuse a system message that fills the context, and a way of reading that the model or precision lacks."""
         from lrt_deploy.runtime.prefill import PrefillRequest
 
-        policy, tolerance = self.reading["policy"], self.reading["tolerance"]
-        PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
+        prefill, tolerance = self.reading.prefill, self.reading.tolerance
+        PrefillRequest.of(prefill, tolerance, self.decoder.config.memory, self.decoder.precision)
         if self.system is not None and len(self.with_message("")) >= self.decoder.max_seq_len:
             limit = self.decoder.max_seq_len
             raise InputError(f"the system message leaves no room in a context of {limit} tokens; give a shorter one")
 
     def events(self, history: list[int]) -> Iterator[Event]:
         """Read what the state lacks of the history, then generate."""
-        arguments = self.sampling.arguments(self.count)
+        arguments = self.generation.arguments(self.count)
         if self.state is None and self.cache is not None:
-            self.state = self.cache.prefill(self.decoder, history, **self.reading)
+            self.state = self.cache.prefill(self.decoder, history, **self.reading.arguments)
             yield from self.decoder.generate(None, state=self.state, **arguments)
             return
         if self.state is None:
             self.state = self.decoder.prefill([history[:1]])
-        yield from self.decoder.generate(history, state=self.state, reuse=True, **self.reading, **arguments)
+        yield from self.decoder.generate(history, state=self.state, reuse=True, **self.reading.arguments, **arguments)
 
     def with_message(self, message: str) -> list[int]:
         """The history with the last answer closed and a message opened for the next."""
@@ -115,7 +115,7 @@ class Conversation:
         return [*history, end, *self.tokenizer.render_chat([{"role": "user", "content": message}])[1:]]
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Begin a new conversation."""
         self.history, self.state, self.turns = [], None, []
 
     def rewind(self, turns: int) -> None:
@@ -147,12 +147,9 @@ class Conversation:
         self.history, self.turns, self.state = history, turns, state
 
     def branch(self) -> Conversation:
-        """A chat that goes on from here by itself."""
+        """Return a copy of the conversation with a state of its own."""
         state = None if self.state is None else self.state.fork()
-        return Conversation(
-            self.decoder, self.tokenizer, self.system, self.sampling, self.reading, list(self.history), state,
-            list(self.turns), self.cache, self.count,
-        )  # fmt: skip
+        return replace(self, history=list(self.history), state=state, turns=list(self.turns))
 
     def stats(self) -> str:
         """How full the context is and what the chat has cost."""
@@ -166,7 +163,7 @@ class Conversation:
     def refuse(self, message: str, needed: int) -> dict[str, Any]:
         """Say that the context is full and how to go on."""
         limit = self.decoder.max_seq_len
-        output.say(f"no room for this message: the chat would have {needed} tokens of at most {limit}; {WAY_ON}")
+        output.say(f"no room for this message: the chat would have {needed} tokens of at most {limit}; {ADVICE}")
         return self.turn(message, Answer(finish_reason="capacity"))
 
     @staticmethod

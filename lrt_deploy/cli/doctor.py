@@ -1,7 +1,6 @@
-"""`lrt-deploy doctor`: what this machine and this installation can run, and why not where they cannot.
+"""`lrt-deploy doctor`: which backends this machine and this installation can run, and the reasons against the others.
 
-Finds out by importing runtime libraries, which is its whole purpose; torch and the graph tools are only asked for their
-versions. Runs no model.
+Imports the runtime libraries to try them; of torch and the graph tools only the versions are read. Runs no model.
 """
 
 from __future__ import annotations
@@ -46,55 +45,58 @@ class BackendReport:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What an import brought: the library's version if it works, and a sentence about it."""
+class Library:
+    """The outcome of an import: the version of the library, whether it works, and a clause about it."""
 
     version: str | None
     works: bool
     text: str
 
 
-def doctor(json: options.Json = False, debug: options.Debug = False) -> None:
+def doctor(json: options.Json = False) -> None:
     """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
     from lrt_deploy.machine import find_gpu
 
     gpu = find_gpu()
-    backends = [report_backend(name, probe(), None if name == "ort-cpu" else gpu) for name, probe in PROBES.items()]
-    facts = environment()
+    backends = [
+        report_backend(name, attempt(), None if name == "ort-cpu" else gpu) for name, attempt in LIBRARIES.items()
+    ]
+    here = environment()
     usable = [backend.name for backend in backends if backend.available]
     if json:
-        output.document({"backends": [asdict(backend) for backend in backends], "environment": facts})
+        output.document({"backends": [asdict(backend) for backend in backends], "environment": here})
     else:
         output.answer(f"ready: {', '.join(usable)}" if usable else "no backend can run here")
         rows = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
-        output.table(rows | {key: _cell(value) for key, value in facts.items()})
+        output.table(rows | {key: _cell(value) for key, value in here.items()})
     if not usable:
         raise typer.Exit(1)
 
 
-def report_backend(name: str, found: Found, gpu: tuple[Gpu | None, str] | None) -> BackendReport:
-    """Available means both: the library works, and there is the GPU that it needs (`gpu` None: it needs none)."""
+def report_backend(name: str, library: Library, gpu: tuple[Gpu | None, str] | None) -> BackendReport:
+    """Report a backend: available if its library works and there is the GPU that it needs (`gpu` None: none)."""
     if gpu is None:
-        return BackendReport(name, found.works, found.version, found.text)
+        return BackendReport(name, library.works, library.version, library.text)
     device, reason = gpu
-    return BackendReport(name, found.works and device is not None, found.version, f"{found.text}; {reason}")
+    works = library.works and device is not None
+    return BackendReport(name, works, library.version, f"{library.text}; {reason}")
 
 
-def probe_ort(provider: str) -> Found:
+def try_ort(provider: str) -> Library:
     """ONNX Runtime, and whether its build has a provider; that the device behind it works is not tried."""
-    return _probe("onnxruntime", lambda ort: _provider(ort, provider))
+    return _try("onnxruntime", lambda ort: _provider(ort, provider))
 
 
-def probe_module(module: str, package: str) -> Found:
+def try_module(module: str, package: str) -> Library:
     """A TensorRT flavour: whether its Python module can be imported."""
-    return _probe(module, lambda library: (True, f"{package} {getattr(library, '__version__', '')} can be imported"))
+    return _try(module, lambda library: (True, f"{package} {getattr(library, '__version__', '')} can be imported"))
 
 
-PROBES: dict[str, Callable[[], Found]] = {
-    "ort-cpu": lambda: probe_ort("CPUExecutionProvider"),
-    "ort-cuda": lambda: probe_ort("CUDAExecutionProvider"),
-    "tensorrt": lambda: probe_module("tensorrt", "tensorrt"),
-    "tensorrt-rtx": lambda: probe_module("tensorrt_rtx", "tensorrt-rtx"),
+LIBRARIES: dict[str, Callable[[], Library]] = {
+    "ort-cpu": lambda: try_ort("CPUExecutionProvider"),
+    "ort-cuda": lambda: try_ort("CUDAExecutionProvider"),
+    "tensorrt": lambda: try_module("tensorrt", "tensorrt"),
+    "tensorrt-rtx": lambda: try_module("tensorrt_rtx", "tensorrt-rtx"),
 }
 
 
@@ -140,15 +142,15 @@ def gpus() -> list[str]:
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
 
 
-def _probe(module: str, look: Callable[[Any], tuple[bool, str]]) -> Found:
+def _try(module: str, look: Callable[[Any], tuple[bool, str]]) -> Library:
     try:
         library = importlib.import_module(module)
         works, text = look(library)
     except ModuleNotFoundError as error:
-        return Found(None, False, f"{error.name} is not installed")
+        return Library(None, False, f"{error.name} is not installed")
     except Exception as error:  # a broken installation may raise anything
-        return Found(None, False, f"{module} is installed but fails: {' '.join(str(error).split())[:200]}")
-    return Found(getattr(library, "__version__", None), works, text)
+        return Library(None, False, f"{module} is installed but fails: {' '.join(str(error).split())[:200]}")
+    return Library(getattr(library, "__version__", None), works, text)
 
 
 def _provider(ort: Any, provider: str) -> tuple[bool, str]:  # noqa: ANN401 - onnxruntime is untyped

@@ -1,6 +1,6 @@
 """`lrt-deploy eval`: bits per byte of a text or of given token rows, sequentially, as the authors count them.
 
-Chooses rows and shows progress; the evaluation is `lrt_deploy.evaluation.bits_per_byte`'s.
+Reads the rows and shows progress; `lrt_deploy.evaluation.bits_per_byte` evaluates them.
 """
 
 from __future__ import annotations
@@ -24,22 +24,18 @@ if TYPE_CHECKING:
 def evaluate(
     bundle: options.BundlePath,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, or .npz with token rows x and y.")],
+    *,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows that run together; default: as many as the bundle allows.")
     ] = None,
-    backend: options.Backend = "ort-cpu",
-    precision: options.Precision = None,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    verify: options.Verify = False,
+    opening: options.DecoderOptions,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Measure bits per byte on a file, token by token from an empty state."""
     from lrt_deploy.evaluation import bits_per_byte
 
     options.check_file(file, "the file to measure on,")
-    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+    with opening.open(bundle) as decoder:
         if decoder.tokenizer is None:
             raise InputError(
                 "this bundle has no tokenizer, which says how many bytes a token counts; export one with it"
@@ -83,7 +79,7 @@ def evaluate(
 
 
 def rows(file: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Rows, Rows]:
-    """Inputs and targets: the arrays of an .npz as they are, else those that the text is cut into."""
+    """Return inputs and targets: the arrays of an .npz, or the rows that a text is cut into."""
     from lrt_deploy.evaluation.bits_per_byte import rows_from_npz, rows_from_text
 
     if file.suffix == ".npz":

@@ -1,17 +1,14 @@
-"""`lrt-deploy export`: a checkpoint becomes a bundle. Shows what is made and how far; the work is `export_bundle`'s."""
+"""`lrt-deploy export`: make a bundle of a checkpoint, by `lrt_deploy.export_bundle`."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from . import facts, options, output
-
-if TYPE_CHECKING:
-    from lrt_deploy.bundle.manifest import Manifest
+from . import options, output, summary
 
 
 def export(
@@ -58,7 +55,6 @@ def export(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Export a checkpoint as a bundle: graphs, weights, tokenizer and manifest in one folder."""
     from lrt_deploy import export_bundle
@@ -85,57 +81,5 @@ def export(
     if json:
         output.document(manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)})
         return
-    output.answer(f"exported {bundle} ({facts.disk_text(bundle)}) in {seconds:.1f} s")
-    output.table(summary(manifest))
-
-
-def summary(manifest: Manifest) -> dict[str, str]:
-    """What a bundle holds, for people."""
-    origin = manifest.provenance.get("checkpoint") or {}
-    chosen = {"checkpoint": str(origin["chosen"])} if origin.get("chosen") else {}
-    return {
-        "model": facts.model_line(manifest.model),
-        **chosen,
-        "precisions": ", ".join(manifest.precisions),
-        **precision_rows(manifest),
-        "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
-        "prefill": ", ".join(manifest.prefill_policies),
-        **table_rows(manifest),
-        "tokenizer": facts.tokenizer_line(manifest.tokenizer_tokens, manifest.model.vocab_size),
-    }
-
-
-def table_rows(manifest: Manifest) -> dict[str, str]:
-    """Where embedding tables lie, if not in the graphs."""
-    from lrt_deploy.bundle.manifest import table_path
-
-    sizes = {p: output.bytes_text(manifest.files[table_path(p)].bytes) for p in manifest.tables}
-    text = ", ".join(f"{precision} {size}" for precision, size in sizes.items())
-    return {"tables": f"on the host, not in graphs and engines: {text}"} if sizes else {}
-
-
-def product_words(kind: str) -> str:
-    """How a kind of matrix product computes, in words: `int8, float16` is quantized on both sides."""
-    weights, _, result = kind.partition(", ")
-    if not result:
-        return f"in {kind}"
-    if weights == "int8":
-        return f"W8A8: int8 weights times int8 activations, results in {result}"
-    return f"with {weights}, computed in {result}"
-
-
-def precision_rows(manifest: Manifest) -> dict[str, str]:
-    """What was decided for each precision, and on which text it was calibrated."""
-    details, rows = manifest.precision_details, {}
-    if about := details.get("calibration"):
-        rows["calibrated on"] = f"{about.get('text')}, {about.get('rows')} rows of {about.get('row_tokens')} tokens"
-    for precision in manifest.precisions:
-        found = details.get(precision) or {}
-        for flavour, counts in (found.get("operations") or {}).items():
-            kinds = "; ".join(f"{number} {product_words(kind)}" for kind, number in counts.get("matmul", {}).items())
-            rows[f"{precision} {flavour}"] = f"matrix products: {kinds}"
-        if block := found.get("block"):
-            rows[f"{precision} scales"] = f"one for {block} rows of a column"
-        if wide := found.get("multiplied_in_float32"):
-            rows[f"{precision} note"] = f"in float32, beyond what float16 can hold or kept so: {', '.join(wide)}"
-    return rows
+    output.answer(f"exported {bundle} ({summary.disk_text(bundle)}) in {seconds:.1f} s")
+    output.table(summary.bundle_rows(manifest))

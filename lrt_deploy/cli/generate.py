@@ -1,7 +1,4 @@
-"""`lrt-deploy generate`: continue one prompt.
-
-Streams the text and times the tokens; choosing them is the decoder's work.
-"""
+"""`lrt-deploy generate`: continue one prompt. Streams the text and times the tokens."""
 
 from __future__ import annotations
 
@@ -23,46 +20,26 @@ if TYPE_CHECKING:
 
 def generate(
     bundle: options.BundlePath,
+    *,
     prompt: options.Prompt = None,
     prompt_file: Annotated[
         str | None, typer.Option(metavar="FILE", help="Prompt text from a file, - for stdin; its last newline is cut.")
     ] = None,
     tokens: options.Tokens = None,
-    max_new_tokens: options.MaxNewTokens = 64,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    seed: options.Seed = None,
-    stop: options.Stop = None,
-    ignore_stop_tokens: options.IgnoreStopTokens = False,
-    prefill: options.Prefill = "auto",
-    tolerance: options.Tolerance = None,
-    prompt_cache: options.PromptCacheFolder = None,
-    backend: options.Backend = "ort-cpu",
-    precision: options.Precision = None,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    verify: options.Verify = False,
+    generation: options.GenerationOptions,
+    reading: options.PrefillOptions,
+    opening: options.DecoderOptions,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Continue a prompt: text goes to stdout as it comes, a summary to stderr."""
     chosen = options.one_prompt(prompt, tokens, prompt_file)
     if chosen is None:
         raise typer.BadParameter("a prompt is missing; give --prompt, --prompt-file or --tokens")
-    numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    numbers |= {"repetition_penalty": repetition_penalty}
-    sampling = options.Sampling(max_new_tokens, tuple(stop or ()), ignore_stop_tokens, numbers, seed)
-    sampling.check()
-    options.check_tolerance(tolerance)
-    reading: dict[str, Any] = {"policy": prefill, "tolerance": tolerance}
-    cache = options.open_prompt_cache(prompt_cache)
-    with options.Runner(backend, precision, max_seq_len, threads, verify).open(bundle) as decoder:
+    cache = reading.open_cache()
+    with opening.open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
-        for event in answer.timed(events(decoder, ids, cache, reading, sampling)):
+        for event in answer.timed(events(decoder, ids, cache, reading, generation)):
             if not json:
                 output.stream(event.text if decoder.tokenizer else f"{event.token} ")
         report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
@@ -76,14 +53,18 @@ def generate(
 
 
 def events(
-    decoder: Decoder, ids: list[int], cache: PromptCache | None, reading: dict[str, Any], sampling: options.Sampling
+    decoder: Decoder,
+    ids: list[int],
+    cache: PromptCache | None,
+    reading: options.PrefillOptions,
+    generation: options.GenerationOptions,
 ) -> Iterator[Event]:
-    """Read the prompt, through a cache if there is one, and generate."""
+    """Read the prompt, through the cache if there is one, and generate."""
     if cache is None:
-        yield from decoder.generate(ids, **reading, **sampling.arguments())
+        yield from decoder.generate(ids, **reading.arguments, **generation.arguments())
     else:
-        state = cache.prefill(decoder, ids, **reading)
-        yield from decoder.generate(None, state=state, **sampling.arguments())
+        state = cache.prefill(decoder, ids, **reading.arguments)
+        yield from decoder.generate(None, state=state, **generation.arguments())
 
 
 @dataclass
@@ -97,7 +78,7 @@ class Answer:
     times_ms: list[float] = field(default_factory=list)
 
     def timed(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Pass the events on and take them down; what is done with them does not count into their time."""
+        """Pass the events on and record them; the time that the caller takes between them is not counted."""
         while True:
             started = time.perf_counter()
             event = next(events, None)

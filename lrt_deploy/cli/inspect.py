@@ -1,6 +1,6 @@
-"""`lrt-deploy inspect`: what a path is and what it holds: a bundle, a checkpoint, a graph found alone, an engine.
+"""`lrt-deploy inspect`: describe a bundle, a checkpoint, a graph found alone, or an engine.
 
-Of a graph found alone: its inputs and outputs, what it computes with, and its metadata; its weights stay on disk.
+Of a graph found alone: its inputs and outputs, operators and types, and its metadata; its weights stay on disk.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import typer
 from lrt_deploy.errors import InputError, LRTDeployError
 from lrt_deploy.files import parse_json, read_bytes
 
-from . import facts, options, output
-from .export import summary
+from . import options, output, summary
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir as ir
 
     from lrt_deploy.bundle.kinds import Kind
     from lrt_deploy.bundle.manifest import Manifest
@@ -30,43 +30,21 @@ _LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's own limit
 
 
 def graph_fields(path: Path) -> dict[str, Any]:
-    """The JSON fields of a graph; InputError for a file that is none."""
-    model = load_graph(path)
-    graph = model.graph
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    return {
-        "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        "producer": f"{model.producer_name} {model.producer_version}".strip(),
-        "inputs": [value_fields(value) for value in graph.input],
-        "outputs": [value_fields(value) for value in graph.output],
-        "nodes": len(graph.node),
-        "operators": dict(Counter(node.op_type for node in graph.node).most_common()),
-        "computes": computes(path, model),
-        "initializers": len(graph.initializer),
-        "initializer_bytes": sum(tensor_bytes(tensor) for tensor in graph.initializer),
-        "external_files": sorted(
-            {entry.value for tensor in graph.initializer for entry in tensor.external_data if entry.key == "location"}
-        ),
-        "contract": parse_metadata(path, metadata, "lrt_deploy.contract"),
-        "model": parse_metadata(path, metadata, "lrt_deploy.model"),
-    }
-
-
-def computes(path: Path, model: onnx.ModelProto) -> dict[str, dict[str, int]]:
-    """How many products, attentions and cache writes run in which type, counted as an export counts them."""
+    """Return the JSON fields of a graph; InputError for a file that is none."""
     import onnx_ir as ir
 
-    from lrt_deploy.exporters.graph.verify import count
-
+    proto = read_graph(path)
     try:
-        return count(ir.serde.deserialize_model(model).graph)
+        return model_fields(path, ir.serde.deserialize_model(proto))
+    except LRTDeployError:
+        raise
     except Exception as error:  # of many types, each for another contradiction in a graph
         reason = _first_line(error.__cause__ or error)
         raise InputError(f"{path} is no valid ONNX graph: {reason}; it is damaged, or contradicts itself") from error
 
 
-def load_graph(path: Path) -> onnx.ModelProto:
-    """The graph without its weights."""
+def read_graph(path: Path) -> onnx.ModelProto:
+    """Read a graph without its weights."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
@@ -80,34 +58,43 @@ def load_graph(path: Path) -> onnx.ModelProto:
     return model
 
 
-def value_fields(value: onnx.ValueInfoProto) -> dict[str, Any]:
-    """Name, dtype and dimensions of an input or output; a name stands for a free dimension."""
-    tensor = value.type.tensor_type
-    dims = [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in tensor.shape.dim]
-    return {"name": value.name, "dtype": dtype_of(tensor.elem_type)[0], "dims": dims}
+def model_fields(path: Path, model: ir.Model) -> dict[str, Any]:
+    """Return the JSON fields of a parsed graph."""
+    from lrt_deploy.exporters.graph.verify import count
+
+    graph, initializers = model.graph, list(model.graph.initializers.values())
+    return {
+        "opset": {domain or "ai.onnx": version for domain, version in model.opset_imports.items()},
+        "producer": f"{model.producer_name or ''} {model.producer_version or ''}".strip(),
+        "inputs": [value_fields(value) for value in graph.inputs],
+        "outputs": [value_fields(value) for value in graph.outputs],
+        "nodes": len(graph),
+        "operators": dict(Counter(node.op_type for node in graph).most_common()),
+        "computes": count(graph),
+        "initializers": len(initializers),
+        "initializer_bytes": sum(value.const_value.nbytes for value in initializers if value.const_value is not None),
+        "external_files": sorted({place for value in initializers if (place := location(value.const_value))}),
+        "contract": parse_metadata(path, model.metadata_props, "lrt_deploy.contract"),
+        "model": parse_metadata(path, model.metadata_props, "lrt_deploy.model"),
+    }
 
 
-def tensor_bytes(tensor: onnx.TensorProto) -> int:
-    """Size of an initializer, wherever it is stored."""
-    count = 1
-    for size in tensor.dims:
-        count *= int(size)
-    return count * dtype_of(tensor.data_type)[1] // 8
+def value_fields(value: ir.Value) -> dict[str, Any]:
+    """Return name, dtype and dimensions of an input or output; a name stands for a free dimension."""
+    from lrt_deploy.exporters.graph.verify import dtype_name
+
+    sizes = [dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()]
+    return {"name": value.name, "dtype": dtype_name(value.dtype), "dims": sizes}
 
 
-def dtype_of(data_type: int) -> tuple[str, int]:
-    """Name and bits of one of ONNX's element types; a number that ONNX does not know has neither."""
-    import onnx
-
-    known = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
-    name = known.get(data_type, f"unknown type {data_type}")
-    name = {"float": "float32", "double": "float64"}.get(name, name)
-    bits = 8 if name == "bool" else next((n for n in (64, 32, 16, 8, 4, 2) if str(n) in name), 0)
-    return name, bits if data_type in known else 0
+def location(tensor: ir.TensorProtocol | None) -> str | None:
+    """Return the name of the file that an initializer lies in; None inside the graph."""
+    place = getattr(tensor, "location", None)
+    return None if place is None else str(place)
 
 
 def parse_metadata(path: Path, metadata: Mapping[str, str], name: str) -> dict[str, Any] | None:
-    """The JSON object in one metadata entry, None if there is none."""
+    """Return the JSON object in one metadata entry, None if there is none."""
     if name not in metadata:
         return None
     found = parse_json(metadata[name], f"the metadata {name} of {path}", InputError)
@@ -128,7 +115,6 @@ def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help=f"{_KNOWN[0].upper()}{_KNOWN[1:]}.")],
     verify: options.Verify = False,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Tell what a bundle, checkpoint, graph or engine holds."""
     look: dict[Kind, Callable[[Path, bool], Findings]] = {
@@ -150,7 +136,7 @@ Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line f
 
 
 def kind_of(path: Path) -> Kind:
-    """What lies at a path; InputError for what cannot be inspected."""
+    """Return the kind of thing at a path; InputError for one that cannot be inspected."""
     from lrt_deploy.bundle import kinds
 
     if not path.exists():
@@ -163,7 +149,7 @@ def kind_of(path: Path) -> Kind:
 
 
 def inspect_bundle(path: Path, verify: bool) -> Findings:
-    """The manifest, checked against its digest; with `verify` every file as well."""
+    """Read the manifest and check it against its digest; with `verify` every file as well."""
     from lrt_deploy.bundle.manifest import MANIFEST, read_manifest, verify_files
 
     manifest = read_manifest(path)
@@ -171,14 +157,16 @@ def inspect_bundle(path: Path, verify: bool) -> Findings:
         with output.progress(quiet=True) as progress:
             verify_files(path, manifest, force=True, progress=lambda done, total: progress("hashing", done, total))
     rows = (
-        summary(manifest) | {"engines": engines_text(path), "files": files_text(manifest)} | provenance_rows(manifest)
+        summary.bundle_rows(manifest)
+        | {"engines": engines_text(path), "files": files_text(manifest)}
+        | provenance_rows(manifest)
     )
     fields = json_module.loads((path / MANIFEST).read_bytes())
     return fields, f"{path} is a bundle{', all files intact' if verify else ''}", rows
 
 
 def engines_text(bundle: Path) -> str:
-    """The engines beside the graphs, by name; a damaged one is named as such."""
+    """List the engines beside the graphs; a damaged one is named as such."""
     from lrt_deploy.bundle.engine_sidecar import ENGINES, PLAN, read_sidecar
 
     named = []
@@ -192,13 +180,13 @@ def engines_text(bundle: Path) -> str:
 
 
 def files_text(manifest: Manifest) -> str:
-    """How many files of what size the manifest lists."""
+    """Say how many files of which size the manifest lists."""
     size = sum(record.bytes for record in manifest.files.values())
     return f"{len(manifest.files)}, {output.bytes_text(size)}"
 
 
 def provenance_rows(manifest: Manifest) -> dict[str, str]:
-    """Where the bundle comes from."""
+    """Return rows on the checkpoint and the versions that the bundle was made from."""
     origin = dict(manifest.provenance.get("checkpoint") or {})
     versions = dict(manifest.provenance.get("versions") or {})
     step = "" if origin.get("step") is None else f", step {origin['step']}"
@@ -209,7 +197,7 @@ def provenance_rows(manifest: Manifest) -> dict[str, str]:
 
 
 def inspect_checkpoint(path: Path, verify: bool) -> Findings:
-    """Config, tensors and tokenizer of a checkpoint of either layout."""
+    """Read config, tensors and tokenizer of a checkpoint of either layout."""
     from lrt_deploy.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(path)
@@ -232,21 +220,21 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
         name.replace("_", " "): cell(fields[name]) for name in names
     }
     if tokenizer["tokens"]:
-        rows["tokenizer"] = facts.tokenizer_line(tokenizer["tokens"], opened.config.vocab_size)
-    line = facts.model_line(opened.config)
+        rows["tokenizer"] = summary.tokenizer_line(tokenizer["tokens"], opened.config.vocab_size)
+    line = summary.model_line(opened.config)
     return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
 
 
 def checkpoint_parameters(opened: Checkpoint) -> dict[str, int]:
-    """Parameters by kind, as the file holds them; a tensor that the config has no place for counts as other."""
-    kinds, counts = facts.kinds_of_tensors(opened.config), {"matrices": 0, "tables": 0, "other": 0}
+    """Count parameters by kind, as the file holds them; a tensor that the config does not name counts as other."""
+    kinds, counts = summary.kinds_of_tensors(opened.config), {"matrices": 0, "tables": 0, "other": 0}
     for name, tensor in opened.tensors.items():
         counts[kinds.get(name, "other")] += tensor.numel()
     return counts
 
 
 def tokenizer_fields(opened: Checkpoint) -> dict[str, Any]:
-    """Whether export would find a tokenizer, how many tokens it has, and what is wrong with it if it cannot be used."""
+    """Return whether export would find a tokenizer, its number of tokens, and the error if it cannot be used."""
     from lrt_deploy.exporters.bundle import find_tokenizer
 
     try:
@@ -257,7 +245,7 @@ def tokenizer_fields(opened: Checkpoint) -> dict[str, Any]:
 
 
 def inspect_graph(path: Path, verify: bool) -> Findings:
-    """Inputs, outputs and operators of a graph, and the contract that ours carry; there is nothing to verify it by."""
+    """Read inputs, outputs and operators of a graph, and the contract in its metadata; `verify` has no meaning here."""
     fields = graph_fields(path)
     names = ("opset", "producer", "nodes", "operators", "initializers", "external_files")
     rows = {name: cell(fields[name]) for name in names}
@@ -271,14 +259,14 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
 
 
 def inspect_engine(path: Path, verify: bool) -> Findings:
-    """The engine in a folder of its own; see `inspect_plan`."""
+    """Read the engine in a folder; see `inspect_plan`."""
     from lrt_deploy.bundle.engine_sidecar import PLAN
 
     return inspect_plan(path / PLAN, verify)
 
 
 def inspect_plan(path: Path, verify: bool) -> Findings:
-    """The sidecar of an engine, held against the plan by size, and with `verify` by hash; the plan itself is opaque."""
+    """Read the sidecar of an engine and compare it with the plan by size, with `verify` by hash; the plan is opaque."""
     from lrt_deploy.bundle.engine_sidecar import check_plan, read_plan, read_sidecar
 
     from .build import engine_rows
@@ -290,7 +278,7 @@ def inspect_plan(path: Path, verify: bool) -> Findings:
 
 
 def cell(value: object) -> str:
-    """A JSON value in one line."""
+    """Format a JSON value in one line."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {item}" for key, item in value.items())
     if isinstance(value, list):

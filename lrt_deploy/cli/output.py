@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping
 from io import TextIOWrapper
-from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 from unicodedata import combining, east_asian_width
@@ -25,7 +26,7 @@ _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
 def columns(text: str) -> int:
-    """Columns that a text takes on a terminal: two for wide characters, none for combining ones."""
+    """Count the columns of a text on a terminal: two for wide characters, none for combining ones."""
     return sum(0 if combining(c) else 2 if east_asian_width(c) in "WF" else 1 for c in text)
 
 
@@ -54,7 +55,7 @@ class WordWrapper:
         return "".join(shown)
 
     def finish(self) -> str:
-        """Return what was held back, and begin anew."""
+        """Return the text that was held back, and start again."""
         text = self._take()
         self._column, self._blanks = 0, ""
         return text
@@ -98,6 +99,7 @@ def table_lines(label: str, value: str, label_width: int, width: int = 80) -> li
 Progress = Callable[[str, int, int], None]
 
 _COLOURS = {"PASS": "32", "FAIL": "31"}  # green and red
+_EVERY_S = 10.0  # between two lines on one thing
 _has_document = False  # stdout has its one JSON document
 
 
@@ -172,7 +174,7 @@ def _document(fields: Mapping[str, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """One line for a person, on stderr; a stderr that is gone is not worth failing for."""
+    """Print a line for a person on stderr; one that is closed is ignored."""
     with contextlib.suppress(OSError):
         if sys.stderr is not None:
             sys.stderr.write(f"{line}\n")
@@ -180,30 +182,20 @@ def say(line: str) -> None:
 
 
 def ask(text: str) -> None:
-    """A prompt for a person, on stderr: the cursor stays on its line."""
+    """Print a prompt for a person on stderr; the cursor stays on its line."""
     if sys.stderr is not None:
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def table(rows: Mapping[str, object]) -> None:
-    """Print two columns for a person, on stderr, in the terminal's width or 80 columns."""
+    """Print two columns for a person, on stderr, in the terminal's width or 80 columns; labels have a colour there."""
     signals.check()
-    if not for_people():
-        width = max(map(len, rows), default=0)
-        for label, value in rows.items():
-            say("\n".join(table_lines(label, str(value), width)))
-        return
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True)
-    grid.add_column()
+    label_width = max(map(len, rows), default=0)
+    width = shutil.get_terminal_size().columns if for_people() else 80
     for label, value in rows.items():
-        grid.add_row(Text(label, style="bold cyan"), Text(str(value)))
-    Console(stderr=True).print(grid)
+        text = "\n".join(table_lines(label, str(value), label_width, width))
+        say(f"\x1b[1;36m{label}\x1b[0m{text[len(label) :]}" if _in_colour(sys.stderr) else text)
 
 
 def for_people() -> bool:
@@ -211,15 +203,36 @@ def for_people() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
+def lines(quiet: bool = False) -> Progress:
+    """Return a progress function that prints a line for each new `what`, and its share every ten seconds.
+
+    Nothing is printed if `quiet`; a signal whose exception got lost is raised all the same.
+    """
+    seen: dict[str, float] = {}  # the time of each one's last line
+
+    def show(what: str, done: int, total: int) -> None:
+        signals.check()
+        now = time.monotonic()
+        if quiet or now - seen.get(what, -math.inf) < _EVERY_S:
+            return
+        if what not in seen:
+            say(what)
+        elif total:
+            say(f"{what}: {done / total:.0%}")
+        seen[what] = now
+
+    return show
+
+
 @contextlib.contextmanager
 def progress(quiet: bool = False) -> Iterator[Progress]:
-    """A function (what, done, total) that shows how far things are; 0, 0 where there is nothing to count.
+    """Give a function (what, done, total) that shows progress; 0, 0 where there is nothing to count.
 
-    A spinner, a bar and the time on a terminal, where a thread keeps them moving while nothing is reported; a line for
-    each new `what` elsewhere, nothing there if `quiet`.
+    On a terminal: a spinner, a bar and the time, which a thread keeps moving while nothing is reported. Elsewhere:
+    `lines`.
     """
     if not for_people():
-        yield _lines(quiet)
+        yield lines(quiet)
         return
     from rich.console import Console
     from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -251,7 +264,7 @@ def silence_stdout() -> None:
 
 
 def bytes_text(count: int) -> str:
-    """A size as people say it."""
+    """Format a size in bytes."""
     size = float(count)
     for unit in ("bytes", "kB", "MB"):
         if size < 1000:
@@ -261,23 +274,11 @@ def bytes_text(count: int) -> str:
 
 
 def count_text(count: int) -> str:
-    """A number of parameters as people say it."""
+    """Format a number of parameters."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if count >= size:
             return f"{count / size:.1f}{unit}"
     return str(count)
-
-
-def _lines(quiet: bool) -> Progress:
-    seen: set[str] = set()
-
-    def show(what: str, done: int, total: int) -> None:
-        signals.check()
-        if not quiet and what not in seen:
-            say(what)
-        seen.add(what)
-
-    return show
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - anything a library puts into its report
@@ -290,4 +291,4 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 - anything a library puts into it
         return _plain(value.tolist())
     if isinstance(value, Path):
         return str(value)
-    return None if isinstance(value, float) and not isfinite(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,7 +7,6 @@ written: a page, a picture and its numbers. `--check` and `--golden` compare a d
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
@@ -120,7 +119,7 @@ STEPS = 16
 def run_checks(
     bundle: Path,
     decoder: Decoder,
-    runner: options.Runner,
+    opening: options.DecoderOptions,
     names: Sequence[str],
     prompt: list[int],
     tolerance: float | None,
@@ -136,7 +135,7 @@ def run_checks(
             limits(decoder.precision),
             tolerance,
             decoder.manifest.max_batch_size,
-            lambda: opened.enter_context(dataclasses.replace(runner, cuda_graph=False).open(bundle)),
+            lambda: opened.enter_context(opening.open(bundle, cuda_graph=False)),
         )
         return [CHECKS[name](decoder, setting).to_dict() for name in chosen(names, decoder.backend)]
 
@@ -172,6 +171,7 @@ def joined(fields: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, An
 
 def parity(
     bundle: options.BundlePath,
+    *,
     checkpoint: Checkpoint = None,
     step: CheckpointStep = None,
     prompt: options.Prompt = None,
@@ -187,13 +187,8 @@ def parity(
     float64: Float64 = False,
     prefill: options.Prefill = "fixed-point",
     tolerance: options.Tolerance = None,
-    backend: options.Backend = "ort-cpu",
-    precision: options.Precision = None,
-    max_seq_len: options.MaxSeqLen = None,
-    threads: options.Threads = None,
-    verify: options.Verify = False,
+    opening: options.DecoderOptions,
     json: options.Json = False,
-    debug: options.Debug = False,
 ) -> None:
     """Compare a bundle with its checkpoint: weights, arithmetic, quality. Exits with 1 if one of them fails."""
     chosen = options.one_prompt(prompt, tokens)
@@ -205,15 +200,14 @@ def parity(
     from lrt_deploy.evaluation.parity import ParityOptions, parity_of_stored, stored_only_precision
 
     asked = ParityOptions(chosen, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
-    runner = options.Runner(backend, precision, max_seq_len, threads, verify)
     names = [str(name) for name in check or ()]
     checked: list[dict[str, Any]] = []
-    stored_only = None if check or golden else stored_only_precision(bundle, backend, precision)
+    stored_only = None if check or golden else stored_only_precision(bundle, opening.backend, opening.precision)
     if stored_only is not None and checkpoint is not None:
         with output.progress(json) as progress:
-            fields = document(parity_of_stored(bundle, checkpoint, stored_only, asked, verify, progress))
+            fields = document(parity_of_stored(bundle, checkpoint, stored_only, asked, opening.verify, progress))
     else:
-        fields, checked = _decoded(bundle, checkpoint, runner, asked, (names, golden), json)
+        fields, checked = _decoded(bundle, checkpoint, opening, asked, (names, golden), json)
     written = _write(bundle, report_dir, fields) if checkpoint and (write_report or report_dir is not None) else None
     show(joined(fields, checked), json)
     if written and not json:
@@ -236,7 +230,7 @@ def check_inputs(checkpoint: Path | None, golden: Path | None, tolerance: float 
 def _decoded(
     bundle: Path,
     checkpoint: Path | None,
-    runner: options.Runner,
+    opening: options.DecoderOptions,
     asked: ParityOptions,
     others: tuple[list[str], Path | None],
     json: bool,
@@ -245,14 +239,14 @@ def _decoded(
     from lrt_deploy.evaluation.parity import default_prompt, parity_of
 
     check, golden = others
-    with runner.open(bundle) as decoder:
+    with opening.open(bundle) as decoder:
         chosen = asked.prompt
         ids = (
             default_prompt(decoder)
             if chosen is None
             else options.prompt_ids(decoder, chosen if isinstance(chosen, str) else list(chosen))
         )
-        checked = run_checks(bundle, decoder, runner, check, ids, asked.tolerance) if check else []
+        checked = run_checks(bundle, decoder, opening, check, ids, asked.tolerance) if check else []
         checked += [against_golden(decoder, golden, json)] if golden else []
         if checkpoint is None:
             return checks_document(decoder, checked), checked

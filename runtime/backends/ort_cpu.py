@@ -123,6 +123,7 @@ class OrtCpuBackend:
         except ORT_ERRORS as error:
             raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open {graph}")
         check_session(self.session, graph, manifest, precision, "windowed")
+        self.threads = threads
         self.detail = f"ONNX Runtime {ort.__version__}, CPU, {f'{threads} thread(s)' if threads else 'all cores'}"
         if moved.bytes:
             self.detail += f", {moved.bytes / 2**20:.0f} MiB of weights in huge pages"
