@@ -309,7 +309,6 @@ def test_loading_a_file_reaches_nothing_heavy():
 
 # Modules that may import each other. Empty is the aim.
 CIRCLES = [
-    ("lrt_deploy.__main__", "lrt_deploy.cli.app"),  # the interrupt handler of the command; being taken apart
     ("lrt_deploy.runtime.state", "lrt_deploy.runtime.state_file"),
 ]
 
