@@ -1,7 +1,7 @@
 """The model's configuration: every fact about an LRT that its weights do not state by themselves.
 
-Knows the field names of the authors' `model_config` and the paper's other variants; how a checkpoint's meta and tensors
-become a configuration is for `authors_config` to say. Does not read files and does not know tensors.
+The field names are those of the authors' `model_config`, and those of the paper's other variants. How a checkpoint's
+meta file and tensors become a configuration: see `model.authors_config`. Reads no files and knows no tensors.
 
 Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots,
 K rows that get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.
@@ -10,11 +10,15 @@ K rows that get logits, L layers, C width, H query heads, G key/value heads, D h
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import typing
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from .errors import ConfigError
+from .fields import convert, shown
 
 # float32's machine epsilon, in every dtype: what torch's rms_norm takes when given none (shared by all norms here).
 RMS_NORM_EPS = 1.1920928955078125e-07
@@ -24,16 +28,6 @@ LOGIT_SOFTCAP = 15.0
 # model.
 ROPE_POSITIONS_PER_SEQUENCE_LEN = 10
 VOCAB_PADDING = 64
-# Far beyond any model; they keep a damaged config from asking for all of the machine's memory or time.
-MAX_SIZES = {
-    "sequence_len": 2**18,
-    "vocab_size": 2**22,
-    "n_layer": 1024,
-    "n_head": 4096,
-    "n_kv_head": 4096,
-    "n_embd": 2**16,
-}
-_MAX_PATTERN = 1024
 _MAX_ROTARY = 2**25  # sequence_len x head width: the rotary tables' size
 
 MemoryProjections = Literal["layerwise", "shared"]
@@ -49,13 +43,14 @@ class LRTConfig:
     switch the two ways in which the latent enters a layer (the paper's ablations).
     """
 
-    sequence_len: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_kv_head: int
-    n_embd: int
-    window_pattern: str = "L"
+    # Bounds far beyond any model keep a damaged file from asking for all of the machine's memory or time.
+    sequence_len: Annotated[int, Meta(ge=1, le=2**18)]
+    vocab_size: Annotated[int, Meta(ge=1, le=2**22)]
+    n_layer: Annotated[int, Meta(ge=1, le=1024)]
+    n_head: Annotated[int, Meta(ge=1, le=4096)]
+    n_kv_head: Annotated[int, Meta(ge=1, le=4096)]
+    n_embd: Annotated[int, Meta(ge=1, le=2**16)]
+    window_pattern: Annotated[str, Meta(pattern=r"^[SL]{1,1024}\Z")] = "L"
     use_value_embeds: bool = True
     ve_every_layer: bool = False
     use_x0_residual: bool = True
@@ -69,35 +64,23 @@ class LRTConfig:
     memory_residual: bool = True
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name, limit in MAX_SIZES.items():
-            _require(1 <= getattr(self, name) <= limit, name, getattr(self, name), f"1 to {limit}")
+        for name, kind in _types().items():
+            try:
+                convert(kind, getattr(self, name), name)
+            except ValueError as error:
+                raise ConfigError(f"model config: {error}") from error
+        rotary = self.sequence_len * self.head_dim
         _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
         _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
         _require(
             self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})"
         )
-        rotary = self.sequence_len * self.head_dim
         _require(rotary <= _MAX_ROTARY, "sequence_len * n_embd / n_head", rotary, f"at most {_MAX_ROTARY}")
-        pattern = self.window_pattern
-        expected = f"letters S and L, 1 to {_MAX_PATTERN} of them"
-        _require(0 < len(pattern) <= _MAX_PATTERN and set(pattern) <= set("SL"), "window_pattern", pattern, expected)
         _require(0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd")
-        _require(
-            self.memory_projections in ("layerwise", "shared"),
-            "memory_projections",
-            self.memory_projections,
-            "'layerwise' or 'shared'",
-        )
-        if self.memory_source_layer is not None:
-            expected = f"0 to {self.n_layer - 1}, the index of a block"
-            _require(
-                0 <= self.memory_source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected
-            )
-        if self.memory:
-            _require(
-                self.memory_kv or self.memory_residual, "memory", True, "memory_kv or memory_residual to be on as well"
-            )
+        expected = f"0 to {self.n_layer - 1}, the index of a block"
+        _require(0 <= self.source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected)
+        feeds_back = self.memory_kv or self.memory_residual
+        _require(feeds_back or not self.memory, "memory", True, "memory_kv or memory_residual to be on as well")
 
     @property
     def head_dim(self) -> int:
@@ -157,8 +140,10 @@ class LRTConfig:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> LRTConfig:
-        """Read what `to_dict` wrote; an unknown or missing field is an error."""
+    def from_dict(cls, fields: object) -> LRTConfig:
+        """Read what `to_dict` wrote; raises ConfigError for anything else."""
+        if not isinstance(fields, dict):
+            raise ConfigError(f"model config is {shown(fields)}, expected an object")
         known = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(set(fields) - set(known)):
             raise ConfigError(
@@ -170,23 +155,11 @@ class LRTConfig:
         return cls(**fields)
 
 
+@functools.cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(LRTConfig, include_extras=True)
+
+
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
-        raise ConfigError(f"model config: {name} is {_short(found)}, expected {expected}")
-
-
-def _short(found: object) -> str:
-    text = repr(found)
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
-def _check_types(config: LRTConfig) -> None:
-    """JSON from strangers: refuse 6.0, "6" or true where a whole number is meant."""
-    kinds = {"int": int, "bool": bool, "str": str, "MemoryProjections": str, "int | None": int}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if value is None and field.type == "int | None":
-            continue
-        kind = kinds[str(field.type)]
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"model config: {field.name} is {_short(value)}, expected {kind.__name__}")
+        raise ConfigError(f"model config: {name} is {shown(found)}, expected {expected}")

@@ -1,108 +1,83 @@
-"""Turn JSON values from files into the types that a class declares, or say which field is something else.
+"""Check JSON values from files against the types that a class declares, and show values in messages.
 
-For files that a stranger may have written: nothing is converted and nothing guessed. `true` is no number, `1.0` no
-whole number, and a name that the class does not know is refused like one that is missing. Reads no files.
+`convert` is msgspec's strict conversion with messages that name the field, its value and what was expected. Nothing is
+guessed: `true` is no number and `1.0` no whole number. A Struct that lists its fields exhaustively is declared with
+`forbid_unknown_fields`. Reads no files.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import re
 import types
 import typing
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
 
 LARGEST_INTEGER = 2**63 - 1
+Whole = Annotated[int, Meta(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)]
+Count = Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)]
+Size = Annotated[int, Meta(ge=1, le=LARGEST_INTEGER)]
+Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
 _SHOWN = 60  # characters of a value in a message
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "an array",
+    "object": "an object",
+}
 
 T = TypeVar("T")
 
 
-def decode(kind: type[T], value: object, name: str = "") -> T:
-    """Return the JSON value as the dataclass `kind`; fields may be of the types that `decode_as` knows.
+def convert(kind: type[T], value: object, name: str = "") -> T:
+    """Return the JSON value as `kind`, a type that msgspec knows.
 
-    A class that reads its fields by itself, by a `from_dict`, does so and raises its own errors.
-    Raises ValueError that names the field, what it holds and what was expected. `name` is put before the names.
+    Raises ValueError that names the field, what it holds and what was expected. `name` is put before the field's name.
     """
-    if not isinstance(value, dict):
-        raise _unexpected(name or "the document", value, "an object")
-    if (read := getattr(kind, "from_dict", None)) is not None:
-        result: T = read(value)
-        return result
-    known = _hints(kind)
-    if unknown := [key for key in value if key not in known]:
-        raise ValueError(f"{_joined(name, str(unknown[0]))} is not a known field")
-    required = {f.name for f in dataclasses.fields(kind) if _is_required(f)}  # type: ignore[arg-type]
-    if missing := [key for key in known if key in required and key not in value]:
-        raise ValueError(f"{_joined(name, missing[0])} is missing")
-    return kind(**{key: decode_as(known[key], item, _joined(name, key)) for key, item in value.items()})
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        for part in _parts(kind, value, name):
+            convert(*part)
+        raise ValueError(_message(kind, value, name, str(error))) from error
 
 
-def decode_as(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401 - any type, any JSON value
-    """Return the JSON value as the type `hint`.
-
-    That is int, float, str, bool, None, Any, a Literal, a dataclass, or a union, tuple, list or dict of such types; a
-    tuple is a JSON array. Whole numbers are within 64 bits.
-    """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
-        return value
-    if dataclasses.is_dataclass(hint):
-        return decode(hint, value, name)  # type: ignore[arg-type]
-    if origin in (types.UnionType, typing.Union):
-        return _one_of(arguments, hint, value, name)
-    if origin is Literal:
-        if value not in arguments or isinstance(value, bool):
-            raise _unexpected(name, value, f"one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin is dict or hint is dict:
-        if not isinstance(value, dict):
-            raise _unexpected(name, value, "an object")
-        inner = arguments[1] if arguments else Any
-        return {key: decode_as(inner, item, _joined(name, key)) for key, item in value.items()}
-    if origin in (tuple, list):
-        return _array(origin, arguments, value, name)
-    return _plain(hint, value, name)
+def _parts(kind: Any, value: object, name: str) -> Iterator[tuple[Any, object, str]]:  # noqa: ANN401 - any type
+    """Yield the type, value and name of each part of a value whose parts have declared types."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # with None
+        yield from _parts(arguments[0], value, name)
+    elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        hints = typing.get_type_hints(kind, include_extras=True)
+        yield from ((hints[key], item, _joined(name, key)) for key, item in value.items() if key in hints)
+    elif isinstance(value, dict) and typing.get_origin(kind) is dict:
+        yield from ((arguments[1], item, _joined(name, key)) for key, item in value.items())
+    elif isinstance(value, list) and typing.get_origin(kind) in (tuple, list):
+        kinds = arguments if len(arguments) == len(value) and ... not in arguments else [arguments[0]] * len(value)
+        yield from ((kinds[i], item, f"{name}[{i}]") for i, item in enumerate(value))
 
 
-def _plain(hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401
-    expected = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    allowed = (int, float) if hint is float else hint
-    if not isinstance(value, allowed) or (isinstance(value, bool) and hint is not bool):
-        raise _unexpected(name, value, expected[hint])
-    if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
-        raise _unexpected(name, value, "a number of up to 64 bits")
-    return float(value) if hint is float else value
+def _message(kind: Any, value: object, name: str, said: str) -> str:  # noqa: ANN401 - any type
+    if field := re.fullmatch(r"Object (missing required|contains unknown) field `(.*)`", said, re.DOTALL):
+        ending = "is missing" if field[1] == "missing required" else "is not a known field"
+        return f"{_joined(name, shown(field[2])[1:-1])} {ending}"
+    if said.startswith("Expected"):
+        expected = re.sub(r"`(\w+)( \| null)?`", lambda word: _WORDS.get(word[1], word[0]), said.partition(",")[0][9:])
+    elif typing.get_origin(kind) is typing.Literal:
+        expected = f"one of {', '.join(map(repr, typing.get_args(kind)))}"
+    else:  # a class's own check, which names its fields
+        return f"{name}: {said}" if name else said
+    return f"{name or 'the document'} is {shown(value)}, expected {expected}"
 
 
-def _array(origin: Any, arguments: tuple[Any, ...], value: Any, name: str) -> Any:  # noqa: ANN401
-    if not isinstance(value, list):
-        raise _unexpected(name, value, "an array")
-    if origin is tuple and arguments[-1:] != (...,):
-        if len(value) != len(arguments):
-            raise _unexpected(name, value, f"an array of {len(arguments)}")
-        hints = list(arguments)
-    else:
-        hints = [arguments[0]] * len(value)
-    pairs = zip(hints, value, strict=True)
-    return origin(decode_as(hint, item, f"{name}[{index}]") for index, (hint, item) in enumerate(pairs))
-
-
-def _one_of(kinds: tuple[Any, ...], hint: Any, value: Any, name: str) -> Any:  # noqa: ANN401
-    if value is None and type(None) in kinds:
-        return None
-    errors = []
-    for kind in kinds:
-        try:
-            return decode_as(kind, value, name)
-        except ValueError as error:
-            errors.append(error)
-    if len(kinds) - (type(None) in kinds) == 1:
-        raise next(error for kind, error in zip(kinds, errors, strict=True) if kind is not type(None))
-    raise _unexpected(name, value, str(hint).replace("NoneType", "null"))
-
-
-def _unexpected(name: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"{name} is {shown(value)}, expected {expected}")
+def _joined(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
 
 
 def shown(value: object) -> str:
@@ -117,16 +92,3 @@ def shown(value: object) -> str:
     except Exception:  # an object of the caller's, or a number of too many digits within one
         return f"a {type(value).__name__}"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _hints(kind: type) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
-
-
-def _is_required(field: dataclasses.Field[Any]) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _joined(name: str, key: str) -> str:
-    return f"{name}.{key}" if name else key

@@ -26,6 +26,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import platformdirs
+
 from .errors import LRTDeployError
 
 try:
@@ -250,11 +252,8 @@ def _stem(target: Path) -> str:
 
 def user_cache_folder() -> Path | None:
     """Return this package's folder in the user's cache, which need not exist; None for a user without a home."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if base.is_absolute():  # a relative one is to be ignored, says the specification of these folders
-        return base / "lrt-deploy"
     try:
-        return Path.home() / ".cache" / "lrt-deploy"
+        return platformdirs.user_cache_path("lrt-deploy", appauthor=False)
     except RuntimeError:  # no HOME, and the user is not in the system's list of users
         return None
 

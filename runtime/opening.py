@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from importlib.metadata import version
 from pathlib import Path
+
+import msgspec
 
 from lrt_deploy.arguments import check_whole
 from lrt_deploy.bundle import contract
@@ -41,7 +42,7 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
         raise InputError(
             f"max_seq_len is {max_seq_len}; this bundle was exported for 1 to {manifest.max_seq_len} tokens"
         )
-    return dataclasses.replace(manifest, max_seq_len=max_seq_len)
+    return msgspec.structs.replace(manifest, max_seq_len=max_seq_len)
 
 
 def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
@@ -49,7 +50,9 @@ def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
     plan = engine_folder(folder, choice.backend, choice.precision) / PLAN
     if choice.backend not in FLAVOURS or not plan.exists():  # a missing engine is reported where it is loaded
         return manifest
-    return dataclasses.replace(manifest, max_batch_size=min(manifest.max_batch_size, read_sidecar(plan).max_batch_size))
+    return msgspec.structs.replace(
+        manifest, max_batch_size=min(manifest.max_batch_size, read_sidecar(plan).max_batch_size)
+    )
 
 
 def check_threads(threads: int | None) -> None:

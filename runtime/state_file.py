@@ -13,22 +13,23 @@ damaged file is found out whatever is damaged. A file is checked as a whole befo
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import ml_dtypes  # noqa: F401 - teaches numpy the name bfloat16
+import msgspec
 import numpy as np
 import safetensors
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from lrt_deploy.errors import StateError
-from lrt_deploy.fields import decode, shown
+from lrt_deploy.fields import Count, convert, shown
 from lrt_deploy.files import atomic_write, check_replaceable, open_regular
 from lrt_deploy.types import IntArray, PrefillReport
 
@@ -191,18 +192,15 @@ def check_format(path: Path, metadata: Mapping[str, str] | None) -> dict[str, st
 
 def _parse_book(text: str) -> dict[str, Any]:
     """The numbers beside the tensors, in their types."""
-    found = decode(_Book, json.loads(text))  # with Infinity, where a prompt was read with zero memory
-    if not found.lengths or min(found.lengths) < 0 or found.computed_tokens < 0 or not found.read_within >= 0:
-        raise ValueError("lengths, computed_tokens and read_within are not all 0 or more")
-    return {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    found = convert(_Book, json.loads(text))  # with Infinity, where a prompt was read with zero memory
+    return {name: getattr(found, name) for name in found.__struct_fields__}
 
 
-@dataclass(frozen=True)
-class _Book:
-    lengths: list[int]
+class _Book(msgspec.Struct, forbid_unknown_fields=True):
+    lengths: Annotated[list[Count], Meta(min_length=1)]
     prefill: PrefillReport
-    read_within: float
-    computed_tokens: int
+    read_within: Annotated[float, Meta(ge=0)]
+    computed_tokens: Count
     extra: dict[str, Any]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import sys
 from importlib import util
 from itertools import pairwise
 
+import msgspec
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -221,7 +221,7 @@ def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export
     assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
     weights = "graphs/fp32/weights.bin"
     halved = FileRecord(manifest.files[weights].bytes - 2 * 320 * rows, "")  # as if the tables were in bfloat16
-    manifest = dataclasses.replace(manifest, files=manifest.files | {weights: halved})
+    manifest = msgspec.structs.replace(manifest, files=manifest.files | {weights: halved})
     assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
 
 

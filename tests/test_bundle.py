@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import lrt_deploy
@@ -139,7 +139,7 @@ def large(bundle):
     """A bundle with a file that is hashed once and then remembered."""
     path = bundle / "graphs" / "fp32" / "large.bin"
     path.write_bytes(bytes(range(256)) * (ALWAYS_HASHED_BYTES // 256 + 16))
-    files = {name: dataclasses.asdict(record) for name, record in read_manifest(bundle).files.items()}
+    files = {name: msgspec.to_builtins(record) for name, record in read_manifest(bundle).files.items()}
     record = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     rewrite_manifest(bundle, files=files | {"graphs/fp32/large.bin": record})
     return path

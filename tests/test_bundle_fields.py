@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
 import shutil
 from typing import Any, Literal
 
+import msgspec
 import onnx
 import pytest
 
@@ -25,7 +25,7 @@ from lrt_deploy.bundle.engine_sidecar import (
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, read_manifest
 from lrt_deploy.errors import BackendError, BundleError, EngineError
-from lrt_deploy.fields import decode, decode_as, shown
+from lrt_deploy.fields import Whole, convert, shown
 
 NAME = "gate32"
 FILE = {"bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
@@ -49,21 +49,19 @@ def rewrite(folder, **changes):
 # Values
 
 
-@dataclasses.dataclass(frozen=True)
-class Inner:
-    count: int
+class Inner(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    count: Whole
     share: float = 0.5
 
 
-@dataclasses.dataclass(frozen=True)
-class Outer:
+class Outer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     inner: Inner
     sizes: tuple[int, int]
     more: tuple[Inner, ...] = ()
     kind: Literal["a", "b"] = "a"
     maybe: int | None = None
-    named: dict[str, Inner] = dataclasses.field(default_factory=dict)
+    named: dict[str, Inner] = {}
     anything: Any = None
 
 
@@ -71,7 +69,7 @@ def test_json_values_become_what_the_class_declares():
     value = {"name": "n", "inner": {"count": 2, "share": 1}, "sizes": [3, 4], "more": [{"count": 5}], "kind": "b"}
     value |= {"named": {"x": {"count": 6}}, "anything": [None, {}]}
     expected = Outer("n", Inner(2, 1.0), (3, 4), (Inner(5),), "b", None, {"x": Inner(6)}, [None, {}])
-    assert decode(Outer, value) == expected
+    assert convert(Outer, value) == expected
 
 
 @pytest.mark.parametrize(
@@ -82,14 +80,17 @@ def test_json_values_become_what_the_class_declares():
         ({"inner": []}, r"inner is \[\], expected an object"),
         ({"inner": {"count": True}}, "inner.count is True, expected a whole number"),
         ({"inner": {"count": 2.0}}, "inner.count is 2.0, expected a whole number"),
-        ({"inner": {"count": 2**63}}, "inner.count is a number of 64 bits, expected a number of up to 64 bits"),
+        (
+            {"inner": {"count": 2**63}},
+            "inner.count is a number of 64 bits, expected a whole number <= 9223372036854775807",
+        ),
         ({"inner": {"count": 1, "share": "x"}}, "inner.share is 'x', expected a number"),
-        ({"sizes": [1]}, r"sizes is \[1\], expected an array of 2"),
+        ({"sizes": [1]}, r"sizes is \[1\], expected an array of length 2"),
         ({"sizes": "12"}, "sizes is '12', expected an array"),
         ({"more": [{"count": 1}, {}]}, r"more\[1\].count is missing"),
         ({"more": [[]] * 1000}, r"more\[0\] is \[\], expected an object"),
         ({"kind": "c"}, "kind is 'c', expected one of 'a', 'b'"),
-        ({"kind": ["a"]}, r"kind is \['a'\], expected one of"),
+        ({"kind": ["a"]}, r"kind is \['a'\], expected text"),
         ({"maybe": "x"}, "maybe is 'x', expected a whole number"),
         ({"named": {"x": 1}}, "named.x is 1, expected an object"),
         ({"colour": 1}, "colour is not a known field"),
@@ -99,7 +100,7 @@ def test_json_values_become_what_the_class_declares():
 def test_a_field_of_another_type_is_named(change, message):
     value = {"name": "n", "inner": {"count": 1}, "sizes": [1, 2]} | change
     with pytest.raises(ValueError, match=f"^{message}"):
-        decode(Outer, {key: item for key, item in value.items() if item is not ...})
+        convert(Outer, {key: item for key, item in value.items() if item is not ...})
 
 
 def test_values_are_shown_short_whatever_they_are():
@@ -110,7 +111,7 @@ def test_values_are_shown_short_whatever_they_are():
     values = [10**5000, [0] * 10**6, "x" * 10**6, {"a": "b" * 10**6}, [10**5000], Broken(), None, b"x" * 100]
     assert all(0 < len(shown(value)) < 80 for value in values)
     with pytest.raises(ValueError, match=r"^x is a str of length 1000000, expected a whole number"):
-        decode_as(int, "x" * 10**6, "x")
+        convert(int, "x" * 10**6, "x")
 
 
 # The manifest
@@ -299,12 +300,12 @@ def plan(tmp_path):
         ({"profiles": [{"name": "decode", "batch": [2, 1, 1], "tokens": [1, 1, 1]}]}, "spans 2, 1, 1"),
         ({"profiles": [{"name": "decode", "batch": [1, 1, 1.5], "tokens": [1, 1, 1]}]}, r"batch\[2\] is 1.5"),
         ({"compute_capabilities": "8.0"}, "compute_capabilities"),
-        ({"compute_capabilities": ["new"]}, "compute_capabilities has 'new'"),
+        ({"compute_capabilities": ["new"]}, r"compute_capabilities\[0\] is 'new'"),
         ({"compute_capabilities": [8.0]}, r"compute_capabilities\[0\]"),
         ({"inputs": [1]}, r"inputs\[0\] is 1"),
         ({"inputs": [{"name": 1}]}, r"inputs\[0\].name is 1"),
         ({"outputs": [{"name": "logits", "dtype": "float32", "shape": "x"}]}, r"outputs\[0\].shape"),
-        ({"state": [{"past": "a"}]}, r"state\[0\].present is None"),
+        ({"state": [{"past": "a"}]}, r"state\[0\].present is missing"),
         ({"capacity": 99}, "capacity is 99, less than max_seq_len"),
         ({"layers": []}, "layers"),
         ({"flags": [1]}, r"flags\[0\]"),

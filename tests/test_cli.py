@@ -5,7 +5,6 @@ One export serves the whole module. What needs no bundle (help, doctor, errors i
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import json
 import os
@@ -15,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -70,7 +70,7 @@ def without_tokenizer(bundle, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "no-tokenizer"
     shutil.copytree(bundle, folder)
     shutil.rmtree(folder / "tokenizer")
-    manifest = dataclasses.replace(read_manifest(folder), tokenizer_tokens=None)
+    manifest = msgspec.structs.replace(read_manifest(folder), tokenizer_tokens=None)
     (folder / "manifest.json").unlink()
     (folder / "manifest.sha256").unlink()
     write_manifest(folder, manifest)

@@ -8,7 +8,6 @@ shows as wrong numbers. What it computes is the bundle's own graph, by ONNX Runt
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import json
@@ -18,6 +17,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -340,7 +340,7 @@ def put_engine(folder, built="fp32", **changes):
     plan = engine_folder(folder, "tensorrt-rtx", built) / PLAN
     plan.parent.mkdir(parents=True, exist_ok=True)
     plan.write_bytes(MAGIC)
-    write_sidecar(plan, dataclasses.replace(sidecar_for(folder, precision=built), **changes))
+    write_sidecar(plan, msgspec.structs.replace(sidecar_for(folder, precision=built), **changes))
     return plan
 
 

@@ -38,10 +38,10 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
-        "errors, config and files come first: they know nothing of the project but errors",
-        files=("lrt_deploy/errors.py", "lrt_deploy/config.py", "lrt_deploy/files.py"),
+        "errors, fields, config and files come first: they know nothing of the project but errors and fields",
+        files=tuple(f"lrt_deploy/{name}.py" for name in ("errors", "fields", "config", "files")),
         forbidden=("lrt_deploy",),
-        allowed=("lrt_deploy.errors",),
+        allowed=("lrt_deploy.errors", "lrt_deploy.fields"),
     ),
     Rule(
         "the vocabulary does not know who uses it",

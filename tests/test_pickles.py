@@ -151,7 +151,11 @@ def test_a_refused_global_is_named_with_what_is_allowed():
     with pytest.raises(CheckpointError) as caught:
         parse_encoding(b"\x80\x02cposix\nsystem\n.", "some.pkl")
     message = str(caught.value)
-    assert "some.pkl" in message and "'posix.system'" in message and "'tiktoken.core.Encoding'" in message
+    assert (
+        "some.pkl" in message
+        and "names posix.system" in message
+        and "only _codecs.encode, tiktoken.core.Encoding" in message
+    )
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,18 @@ from onnx_ir.passes import common
 
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import TableRecord
+from lrt_deploy.bundle.precisions import Dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
 from . import weights_file
 
 _INPUT_OF = {"wte": contract.TOKEN_EMBEDS, "value_embeds": contract.VALUE_EMBEDS}
-_NAMES = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16"}
+_NAMES: dict[ir.DataType | None, Dtype] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+}
 
 Progress = Callable[[int, int], None]
 

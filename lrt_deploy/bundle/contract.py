@@ -16,6 +16,7 @@ With host embeddings a graph holds no tables: rows of the new tokens come in ins
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,54 +39,51 @@ class TensorSpec:
     meaning: str
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), "meaning": self.meaning}
+        """Return the fields as JSON types."""
+        return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
 
 @dataclass(frozen=True)
 class StatePair:
-    """A state tensor: what goes in as `past`, comes out as `present`, and starts as zeros."""
+    """A state tensor: it goes in as `past` and comes out as `present`.
+
+    With `in_place`, present may be bound to past's buffer. The latent may not, because every layer reads it.
+    """
 
     past: str
     present: str
     dtype: str
     shape: tuple[Dim, ...]
-    in_place: bool  # present may be bound to past's buffer; the latent may not, because every layer reads it
+    initial: str = "zeros"
+    in_place: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return {
-            "past": self.past,
-            "present": self.present,
-            "dtype": self.dtype,
-            "shape": list(self.shape),
-            "initial": "zeros",
-            "in_place": self.in_place,
-        }
+        """Return the fields as JSON types."""
+        return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
 
 def past_key(layer: int) -> str:
-    """Name of a layer's key cache going in."""
+    """Return the name of a layer's key cache as an input."""
     return f"past_key_{layer}"
 
 
 def past_value(layer: int) -> str:
-    """Name of a layer's value cache going in."""
+    """Return the name of a layer's value cache as an input."""
     return f"past_value_{layer}"
 
 
 def present_key(layer: int) -> str:
-    """Name of a layer's key cache coming out."""
+    """Return the name of a layer's key cache as an output."""
     return f"present_key_{layer}"
 
 
 def present_value(layer: int) -> str:
-    """Name of a layer's value cache coming out."""
+    """Return the name of a layer's value cache as an output."""
     return f"present_value_{layer}"
 
 
 def window_start(window: int) -> str:
-    """Name of the input that says where the live window of all layers with this window begins."""
+    """Return the name of the input with the first live slot of all layers of this window."""
     return f"window_start_{window}"
 
 
@@ -94,20 +92,17 @@ WINDOW_END = "window_end"
 SLOT_POSITIONS = "slot_positions"
 
 
-_START_MEANING = "first live slot: max(0, oldest position - window), or less"
-
-
 def distinct_windows(config: LRTConfig) -> tuple[int, ...]:
-    """The attention windows that occur, ascending."""
+    """Return the attention windows that occur, ascending."""
     return tuple(sorted(set(config.windows)))
 
 
 def state_pairs(config: LRTConfig, dtype: str = "float32") -> list[StatePair]:
-    """Latent first (where there is one), then all key caches, then all value caches."""
+    """Return the latent (where there is one), then all key caches, then all value caches."""
     cache: tuple[Dim, ...] = ("batch", config.n_kv_head, "capacity", config.head_dim)
     layers = range(config.n_layer)
-    pairs = [StatePair(past_key(i), present_key(i), dtype, cache, in_place=True) for i in layers]
-    pairs += [StatePair(past_value(i), present_value(i), dtype, cache, in_place=True) for i in layers]
+    pairs = [StatePair(past_key(i), present_key(i), dtype, cache) for i in layers]
+    pairs += [StatePair(past_value(i), present_value(i), dtype, cache) for i in layers]
     if config.memory:
         latent: tuple[Dim, ...] = ("batch", "tokens", config.n_embd)
         pairs.insert(0, StatePair("past_latent", "present_latent", dtype, latent, in_place=False))
@@ -115,7 +110,7 @@ def state_pairs(config: LRTConfig, dtype: str = "float32") -> list[StatePair]:
 
 
 def embedding_inputs(config: LRTConfig) -> list[TensorSpec]:
-    """What a graph with host embeddings takes: rows of `wte` in place of `input_ids`, and those of `value_embeds`."""
+    """Return the inputs of a graph with host embeddings that replace `input_ids` and the tables."""
     tokens: tuple[Dim, ...] = ("batch", "tokens")
     specs = [TensorSpec(TOKEN_EMBEDS, "float32", (*tokens, config.n_embd), "row of wte for each token")]
     if layers := len(config.value_embed_layers):
@@ -127,52 +122,43 @@ def embedding_inputs(config: LRTConfig) -> list[TensorSpec]:
 def graph_inputs(
     config: LRTConfig, flavour: Flavour, dtype: str = "float32", host_embeddings: bool = False
 ) -> list[TensorSpec]:
-    """Inputs in graph order; `tokens` is 1 in the decode-step graph."""
-    ids = TensorSpec("input_ids", "int64", ("batch", "tokens"), "token ids, 0 to vocab_size - 1")
+    """Return the inputs in graph order; `tokens` is 1 in the decode-step graph."""
+    tokens: tuple[Dim, ...] = ("batch", "tokens")
+    ids = TensorSpec("input_ids", "int64", tokens, "token ids, 0 to vocab_size - 1")
     first, *last = embedding_inputs(config) if host_embeddings else [ids]
+    kept = "which of the T tokens get logits; rows = 0 skips the head"
     specs = [
         first,
-        TensorSpec("position_ids", "int64", ("batch", "tokens"), "position of each token in its sequence"),
+        TensorSpec("position_ids", "int64", tokens, "position of each token in its sequence"),
         TensorSpec("write_index", "int64", ("batch",), "cache slot of the first token; the others follow it"),
-        TensorSpec(
-            "last_index", "int64", ("batch", "rows"), "which of the T tokens get logits; rows = 0 skips the head"
-        ),
+        TensorSpec("last_index", "int64", ("batch", "rows"), kept),
     ]
     if flavour == "windowed":
-        specs += [TensorSpec(window_start(w), "int64", (1,), _START_MEANING) for w in distinct_windows(config)]
+        start = "first live slot: max(0, oldest position - window), or less"
+        order = "position held by each slot: 0, 1, 2, ... in order"
+        specs += [TensorSpec(window_start(w), "int64", (1,), start) for w in distinct_windows(config)]
         specs.append(TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot"))
-        specs.append(
-            TensorSpec(SLOT_POSITIONS, "int64", ("capacity",), "position held by each slot: 0, 1, 2, ... in order")
-        )
-    specs += [
-        TensorSpec(
-            p.past,
-            p.dtype,
-            p.shape,
-            "latent m for each token" if p.past == "past_latent" else "cache, updated in place",
-        )
-        for p in state_pairs(config, dtype)
-    ]
+        specs.append(TensorSpec(SLOT_POSITIONS, "int64", ("capacity",), order))
+    for pair in state_pairs(config, dtype):
+        meaning = "cache, updated in place" if pair.in_place else "latent m for each token"
+        specs.append(TensorSpec(pair.past, pair.dtype, pair.shape, meaning))
     return specs + last
 
 
 def graph_outputs(config: LRTConfig, dtype: str = "float32") -> list[TensorSpec]:
-    """Outputs in graph order."""
-    logits = TensorSpec(
-        "logits", "float32", ("batch", "rows", config.vocab_size), "softcapped logits of the chosen tokens"
-    )
-    return [logits] + [
-        TensorSpec(
-            p.present, p.dtype, p.shape, "m for the position after each" if p.past == "past_latent" else "the cache"
-        )
-        for p in state_pairs(config, dtype)
-    ]
+    """Return the outputs in graph order."""
+    vocabulary: tuple[Dim, ...] = ("batch", "rows", config.vocab_size)
+    specs = [TensorSpec("logits", "float32", vocabulary, "softcapped logits of the chosen tokens")]
+    for pair in state_pairs(config, dtype):
+        meaning = "the cache" if pair.in_place else "m for the position after each"
+        specs.append(TensorSpec(pair.present, pair.dtype, pair.shape, meaning))
+    return specs
 
 
 def describe(
     config: LRTConfig, flavour: Flavour, dtype: str = "float32", host_embeddings: bool = False
 ) -> dict[str, Any]:
-    """The whole contract as JSON types, for the manifest and the graphs' metadata."""
+    """Return the whole contract as JSON types, for the manifest and the graphs' metadata."""
     return {
         "opset": OPSET,
         "flavour": flavour,

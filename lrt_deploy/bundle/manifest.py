@@ -1,4 +1,4 @@
-"""The manifest of a bundle: what the exporters promise and the runtime relies on, with the hash of every file.
+"""The manifest of a bundle: the description that exporters write and the runtime reads, with the hash of every file.
 
     bundle/
       manifest.json  manifest.sha256
@@ -12,25 +12,25 @@ Knows nothing of torch, onnx or a backend.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO
+
+import msgspec
+from msgspec import Meta, Struct
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BundleError, ConfigError
-from lrt_deploy.fields import decode, decode_as, shown
+from lrt_deploy.fields import Count, Sha256, Size, Whole, convert, shown
 from lrt_deploy.files import decode_text, open_regular, parse_json, read_bytes
 
 from .contract import FLAVOURS, Flavour, embedding_inputs
 from .hash_cache import Remembered
 from .kinds import instead_of_bundle
-from .precisions import ITEM_BYTES, PRECISIONS
+from .precisions import ITEM_BYTES, PRECISIONS, Dtype
 
 FORMAT_VERSION = 2  # 1 knew fp32 alone
 MANIFEST = "manifest.json"
@@ -47,21 +47,19 @@ _LARGEST_MANIFEST_BYTES, _LARGEST_DIGEST_BYTES = 16 * 2**20, 2**10
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class FileRecord:
+class FileRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """Size and digest of one file of the export."""
 
-    bytes: int
-    sha256: str
+    bytes: Count
+    sha256: Sha256
 
 
-@dataclass(frozen=True)
-class TableRecord:
+class TableRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """An embedding table in `tables.bin`: its type, (rows, columns), and the byte that it begins at."""
 
-    dtype: str
-    shape: tuple[int, int]
-    offset: int
+    dtype: Dtype
+    shape: tuple[Size, Size]
+    offset: Count
 
     @property
     def end(self) -> int:
@@ -69,26 +67,40 @@ class TableRecord:
         return self.offset + self.shape[0] * self.shape[1] * ITEM_BYTES[self.dtype]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What `manifest.json` says. `files` maps paths relative to the bundle, with `/`, to their records.
+class _Provenance(Struct):
+    checkpoint: dict[str, Any] = {}
+    versions: dict[str, Any] = {}
 
-    `contracts` maps precision and flavour to what `contract.describe` says; `precision_details` maps each precision to
-    what was decided and measured for it: kept matrices, ranges, calibration, operations counted.
+
+class _Details(Struct):
+    """The fields of a precision's details that programs read; other ones are for people."""
+
+    operations: dict[str, dict[str, dict[str, Whole]]] = {}
+    keep_high: tuple[str, ...] = ()
+    multiplied_in_float32: tuple[str, ...] = ()
+    bits: Annotated[int, Meta(ge=1, le=8)] | None = None
+    block: Annotated[int, Meta(ge=1, le=2**20)] | None = None
+
+
+class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of `manifest.json`. `files` maps paths relative to the bundle, with `/`, to their records.
+
+    `contracts` maps precision and flavour to what `contract.describe` returns; `precision_details` maps each precision
+    to its decisions and measurements: kept matrices, ranges, calibration, operations counted. With host embeddings,
+    `tables` maps precision and graph input to the place of the table in `tables.bin`.
     """
 
     model: LRTConfig
-    max_seq_len: int
-    max_batch_size: int
+    max_seq_len: Size
+    max_batch_size: Size
     precisions: tuple[str, ...]
     prefill_policies: tuple[str, ...]
     contracts: dict[str, dict[str, Any]]
-    tokenizer_tokens: int | None
+    tokenizer_tokens: Size | None
     provenance: dict[str, Any]
-    precision_details: dict[str, dict[str, Any]] = field(default_factory=dict)
-    # With host embeddings: precision -> graph input -> where in `tables.bin` the table lies that its rows come from.
-    tables: dict[str, dict[str, TableRecord]] = field(default_factory=dict)
-    files: dict[str, FileRecord] = field(default_factory=dict)
+    precision_details: dict[str, dict[str, Any]] = {}
+    tables: dict[str, dict[str, TableRecord]] = {}
+    files: dict[str, FileRecord] = {}
 
     @property
     def host_embeddings(self) -> bool:
@@ -96,31 +108,31 @@ class Manifest:
         return bool(self.tables)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; without `tables` where there are none, as all bundles were before there could be."""
-        fields = {"format_version": FORMAT_VERSION} | dataclasses.asdict(self)
+        """Return the fields as JSON types, without `tables` where there are none (older versions do not know it)."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
         if not self.tables:
             del fields["tables"]
-        return fields
+        return {"format_version": FORMAT_VERSION} | fields
 
     def to_json(self) -> str:
-        """The exact text of the file."""
+        """Return the exact text of the file."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
 
 def graph_path(precision: str, phase: str, flavour: Flavour) -> str:
-    """Where a graph lies in the bundle; `phase` is `prefill` or `decode_step`."""
+    """Return the path of a graph in the bundle; `phase` is `prefill` or `decode_step`."""
     suffix = "" if flavour == "full" else f".{flavour}"
     return f"graphs/{precision}/{phase}{suffix}.onnx"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file in `folder`, write the manifest and its digest; returns it with the files filled in."""
+    """Hash every file in `folder`, write the manifest and its digest; return the manifest with the files."""
     files = {
         path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in (MANIFEST, DIGEST)
     }
-    manifest = dataclasses.replace(manifest, files=files)
+    manifest = msgspec.structs.replace(manifest, files=files)
     text = manifest.to_json().encode()
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST}\n")
@@ -128,7 +140,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check `manifest.json` against its digest; raises BundleError by name."""
+    """Read `manifest.json` and check it against its digest; raises BundleError that names file and field."""
     if mistaken := instead_of_bundle(folder):
         raise BundleError(mistaken)
     if not folder.is_dir():
@@ -155,7 +167,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress: Progress = lambda d, t: None) -> None:
-    """Hold every file against the manifest; `force` hashes also what an earlier opening has hashed unchanged."""
+    """Check every file against the manifest; `force` hashes also files that were hashed before and have not changed.
+
+    Raises BundleError. `progress` is given the bytes done and the bytes of all files.
+    """
     memory = Remembered.load()
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
@@ -179,7 +194,7 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
-    """Open a file of the bundle, which may be a link to a regular file anywhere: the hash says what it must hold."""
+    """Open a file of the bundle; it may be a link to a regular file anywhere, since its hash is checked."""
     path = folder / name
     if not os.path.lexists(path):
         raise BundleError(f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again")
@@ -187,15 +202,16 @@ def _open(folder: Path, name: str) -> BinaryIO:
 
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a regular file, hex."""
+    """Return the SHA-256 of a regular file, hex."""
     with open_regular(path, path.name, BundleError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
-    """Hold every field against the type that `Manifest` declares, then against what later code relies on."""
+    """Check the types of all fields, then the relations that later code relies on."""
     try:
-        manifest = decode(Manifest, fields)
+        fields["model"] = LRTConfig.from_dict(fields.get("model"))
+        manifest = convert(Manifest, fields)
         _check(manifest)
     except (ValueError, ConfigError) as error:
         raise BundleError(
@@ -205,45 +221,30 @@ def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuse by ValueError what later code relies on."""
+    """Raise ValueError for values that contradict each other."""
     tokens, precisions = manifest.tokenizer_tokens, manifest.precisions
     rules = {
-        "max_seq_len": 1 <= manifest.max_seq_len <= manifest.model.max_positions,
-        "max_batch_size": manifest.max_batch_size >= 1,
-        "tokenizer_tokens": tokens is None or 1 <= tokens <= manifest.model.vocab_size,
-        "precisions": bool(precisions) and set(precisions) <= set(PRECISIONS) and _once(precisions),
+        "max_seq_len": manifest.max_seq_len <= manifest.model.max_positions,
+        "tokenizer_tokens": tokens is None or tokens <= manifest.model.vocab_size,
+        "precisions": 0 < len(precisions) == len(set(precisions)) and set(precisions) <= set(PRECISIONS),
     }
     if broken := [name for name, holds in rules.items() if not holds]:
         raise ValueError(f"{broken[0]} is {shown(getattr(manifest, broken[0]))}")
-    for name, record in manifest.files.items():
+    for name in manifest.files:
         _check_name(name)
-        if record.bytes < 0 or not re.fullmatch("[0-9a-f]{64}", record.sha256):
-            raise ValueError(f"files.{shown(name)} is {shown(record)}, expected a size and a SHA-256")
-    for part in ("checkpoint", "versions"):
-        decode_as(dict[str, Any], manifest.provenance.get(part, {}), f"provenance.{part}")
-    decode_as(dict[str, Any], manifest.precision_details.get("calibration", {}), "precision_details.calibration")
+    convert(_Provenance, manifest.provenance, "provenance")
+    convert(dict[str, Any], manifest.precision_details.get("calibration", {}), "precision_details.calibration")
     for precision in precisions:
-        _check_details(manifest.precision_details.get(precision, {}), f"precision_details.{precision}")
+        convert(_Details, manifest.precision_details.get(precision, {}), f"precision_details.{precision}")
     _check_tables(manifest)
     if missing := sorted(required_files(manifest) - set(manifest.files)):
         raise ValueError(f"{missing[0]} is not among its files")
 
 
-def _check_details(details: dict[str, Any], name: str) -> None:
-    """What the runtime, the builder of engines and summaries read of a precision; the rest is for people."""
-    decode_as(dict[str, dict[str, dict[str, int]]], details.get("operations", {}), f"{name}.operations")
-    for key, kind in (("keep_high", tuple[str, ...]), ("multiplied_in_float32", tuple[str, ...])):
-        decode_as(kind, details.get(key, []), f"{name}.{key}")
-    for key, most in (("bits", 8), ("block", 2**20)):
-        value = decode_as(int | None, details.get(key), f"{name}.{key}")
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"{name}.{key} is {value}, expected 1 to {most}")
-
-
 def _check_tables(manifest: Manifest) -> None:
-    """All precisions have their tables on the host or none has, and the tables are those of the model.
+    """Raise ValueError unless no precision has tables on the host, or all have those of the model.
 
-    They fill their file: each begins at the page after the one before, in any order, and the last ends with the file.
+    The tables fill their file: each begins at the page after the one before, and the last ends with the file.
     """
     if not manifest.tables:
         return
@@ -257,9 +258,8 @@ def _check_tables(manifest: Manifest) -> None:
             raise ValueError(f"tables of {precision} are {shown(found)}, the model has {expected}")
         path, end = table_path(precision), 0
         for name, table in sorted(found.items(), key=lambda item: item[1].offset):
-            allowed = ("float32", "float16", "bfloat16") if precision == "fp32" else ("float16", "bfloat16")
-            if table.dtype not in allowed:
-                raise ValueError(f"tables.{precision}.{name}.dtype is {shown(table.dtype)}, expected one of {allowed}")
+            if precision != "fp32" and table.dtype == "float32":
+                raise ValueError(f"tables.{precision}.{name}.dtype is 'float32', expected 'float16' or 'bfloat16'")
             if table.offset != (begin := -(-end // TABLE_ALIGNMENT) * TABLE_ALIGNMENT):
                 raise ValueError(f"tables.{precision}.{name} begins at byte {table.offset} of {path}, expected {begin}")
             end = table.end
@@ -270,17 +270,17 @@ def _check_tables(manifest: Manifest) -> None:
 
 
 def weights_path(precision: str) -> str:
-    """Where the weights of a precision lie in the bundle."""
+    """Return the path of a precision's weights in the bundle."""
     return f"graphs/{precision}/{WEIGHTS}"
 
 
 def table_path(precision: str) -> str:
-    """Where the embedding tables of a precision lie in a bundle with host embeddings."""
+    """Return the path of a precision's embedding tables in a bundle with host embeddings."""
     return f"graphs/{precision}/{TABLES}"
 
 
 def required_files(manifest: Manifest) -> set[str]:
-    """What a bundle of these precisions cannot do without."""
+    """Return the paths of the files that a bundle of these precisions must have."""
     graphs = {graph_path(p, phase, f) for p in manifest.precisions for phase in PHASES for f in FLAVOURS}
     weights = {weights_path(precision) for precision in manifest.precisions}
     tokenizer = {f"{TOKENIZER}/{name}" for name in ("tokenizer.json", "token_bytes.json")}
@@ -288,12 +288,8 @@ def required_files(manifest: Manifest) -> set[str]:
     return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())
 
 
-def _once(names: tuple[str, ...]) -> bool:
-    return len(set(names)) == len(names)
-
-
 def _check_name(name: str) -> None:
-    """Refuse a path that reaches outside of the bundle on any system, or that has two spellings."""
+    """Raise ValueError for a path that reaches outside of the bundle on any system, or that has two spellings."""
     parts = name.split("/")
     if "\\" in name or "\0" in name or PureWindowsPath(name).drive or any(part in ("", ".", "..") for part in parts):
         raise ValueError(

@@ -5,13 +5,13 @@ Where there is a GPU, a smoke test follows: the engine decodes a short rollout b
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from lrt_deploy.errors import LRTDeployError, ParityError
@@ -83,7 +83,7 @@ def build(
         )
         plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
         smoke = smoke_test(bundle, sidecar.backend, sidecar.precision, progress)
-        sidecar = dataclasses.replace(sidecar, smoke=smoke)
+        sidecar = msgspec.structs.replace(sidecar, smoke=smoke)
         write_sidecar(plan, sidecar)
     show(plan, sidecar, backend == "auto", json)
     if smoke["ran"] and not smoke["passed"]:

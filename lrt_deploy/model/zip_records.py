@@ -2,8 +2,8 @@
 
 PyTorch reads such archives without checking their CRC-32s, so a damaged disk changes weights silently. Here every byte
 of the file must belong to exactly one place: records lie one after the other, uncompressed, each under one name, and
-every CRC-32 is checked while the file's SHA-256 is computed. Zip files that other programs write in other ways
-(compressed, with a comment, with gaps) are refused; no PyTorch writes them.
+every CRC-32 is checked while the file's SHA-256 is computed. Python's zipfile reads the directory; it is given at most
+a few MiB. Archives in other forms (compressed, with a comment, with gaps) are refused; no PyTorch writes them.
 
 Knows nothing of tensors: see `pt_file`.
 """
@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
 from lrt_deploy.errors import CheckpointError
 
-MAX_RECORDS = 100_000
 MAX_NAME_BYTES = 1_000
-_DIRECTORY_BYTES = 32 * 1024 * 1024
+_DIRECTORY_BYTES = 8 * 1024 * 1024  # 10,000 records have about 1 MB
 _CHUNK = 1024 * 1024
-
-_END = struct.Struct("<4s4H2LH")  # end of central directory
-_END64_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_ENTRY = struct.Struct("<4s6H3L5H2L")  # one record in the central directory
+_END_BYTES = 22  # the end of an archive without a comment
 _LOCAL = struct.Struct("<4s5H3L2H")  # the header before a record's bytes
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800
 # What follows a record whose sizes were not known when its header was written: CRC and sizes of 4 or 8 bytes, with or
@@ -38,19 +34,12 @@ _IN_64 = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Record:
-    """One file of the archive: its bytes are `size` bytes of the archive from `offset` on."""
+    """One file of the archive: `size` bytes of the archive from `offset` on."""
 
     name: str
     offset: int
     size: int
     crc32: int
-
-
-@dataclass(frozen=True)
-class _Directory:
-    start: int
-    end: int
-    count: int
 
 
 def read_records(file: BinaryIO, source: str) -> dict[str, Record]:
@@ -59,20 +48,83 @@ def read_records(file: BinaryIO, source: str) -> dict[str, Record]:
     Raises CheckpointError, naming the record, if the archive is cut off, compressed, encrypted, has two records of one
     name, or has bytes that belong to no record or to two. Reads no record; see `verify`.
     """
-    archive = _Archive(file, source)
-    directory = archive.find_directory()
-    entries = sorted(archive.entries(directory), key=lambda entry: entry.header)
-    if not entries:
-        archive.refuse("holds no record")
+    entries, end = _directory(file, source)
+    if entries[0].header_offset != 0:
+        _refuse(source, f"begins with {entries[0].header_offset} bytes that belong to no record")
     records: dict[str, Record] = {}
-    ends = [*(entry.header for entry in entries[1:]), directory.start]
-    if entries[0].header != 0:
-        archive.refuse(f"begins with {entries[0].header} bytes that belong to no record")
-    for entry, end in zip(entries, ends, strict=True):
-        if entry.name in records:
-            archive.refuse(f"holds two records named {entry.name[:200]!r}")
-        records[entry.name] = archive.locate(entry, end)
+    for entry, following in zip(entries, [*(entry.header_offset for entry in entries[1:]), end], strict=True):
+        if entry.filename in records:
+            _refuse(source, f"holds two records named {entry.filename[:200]!r}")
+        records[entry.filename] = _locate(file, entry, following, source)
     return records
+
+
+class _Bounded:
+    """The part of a file's methods that zipfile uses; it never reads more than a directory may have."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _DIRECTORY_BYTES:
+            raise ValueError(f"a directory of {size} bytes; at most {_DIRECTORY_BYTES} are accepted")
+        return self._file.read(_DIRECTORY_BYTES if size < 0 else size)
+
+
+def _directory(file: BinaryIO, source: str) -> tuple[list[zipfile.ZipInfo], int]:
+    """Return the entries of the archive's directory in the order of their bytes, and where the directory begins."""
+    try:
+        with zipfile.ZipFile(cast(BinaryIO, _Bounded(file))) as archive:
+            entries, start = sorted(archive.infolist(), key=lambda entry: entry.header_offset), archive.start_dir
+        file.seek(-_END_BYTES, 2)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
+        raise CheckpointError(_message(source, f"has no readable directory ({ascii(str(error))[:200]})")) from error
+    if archive.comment or file.read(4) != b"PK\5\6":
+        _refuse(source, "does not end as a zip archive without a comment does")
+    if not entries:
+        _refuse(source, "holds no record")
+    return entries, start
+
+
+def _locate(file: BinaryIO, entry: zipfile.ZipInfo, end: int, source: str) -> Record:
+    """Find the bytes of a record, which with its header and descriptor must end at `end`."""
+    name, size = entry.filename, entry.file_size
+    raw_name = entry.orig_filename.encode("utf-8" if entry.flag_bits & _UTF8 else "cp437")
+    if not name or name != entry.orig_filename or len(raw_name) > MAX_NAME_BYTES:
+        _refuse(source, f"has a record with the name {raw_name[:100]!r} of {len(raw_name)} bytes")
+    if entry.compress_type:
+        _refuse(source, f"has the compressed record {name!r} (method {entry.compress_type})")
+    if entry.flag_bits & _ENCRYPTED:
+        _refuse(source, f"has the encrypted record {name!r}")
+    if end - entry.header_offset < _LOCAL.size + len(raw_name):
+        _refuse(source, f"has no room for the header of {name!r}")
+    file.seek(entry.header_offset)
+    header = file.read(_LOCAL.size + len(raw_name))
+    signature, _, flags, method, _, _, crc, packed, unpacked, name_bytes, extra_bytes = _LOCAL.unpack_from(header)
+    has_sizes = not flags & _DESCRIPTOR
+    if (
+        (signature, method, flags, name_bytes) != (b"PK\3\4", 0, entry.flag_bits, len(raw_name))
+        or header[_LOCAL.size :] != raw_name
+        or (has_sizes and (crc != entry.CRC or packed != unpacked or unpacked not in (size, _IN_64)))
+    ):
+        _refuse(source, f"has a header before {name!r} that its directory contradicts")
+    start = entry.header_offset + len(header) + extra_bytes
+    rest = end - (start + size)
+    if size != entry.compress_size or not (rest == 0 or (flags & _DESCRIPTOR and rest in _DESCRIPTOR_BYTES)):
+        _refuse(source, f"has the record {name!r} of {size} bytes at {start}, and the next part at {end}")
+    return Record(name, start, size, entry.CRC)
+
+
+def _refuse(source: str, what: str) -> NoReturn:
+    raise CheckpointError(_message(source, what))
+
+
+def _message(source: str, what: str) -> str:
+    return (
+        f"{source} {what}; expected an archive as torch.save writes it. It is cut off, damaged or was not written by "
+        "PyTorch"
+    )
 
 
 def verify(file: BinaryIO, records: Mapping[str, Record], source: str) -> str:
@@ -115,135 +167,3 @@ def _chunks(file: BinaryIO, size: int, source: str) -> Iterator[bytes]:
             raise CheckpointError(f"{source} became shorter while it was read")
         size -= len(chunk)
         yield chunk
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What the central directory says of a record; `header` is the offset of its local header."""
-
-    name: str
-    header: int
-    size: int
-    crc32: int
-    flags: int
-
-
-class _Archive:
-    """The archive's structures, each read from where the last one says that it is."""
-
-    def __init__(self, file: BinaryIO, source: str) -> None:
-        self._file = file
-        self._source = source
-        self._size = file.seek(0, 2)
-
-    def refuse(self, what: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self._source} {what}; expected an archive as torch.save writes it. It is cut off, damaged or was not "
-            "written by PyTorch"
-        )
-
-    def find_directory(self) -> _Directory:
-        """Locate the central directory from the archive's end, in its 32-bit or 64-bit form."""
-        at = self._size - _END.size
-        signature, disk, first_disk, here, count, size, start, comment = self._unpack(_END, at)
-        if signature != b"PK\5\6" or comment:
-            self.refuse("does not end as a zip archive without a comment does")
-        if disk or first_disk or here != count:
-            self.refuse("is one of several parts of a zip archive")
-        if _IN_64 in (size, start) or count == 0xFFFF or self._has_locator(at):
-            at, count, size, start = self._end_of_64(at)
-        if start + size != at:
-            self.refuse(f"has a directory of {size} bytes at {start} that does not end at {at}")
-        if count > MAX_RECORDS or size > _DIRECTORY_BYTES:
-            self.refuse(f"has a directory of {count} records in {size} bytes, more than any checkpoint needs")
-        return _Directory(start, at, count)
-
-    def entries(self, directory: _Directory) -> Iterator[_Entry]:
-        """Read the central directory."""
-        data = self._read(directory.start, directory.end - directory.start)
-        at = 0
-        for _ in range(directory.count):
-            if at + _ENTRY.size > len(data):
-                self.refuse("has a directory that ends within a record")
-            fields = _ENTRY.unpack_from(data, at)
-            name_end = at + _ENTRY.size + fields[10]
-            end = name_end + fields[11] + fields[12]
-            if fields[0] != b"PK\1\2" or end > len(data):
-                self.refuse("has a damaged directory")
-            yield self._entry(fields, data[at + _ENTRY.size : name_end], data[name_end : name_end + fields[11]])
-            at = end
-        if at != len(data):
-            self.refuse(f"has {len(data) - at} bytes after the last record of its directory")
-
-    def locate(self, entry: _Entry, end: int) -> Record:
-        """Find the bytes of a record, which with its header and descriptor must end at `end`."""
-        fields = self._unpack(_LOCAL, entry.header)
-        signature, _, flags, method, _, _, crc, packed, size, name_bytes, extra_bytes = fields
-        name = self._read(entry.header + _LOCAL.size, min(name_bytes, MAX_NAME_BYTES))
-        if signature != b"PK\3\4" or name != entry.name.encode() or method or flags != entry.flags:
-            self.refuse(f"has a header before {entry.name!r} that its directory contradicts")
-        if not flags & _DESCRIPTOR and (crc != entry.crc32 or size != packed or size not in (entry.size, _IN_64)):
-            self.refuse(f"has a header before {entry.name!r} that its directory contradicts")
-        start = entry.header + _LOCAL.size + name_bytes + extra_bytes
-        rest = end - (start + entry.size)
-        if rest != 0 and not (flags & _DESCRIPTOR and rest in _DESCRIPTOR_BYTES):
-            self.refuse(f"has the record {entry.name!r} of {entry.size} bytes at {start}, and the next part at {end}")
-        return Record(entry.name, start, entry.size, entry.crc32)
-
-    def _entry(self, fields: tuple[Any, ...], raw_name: bytes, extra: bytes) -> _Entry:
-        flags, method, crc, packed, size, header = fields[3], fields[4], *fields[7:10], fields[16]
-        try:
-            name = raw_name.decode("utf-8" if flags & _UTF8 else "ascii")
-        except UnicodeDecodeError:
-            self.refuse("has a record whose name is not UTF-8")
-        if not name or len(raw_name) > MAX_NAME_BYTES:
-            self.refuse(f"has a record whose name has {len(raw_name)} bytes")
-        if method:
-            self.refuse(f"has the compressed record {name!r} (method {method})")
-        if flags & _ENCRYPTED:
-            self.refuse(f"has the encrypted record {name!r}")
-        size, packed, header = self._from_extra(name, extra, [size, packed, header])
-        if size != packed or header >= self._size or size > self._size:
-            self.refuse(f"has the record {name!r} of {packed} bytes for {size}, at {header} of {self._size}")
-        return _Entry(name, header, size, crc, flags)
-
-    def _from_extra(self, name: str, extra: bytes, values: list[int]) -> list[int]:
-        """Replace the values that did not fit in 32 bits by those of the Zip64 field."""
-        wide = b""
-        while len(extra) >= 4:
-            kind, size = struct.unpack_from("<2H", extra)
-            if kind == 1:
-                wide = extra[4 : 4 + size]
-            extra = extra[4 + size :]
-        needed = values.count(_IN_64)
-        if len(wide) < 8 * needed:
-            self.refuse(f"has the record {name!r} without the 64-bit sizes that it announces")
-        longs = iter(struct.unpack_from(f"<{needed}Q", wide))
-        return [next(longs) if value == _IN_64 else value for value in values]
-
-    def _has_locator(self, end: int) -> bool:
-        at = end - _END64_LOCATOR.size
-        return at >= 0 and self._read(at, 4) == b"PK\6\7"
-
-    def _end_of_64(self, end: int) -> tuple[int, int, int, int]:
-        """Where the 64-bit end record lies, and the count, size and start of the directory that it states."""
-        at = end - _END64_LOCATOR.size
-        signature, _, found, _ = self._unpack(_END64_LOCATOR, at)
-        if signature != b"PK\6\7" or found != at - _END64.size:
-            self.refuse("has no 64-bit end record where one belongs")
-        fields = self._unpack(_END64, found)
-        if fields[0] != b"PK\6\6" or fields[1] != _END64.size - 12 or fields[6] != fields[7]:
-            self.refuse("has a damaged 64-bit end record")
-        return found, fields[7], fields[8], fields[9]
-
-    def _unpack(self, kind: struct.Struct, at: int) -> tuple[Any, ...]:
-        return kind.unpack(self._read(at, kind.size))
-
-    def _read(self, at: int, size: int) -> bytes:
-        if at < 0 or size < 0 or at + size > self._size:
-            self.refuse(f"has {self._size} bytes, too few for what it says that it holds")
-        self._file.seek(at)
-        data = self._file.read(size)
-        if len(data) != size:
-            self.refuse("became shorter while it was read")
-        return data

@@ -1,11 +1,8 @@
-"""Reads the plain data of a pickled tiktoken `Encoding` without running pickle.
+"""Read the plain data of a pickled tiktoken `Encoding` without running pickle.
 
-A pickle is a program, and `tokenizer.pkl` comes from strangers. This module interprets only the instructions that a
-pickled `Encoding` of protocol 2 to 5 is made of: strings, bytes, numbers, dicts, tuples, the memo, and the one way in
-which the object is built. Names of globals are text to it; nothing is ever imported, looked up or called. Whatever
-else a file holds is refused, and every refusal is a `CheckpointError`.
-It knows nothing of byte-pair encoding: whether the ranks make sense is for `tokenizer` to say. It deliberately reads
-less than Python's pickle does (no lists, sets, numbers as keys, protocols 0 and 1): a real file has none of them.
+A pickle is a program, and `tokenizer.pkl` comes from strangers. Only the instructions of a pickled `Encoding` of
+protocol 2 to 5 are interpreted; see `pickle_machine`. Everything else is refused with CheckpointError. Knows nothing
+of byte-pair encoding: whether the ranks make sense is checked in `tokenizer_file`.
 """
 
 from __future__ import annotations
@@ -13,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from lrt_deploy.errors import CheckpointError
 from lrt_deploy.files import read_bytes
-from lrt_deploy.pickle_machine import Machine, type_name
+from lrt_deploy.pickle_machine import Global, Machine, type_name
 
 # Bounds for memory and time, 15 and 2 times what the largest public vocabulary (200 thousand tokens) needs.
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -28,7 +25,7 @@ STATE_KEYS = ("name", "pat_str", "mergeable_ranks", "special_tokens")
 
 @dataclass(frozen=True)
 class EncodingData:
-    """What a tiktoken `Encoding` is made of. Types are checked; whether the ids fit together is not."""
+    """The fields of a tiktoken `Encoding`. Types are checked; whether the ids fit together is not."""
 
     name: str
     pat_str: str
@@ -36,20 +33,8 @@ class EncodingData:
     special_tokens: dict[str, int]
 
 
-class _Global(NamedTuple):
-    """The name of a global: inert text."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return ascii(f"{self.module}.{self.name}"[:200])
-
-
 # The object itself, and how protocol 2 spells a bytes literal: _codecs.encode(text, 'latin1').
-_ENCODING = _Global("tiktoken.core", "Encoding")
-_ENCODE = _Global("_codecs", "encode")
-_ALLOWED = (_ENCODING, _ENCODE)
+_ENCODING, _ENCODE = Global("tiktoken.core", "Encoding"), Global("_codecs", "encode")
 
 
 class _Object:
@@ -65,94 +50,49 @@ def read_encoding(path: Path, limit: int | None = None) -> EncodingData:
 
 
 def parse_encoding(data: bytes, source: str) -> EncodingData:
-    """As `read_encoding`, from bytes; `source` names them in errors."""
+    """Read a pickled `Encoding` from bytes; `source` names them in errors."""
     if len(data) < 2 or data[0] != 0x80 or data[1] not in PROTOCOLS:
         raise CheckpointError(
             f"{source} does not begin as a pickle of protocol 2 to 5 (found the bytes {data[:2]!r}); the authors' "
             "training code writes protocol 4. Take the tokenizer.pkl that training wrote"
         )
-    try:
-        return _validated(_Machine(data, source, MAX_OPCODES).run(), source)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the opcode reader raises many types on damaged files; all mean the same here
-        text = ascii(str(error))[:200]
-        raise CheckpointError(f"{source} is not a readable pickle ({text}); it is cut off or damaged") from error
+    return _validated(_Machine(data, source, MAX_OPCODES).run(), source)
 
 
 class _Machine(Machine):
-    """Dict keys are strings or bytes only, so that no hash can be made slow or to collide."""
-
-    too_many = "; no tokenizer needs so many"
-    no_other = "instruction {}, which no pickled tiktoken Encoding contains"
-    its_end = "its end"
+    globals = frozenset((_ENCODING, _ENCODE))
+    key_types = (str, bytes)
+    longest_text = MAX_FILE_BYTES
+    contents = (
+        "Expected nothing but a pickled tiktoken Encoding, as the authors' training code writes it; do not open this "
+        "file with pickle"
+    )
 
     def __init__(self, data: bytes, source: str, most_instructions: int) -> None:
         super().__init__(data, source, most_instructions)
         self._encodable_chars = len(data)  # an honest file spells out every text that it encodes
 
-    def set_items(self, items: tuple[object, ...]) -> None:
-        """Put keys and values, in turns, into the dict below them."""
-        target = self.pop(dict)
-        self.stack.append(target)
-        if len(items) % 2:
-            self.refuse("has a dict key without a value")
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            if type(key) not in (str, bytes):
-                self.refuse(f"has a dict key of type {type_name(key)}; only str and bytes belong there")
-            target[key] = value
-
-    def push_global(self, module: str, name: str) -> None:
-        """Push the name of one of the two known globals."""
-        found = _Global(module, name)
-        if found not in _ALLOWED:
-            allowed = " and ".join(map(str, _ALLOWED))
-            self.refuse(f"names the global {found}, which could run code when unpickled; allowed are only {allowed}")
-        self.stack.append(found)
-
-    def new_object(self) -> None:
-        """Begin an `Encoding`, which takes no arguments here."""
-        arguments, kind = self.pop(tuple), self.pop(_Global)
-        if kind != _ENCODING or arguments:
-            self.refuse(f"builds {kind} from {len(arguments)} arguments; only {_ENCODING} from none is allowed")
-        self.stack.append(_Object())
-
-    def bytes_literal(self) -> None:
-        """Turn a text into the bytes that protocol 2 means by it."""
-        arguments, function = self.pop(tuple), self.pop(_Global)
-        if function != _ENCODE or len(arguments) != 2 or type(arguments[0]) is not str or arguments[1] != "latin1":
-            self.refuse(f"calls {function}; only {_ENCODE} with a text and 'latin1' is known (a bytes literal)")
+    def call(self, opcode: str, function: Global, arguments: tuple[object, ...]) -> object:
+        """Begin an `Encoding`, which takes no arguments here, or make a bytes literal of protocol 2."""
+        if (opcode, function, arguments) == ("NEWOBJ", _ENCODING, ()):
+            return _Object()
+        if (opcode, function, arguments[1:]) != ("REDUCE", _ENCODE, ("latin1",)) or type(arguments[0]) is not str:
+            self.refuse(
+                f"calls {function} with {len(arguments)} arguments; known are only a new {_ENCODING} with none and "
+                f"{_ENCODE} with a text and 'latin1'"
+            )
         self._encodable_chars -= len(arguments[0])
         if self._encodable_chars < 0:
             self.refuse("encodes the same text again and again")
-        self.stack.append(arguments[0].encode("latin1"))
+        return arguments[0].encode("latin1")
 
-    def build(self) -> None:
+    def build(self, target: object, state: object) -> None:
         """Give the `Encoding` its state, once."""
-        state, target = self.pop(object), self.pop(_Object)
+        if not isinstance(target, _Object):
+            self.refuse(f"sets attributes of a {type_name(target)}")
         if target.state is not None:
             self.refuse("sets the state of one object twice")
         target.state = state
-        self.stack.append(target)
-
-    def refuse(self, what: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self.source} {what}. Expected nothing but a pickled tiktoken Encoding, as the authors' training code "
-            "writes it; do not open this file with pickle"
-        )
-
-
-_AS_READ = (
-    *("BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-)
-_Machine.literals = {**Machine.literals, **dict.fromkeys(_AS_READ, lambda arg: arg)}
-_Machine.actions = {
-    **Machine.actions,
-    "NEWOBJ": lambda machine, _: machine.new_object(),
-    "REDUCE": lambda machine, _: machine.bytes_literal(),
-    "BUILD": lambda machine, _: machine.build(),
-}
 
 
 def _validated(result: object, source: str) -> EncodingData:
@@ -192,7 +132,7 @@ def _table_problems(state: dict[str, Any], key: str, kind: type) -> Iterator[str
 
 
 def _is_text(value: object) -> bool:
-    """Whether it is a str without lone surrogates, which pickle can carry and Unicode cannot."""
+    """Return whether it is a str without lone surrogates, which pickle can carry and Unicode cannot."""
     try:
         return type(value) is str and value.encode("utf-8") is not None
     except UnicodeEncodeError:
