@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 import lrt_deploy
-from lrt_deploy.evaluation.verdict import kl_divergence
+from lrt_deploy.evaluation.rollout import kl_divergence
 from lrt_deploy.runtime.backends.base import Block
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend, OrtCpuBuffers
 from lrt_deploy.runtime.decoder import Decoder

@@ -1,10 +1,11 @@
-"""Figures drawn by matplotlib and written as PNG. Matplotlib (the extra `bench`) is imported when one is drawn."""
+"""Figures drawn by matplotlib, as PNG files or SVG addresses. Matplotlib is imported when one is drawn."""
 
 from __future__ import annotations
 
 import atexit
+import base64
 import contextlib
-import importlib.util
+import io
 import logging
 import os
 import shutil
@@ -19,6 +20,7 @@ from .errors import InputError
 from .files import atomic_write, check_replaceable, user_cache_folder
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -27,47 +29,71 @@ INK, GRID = "#333333", "#dddddd"
 
 def available() -> bool:
     """Whether matplotlib is installed; it is not imported."""
-    return importlib.util.find_spec("matplotlib") is not None
+    return not machine.missing("bench")
 
 
-def require_matplotlib() -> None:
-    """Raise InputError where it is not installed."""
-    if not available():
+def require(extra: machine.Extra, product: str, option: str) -> None:
+    """Raise InputError where a module of an extra is missing, without which `option` cannot write its product."""
+    if absent := machine.missing(extra):
+        verb = "is" if len(absent) == 1 else "are"
         raise InputError(
-            f"a plot needs matplotlib, which is not installed; {machine.install('bench')}; or leave out --plot"
+            f"{product} needs {' and '.join(absent)}, which {verb} not installed; {machine.install(extra)}; or leave "
+            f"out {option}"
         )
 
 
-def new_figure(width: float, height: float, dpi: int, title: str) -> Figure:
+def new_figure(width: float, height: float, dpi: int, title: str = "") -> Figure:
     """Return an empty figure of `width` by `height` inches."""
-    require_matplotlib()
-    _keep_to_our_folder()
+    _set_cache_folder()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=dpi, layout="constrained", facecolor="white")
-    figure.suptitle(title, fontsize=11, color=INK)
+    if title:
+        figure.suptitle(title, fontsize=11, color=INK)
     return figure
 
 
+def style(axes: Axes, title: str = "", legend: bool = False) -> None:
+    """Apply the style of all charts: a light grid, no box, and a legend if asked for."""
+    if title:
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK, labelsize=8)
+    if legend:
+        axes.legend(fontsize=8, frameon=False)
+
+
 def check_target(path: Path) -> None:
-    """Raise InputError for a file that is no PNG, which a plot would replace."""
+    """Raise InputError for an existing file that is not a PNG."""
     check_replaceable(path, "the plot", lambda head: head.startswith(_PNG), InputError)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, in place of an older PNG only; raises InputError for another file."""
+    """Write a figure as PNG, atomically; InputError for an existing file that is not a PNG."""
     check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # About letters of a title that its fonts lack: they are drawn as boxes.
+    # Warnings say that a font lacks letters of the title, which are drawn as boxes.
     with warnings.catch_warnings(), atomic_write(path) as partial:
         warnings.simplefilter("ignore")
         figure.savefig(partial, format="png")
 
 
-def _keep_to_our_folder() -> None:
-    """Before matplotlib is first imported: its cache of fonts lies in our cache folder, or in a temporary one.
+def svg_uri(figure: Figure) -> str:
+    """A figure as the `data:` address of an SVG, the same for the same figure."""
+    from matplotlib import rc_context
 
-    Left to itself it makes folders in the user's `.config` and `.cache`, and warns where there is no home.
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "lrt-deploy"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _set_cache_folder() -> None:
+    """Before matplotlib is imported, place its cache of fonts in our cache folder, or in a temporary one.
+
+    By default it makes folders in the user's `.config` and `.cache`, and warns where there is no home.
     """
     if "matplotlib" in sys.modules or "MPLCONFIGDIR" in os.environ:
         return

@@ -75,12 +75,13 @@ def find_gpu() -> tuple[Gpu | None, str]:
     return gpu, f"{gpu.name}, compute capability {gpu.capability_text}"
 
 
-Extra = Literal["export", "bench", "tensorrt", "tensorrt-rtx"]
+Extra = Literal["export", "bench", "report", "tensorrt", "tensorrt-rtx"]
 
 # The modules that each extra brings, in the order in which people would look for them.
 MODULES: dict[Extra, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnxscript", "onnx_ir"),
     "bench": ("matplotlib",),
+    "report": ("jinja2", "matplotlib"),
     "tensorrt": ("tensorrt", "polygraphy", "onnx", "onnx_ir"),
     "tensorrt-rtx": ("tensorrt_rtx", "polygraphy", "onnx", "onnx_ir"),
 }

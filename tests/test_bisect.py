@@ -299,11 +299,11 @@ class LateLayer(Faulty):
 @pytest.mark.parametrize(
     ("fault", "position", "tensor", "layer", "says"),
     [
-        (MemoryShifted, 1, "past_latent", None, "memory shifted"),
-        (NoMemory, 1, "past_latent", None, "a latent of zeros"),
+        (MemoryShifted, 1, "past_latent", None, "the latent that it reads is not the one that is held"),
+        (NoMemory, 1, "past_latent", None, "the latent that it reads is not the one that is held"),
         (MemoryForgotten, 5, "past_latent", None, "the latent that is held after it is not the one that it computed"),
         (StartsFromSomething, 0, "past_latent", None, "starts from is not the zeros it must be"),
-        (StaleLayer, 1, "past_key_2", 2, "layer 2 attends over a cache that lacks its newest entry"),
+        (StaleLayer, 1, "past_key_2", 2, "goes wrong where layer 2 attends over its cache"),
         (LateLayer, 1, "past_key_2", 2, "past_key_2 is off in slot 0"),
     ],
 )

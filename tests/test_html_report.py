@@ -9,21 +9,26 @@ import base64
 import dataclasses
 import json
 import math
-import re
-import zlib
 from html.parser import HTMLParser
+from importlib import util
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from typer.testing import CliRunner
 
+from lrt_deploy.cli.app import app
 from lrt_deploy.cli.parity import comparable
 from lrt_deploy.evaluation.bisect import Bisection, StageError
 from lrt_deploy.evaluation.html import number, page
-from lrt_deploy.evaluation.report import Point, Rollout, as_json
-from lrt_deploy.evaluation.svg_charts import Curve, curves, heat_map
-from lrt_deploy.evaluation.verdict import About, report_of
+from lrt_deploy.evaluation.plots import cache_errors, charts, curve
+from lrt_deploy.evaluation.report import Comparison, Point, as_json
+from lrt_deploy.evaluation.verdict import Evidence, report_of
 from lrt_deploy.tolerances import FP32, limits
 
-VOID = {"meta", "line", "path", "image", "br"}
+VOID = {"meta", "img", "br"}
+SVG = "data:image/svg+xml;base64,"
 
 
 class Outline(HTMLParser):
@@ -38,6 +43,7 @@ class Outline(HTMLParser):
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.links += [value for name, value in attrs if name in ("href", "src", "xlink:href")]
+        self.texts += [value for name, value in attrs if name == "alt"]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -63,8 +69,8 @@ def points(count=12, layers=2, differs_at=None, error=1e-6):
 
 def fields(precision="fp32", verdict=None, **options):
     seen = points(**options)
-    rollout = Rollout(4, len(seen) - 4, seen, free=seen, tokens=list(range(len(seen))))
-    report = report_of(rollout, About(precision, "ort-cpu", True, FP32))
+    run = Comparison(4, len(seen) - 4, seen, free=seen, tokens=list(range(len(seen))))
+    report = report_of(run, Evidence(precision, "ort-cpu", True, FP32))
     if verdict:
         report = dataclasses.replace(report, verdict=verdict)
     return json.loads(json.dumps(report.to_dict(), allow_nan=False))
@@ -76,10 +82,18 @@ def text(html):
 
 def test_a_page_is_well_formed_and_needs_nothing_from_elsewhere():
     outline = Outline(page("Parity of a bundle", fields()))
-    assert all(link.startswith("data:image/png;base64,") for link in outline.links)
-    assert not {"script", "link", "iframe", "img"} & set(outline.tags)
-    assert outline.tags.count("svg") == 3
+    assert all(link.startswith(SVG) for link in outline.links)
+    assert not {"script", "link", "iframe", "svg"} & set(outline.tags)
+    assert outline.tags.count("img") == 3
     assert "url(" not in page("x", fields()) and "@import" not in page("x", fields())
+    for link in outline.links:
+        picture = ElementTree.fromstring(base64.b64decode(link.removeprefix(SVG)))  # noqa: S314 - our own
+        used = [value for part in picture.iter() for name, value in part.attrib.items() if name.endswith("href")]
+        assert used and all(value.startswith(("#", "data:image/png;base64,")) for value in used)
+
+
+def test_the_same_report_gives_the_same_page():
+    assert page("x", fields()) == page("x", fields())
 
 
 def test_the_verdict_stands_first_with_its_numbers():
@@ -102,7 +116,8 @@ def test_any_text_is_shown_as_text():
     html = page("<script>alert(1)</script>", fields(verdict='FAIL: <img src="http://x/">'))
     outline = Outline(html)
     assert "<script>alert(1)</script>" in " ".join(outline.texts)
-    assert not {"script", "img"} & set(outline.tags)
+    assert "script" not in outline.tags
+    assert outline.tags.count("img") == 3 and all(link.startswith(SVG) for link in outline.links)
 
 
 def test_precisions_stand_side_by_side_and_a_lone_one_does_not():
@@ -123,49 +138,36 @@ def test_the_stages_around_the_fault_are_shown():
 
 
 @pytest.mark.parametrize(
-    "values", [[], [None], [None, None], [0.0, 0.0], [1.0], [1e-300, 1e300], [None, 1e-3, None, 1e-5, 2e-5, None]]
+    "values", [[None], [None, None], [0.0, 0.0], [1.0], [1e-300, 1e300], [None, 1e-3, None, 1e-5, 2e-5, None]]
 )
 def test_curves_take_any_values_and_leave_gaps(values):
-    chart = curves([Curve("x", values, "#000")], limit=1e-4, divider=1)
-    assert "nan" not in chart and "inf" not in chart
-    runs = "".join("-" if value is None else "x" for value in values).split("-")
-    assert chart.count('class="curve"') == sum(bool(run) for run in runs)
-    for x, y in re.findall(r"[ML]([\d.]+) ([\d.]+)", chart):
-        assert 0 <= float(x) <= 440 and 0 <= float(y) <= 250
-    Outline(chart)
+    axes = Figure().subplots()
+    curve(axes, values, "x", "#000000", begins=3)
+    drawn = [line.get_xydata() for line in axes.lines]
+    assert len(drawn) == any(value is not None for value in values)
+    for data in drawn:
+        assert data[:, 0].tolist() == list(range(3, 3 + len(values)))
+        assert np.isnan(data[:, 1]).tolist() == [value is None for value in values]
+    report = fields(count=len(values) + 4)
+    for column in ("logit_error", "latent_error", "kl", "margin"):
+        report["positions"][column] = [*values, None, None, None, None]
+    assert [chart.title for chart in charts(report)] == ["Drift", "KL by position", "Cache, layer by layer"]
 
 
-def test_higher_values_are_higher_up():
-    (d,) = re.findall(r' d="M([^"]+)"', curves([Curve("x", [1e-6, 1e-4, 1e-2], "#000")]))
-    heights = [float(point.split()[1]) for point in d.split("L")]
-    assert heights[0] > heights[1] > heights[2]
-    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
+def test_the_picture_of_the_cache_has_a_value_for_each_entry_and_gaps_for_what_is_missing():
+    found = cache_errors({"key_errors": [[1e-6, 0.5], [1e-2, 0.0]], "value_errors": [[None, 0.5], [1e-6, 0.25]]})
+    assert found.shape == (4, 2)  # K 0, V 0, K 1, V 1
+    assert found[0].tolist() == [1e-6, 1e-2]
+    assert np.isnan(found[1, 0]) and found[1, 1] == 1e-6
+    assert found[3].tolist() == [0.5, 0.25]
 
 
-def pixels(svg):
-    """Rows of (r, g, b) of the picture inside a heat map."""
-    data = base64.b64decode(re.search(r"base64,([^\"]+)", svg)[1])
-    width = int.from_bytes(data[16:20], "big")
-    start = data.index(b"IDAT") + 4
-    raw = zlib.decompress(data[start : data.index(b"IEND") - 8])
-    rows = [raw[i : i + 1 + 3 * width] for i in range(0, len(raw), 1 + 3 * width)]
-    return [[tuple(row[1 + 3 * x : 4 + 3 * x]) for x in range(width)] for row in rows]
-
-
-def test_a_heat_map_has_a_pixel_for_each_value_and_red_ones_for_what_is_missing():
-    svg, meaning = heat_map([[1e-6, 1e-2], [None, 1e-6]], ["K 0", "V 0"])
-    (low, high), (missing, again) = pixels(svg)
-    assert low == again != high
-    assert missing == (190, 30, 30)
-    assert "K 0" in svg and "1e-06 or less" in meaning
-
-
-def test_many_positions_share_a_pixel_that_shows_the_worst():
-    row = [1e-6] * 5000
-    row[2345] = 1e-1
-    (colours,) = pixels(heat_map([row], ["K 0"])[0])
-    assert len(colours) < 500
-    assert len(set(colours)) == 2
+def test_many_positions_share_a_column_that_shows_the_worst():
+    errors = [[1e-6]] * 5000
+    errors[2345] = [1e-1]
+    keys, values = cache_errors({"key_errors": errors, "value_errors": [[1e-6]] * 5000})
+    assert len(keys) < 500
+    assert sorted(set(keys)) == [1e-6, 1e-1] and set(values) == {1e-6}
 
 
 @pytest.mark.parametrize(
@@ -205,6 +207,18 @@ def test_a_page_shows_the_parts_and_where_they_come_from():
 
 
 def test_a_page_of_stored_weights_alone_has_no_curves():
-    nothing = report_of(Rollout(0, 0), About("bf16", "none", True, limits("bf16"))).to_dict()
+    nothing = report_of(Comparison(0, 0), Evidence("bf16", "none", True, limits("bf16"))).to_dict()
     outline = Outline(page("A title", json.loads(json.dumps(nothing, allow_nan=False))))
-    assert "svg" not in outline.tags and "Drift" not in outline.texts
+    assert "img" not in outline.tags and "Drift" not in outline.texts
+
+
+def test_without_the_extra_a_report_is_refused_before_any_work(monkeypatch, tmp_path):
+    find = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name, *rest: None if name == "jinja2" else find(name, *rest))
+    (tmp_path / "checkpoint").mkdir()
+    arguments = ["parity", str(tmp_path / "none"), "--checkpoint", str(tmp_path / "checkpoint")]
+    for option in (["--report"], ["--report-dir", str(tmp_path)]):
+        result = CliRunner().invoke(app, [*arguments, *option])
+        assert result.exit_code == 1
+        assert "a report needs jinja2, which is not installed; install the extra 'report'" in result.stderr
+        assert "or leave out --report" in result.stderr

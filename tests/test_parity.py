@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
-from lrt_deploy.evaluation.report import Drift, Point, PrefillCheck, Rollout
-from lrt_deploy.evaluation.verdict import compare, judge, kl_divergence
+from lrt_deploy.evaluation.report import Comparison, Drift, Point, PrefillCheck
+from lrt_deploy.evaluation.rollout import kl_divergence
+from lrt_deploy.evaluation.verdict import compare, judge
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
 from lrt_deploy.types import PrefillReport
 
@@ -243,7 +244,7 @@ def test_an_error_in_the_latent_alone_fails():
 
 def test_kl_alone_can_fail():
     points = [Point(i, 0.0, None, kl, 1.0, 2, 2) for i, kl in enumerate((0.0, 3e-8))]
-    passed, verdict = judge(Rollout(1, 1, points), FP32)
+    passed, verdict = judge(Comparison(1, 1, points), FP32)
     assert not passed
     assert "mean KL is 1.5e-08 (limit 1.0e-08)" in verdict
 
@@ -411,10 +412,10 @@ def points_of(kl, same):
 
 
 def test_fewer_bits_are_judged_by_kl_and_first_choices_and_tokens_may_part():
-    passed, verdict = judge(Rollout(1, 9, points_of(5e-3, 9)), QUALITY)
+    passed, verdict = judge(Comparison(1, 9, points_of(5e-3, 9)), QUALITY)
     assert passed
     assert verdict.startswith("PASS: mean KL 5.0e-03 (limit 1.0e-02), first choice the same at 90.0% of positions; ")
-    assert judge(Rollout(1, 9, points_of(5e-3, 10)), QUALITY)[1].endswith("all 9 greedy tokens equal")
+    assert judge(Comparison(1, 9, points_of(5e-3, 10)), QUALITY)[1].endswith("all 9 greedy tokens equal")
 
 
 @pytest.mark.parametrize(
@@ -428,13 +429,13 @@ def test_fewer_bits_are_judged_by_kl_and_first_choices_and_tokens_may_part():
     ],
 )
 def test_fewer_bits_fail_where_the_model_is_worse(points, named):
-    passed, verdict = judge(Rollout(1, 9, points), QUALITY)
+    passed, verdict = judge(Comparison(1, 9, points), QUALITY)
     assert not passed
     assert verdict.startswith(named)
 
 
 def test_fewer_bits_excuse_no_prefill_that_is_not_the_decoders_own_decoding():
-    rollout = Rollout(1, 9, points_of(0.0, 10), prefill=PrefillCheck("zero", 1.0, None, 0.8, 3.0, 2.0))
+    rollout = Comparison(1, 9, points_of(0.0, 10), prefill=PrefillCheck("zero", 1.0, None, 0.8, 3.0, 2.0))
     assert "FAIL: zero prefill of the prompt differs" in judge(rollout, QUALITY)[1]
 
 

@@ -89,7 +89,7 @@ def patched(bundle, folder, precision, matrix, change):
 def test_changed_bytes_fail_in_weights_before_anything_runs(
     precision, matrix, bundle, golden_of, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("lrt_deploy.evaluation.verdict.roll_out", lambda *args: pytest.fail("a rollout began"))
+    monkeypatch.setattr("lrt_deploy.evaluation.parity.compare_rollouts", lambda *args: pytest.fail("a rollout began"))
     copy = patched(bundle, tmp_path, precision, matrix, lambda stored: np.roll(stored, 1, axis=0))
     report = lrt_deploy.parity(copy, golden_of(GOLDEN).folder, precision=precision, steps=4)
     assert not report.passed and report.checkpoint_matches

@@ -122,7 +122,7 @@ def bench(
 
     lengths = parse_lengths(prefill_lengths)
     if plot is not None:
-        figures.require_matplotlib()
+        figures.require("bench", "a plot", "--plot")
         figures.check_target(plot)
         check_writable(plot, InputError)
     options.check_file(None if text in (None, "-") else Path(text), "the text")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
-from lrt_deploy import machine
+from lrt_deploy import figures
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import CheckpointError, LRTDeployError
 
@@ -72,8 +72,7 @@ Float64 = Annotated[
 
 
 def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
-    """Write `parity-BACKEND-PRECISION` as .json, .html and, where matplotlib is installed, .png; returns the page."""
-    from lrt_deploy import figures
+    """Write `parity-BACKEND-PRECISION` as .json, .html and .png; returns the page."""
     from lrt_deploy.evaluation import plots
     from lrt_deploy.evaluation.html import page
     from lrt_deploy.files import atomic_write
@@ -87,9 +86,6 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     with atomic_write(folder / f"{name}.html", private=True) as path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not fields["positions"]["position"]:  # stored weights alone were judged
-        return folder / f"{name}.html"
-    if not figures.available():
-        output.say(f"no pictures beside the page: matplotlib is not installed; {machine.install('bench')}")
         return folder / f"{name}.html"
     plots.plot_parity(folder / f"{name}.png", fields, title)
     if len(others) > 1:
@@ -197,6 +193,8 @@ def parity(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
     check_inputs(checkpoint, golden, tolerance)
+    if write_report or report_dir is not None:
+        figures.require("report", "a report", "--report")
     from lrt_deploy.evaluation.parity import ParityOptions, parity_of_stored, stored_only_precision
 
     asked = ParityOptions(chosen, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)

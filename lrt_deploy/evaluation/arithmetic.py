@@ -1,14 +1,14 @@
-"""The part `arithmetic` of parity: whether a quantized bundle computes right with the weights that it stores.
+"""Judge the part `arithmetic` of parity: whether a quantized bundle computes right with the weights that it stores.
 
 Two comparisons with PyTorch on the dequantized weights, position by position over the tokens of the rollout. At every
-position both sides start from the same latent, so no error travels on through the recurrence.
+position both sides start from the same latent, so that no error accumulates through the recurrence.
 
-- The graph as it stands, in float32 and without activations rounded to int8 (`exporters.exact_graph`): equal up to
-  float32's noise, whatever the precision. The reference's latents are given.
-- The decoder that ran, with the kernels that it has. It decoded token by token; the latents given are its own. Kernels
-  round: their limits are measured for each precision. Where activations are rounded to int8, PyTorch rounds them alike.
+- The graph in float32, without activations rounded to int8 (`exporters.graph.exact_graph`), from the reference's
+  latents: equal up to float32's noise in every precision.
+- The decoder that ran, from its own latents: within the measured limits of its kernels. Where activations are rounded
+  to int8, PyTorch rounds them alike.
 
-Knows arrays only: no torch, no graphs and no backend.
+Works on arrays: imports no torch, no graphs and no backend.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lrt_deploy.types import FloatArray
 
 @dataclass(frozen=True)
 class ForcedErrors:
-    """One comparison: largest absolute errors, the typical one (median over positions of the largest), and where.
+    """Errors of one comparison, maxima of absolute differences; the typical one is the median over positions.
 
     `first_exceeded` is the first position beyond a limit.
     """
@@ -41,22 +41,22 @@ class ForcedErrors:
 
     @property
     def passed(self) -> bool:
-        """Whether all three lie within their limits."""
+        """Whether all three errors lie within their limits."""
         return (
             self.max_abs_logit_error <= self.limit_logit
             and self.max_abs_latent_error <= self.limit_latent
             and self.typical_logit_error <= self.limit_typical
         )
 
-    def fault(self, what: str) -> str | None:
-        """What is beyond a limit, in words; None if nothing is."""
+    def fault(self, side: str) -> str | None:
+        """A clause that says what is beyond a limit; None if nothing is."""
         if self.passed:
             return None
         where = f"at position {self.worst_position}"
         if self.first_exceeded is not None and self.first_exceeded != self.worst_position:
             where += f", first exceeded at position {self.first_exceeded}"
         return (
-            f"{what} is off from PyTorch on the stored weights: logits by {self.max_abs_logit_error:.1e} (limit "
+            f"{side} is off from PyTorch on the stored weights: logits by {self.max_abs_logit_error:.1e} (limit "
             f"{self.limit_logit:.1e}), typically {self.typical_logit_error:.1e} (limit {self.limit_typical:.1e}), "
             f"latent by {self.max_abs_latent_error:.1e} (limit {self.limit_latent:.1e}), {where}"
         )
@@ -64,9 +64,9 @@ class ForcedErrors:
 
 @dataclass(frozen=True)
 class ArithmeticPart:
-    """The part of the verdict. `max_abs_logit_error` is the graph's; `kernels` what the decoder that ran is off by.
+    """The part `arithmetic` of a verdict. `max_abs_logit_error` is the graph's; `kernels` are the decoder's errors.
 
-    `fault` says what is off in words, None where nothing is.
+    `fault` says what is wrong; None where nothing is.
     """
 
     passed: bool
@@ -86,9 +86,9 @@ def judge_arithmetic(
     limits: KernelLimits,
     scale_fault: str | None = None,
 ) -> ArithmeticPart:
-    """Judge pairs of (found, expected): the graph's, by float32's limits, and the decoder's, by its kernels'.
+    """Judge pairs of (found, expected): the graph's by float32's limits, the decoder's by those of its kernels.
 
-    `kernels` None: nothing ran. `scale_fault` is what `activation_scale_fault` found.
+    `kernels` is None where nothing ran; `scale_fault` is the result of `activation_scale_fault`.
     """
     exact = forced_errors(*graph, KernelLimits(FP32.max_abs_logit_error, FP32.max_abs_latent_error, math.inf))
     ran = None if kernels is None else forced_errors(*kernels, limits)
@@ -106,7 +106,7 @@ def judge_arithmetic(
 
 
 def forced_errors(found: Computed, expected: Computed, limits: KernelLimits) -> ForcedErrors:
-    """Errors of logits (T, V) and latents (T, C); what is not finite is off by inf."""
+    """Errors of logits (T, V) and latents (T, C); inf for numbers that are not finite."""
     logits, latents = (_largest(one, other) for one, other in zip(found, expected, strict=True))  # (T) each
     beyond = np.flatnonzero((logits > limits.logit) | (latents > limits.latent))
     return ForcedErrors(
@@ -122,7 +122,7 @@ def forced_errors(found: Computed, expected: Computed, limits: KernelLimits) -> 
 
 
 def activation_scale_fault(found: Mapping[str, float], stated: Mapping[str, float]) -> str | None:
-    """What the graph's int8 scales are other than those that calibration gave, which the manifest states."""
+    """How the graph's int8 scales differ from those that the manifest states; None where they do not."""
     for name in [*stated, *found]:
         if name not in found:
             return f"the input of {name} is not rounded to int8, as the manifest says"
@@ -135,7 +135,7 @@ def activation_scale_fault(found: Mapping[str, float], stated: Mapping[str, floa
 
 
 def _largest(found: FloatArray, expected: FloatArray) -> FloatArray:
-    """(T) the largest absolute difference of each row; zeros where rows are empty."""
+    """(T) the largest absolute difference of each row; zeros for empty rows."""
     difference = np.abs(found.astype(np.float64) - expected)
     result: FloatArray = np.nan_to_num(difference.max(axis=1, initial=0.0), nan=np.inf, posinf=np.inf)
     return result

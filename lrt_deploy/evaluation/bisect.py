@@ -1,17 +1,19 @@
-"""Where does a difference begin? Name the first position, and there the first value and op, or the state, that is off.
+"""Find where a difference begins: the first position, and there the first value and op, or the part of the state.
 
-At the first bad position both sides take one step from the same state, the reference's, and show their stages
-(`stages`). The first stage in the order of computation that differs has a fault between it and the stages before it.
-Where none differs, the graph computes what it should from that state, so the fault is in the state that it was given,
-and `bisect_state` looks there.
+At the first bad position the reference and the decoder's graph take one step from the same state, the reference's, and
+show their activations. The first activation in the order of computation that differs has a fault between it and those
+before it. Where none differs, the graph is right, and the fault is in the state that the decoder held or read.
 
-Written against `stages.Observer`: it knows no torch, no graphs and no backend.
+A decoder may hold the right state and read another. Its cache entries of that step tell which: those of layer 0 depend
+on the token and the latent alone, those of layer n + 1 also on what layer n read from its cache.
+
+Written against `activations.Observer`: imports no torch, no graphs and no backend.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +21,19 @@ import numpy as np
 
 from lrt_deploy import activations
 from lrt_deploy.activations import ObservedDecoder, Observer, StepInput, relative_error
-from lrt_deploy.tolerances import STAGE_ERROR, ParityLimits
+from lrt_deploy.bundle import contract
+from lrt_deploy.tolerances import STAGE_ERROR
 from lrt_deploy.types import FloatArray, StatefulDecoder
 
-from .bisect_state import StateFault, find_state_fault
 from .report import ParityReport
+from .rollout import rollout
+
+LATENT = "past_latent"
 
 
 @dataclass(frozen=True)
 class StageError:
-    """One stage of the step at the first bad position; `error` is relative to the largest number of the stage."""
+    """One activation of the step at the first bad position; `error` is relative to `scale`, its largest number."""
 
     name: str
     error: float
@@ -36,13 +41,23 @@ class StageError:
 
 
 @dataclass(frozen=True)
-class Bisection:
-    """What was found; `line` says it in one line.
+class StateFault:
+    """A part of the state that is wrong: `tensor` by its name in the contract, `slot` of a cache."""
 
-    `kind` is `stage` (the first value that is off has a name), `state` (the step is right, what it was given is not),
-    `call` (step and state are right, so the fault is between them), or `clean` (nothing is off). Of the parts of a
-    verdict: `weights` (a stored matrix), `graph` (what no single step shows), `kernels` (what runs, not the graph),
-    `quality` (no fault but what rounding costs).
+    what: str
+    tensor: str
+    layer: int | None = None
+    slot: int | None = None
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """The place of a fault; `line` says it in one line.
+
+    `kind` is `stage` (the first wrong activation has a name), `state` (the step is right, the state it read is not),
+    `call` (step and state are right, so the fault is in the other inputs of the call), or `clean` (nothing is wrong).
+    Parts of a verdict: `weights` (a stored matrix), `graph` (a fault that no single step shows), `kernels` (the kernels
+    that run, not the graph), `quality` (no fault but the cost of rounding).
     """
 
     kind: str
@@ -62,47 +77,56 @@ class Bisection:
 def bisect(
     reference: ObservedDecoder,
     decoder: StatefulDecoder,
-    probe: Observer,
+    observer: Observer,
     report: ParityReport,
     origins: Mapping[str, object],
 ) -> Bisection:
-    """Follow up on `report`, the result of comparing the two. `probe` shows the stages of the decoder's graph.
+    """Find the fault behind `report`, the comparison of the two.
 
-    `origins` says for each stage how the graph computes it.
+    `observer` shows the activations of the decoder's graph; `origins` says how the graph computes each.
     """
     position = first_bad(report)
     if position is None:
         return Bisection("clean", "nothing to bisect: no position of the rollout is beyond the limits")
-    token, config = report.tokens[position], reference.config
-    step = StepInput.first(token, config)
-    if position:
-        step = StepInput.after(_replay(reference, report.tokens[:position]), token, config)
-    compared = compare_stages(reference, probe, step)
-    off = next((stage for stage in compared if not stage.error <= STAGE_ERROR), None)
+    compared, off = _first_off(reference, observer, report, position)
     if off is not None:
         return _at_stage(off, position, compared, origins)
-    fault = find_state_fault(reference, decoder, report.tokens, position)
-    return _in_state(fault, position, compared)
+    right = f"begins at position {position}; from the reference's state the graph computes every stage right there"
+    fault = _find_state_fault(reference, decoder, report.tokens, position)
+    if fault is None:
+        line = f"{right}, and the decoder's own state is right too: look at what else it is called with"
+        return Bisection("call", line, position, stages=compared)
+    line = f"{right}, so no layer is at fault but the state: {fault.what}"
+    return Bisection("state", line, position, fault.layer, fault.tensor, None, fault, compared)
 
 
 def bisect_parts(
-    reference: ObservedDecoder, probe: Observer, report: ParityReport, origins: Mapping[str, object]
+    reference: ObservedDecoder, observer: Observer, report: ParityReport, origins: Mapping[str, object]
 ) -> Bisection:
     """Name the part of a quantized bundle's verdict that fails, and its place.
 
-    `reference` has the weights that the bundle stores and `probe` shows its graph in float32, so that their stages
-    agree up to float32's noise wherever the graph is right.
+    `reference` has the weights that the bundle stores and `observer` runs its graph in float32, so that their
+    activations agree up to float32's noise wherever the graph is right.
     """
     arithmetic, quality = report.arithmetic, report.quality
-    if arithmetic is not None and not arithmetic.graph.passed:
-        return _in_graph(reference, probe, report, origins)
     if arithmetic is not None and not arithmetic.passed:
+        compared: tuple[StageError, ...] = ()
+        graph = arithmetic.graph
+        for position in () if graph.passed else (graph.first_exceeded, graph.worst_position):
+            if position is not None:
+                compared, off = _first_off(reference, observer, report, position)
+                if off is not None:
+                    return _at_stage(off, position, compared, origins)
+        if not graph.passed:
+            line = (
+                f"{arithmetic.fault}; one step by itself computes every value right, so it reads several tokens wrong"
+            )
+            return Bisection("graph", line, graph.first_exceeded, stages=compared)
         line = f"{arithmetic.fault}; the graph itself computes every value right"
         if arithmetic.kernels is None or arithmetic.kernels.passed:
             return Bisection("graph", line)
-        position = arithmetic.kernels.first_exceeded
         line += ": look at the kernels, and at the state that the decoder hands on (`--check all`)"
-        return Bisection("kernels", line, position)
+        return Bisection("kernels", line, arithmetic.kernels.first_exceeded)
     if quality is not None and not quality.passed:
         worst = max(report.points, key=lambda point: point.kl)
         line = (
@@ -115,64 +139,48 @@ def bisect_parts(
     return Bisection("clean", "nothing to bisect: no part is beyond its limits")
 
 
-def _in_graph(
-    reference: ObservedDecoder, probe: Observer, report: ParityReport, origins: Mapping[str, object]
-) -> Bisection:
-    """The first value that the graph computes wrong, at the first position beyond the limits or the worst one."""
-    assert report.arithmetic is not None
-    errors = report.arithmetic.graph
-    compared: tuple[StageError, ...] = ()
-    for position in (errors.first_exceeded, errors.worst_position):
-        if position is None:
-            continue
-        token, config = report.tokens[position], reference.config
-        step = StepInput.first(token, config)
-        if position:
-            step = StepInput.after(_replay(reference, report.tokens[:position]), token, config)
-        compared = compare_stages(reference, probe, step)
-        if off := next((stage for stage in compared if not stage.error <= STAGE_ERROR), None):
-            return _at_stage(off, position, compared, origins)
-    line = f"{report.arithmetic.fault}; one step by itself computes every value right, so it reads several tokens wrong"
-    return Bisection("graph", line, errors.first_exceeded, stages=compared)
-
-
 def first_bad(report: ParityReport) -> int | None:
     """The first position beyond the limits; where errors are not bounded, the one with the largest KL."""
+    limits = report.limits
     if not report.points:
         return 0
-    if report.limits.top1_agreement is not None:
+    if limits.top1_agreement is not None:
         return max(report.points, key=lambda point: point.kl).position
+    # Keys are normed as the latent is; values are not, so an absolute bound on them would say nothing.
+    bounds = limits.max_abs_logit_error, limits.max_abs_latent_error, limits.max_abs_cache_error
     for point in report.points:
-        bounds = _bounded(report.limits)
         errors = (point.logit_error, point.latent_error or 0.0, max(point.key_errors, default=0.0))
         if any(not error <= bound for error, bound in zip(errors, bounds, strict=True)):
             return point.position
     return None
 
 
-def compare_stages(reference: Observer, probe: Observer, step: StepInput) -> tuple[StageError, ...]:
-    """Both sides take `step`; the stages that both have, in the order of computation."""
-    expected, found = reference.observe(step), probe.observe(step)
-    # Marked in the order of computation; latent and logits come last, an earlier source layer's latent too.
-    return tuple(_stage_error(name, expected[name], found[name]) for name in expected if name in found)
+def compare_stages(reference: Observer, observer: Observer, step: StepInput) -> tuple[StageError, ...]:
+    """Run `step` on both sides; errors of the activations that both have, in the order of computation."""
+    expected, found = reference.observe(step), observer.observe(step)
+    # Layouts agree but for axes of size 1, so the numbers are compared in order.
+    return tuple(
+        StageError(
+            name,
+            relative_error(value.reshape(-1), found[name].reshape(-1)),
+            float(np.abs(value).max(initial=0.0)),
+        )
+        for name, value in expected.items()
+        if name in found
+    )
 
 
-def _bounded(limits: ParityLimits) -> tuple[float, float, float]:
-    """Keys are normed as the latent is; values are not, so an absolute bound on them would say nothing."""
-    return limits.max_abs_logit_error, limits.max_abs_latent_error, limits.max_abs_cache_error
-
-
-def _stage_error(name: str, expected: FloatArray, found: FloatArray) -> StageError:
-    """Layouts agree but for axes of size 1, so the numbers are compared in order."""
-    scale = float(np.abs(expected).max(initial=0.0))
-    return StageError(name, relative_error(expected.reshape(-1), found.reshape(-1)), scale)
-
-
-def _replay(decoder: StatefulDecoder, tokens: tuple[int, ...]) -> Any:  # noqa: ANN401 - a State of this decoder
-    state = decoder.prefill([[tokens[0]]], policy="stepwise")
-    for token in tokens[1:]:
-        decoder.step(state, [token])
-    return state
+def _first_off(
+    reference: ObservedDecoder, observer: Observer, report: ParityReport, position: int
+) -> tuple[tuple[StageError, ...], StageError | None]:
+    """All activations of the step at `position` from the reference's state, and the first that differs."""
+    config = reference.config
+    step = StepInput.first(report.tokens[position], config)
+    if position:
+        state = reference.prefill([report.tokens[:position]], policy="stepwise")
+        step = StepInput.after(state, report.tokens[position], config)
+    compared = compare_stages(reference, observer, step)
+    return compared, next((stage for stage in compared if not stage.error <= STAGE_ERROR), None)
 
 
 def _at_stage(
@@ -188,10 +196,82 @@ def _at_stage(
     return Bisection("stage", line, position, layer, off.name, op, None, compared)
 
 
-def _in_state(fault: StateFault | None, position: int, compared: tuple[StageError, ...]) -> Bisection:
-    right = f"begins at position {position}; from the reference's state the graph computes every stage right there"
-    if fault is None:
-        line = f"{right}, and the decoder's own state is right too: look at what else it is called with"
-        return Bisection("call", line, position, stages=compared)
-    line = f"{right}, so no layer is at fault but the state: {fault.what}"
-    return Bisection("state", line, position, fault.layer, fault.tensor, None, fault, compared)
+def _find_state_fault(
+    reference: StatefulDecoder, decoder: StatefulDecoder, tokens: Sequence[int], position: int
+) -> StateFault | None:
+    """The part of the state that is wrong when the decoder reads tokens[position]; None if none can be named."""
+    if position == 0:
+        if not reference.config.memory:
+            return None
+        return StateFault(
+            "there is no cache yet at position 0, so the latent that the decoder starts from is not the zeros it "
+            "must be",
+            LATENT,
+        )
+    sides = (rollout(side, ([token] for token in tokens[: position + 1])) for side in (reference, decoder))
+    for t, ((expected, _), (found, _)) in enumerate(zip(*sides, strict=True)):
+        if t >= position - 1:
+            one, other = (StepInput.after(state, tokens[t], reference.config) for state in (expected, found))
+        if t == position - 1 and (fault := _held(one, other)):
+            return fault
+    return _read(one, other, relative_error(expected.logits[0], found.logits[0]) <= STAGE_ERROR)
+
+
+def _held(expected: StepInput, found: StepInput) -> StateFault | None:
+    """The first part of the state before the step that differs from the reference's."""
+    if relative_error(expected.latent, found.latent) > STAGE_ERROR:
+        return StateFault(
+            "the latent that the decoder holds before this position is not the one of the token before", LATENT
+        )
+    for layer in range(len(expected.keys)):
+        for name, one, other in (
+            (contract.past_key(layer), expected.keys[layer], found.keys[layer]),
+            (contract.past_value(layer), expected.values[layer], found.values[layer]),
+        ):
+            if one.shape != other.shape:
+                return StateFault(f"{name} holds {other.shape[1]} tokens, expected {one.shape[1]}", name, layer)
+            off = [slot for slot in range(one.shape[1]) if relative_error(one[:, slot], other[:, slot]) > STAGE_ERROR]
+            if off:
+                return StateFault(
+                    f"{name} is off in slot {off[0]} ({len(off)} of {one.shape[1]} slots), before any other layer's",
+                    name,
+                    layer,
+                    off[0],
+                )
+    return None
+
+
+def _read(expected: StepInput, found: StepInput, same_logits: bool) -> StateFault | None:
+    """The part of a right state that the step did not read, or not hand on; from the states after the step."""
+    keys, values = (zip(getattr(expected, name), getattr(found, name), strict=True) for name in ("keys", "values"))
+    right = [_same_entry(*key) and _same_entry(*value) for key, value in zip(keys, values, strict=True)]
+    position = found.position - 1
+    if all(right) and same_logits:
+        if relative_error(expected.latent, found.latent) <= STAGE_ERROR:
+            return None
+        return StateFault(
+            f"the step at position {position} gives the right logits, but the latent that is held after it is "
+            "not the one that it computed",
+            LATENT,
+        )
+    first = right.index(False) if False in right else len(right)
+    if first == 0:
+        return StateFault(
+            f"the step at position {position} writes wrong entries into the caches of layer 0, which depend on the "
+            "latent alone: the latent that it reads is not the one that is held",
+            LATENT,
+        )
+    if first == 1:
+        return None  # layer 0's cache, or an input that all layers share, such as the mask
+    layer = first - 1
+    return StateFault(
+        f"the step at position {position} goes wrong where layer {layer} attends over its cache: layers before it read "
+        "theirs right, so what this layer reads is not what is held, or its window has wrong bounds",
+        contract.past_key(layer),
+        layer,
+    )
+
+
+def _same_entry(expected: FloatArray, found: FloatArray) -> bool:
+    """Whether the newest entries of two caches (G, S, D) agree."""
+    return relative_error(expected[:, -1], found[:, -1]) <= STAGE_ERROR

@@ -1,10 +1,10 @@
-"""Bits per byte, as the model's authors count it, of the model as it decodes: token by token, each row from m = 0.
+"""Bits per byte as the model's authors count them, of the model as it decodes: stepwise, each row from a zero latent.
 
-Over all targets whose token has bytes: the sum of nats, divided by ln 2 and by the sum of bytes. Special tokens have no
+The sum of nats over all targets whose token has bytes, divided by ln 2 and by the sum of bytes. Special tokens have no
 bytes and ignored targets are -1; both are read but not counted.
 
-Written against `interface.StatefulDecoder`, so any backend and the reference count alike. It knows no file format but
-the `.npz` of token rows, and does not decide how many rows fit the decoder at once.
+Written against `types.StatefulDecoder`, so any backend and the reference can be measured. Reads no file format but
+`.npz` archives of token rows; the caller gives the batch size.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,25 +25,22 @@ import numpy.typing as npt
 
 from lrt_deploy.errors import BackendError, InputError
 from lrt_deploy.files import open_regular
-from lrt_deploy.types import FloatArray, IntArray, StatefulDecoder
+from lrt_deploy.types import IntArray, StatefulDecoder
+
+from .rollout import Progress, capacity_of, nats, rollout, silent
 
 if TYPE_CHECKING:
     from lrt_deploy.text.tokenizer import Tokenizer
 
 IGNORED = -1  # a target that is not counted, as in the authors' data
-
-# Called with what is being done, and done and total of it in tokens.
-Progress = Callable[[str, int, int], None]
 # (N, T), or N rows of unequal lengths.
 Rows = IntArray | Sequence[Sequence[int]] | Sequence[IntArray]
-
-
 _FIRST_BUCKET = 16  # positions; each further bucket begins at twice the position of the one before
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Targets whose token was predicted from positions `first` to `last`: how much the past so far helps."""
+    """The counted targets that were predicted from positions `first` to `last` of their row."""
 
     first: int
     last: int
@@ -54,7 +51,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`tokens` and `bytes` are those of the counted targets; `buckets` share them out by position in the row."""
+    """`tokens` and `bytes` of the counted targets; `buckets` divide them by position in the row."""
 
     bits_per_byte: float
     tokens: int
@@ -76,13 +73,13 @@ def evaluate(
     y: Rows,
     token_bytes: Sequence[int],
     batch_size: int,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Evaluation:
-    """Decode the rows of `x` and count how well each token predicts its target in `y`.
+    """Decode the rows of `x` and measure how well each position predicts its target in `y`.
 
     `token_bytes[id]` is the number of bytes of a token, 0 for a special one. Rows of one length run together,
-    `batch_size` at a time. Raises InputError for rows, ids or a batch size that cannot be used, and when no target
-    has bytes.
+    `batch_size` at a time. Raises InputError for rows, ids or a batch size that cannot be used, and where no target
+    has bytes; BackendError for logits that are not finite.
     """
     sizes = np.asarray(token_bytes, np.int64)  # (V)
     rows = _checked_rows(decoder, x, y, min(decoder.config.vocab_size, sizes.size))
@@ -96,9 +93,15 @@ def evaluate(
         raise InputError("no target has bytes: all are special tokens or ignored (-1), so there is nothing to count")
     total, done = sum(len(row.x) for row in rows), 0
     for batch in _batches(rows, batch_size):
-        counted = np.stack([(row.y != IGNORED) & (sizes[row.y] > 0) for row in batch])  # (B, T)
-        for t, (step_nats, step_counted) in enumerate(zip(_decode(decoder, batch), counted.T, strict=True)):
-            tally[t, 0] += float(step_nats[step_counted].sum())
+        x_batch, y_batch = np.stack([row.x for row in batch]), np.stack([row.y for row in batch])  # (B, T)
+        counted = (y_batch != IGNORED) & (sizes[y_batch] > 0)
+        for t, (_, logits) in enumerate(rollout(decoder, x_batch.T)):
+            step_nats = nats(logits, y_batch[:, t])  # (B); those of ignored targets are not used
+            if not np.isfinite(step_nats).all():
+                raise BackendError(
+                    f"the decoder's logits at position {t} are not finite; nothing was counted from them"
+                )
+            tally[t, 0] += float(step_nats[counted[:, t]].sum())
             done += len(batch)
             progress("evaluating", done, total)
     return Evaluation(*_rate(tally), buckets=tuple(_buckets(tally)))
@@ -106,12 +109,12 @@ def evaluate(
 
 def _rate(tally: npt.NDArray[np.float64]) -> tuple[float, int, int]:
     """Bits per byte, tokens and bytes of these positions, (n, 3) as counted by `evaluate`."""
-    nats, tokens, size = tally.sum(axis=0)
-    return float(nats) / (math.log(2) * size), int(tokens), int(size)
+    total, tokens, size = tally.sum(axis=0)
+    return float(total) / (math.log(2) * size), int(tokens), int(size)
 
 
 def _buckets(tally: npt.NDArray[np.float64]) -> Iterator[Bucket]:
-    """Ranges of positions that double in length; those without a counted target are left out."""
+    """Ranges of positions that double in length, without those that have no counted target."""
     first, end = 0, _FIRST_BUCKET
     while first < len(tally):
         last = min(end, len(tally)) - 1
@@ -124,8 +127,8 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
     """Cut a text into rows (x, y) of at most `max_seq_len` tokens, so that every token is a target exactly once.
 
     The text is tokenized as a whole and its tokens are cut into pieces of `max_seq_len`; the last may be shorter. A
-    piece is the row's y; x is <|bos|> and the piece without its last token. So every row starts afresh, its first token
-    predicted from <|bos|> alone, and the model reads at most `max_seq_len` tokens.
+    piece is the row's y; x is <|bos|> followed by the piece without its last token, so that the first token of each row
+    is predicted from <|bos|> alone.
     """
     if max_seq_len < 1:
         raise InputError(f"max_seq_len is {max_seq_len}, expected at least 1")
@@ -136,7 +139,7 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
     return [[tokenizer.bos_id, *piece[:-1]] for piece in y], y
 
 
-# What numpy raises on archives that are damaged or none; a header is parsed as Python's literals.
+# Errors that numpy raises for damaged archives; it parses an array's header as Python literals.
 NPZ_ERRORS = (
     *(OSError, ValueError, EOFError, MemoryError, NotImplementedError, RecursionError, OverflowError, TypeError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
@@ -144,7 +147,7 @@ NPZ_ERRORS = (
 
 
 def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
-    """The arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, as they are. Runs nothing in the file."""
+    """Read the arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, without pickles."""
     arrays = _read_arrays(path, ("x", "y"))
     for name, array in arrays.items():
         if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
@@ -160,14 +163,14 @@ def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     return arrays["x"].astype(np.int64), arrays["y"].astype(np.int64)
 
 
-# Recorded numbers hardly compress and token rows by less than this; a small file must not become a large array.
+# Bounds of the uncompressed size: recorded numbers hardly compress, and token rows by less than this factor.
 _MAX_EXPANSION, _FREE_BYTES, _MAX_BYTES = 64, 64 * 1024 * 1024, 8 * 1024**3
 
 
 def load_archive(path: str | Path) -> Any:  # noqa: ANN401 - an array or NpzFile, as np.load has it
-    """np.load without pickles, of a regular file whose arrays are of bounded size; an array alone is mapped, not read.
+    """np.load without pickles, of a regular file whose arrays are of bounded size; a single array is memory-mapped.
 
-    Of a file that is neither archive nor array, numpy would say how to unpickle it.
+    ValueError for a file that is neither archive nor array, where numpy's own message would suggest unpickling it.
     """
     with open_regular(Path(path), "the archive of arrays", InputError) as file:
         head, size = file.read(6), os.fstat(file.fileno()).st_size
@@ -200,7 +203,7 @@ def _read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, npt.NDAr
 
 
 def read_member(archive: Any, name: str) -> npt.NDArray[Any]:  # noqa: ANN401 - an NpzFile
-    """An array of an archive; ValueError for a member that is none, which numpy gives as bytes."""
+    """Read an array of an archive; ValueError for a member that is no array, which numpy returns as bytes."""
     array = archive[name]
     if not isinstance(array, np.ndarray):
         raise ValueError(f"its member {name} is no array")
@@ -208,9 +211,9 @@ def read_member(archive: Any, name: str) -> npt.NDArray[Any]:  # noqa: ANN401 - 
 
 
 def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[_Row]:
-    """Rows that can be decoded and counted; targets must have an entry in token_bytes too, so are below `ids`."""
+    """Check and convert rows; token ids lie below the vocabulary size, targets below `ids` too."""
     vocab_size = decoder.config.vocab_size
-    capacity = getattr(decoder, "max_seq_len", decoder.config.max_positions)
+    capacity = capacity_of(decoder)
     if len(x) != len(y) or len(x) == 0:
         raise InputError(f"x has {len(x)} rows and y has {len(y)}; expected a row of targets for each, at least one")
     rows = []
@@ -244,22 +247,3 @@ def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
         same = list(group)
         for start in range(0, len(same), batch_size):
             yield same[start : start + batch_size]
-
-
-def _decode(decoder: StatefulDecoder, batch: list[_Row]) -> Iterator[npt.NDArray[np.float64]]:
-    """The nats (B) of each target, one array per position; what stands for ignored targets means nothing."""
-    x, y = np.stack([row.x for row in batch]), np.stack([row.y for row in batch])  # (B, T)
-    state = decoder.prefill(x[:, :1].tolist(), policy="stepwise")
-    yield _nats(state.logits, y[:, 0], 0)
-    for t in range(1, x.shape[1]):
-        yield _nats(decoder.step(state, x[:, t]), y[:, t], t)
-
-
-def _nats(logits: FloatArray, targets: IntArray, position: int) -> npt.NDArray[np.float64]:
-    """-log softmax of each row (B, V) at its target (B), in float64."""
-    z = logits.astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    nats: npt.NDArray[np.float64] = np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(targets)), targets]
-    if not np.isfinite(nats).all():
-        raise BackendError(f"the decoder's logits at position {position} are not finite; nothing was counted from them")
-    return nats

@@ -1,10 +1,10 @@
-"""Checks of a decoder against itself: two ways to the same state must lead to the same state, and go on alike.
+"""Check a decoder against itself: two ways to the same state must agree there and over further steps.
 
-No reference is needed: prompts read by iteration against step by step, in two turns against in one, a row of a batch
-against the row alone, a state saved and loaded against the one that went straight on, decoding as a CUDA graph against
-without. Two states that meet are compared in logits, latent and every cache, then both read the same further tokens.
+No reference is needed: prefill by iteration against stepwise, a prompt in two turns against in one, a row of a batch
+against the row alone, a state saved and loaded against the original, decoding as a CUDA graph against without. The two
+states are compared in logits, latent and every cache, then both read the same further tokens.
 
-Written against what a runtime's decoder offers beyond `interface.StatefulDecoder`; it knows no backend.
+Written against `FullDecoder`, the interface of a runtime's decoder; imports no backend.
 """
 
 from __future__ import annotations
@@ -15,20 +15,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import PrefillPolicy, StatefulDecoder
 
 from .report import as_json
-from .rollout import distance, kl_divergence
+from .rollout import distance, kl_divergence, rollout
 
 CUDA_GRAPH_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 class FullDecoder(StatefulDecoder, Protocol):
-    """A runtime's decoder: it can also continue, save and load states."""
+    """A runtime's decoder, which can also continue, save and load states."""
 
     backend: str
 
@@ -40,15 +38,15 @@ class FullDecoder(StatefulDecoder, Protocol):
         policy: PrefillPolicy = "auto",
         tolerance: float | None = None,
     ) -> Any:  # noqa: ANN401
-        """Start or continue sequences."""
+        """Start sequences, or continue those of `state`."""
 
     def load_state(self, path: Path) -> Any:  # noqa: ANN401
-        """A saved state."""
+        """Load a saved state."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all checks share. `partner` opens the same bundle with decoding as a CUDA graph turned off."""
+    """The inputs of all checks. `partner` opens the same bundle without CUDA graphs."""
 
     prompt: Sequence[int]
     steps: int
@@ -60,7 +58,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class MutualCheck:
-    """Two ways, compared where they meet and over `steps` further tokens. `bound` is that of the latent."""
+    """Errors between two ways to a state, there and over `steps` further tokens. `bound` is that of the latent."""
 
     name: str
     passed: bool
@@ -80,14 +78,14 @@ class MutualCheck:
 
 
 def fixed_point_vs_stepwise(decoder: FullDecoder, setting: Setting) -> MutualCheck:
-    """The prompt by iteration, which may be off by the residual that it states, against step by step."""
+    """Prefill by iteration, which may be off by its stated residual, against stepwise."""
     iterated = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
     straight = decoder.prefill([setting.prompt], policy="stepwise")
     return _meet("fixed-point-vs-stepwise", (decoder, iterated), (decoder, straight), setting, _residual(iterated))
 
 
 def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
-    """The prompt in two turns against in one, both by iteration."""
+    """Prefill in two turns against in one, both by iteration."""
     _at_least(setting, 2)
     cut = len(setting.prompt) // 3 + 1  # not the half, where a prompt of two chunks is cut anyway
     whole = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
@@ -98,7 +96,7 @@ def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
 
 
 def batch_vs_alone(decoder: FullDecoder, setting: Setting) -> MutualCheck:
-    """The prompt as a row among others of other lengths, through steps with other tokens, against alone."""
+    """The prompt as one row of a batch with other prompts and tokens, against alone."""
     _at_least(setting, 2)
     rows = min(setting.max_batch_size, 3)
     if rows < 2:
@@ -110,7 +108,7 @@ def batch_vs_alone(decoder: FullDecoder, setting: Setting) -> MutualCheck:
 
 
 def restored_vs_straight(decoder: FullDecoder, setting: Setting) -> MutualCheck:
-    """A state that went through a file, against the one that did not: equal to the bit."""
+    """A state saved and loaded, against the original: equal to the bit."""
     straight = decoder.prefill([setting.prompt], policy="stepwise")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "check.state"
@@ -120,7 +118,7 @@ def restored_vs_straight(decoder: FullDecoder, setting: Setting) -> MutualCheck:
 
 
 def cuda_graph(decoder: FullDecoder, setting: Setting) -> MutualCheck:
-    """Decoding as a replayed CUDA graph against launching every kernel."""
+    """Replaying a CUDA graph against launching every kernel."""
     if decoder.backend not in CUDA_GRAPH_BACKENDS or setting.partner is None:
         raise ParityError(
             f"backend {decoder.backend} runs no CUDA graph, so there is nothing to compare; this check is for "
@@ -142,7 +140,7 @@ CHECKS: dict[str, Callable[[FullDecoder, Setting], MutualCheck]] = {
 
 
 def chosen(names: Sequence[str], backend: str) -> list[str]:
-    """The checks of these names; `all` stands for those that the backend can run. InputError for an unknown name."""
+    """Resolve names of checks; `all` stands for those that the backend can run. InputError for an unknown name."""
     if unknown := [name for name in names if name not in (*CHECKS, "all")]:
         raise InputError(f"there is no check {unknown[0]!r}; known are {', '.join(CHECKS)} and all")
     if "all" not in names:
@@ -150,12 +148,12 @@ def chosen(names: Sequence[str], backend: str) -> list[str]:
     return [name for name in CHECKS if name != "cuda-graph" or backend in CUDA_GRAPH_BACKENDS]
 
 
-_Side = tuple[FullDecoder, Any]  # a decoder and its state, whose last row is the one that counts
+_Side = tuple[FullDecoder, Any]  # a decoder and its state, whose last row is compared
 
 
 @dataclass(frozen=True)
 class _Errors:
-    """Where the two meet, and over the steps after."""
+    """Errors between two states, and over the steps after."""
 
     logits: float
     latent: float
@@ -167,8 +165,8 @@ class _Errors:
 def _meet(name: str, one: _Side, other: _Side, setting: Setting, slack: float | None) -> MutualCheck:
     """Compare the last rows of two states, now and over further steps.
 
-    `slack` is what iterated prefill states that its latent may be off by; where there is some, logits and caches follow
-    from the latent and are not bounded by themselves. None asks for equality to the bit.
+    `slack` is the residual that iterated prefill stated for the latent; where it is above 0, logits and caches follow
+    from the latent and have no bounds of their own. None asks for equality to the bit.
     """
     errors = _measure(one, other, setting.steps)
     bounds = _bounds(setting.limits, slack)
@@ -200,32 +198,38 @@ def _bounds(limits: ParityLimits, slack: float | None) -> dict[str, float]:
 
 
 def _measure(one: _Side, other: _Side, steps: int) -> _Errors:
-    """Both states as they are, then both fed the same tokens: for the compared row what the second one prefers."""
+    """Compare both states, then feed both the greedy tokens of the second one."""
     (decoder, state), (partner, straight) = one, other
-    config = decoder.config
+    config, beside = decoder.config, len(state.logits) - 1
     logits = distance(state.logits[-1], straight.logits[-1])
     latent = distance(state.latent[-1], straight.latent[-1]) if config.memory else 0.0
     cache = max(_cache_distance(state, straight, layer) for layer in range(config.n_layer))
     after, kl = 0.0, 0.0
-    for i in range(steps):
-        token = int(straight.logits[-1].argmax())
-        # Rows beside it go their own ways.
-        strangers = [(7919 * i + row) % config.vocab_size for row in range(len(state.logits) - 1)]
-        found, expected = decoder.step(state, [*strangers, token])[-1], partner.step(straight, [token])[-1]
-        after = max(after, distance(found, expected))
-        kl = max(kl, kl_divergence(expected.astype(np.float64), found.astype(np.float64)))
+    tokens = [int(straight.logits[-1].argmax())]
+    # The rows beside the compared one read other tokens.
+    batch = (
+        [*((7919 * i + row) % config.vocab_size for row in range(beside)), token] for i, token in enumerate(tokens)
+    )
+    alone = ([token] for token in tokens)
+    for (_, found), (_, expected) in zip(
+        rollout(decoder, batch, state), rollout(partner, alone, straight), strict=True
+    ):
+        after = max(after, distance(found[-1], expected[-1]))
+        kl = max(kl, kl_divergence(expected[-1], found[-1]))
+        if len(tokens) < steps:
+            tokens.append(int(expected[-1].argmax()))
     return _Errors(logits, latent, cache, after, kl)
 
 
 def _cache_distance(state: Any, straight: Any, layer: int) -> float:  # noqa: ANN401 - states of the decoders
-    """Keys and values of the last rows; a batch's cache is as long as its longest row."""
+    """Largest difference of keys and values of the last rows; a batch's cache is as long as its longest row."""
     length = int(straight.lengths[-1])
     pairs = zip(state.cache(layer), straight.cache(layer), strict=True)
     return max(distance(found[-1, :, :length], expected[-1, :, :length]) for found, expected in pairs)
 
 
 def _residual(state: Any) -> float:  # noqa: ANN401 - the decoder's own state
-    """What the last prefill stated; 0 where it was exact."""
+    """The residual that the last prefill stated; 0 where it was exact."""
     return float(state.prefill.residual or 0.0)
 
 

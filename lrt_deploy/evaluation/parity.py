@@ -1,12 +1,12 @@
-"""Parity as one function: is a bundle the model of a checkpoint? Opens both and judges all parts.
+"""Parity as one function: whether a bundle is the model of a checkpoint. Opens both and judges the three parts.
 
-    weights      every stored matrix and table against the checkpoint's (`parity_weights`), before anything runs
-    rollout      reference and decoder side by side (`comparison`); in float32 this is the verdict
-    arithmetic   with fewer bits: the graph and the decoder against PyTorch on the stored weights (`parity_arithmetic`)
-    quality      with fewer bits: how good a model it is, against the original in float32 (`verdict`)
+    weights      every stored matrix and table against the checkpoint's (`stored_weights`), before anything runs
+    rollout      reference and decoder side by side (`rollout`); in float32 this is the verdict
+    arithmetic   with fewer bits: the graph and the decoder against PyTorch on the stored weights (`arithmetic`)
+    quality      with fewer bits: the decoder as a model, against the original in float32 (`verdict`)
 
-It is the one place besides the command line that brings the reference and a runtime's decoder together, and so imports
-exporters and runtime, inside functions. What is measured and tolerated is said elsewhere.
+Beside the command line this is the only module that brings the reference and a runtime's decoder together; it imports
+exporters and runtime inside functions. Measurements, limits and judgement are those of the modules named above.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import datetime
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,12 +34,12 @@ from lrt_deploy.machine import cpu_model
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy
 
-from . import verdict
 from .arithmetic import ArithmeticPart, Computed, activation_scale_fault, judge_arithmetic
-from .report import ParityReport, Rollout
-from .rollout import Reading
+from .bisect import Bisection, bisect, bisect_parts
+from .report import Comparison, ParityReport
+from .rollout import PrefillRequest, Progress, compare_rollouts, nats, silent
 from .stored_weights import WeightsPart, check_weights
-from .verdict import About, Parts, Progress
+from .verdict import Evidence, report_of
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.contract import Flavour
@@ -48,10 +48,8 @@ if TYPE_CHECKING:
     from lrt_deploy.model.model import LRT
     from lrt_deploy.runtime.decoder import Decoder
 
-    from .bisect import Bisection
-
 STEPS = 128
-# Long enough that iterating it says something.
+# Long enough that prefill by iteration takes several passes.
 PROMPT = (
     "The river rose in the night, and by morning the lower meadows were under water. Two men in a boat went from house "
     "to house and called up at the windows, and whoever answered was given bread, candles and the news that the bridge "
@@ -59,25 +57,21 @@ PROMPT = (
     "that today they would write down what they had seen: how high the water stood, what it carried, and who was there."
 )
 _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
-# What computes, by the name under which it is reported, and the packages that it may come in.
+# Packages that compute, by the name under which their version is reported.
 _PACKAGES: dict[str, tuple[str, ...]] = {
     name: (name,) for name in ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx")
 }
 _PACKAGES["onnxruntime"] = ("onnxruntime", "onnxruntime-gpu")
 
 
-def _silent(what: str, done: int, total: int) -> None:
-    """Report nothing."""
-
-
 @dataclass(frozen=True)
 class ParityOptions:
-    """What is compared over, and how it is judged; None stands for the default.
+    """The rollout of a parity run and how it is judged; None stands for the default.
 
     `prompt` is text or token ids; `steps` decode steps follow it (default: 128, or what the capacity leaves);
-    `step` is which saved step of the checkpoint to read. `prefill` and `tolerance` say how the decoder reads the prompt
-    where that is checked. `float64` runs the reference in float64. `bisect` looks for the place of a fault. `max_kl`
-    and `min_agreement` take the place of the limits of quality, in precisions that are judged by it.
+    `step` selects a saved step of the checkpoint. `prefill` and `tolerance` say how the decoder reads the prompt where
+    its prefill is checked. `float64` runs the reference in float64. `bisect` looks for the place of a fault. `max_kl`
+    and `min_agreement` replace the limits of precisions that are judged by quality.
     """
 
     prompt: str | Sequence[int] | None = None
@@ -91,7 +85,7 @@ class ParityOptions:
     min_agreement: float | None = None
 
     def limits(self, precision: str) -> ParityLimits:
-        """The limits of a precision with these put in; InputError for one that is not judged by quality."""
+        """The limits of a precision with these options applied; InputError where it is not judged by quality."""
         bounds = limits(precision)
         for name, value, largest in (("max_kl", self.max_kl, math.inf), ("min_agreement", self.min_agreement, 1.0)):
             if value is None:
@@ -128,9 +122,9 @@ def parity(
     threads: int | None = None,
     max_seq_len: int | None = None,
     verify: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ParityReport:
-    """Compare a bundle with the checkpoint that it should be, as the verb `parity` does; for tests of your own.
+    """Compare a bundle with its checkpoint, as the command `parity` does; for users' own tests.
 
     `report.passed` is the answer and `report.verdict` says why in a line; `report.weights`, `.arithmetic` and
     `.quality` are its parts, and `report.to_dict()` has the fields of the JSON document. A difference is a result:
@@ -150,12 +144,32 @@ def parity(
         return parity_of(folder, decoder, source, options, progress)
 
 
+@dataclass(frozen=True)
+class Subject:
+    """One precision of a bundle on a backend."""
+
+    bundle: Path
+    manifest: Manifest
+    precision: str
+    backend: str
+
+    @property
+    def flavour(self) -> Flavour:
+        """The flavour of graph that the backend runs."""
+        return "windowed" if self.backend == "ort-cpu" else "full"
+
+    @property
+    def graph(self) -> Path:
+        """The graph that prefill and decoding run."""
+        return self.bundle / manifest.graph_path(self.precision, "prefill", self.flavour)
+
+
 def stored_only_precision(folder: Path, backend: str, precision: str | None) -> str | None:
-    """The precision that would be taken, if the backend cannot run it and only its stored weights can be judged."""
+    """The precision to be compared, if the backend cannot run it, so that only its stored weights can be judged."""
     held = manifest.read_manifest(folder).precisions
-    chosen = precision or next(name for name in PRECISIONS if name in held)
-    runs_nowhere = backend == "ort-cpu" and base_dtype(chosen, "windowed") == "bfloat16"
-    return chosen if runs_nowhere and chosen in held else None
+    selected = precision or next(name for name in PRECISIONS if name in held)
+    runs_nowhere = backend == "ort-cpu" and base_dtype(selected, "windowed") == "bfloat16"
+    return selected if runs_nowhere and selected in held else None
 
 
 def parity_of_stored(
@@ -164,14 +178,13 @@ def parity_of_stored(
     precision: str,
     options: ParityOptions,
     verify: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = silent,
 ) -> ParityReport:
-    """The part `weights` alone, of a precision that runs nowhere here; the verdict says that nothing was run."""
-    held = manifest.read_manifest(bundle)
-    manifest.verify_files(bundle, held, verify)
-    opened = open_same_model(held, checkpoint, options.step, progress)
-    weights = _weights(bundle, held, precision, opened, progress)
-    report = _report(Rollout(0, 0), Subject(bundle, held, precision, "none"), opened, options, Parts(weights))
+    """Judge the part `weights` alone, of a precision that runs on no backend here; the verdict says so."""
+    subject = Subject(bundle, manifest.read_manifest(bundle), precision, "none")
+    manifest.verify_files(bundle, subject.manifest, verify)
+    opened, weights, evidence = _open(subject, checkpoint, options, progress)
+    report = _report(Comparison(0, 0), evidence, subject, opened, options)
     if not weights.passed:
         return report
     verdict = (
@@ -182,77 +195,55 @@ def parity_of_stored(
 
 
 def parity_of(
-    bundle: Path, decoder: Decoder, checkpoint: Path, options: ParityOptions, progress: Progress = _silent
+    bundle: Path, decoder: Decoder, checkpoint: Path, options: ParityOptions, progress: Progress = silent
 ) -> ParityReport:
-    """Compare an opened decoder of `bundle` with a checkpoint, in all parts.
+    """Compare an open decoder of `bundle` with a checkpoint, in all parts.
 
-    Stored weights that are not the checkpoint's end it before any rollout. Raises ParityError for models of another
-    architecture, CheckpointError and InputError.
+    Stored weights that differ from the checkpoint's end the comparison before any rollout. Raises ParityError for
+    models of another architecture, CheckpointError and InputError.
     """
-    subject = Subject(bundle, decoder.manifest, decoder.precision, decoder.backend)
-    bounds = options.limits(decoder.precision)
-    prompt, steps = _tokens(decoder, options)
-    opened = open_same_model(decoder.manifest, checkpoint, options.step, progress)
-    weights = _weights(bundle, decoder.manifest, decoder.precision, opened, progress)
-    if not weights.passed:
-        report = _report(Rollout(len(prompt), steps, tokens=prompt), subject, opened, options, Parts(weights))
-        return dataclasses.replace(report, bisect=_bisect_weights(weights)) if options.bisect else report
-    return _run(subject, decoder, opened, (prompt, steps, bounds, weights), options, progress)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is compared: one precision of a bundle on a backend."""
-
-    bundle: Path
-    manifest: Manifest
-    precision: str
-    backend: str
-
-    @property
-    def flavour(self) -> Flavour:
-        """The graphs that the backend runs."""
-        return "windowed" if self.backend == "ort-cpu" else "full"
-
-    @property
-    def graph(self) -> Path:
-        """The graph that prefill and decoding run."""
-        return self.bundle / manifest.graph_path(self.precision, "prefill", self.flavour)
-
-
-def _run(
-    subject: Subject,
-    decoder: Decoder,
-    opened: Checkpoint,
-    work: tuple[list[int], int, ParityLimits, WeightsPart],
-    options: ParityOptions,
-    progress: Progress,
-) -> ParityReport:
-    """The rollout, then what it leaves to be judged."""
     from lrt_deploy.model.reference import ReferenceDecoder
 
-    prompt, steps, bounds, weights = work
+    subject = Subject(bundle, decoder.manifest, decoder.precision, decoder.backend)
+    prompt, steps = _tokens(decoder, options)
+    opened, weights, evidence = _open(subject, checkpoint, options, progress)
+    if not weights.passed:
+        report = _report(Comparison(len(prompt), steps, tokens=prompt), evidence, subject, opened, options)
+        return dataclasses.replace(report, bisect=_bisect_weights(weights)) if options.bisect else report
     progress("loading the checkpoint", 0, 0)
     model = opened.model(decoder.max_seq_len)
     make = ReferenceDecoder.in_float64 if options.float64 else ReferenceDecoder
     reference = make(model, decoder.max_seq_len)
-    rollout = verdict.follow(reference, decoder, prompt, steps, Reading(options.prefill, options.tolerance), progress)
-    arithmetic = None
-    if bounds.top1_agreement is not None and rollout.points:
+    request = PrefillRequest(options.prefill, options.tolerance)
+    run = compare_rollouts(reference, decoder, prompt, steps, request, progress)
+    quantized = evidence.limits.top1_agreement is not None and bool(run.points)
+    if quantized:
         progress("comparing with PyTorch on the stored weights", 0, 0)
-        arithmetic = _arithmetic(subject, model, rollout)  # from here on the model has the stored weights
-    report = _report(rollout, subject, opened, options, Parts(weights, arithmetic, _bits_per_byte(decoder, rollout)))
+        arithmetic = _arithmetic(subject, model, run)  # from here on the model has the stored weights
+        evidence = dataclasses.replace(evidence, arithmetic=arithmetic, bits_per_byte=_bits_per_byte(decoder, run))
+    report = _report(run, evidence, subject, opened, options)
     if not options.bisect:
         return report
-    if arithmetic is None:
-        found = _bisect_rollout(subject, reference, decoder, report)
+    if quantized:
+        found = _bisect(subject, report, ReferenceDecoder(model, decoder.max_seq_len), None)
     else:
-        found = _bisect_parts(subject, model, decoder.max_seq_len, report)
+        found = _bisect(subject, report, reference, decoder)
     return dataclasses.replace(report, bisect=found)
 
 
-def open_same_model(held: Manifest, path: Path, step: int | None, progress: Progress = _silent) -> Checkpoint:
-    """The checkpoint, if it is of the bundle's architecture; else ParityError with the fields that differ."""
+def _open(
+    subject: Subject, checkpoint: Path, options: ParityOptions, progress: Progress
+) -> tuple[Checkpoint, WeightsPart, Evidence]:
+    """Open the checkpoint and judge the stored weights."""
+    bounds = options.limits(subject.precision)
+    opened = open_same_model(subject.manifest, checkpoint, options.step, progress)
+    matches = opened.sha256 == (subject.manifest.provenance.get("checkpoint") or {}).get("sha256")
+    weights = _weights(subject, opened, progress)
+    return opened, weights, Evidence(subject.precision, subject.backend, matches, bounds, weights)
+
+
+def open_same_model(held: Manifest, path: Path, step: int | None, progress: Progress = silent) -> Checkpoint:
+    """Open a checkpoint of the bundle's architecture; ParityError names the fields in which another one differs."""
     from lrt_deploy.model.checkpoint import open_checkpoint
 
     opened = open_checkpoint(path, step)
@@ -278,7 +269,7 @@ def default_prompt(decoder: Decoder) -> list[int]:
 
 
 def _tokens(decoder: Decoder, options: ParityOptions) -> tuple[list[int], int]:
-    """The prompt's token ids, and how many steps follow."""
+    """The prompt's token ids, and the number of steps that follow."""
     if options.prompt is None:
         prompt = default_prompt(decoder)
     elif not isinstance(options.prompt, str):
@@ -291,21 +282,22 @@ def _tokens(decoder: Decoder, options: ParityOptions) -> tuple[list[int], int]:
     return prompt, min(STEPS, left) if options.steps is None else options.steps
 
 
-def _weights(bundle: Path, held: Manifest, precision: str, opened: Checkpoint, progress: Progress) -> WeightsPart:
-    """The part `weights`; graphs that disagree among themselves fail it too."""
+def _weights(subject: Subject, opened: Checkpoint, progress: Progress) -> WeightsPart:
+    """Judge the part `weights`; graphs that disagree among themselves fail it too."""
     from lrt_deploy.exporters.quantize.stored import StoredWeights
 
     opened.check_tensors()
+    held, precision = subject.manifest, subject.precision
     compensated = bool(held.precision_details.get(precision, {}).get("compensated"))
     try:
-        stored = StoredWeights(bundle, held, precision)
+        stored = StoredWeights(subject.bundle, held, precision)
         return check_weights(stored, opened.tensors, held.model, precision, compensated, progress)
     except ParityError as error:
         return WeightsPart(passed=False, worst=None, checked=0, disagreement=str(error))
 
 
-def _arithmetic(subject: Subject, model: LRT, rollout: Rollout) -> ArithmeticPart:
-    """The part `arithmetic`; leaves the stored weights in `model`."""
+def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart:
+    """Judge the part `arithmetic`; leaves the stored weights in `model`."""
     from lrt_deploy.exporters.graph.exact_graph import exact_graph
     from lrt_deploy.exporters.quantize.stored import StoredWeights
     from lrt_deploy.model.dequantized import run_forced, take_stored_weights
@@ -314,21 +306,21 @@ def _arithmetic(subject: Subject, model: LRT, rollout: Rollout) -> ArithmeticPar
 
     held, precision = subject.manifest, subject.precision
     take_stored_weights(model, StoredWeights(subject.bundle, held, precision))
-    count = sum(point.finite for point in rollout.points)
-    tokens, given = rollout.tokens[:count], _latents_before(rollout.reference.latents[:count], held.model.n_embd)
+    count = sum(point.finite for point in run.points)
+    tokens, given = run.tokens[:count], _latents_before(run.reference.latents[:count], held.model.n_embd)
     exact = exact_graph(subject.graph, held.model)
     runner = OrtExact(exact.model, exact.folder, held.model, HostTables.open(subject.bundle, held, precision))
     stated = held.precision_details.get(precision, {}).get("activation_scales") or {}
     graph = runner.run(tokens, given), run_forced(model, tokens, given)
-    own = _latents_before(rollout.decoder.latents[:count], held.model.n_embd)
-    found = _computed(rollout.decoder.logits[:count], rollout.decoder.latents[:count])
+    own = _latents_before(run.decoder.latents[:count], held.model.n_embd)
+    found = _computed(run.decoder.logits[:count], run.decoder.latents[:count])
     kernels = found, run_forced(model, tokens, own, exact.activation_scales)
     fault = activation_scale_fault(exact.activation_scales, stated)
     return judge_arithmetic(graph, kernels, kernel_limits(precision, subject.flavour), fault)
 
 
 def _latents_before(latents: Sequence[FloatArray | None], width: int) -> FloatArray:
-    """(T, C) what each token is read with: zeros, then the latent after the token before it."""
+    """(T, C) the latent that each token is read with: zeros, then the latent after the token before it."""
     before = np.zeros((len(latents), width), np.float32)
     for t, latent in enumerate(latents[:-1]):
         if latent is not None:
@@ -341,42 +333,35 @@ def _computed(logits: Sequence[FloatArray], latents: Sequence[FloatArray | None]
     return np.stack(logits), np.stack(known) if known else np.zeros((len(logits), 0), np.float32)
 
 
-def _bits_per_byte(decoder: Decoder, rollout: Rollout) -> tuple[float, float] | None:
-    """The reference's and the decoder's over the prompt's own tokens; None without a tokenizer or a byte to count."""
+def _bits_per_byte(decoder: Decoder, run: Comparison) -> tuple[float, float] | None:
+    """The reference's and the decoder's, of the prompt's tokens; None without a tokenizer or a byte to count."""
     if decoder.tokenizer is None:
         return None
-    tokens = rollout.tokens[: min(rollout.prompt_tokens, len(rollout.points))]
+    tokens = run.tokens[: min(run.prompt_tokens, len(run.points))]
     known = decoder.tokenizer.byte_lengths
     sizes = [known[token] if token < len(known) else 0 for token in tokens[1:]]
     positions, size = [t for t, count in enumerate(sizes) if count > 0], sum(sizes)
     if size == 0:
         return None
-    nats = [
-        sum(_nats(side.logits[t], tokens[t + 1]) for t in positions) for side in (rollout.reference, rollout.decoder)
-    ]
-    return nats[0] / (math.log(2) * size), nats[1] / (math.log(2) * size)
-
-
-def _nats(logits: FloatArray, token: int) -> float:
-    z = logits.astype(np.float64)
-    z -= z.max()
-    return float(np.log(np.exp(z).sum()) - z[token])
+    targets = [tokens[t + 1] for t in positions]
+    one, other = (
+        float(nats(np.stack([side.logits[t] for t in positions]), targets).sum()) / (math.log(2) * size)
+        for side in (run.reference, run.decoder)
+    )
+    return one, other
 
 
 def _report(
-    rollout: Rollout, subject: Subject, opened: Checkpoint, options: ParityOptions, parts: Parts
+    run: Comparison, evidence: Evidence, subject: Subject, opened: Checkpoint, options: ParityOptions
 ) -> ParityReport:
-    origin: Mapping[str, Any] = subject.manifest.provenance.get("checkpoint") or {}
-    matches = opened.sha256 == origin.get("sha256")
-    about = About(subject.precision, subject.backend, matches, options.limits(subject.precision))
-    report = verdict.report_of(rollout, about, parts)
-    return dataclasses.replace(report, provenance=_provenance(subject, opened, options, rollout.tokens))
+    provenance = _provenance(subject, opened, options, run.tokens)
+    return dataclasses.replace(report_of(run, evidence), provenance=provenance)
 
 
 def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, tokens: Sequence[int]) -> dict[str, Any]:
-    """What a report needs to be made again: both sides by hash, versions, date, machine, prompt and options."""
+    """The hashes of both sides, versions, date, machine, prompt and options: what reproducing a report takes."""
     files, precision = subject.manifest.files, subject.precision
-    chosen = {name: value for name, value in dataclasses.asdict(options).items() if name != "prompt"}
+    selected = {name: value for name, value in dataclasses.asdict(options).items() if name != "prompt"}
     prompt = options.prompt if isinstance(options.prompt, str) else None
     return {
         "bundle": {
@@ -389,7 +374,7 @@ def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, to
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"processor": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},
         "prompt": {"text": PROMPT if options.prompt is None else prompt, "tokens": list(tokens)},
-        "options": chosen | {"backend": subject.backend, "precision": precision},
+        "options": selected | {"backend": subject.backend, "precision": precision},
     }
 
 
@@ -403,39 +388,28 @@ def _versions() -> dict[str, str]:
 
 
 def _bisect_weights(weights: WeightsPart) -> Bisection:
-    from .bisect import Bisection
-
     name = None if weights.worst is None else weights.worst.matrix
     layer = None if name is None else activations.layer_of(name)
     return Bisection("weights", f"{weights.line}; nothing was run", None, layer, name)
 
 
-def _bisect_rollout(subject: Subject, reference: Any, decoder: Decoder, report: ParityReport) -> Bisection:  # noqa: ANN401
-    """Where a difference begins, seen in the graph that the backend runs."""
+def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Decoder | None) -> Bisection:  # noqa: ANN401
+    """Find where a difference begins, in the graph that the backend runs.
+
+    Without `decoder` the bundle is quantized: `reference` has its stored weights, and the graph is run in float32.
+    """
     from lrt_deploy.exporters.graph.debug_outputs import probed
-    from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_debug import OrtProbe
-
-    from .bisect import bisect
-
-    held = subject.manifest
-    graph = probed(subject.graph, activations.in_order(held.model))
-    tables = HostTables.open(subject.bundle, held, subject.precision)
-    probe = OrtProbe(graph.model, graph.folder, held.model, tables)
-    return bisect(reference, decoder, probe, report, graph.origins)
-
-
-def _bisect_parts(subject: Subject, model: LRT, capacity: int, report: ParityReport) -> Bisection:
-    """The part that fails and its place; `model` has the stored weights, and the graph is seen in float32."""
     from lrt_deploy.exporters.graph.exact_graph import exact_graph
-    from lrt_deploy.model.reference import ReferenceDecoder
     from lrt_deploy.runtime.backends.host_tables import HostTables
     from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 
-    from .bisect import bisect_parts
-
     held = subject.manifest
-    graph = exact_graph(subject.graph, held.model, activations.in_order(held.model))
+    names = activations.in_order(held.model)
     tables = HostTables.open(subject.bundle, held, subject.precision)
-    probe = OrtProbe(graph.model, graph.folder, held.model, tables, fused=False)
-    return bisect_parts(ReferenceDecoder(model, capacity), probe, report, graph.origins)
+    if decoder is None:
+        exact = exact_graph(subject.graph, held.model, names)
+        observer = OrtProbe(exact.model, exact.folder, held.model, tables, fused=False)
+        return bisect_parts(reference, observer, report, exact.origins)
+    graph = probed(subject.graph, names)
+    observer = OrtProbe(graph.model, graph.folder, held.model, tables)
+    return bisect(reference, decoder, observer, report, graph.origins)

@@ -1,49 +1,60 @@
-"""Pictures of a parity run as PNG: drift, KL by position, the cache layer by layer; and of several precisions together.
+"""Charts of a parity run: drift, KL by position, the cache by layer; as PNG files and for the HTML page.
 
-Drawn from the JSON fields of a report. Needs matplotlib (the extra `bench`), imported when drawing.
+Drawn from the JSON fields of a report. Needs matplotlib, imported when drawing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lrt_deploy.figures import GRID, INK, new_figure, save_figure
+from lrt_deploy.figures import INK, new_figure, save_figure, style, svg_uri
+from lrt_deploy.types import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#8a8a8a"
+_BLUE, _ORANGE, _PURPLE, _GREY, _RED = "#0072b2", "#d55e00", "#8a4fa8", "#8a8a8a", "#be1e1e"
 _DPI = 130
 _FLOOR = 1e-12  # zeros are drawn here
+_MOST_COLUMNS = 400  # of the picture of the cache
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the page: `names` are those of its curves, `uri` the picture as a `data:` address."""
+
+    title: str
+    note: str
+    names: tuple[str, ...]
+    uri: str
+
+
+def charts(report: Mapping[str, Any]) -> list[Chart]:
+    """The charts of a report's page."""
+    found = []
+    for title, (note, draw) in _PANELS.items():
+        figure = new_figure(4.8, 2.9, _DPI)
+        names = draw(figure.subplots(), report)
+        found.append(Chart(title, note, tuple(names), svg_uri(figure)))
+    return found
 
 
 def plot_parity(path: Path, report: Mapping[str, Any], title: str) -> None:
-    """Three panels of one report."""
+    """Write the charts of a report side by side as PNG."""
     figure = new_figure(13.0, 4.2, _DPI, title)
-    drift, kl, cache = figure.subplots(1, 3)
-    positions = report["positions"]
-    _curve(drift, positions["logit_error"], _ORANGE, "logits")
-    _curve(drift, positions["latent_error"], _BLUE, "latent")
-    if report["limits"].get("top1_agreement") is None:
-        drift.axhline(report["limits"]["max_abs_logit_error"], color=INK, linewidth=1, linestyle=":", label="limit")
-    _dress(drift, "Drift: largest error", report)
-    _curve(kl, positions["kl"], _BLUE, "teacher-forced")
-    if divergence := report.get("first_divergence"):
-        begins = divergence["position"]
-        free = report["free_running"]["positions"]["kl"][begins:]
-        _curve(kl, free, _ORANGE, "free-running, from where it parts", begins)
-    _dress(kl, "KL by position, nats", report)
-    _heat(figure, cache, positions)
+    for axes, (name, (_, draw)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
+        draw(axes, report)
+        style(axes, name)
     save_figure(figure, path)
 
 
 def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Mean KL, share of equal first choices, and where present bits per byte: a bar for each precision.
+    """Write a bar for each precision as PNG: mean KL, share of equal first choices, and where present bits per byte.
 
     Each row has `precision`, `mean_kl`, `top1_agreement`, and may have `bits_per_byte`.
     """
@@ -66,47 +77,108 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
         for index, value in enumerate(values):
             text = f"{value:.1e}" if field == "mean_kl" else f"{value:.4f}"
             axes.annotate(text, (value, index), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
-        _style(axes, label)
+        style(axes, label)
     save_figure(figure, path)
 
 
-def _curve(axes: Axes, values: Sequence[float | None], color: str, label: str, begins: int = 0) -> None:
-    """Gaps where there is no number."""
-    numbers = np.array([np.nan if value is None else max(value, _FLOOR) for value in values], float)
-    if np.isfinite(numbers).any():
-        axes.plot(np.arange(begins, begins + len(numbers)), numbers, color=color, linewidth=1.3, label=label)
+def _draw_drift(axes: Axes, report: Mapping[str, Any]) -> list[str]:
+    """Errors of logits and latent, with the limit of the logits where errors are bounded."""
+    positions = report["positions"]
+    curve(axes, positions["logit_error"], "logits", _ORANGE)
+    if any(value is not None for value in positions["latent_error"]):
+        curve(axes, positions["latent_error"], "latent, teacher-forced", _BLUE)
+        _free_curve(axes, report, "latent_error", "latent, free-running", _PURPLE)
+    if report["limits"].get("top1_agreement") is None:
+        limit = report["limits"]["max_abs_logit_error"]
+        axes.axhline(limit, color=_RED, linewidth=1, linestyle=":", label="limit of the logits")
+    return _finish(axes, report)
 
 
-def _dress(axes: Axes, title: str, report: Mapping[str, Any]) -> None:
-    axes.set_yscale("log")
-    axes.axvline(report["prompt_tokens"] - 0.5, color=_GREY, linewidth=1, linestyle="--", label="end of the prompt")
-    axes.set_xlabel("position", color=INK)
-    axes.legend(fontsize=8, frameon=False)
-    _style(axes, title)
+def _draw_kl(axes: Axes, report: Mapping[str, Any]) -> list[str]:
+    """KL in both runs, and the margin of the reference's first choice."""
+    curve(axes, report["positions"]["kl"], "KL, teacher-forced", _BLUE)
+    _free_curve(axes, report, "kl", "KL, free-running", _ORANGE)
+    curve(axes, report["positions"]["margin"], "margin of the reference's first choice", _GREY, linestyle="--")
+    return _finish(axes, report)
 
 
-def _heat(figure: Figure, axes: Axes, positions: Mapping[str, Any]) -> None:
-    """K above V of each layer."""
+def _draw_cache(axes: Axes, report: Mapping[str, Any]) -> list[str]:
+    """Errors of K above those of V of each layer, over positions."""
+    from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    columns = [np.array(positions[name], float).T for name in ("key_errors", "value_errors")]  # (L, T) each
-    rows = np.stack(columns, axis=1).reshape(-1, columns[0].shape[-1])  # (2 L, T)
-    rows = np.where(rows > 0, rows, _FLOOR)
-    finite = rows[np.isfinite(rows)]
+    errors = cache_errors(report["positions"])
+    finite = errors[np.isfinite(errors)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (_FLOOR, 1.0)
+    count = len(report["positions"]["position"])
     image = axes.imshow(
-        rows, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm(low, max(high, 10 * low))
+        np.ma.masked_invalid(errors),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=colormaps["viridis"].with_extremes(bad=_RED),
+        norm=LogNorm(low, max(high, 10 * low)),
+        extent=(-0.5, count - 0.5, len(errors) - 0.5, -0.5),
     )
-    axes.set_yticks(range(0, len(rows), 2), [f"K, V {layer}" for layer in range(len(rows) // 2)])
+    axes.set_yticks(range(0, len(errors), 2), [f"K, V {layer}" for layer in range(len(errors) // 2)])
     axes.set_xlabel("position", color=INK)
-    axes.set_title("Cache: largest error by layer", loc="left", fontsize=10, color=INK)
-    axes.tick_params(colors=INK, labelsize=8)
-    figure.colorbar(image, ax=axes)
+    axes.figure.colorbar(image, ax=axes)
+    style(axes)
+    axes.grid(visible=False)
+    return [f"K and V of {len(errors) // 2} layers"]
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
-    axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=8)
+# Title -> note and drawing function, which returns the names of its curves.
+_PANELS: dict[str, tuple[str, Callable[[Any, Mapping[str, Any]], list[str]]]] = {
+    "Drift": ("Largest absolute difference at each position.", _draw_drift),
+    "KL by position": (
+        "Nats between the next-token distributions, and by how much the reference prefers its first token.",
+        _draw_kl,
+    ),
+    "Cache, layer by layer": (
+        "Largest absolute difference of each cache entry; red is missing or not finite.",
+        _draw_cache,
+    ),
+}
+
+
+def cache_errors(positions: Mapping[str, Any]) -> FloatArray:
+    """(2L, n) errors of K and V in turn, layer by layer; NaN where missing.
+
+    Positions share a column where there are more than 400, which then holds the largest of them.
+    """
+    keys, values = (np.array(positions[name], float).T for name in ("key_errors", "value_errors"))  # (L, T) each
+    rows = np.stack([keys, values], axis=1).reshape(-1, keys.shape[-1])
+    starts = np.unique(np.linspace(0, rows.shape[1], min(rows.shape[1], _MOST_COLUMNS), endpoint=False).astype(int))
+    result: FloatArray = np.maximum.reduceat(np.maximum(rows, _FLOOR), starts, axis=1)
+    return result
+
+
+def curve(
+    axes: Axes,
+    values: Sequence[float | None],
+    name: str,
+    color: str,
+    begins: int = 0,
+    linestyle: str = "-",
+) -> None:
+    """Draw values over positions from `begins` on, with gaps for None; draws nothing where all are None."""
+    numbers = np.array([np.nan if value is None else max(value, _FLOOR) for value in values], float)
+    if np.isfinite(numbers).any():
+        places = np.arange(begins, begins + len(numbers))
+        axes.plot(places, numbers, color=color, linewidth=1.3, linestyle=linestyle, label=name)
+
+
+def _free_curve(axes: Axes, report: Mapping[str, Any], column: str, name: str, color: str) -> None:
+    """Draw the free run from the first divergence on."""
+    if (divergence := report.get("first_divergence")) and (free := report.get("free_running")):
+        begins = divergence["position"]
+        curve(axes, free["positions"][column][begins:], name, color, begins, "--")
+
+
+def _finish(axes: Axes, report: Mapping[str, Any]) -> list[str]:
+    """Add what charts over positions share; returns the names of the curves."""
+    axes.set_yscale("log")
+    axes.axvline(report["prompt_tokens"] - 0.5, color=_GREY, linewidth=1, linestyle="-.", label="end of the prompt")
+    axes.set_xlabel("position", color=INK)
+    style(axes, legend=True)
+    return [str(name) for name in axes.get_legend_handles_labels()[1]]

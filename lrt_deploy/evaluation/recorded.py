@@ -1,16 +1,15 @@
-"""A decoder against a recording: token rows, and what another implementation computed for them, position by position.
+"""Compare a decoder with a recording: token rows, and the logits and latents that another implementation computed.
 
-The recording is an `.npz` with the names of this project's goldens: `ids` (B, T), `seq_logits` (B, T, V) or its last
-positions under a name that begins so, and `seq_h_final` (B, T, C), the latents, where the model has any. So code that
-is not ours, such as the authors' sequential evaluator, can be the reference, without torch and without a checkpoint.
+The recording is an `.npz` archive with `ids` (B, T), `seq_logits` (B, T, V) or its last positions under a name that
+begins so, and `seq_h_final` (B, T, C), the latents of a model with memory. So other code, such as the authors'
+sequential evaluator, can be the reference, without torch and without a checkpoint.
 
-Judges by the same limits as a rollout. Knows no backend.
+The limits are those of a rollout. Imports no backend.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from lrt_deploy.types import FloatArray, IntArray, StatefulDecoder
 
 from .bits_per_byte import NPZ_ERRORS, load_archive, read_member
 from .report import as_json
-from .rollout import distance, kl_divergence
+from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
 
 _LOGITS, _LATENTS = "seq_logits", "seq_h_final"
 
 
 @dataclass(frozen=True)
 class Recording:
-    """`logits` are those after the last n tokens of each row; `latents` is None for a model without memory."""
+    """`logits` follow the last n tokens of each row; `latents` is None for a model without memory."""
 
     ids: IntArray  # (B, T)
     logits: FloatArray  # (B, n, V)
@@ -41,7 +40,7 @@ class Recording:
 
 @dataclass(frozen=True)
 class RecordedCheck:
-    """The comparison; errors are maxima of absolute differences over all positions that were recorded."""
+    """The comparison; errors are maxima of absolute differences over all recorded positions."""
 
     passed: bool
     line: str
@@ -60,7 +59,7 @@ class RecordedCheck:
 
 
 def read_recording(path: Path, config: LRTConfig) -> Recording:
-    """Read and check a recording; runs nothing in the file. ParityError for one that is not of this model's shapes."""
+    """Read and check a recording, without pickles. ParityError for one that is not of this model's shapes."""
     try:
         archive = load_archive(path)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -83,63 +82,44 @@ def read_recording(path: Path, config: LRTConfig) -> Recording:
 
 
 def compare_with_recording(
-    decoder: StatefulDecoder,
-    recording: Recording,
-    limits: ParityLimits,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    decoder: StatefulDecoder, recording: Recording, limits: ParityLimits, progress: Progress = silent
 ) -> RecordedCheck:
-    """Decode every row from an empty state, one token at a time, and compare what was recorded."""
+    """Decode every row from an empty state, one token at a time, and compare with the recorded numbers."""
     rows, length = recording.ids.shape
-    capacity = getattr(decoder, "max_seq_len", decoder.config.max_positions)
-    if length > capacity:
+    if length > (capacity := capacity_of(decoder)):
         raise ParityError(f"the recorded rows have {length} tokens and the decoder holds {capacity}")
     logit_error, latent_error, kl, same = 0.0, 0.0, 0.0, 0
     first = length - recording.logits.shape[1]
-    for row in range(rows):
-        for t in range(length):
-            token = [int(recording.ids[row, t])]
-            if t == 0:
-                state = decoder.prefill([token], policy="stepwise")
-            else:
-                decoder.step(state, token)
+    for row, ids in enumerate(recording.ids):
+        for t, (state, logits) in enumerate(rollout(decoder, ids[:, None])):
             progress("golden", row * length + t + 1, rows * length)
             if recording.latents is not None:
                 latent_error = max(latent_error, distance(recording.latents[row, t], state.latent[0]))
             if t >= first:
-                expected, found = recording.logits[row, t - first], state.logits[0]
+                expected, found = recording.logits[row, t - first], logits[0]
                 logit_error = max(logit_error, distance(expected, found))
-                kl += kl_divergence(expected.astype(np.float64), found.astype(np.float64))
+                kl += kl_divergence(expected, found)
                 same += int(expected.argmax() == found.argmax())
     positions = rows * (length - first)
-    errors = (logit_error, latent_error if recording.latents is not None else None)
-    return _judged(rows, positions, errors, (kl / positions, same / positions), limits)
-
-
-def _judged(
-    rows: int,
-    positions: int,
-    errors: tuple[float, float | None],
-    quality: tuple[float, float],
-    limits: ParityLimits,
-) -> RecordedCheck:
-    """By errors where the function is the same, by quality where the precision makes it another."""
-    (logits, latent), (kl, same) = errors, quality
+    latent = latent_error if recording.latents is not None else None
+    kl, agreement = kl / positions, same / positions
+    # By errors where the function is the same, by quality where the precision makes it another.
     if limits.top1_agreement is None:
-        passed = logits <= limits.max_abs_logit_error and (latent or 0.0) <= limits.max_abs_latent_error
+        passed = logit_error <= limits.max_abs_logit_error and latent_error <= limits.max_abs_latent_error
         limit = f"limits {limits.max_abs_logit_error:.0e} and {limits.max_abs_latent_error:.0e}"
     else:
-        passed = kl <= limits.mean_kl and same >= limits.top1_agreement
+        passed = kl <= limits.mean_kl and agreement >= limits.top1_agreement and math.isfinite(logit_error)
         limit = f"limits: KL {limits.mean_kl:.0e}, first choices {limits.top1_agreement:.0%}"
     carried = "" if latent is None else f", latent within {latent:.1e}"
     line = (
-        f"{'PASS' if passed and math.isfinite(logits) else 'FAIL'}: golden, {positions} recorded positions of {rows} "
-        f"row(s): logits within {logits:.1e}{carried}, mean KL {kl:.1e}, {same:.1%} equal first choices ({limit})"
+        f"{'PASS' if passed else 'FAIL'}: golden, {positions} recorded positions of {rows} row(s): logits within "
+        f"{logit_error:.1e}{carried}, mean KL {kl:.1e}, {agreement:.1%} equal first choices ({limit})"
     )
-    return RecordedCheck(line.startswith("PASS"), line, rows, positions, logits, latent, kl, same)
+    return RecordedCheck(passed, line, rows, positions, logit_error, latent, kl, agreement)
 
 
 def _check_shapes(path: Path, ids: Any, logits: Any, latents: Any, config: LRTConfig) -> None:  # noqa: ANN401
-    """The arrays must be of one another's and of the model's sizes, and numbers."""
+    """Refuse arrays whose shapes or types do not fit each other and the model."""
     fits = (
         ids.ndim == 2
         and ids.size > 0

@@ -1,6 +1,6 @@
-"""What parity saw, position by position, and what it makes of that: the words that `rollout` writes and reports read.
+"""The data of parity: measurements at each position, the parts of a verdict, and the report as JSON.
 
-It does not run anything (see `rollout`) and does not judge (see `verdict`).
+Nothing is run here (see `rollout`) and nothing is judged (see `verdict`).
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from .stored_weights import WeightsPart
 
 @dataclass(frozen=True)
 class Point:
-    """Both sides after the token at `position`. Errors are maxima of absolute differences, inf for what is not finite.
+    """Both sides after the token at `position`. Errors are maxima of absolute differences, inf where not finite.
 
-    `latent_error` is None for a model without memory; `kl` is KL(reference || decoder) in nats; `margin` is by how much
-    the reference's best logit beats its second; the tokens are those that each side would choose next.
+    `latent_error` is None for a model without memory; `kl` is KL(reference || decoder) in nats; `margin` is the
+    reference's best logit minus its second best; the tokens are each side's greedy choices. `key_errors` and
+    `value_errors` are those of this position's entry in each layer's cache.
     """
 
     position: int
@@ -34,24 +35,23 @@ class Point:
     margin: float
     reference_token: int
     decoder_token: int
-    # Of this position's entry in each layer's cache.
     key_errors: tuple[float, ...] = ()
     value_errors: tuple[float, ...] = ()
 
     @property
     def finite(self) -> bool:
-        """Whether both sides' logits, and with them the tokens, mean anything."""
+        """Whether both sides' logits are finite."""
         return math.isfinite(self.logit_error)
 
     @property
     def same_top1(self) -> bool:
-        """Whether both sides would choose the same token."""
+        """Whether both sides choose the same token."""
         return self.finite and self.reference_token == self.decoder_token
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first generated token in which the sides differ: number `step` from 0, chosen by the logits of `position`."""
+    """The first generated token that differs: number `step` from 0, chosen by the logits of `position`."""
 
     step: int
     position: int
@@ -63,9 +63,9 @@ class Divergence:
 
 @dataclass(frozen=True)
 class PrefillCheck:
-    """The prompt read with policy `auto`, against the decoder's own stepwise state at the same point.
+    """Prefill of the prompt against the decoder's own stepwise state at the same point.
 
-    All fields are None when the rollout ended before that point; `error` says why the prefill failed, if it did.
+    All fields are None where the rollout ended before that point; `error` is the message of a prefill that failed.
     """
 
     policy: str | None = None
@@ -80,7 +80,7 @@ class PrefillCheck:
 
 @dataclass
 class Trace:
-    """One side of the teacher-forced rollout: what it computed after each token, and its state after the last."""
+    """One side of the teacher-forced run: logits and latent after each token, and the last state."""
 
     memory: bool
     logits: list[FloatArray] = field(default_factory=list)  # (V) a position
@@ -88,17 +88,17 @@ class Trace:
     last: State | None = None
 
     def add(self, state: State) -> None:
-        """Copy logits and latent of the state's first row."""
+        """Append copies of the logits and the latent of the state's first row."""
         self.logits.append(state.logits[0].copy())
         self.latents.append(state.latent[0].copy() if self.memory and state.latent is not None else None)
         self.last = state
 
 
 @dataclass
-class Rollout:
-    """What was seen, in the order of positions; `stopped` says why it ended early.
+class Comparison:
+    """Two rollouts of reference and decoder, in the order of positions; `stopped` says why they ended early.
 
-    `tokens` are the prompt and what the reference chose, which both sides read in the teacher-forced run (`points`);
+    `tokens` are the prompt and the reference's choices, which both sides read in the teacher-forced run (`points`);
     `free` is the run in which the decoder reads its own choices.
     """
 
@@ -114,15 +114,15 @@ class Rollout:
 
     @property
     def choices(self) -> list[Point]:
-        """The points whose logits choose the generated tokens."""
+        """The points of the teacher-forced run whose logits choose the generated tokens."""
         return self.choices_of(self.points)
 
     def choices_of(self, points: list[Point]) -> list[Point]:
-        """Of these points, those from the prompt's last one on, without the very last."""
+        """Of `points`, those whose logits choose the generated tokens."""
         return points[self.prompt_tokens - 1 : self.prompt_tokens - 1 + self.steps]
 
     def first_divergence(self, limits: ParityLimits) -> Divergence | None:
-        """Where the decoder, fed with its own choices, would leave the reference's path."""
+        """Where the decoder on its own choices leaves the reference's tokens; None where it does not."""
         for step, at in enumerate(self.choices):
             if at.finite and not at.same_top1:
                 near_tie = at.margin <= limits.near_tie_margin
@@ -132,9 +132,9 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Drift:
-    """How the latent's error goes with position: medians over the first and the last quarter, and their ratio.
+    """Growth of the latent's error: medians over the first and the last quarter of positions, and their ratio.
 
-    Rounding gives 1 to 3. A quantity that feeds back with too little precision grows steadily.
+    Rounding gives 1 to 3; a value that feeds back with too little precision grows steadily.
     """
 
     first_quarter: float
@@ -143,7 +143,7 @@ class Drift:
 
     @classmethod
     def of(cls, points: Sequence[Point]) -> Drift | None:
-        """None without memory, and for runs too short to have quarters."""
+        """The drift over `points`; None without memory and for fewer than 4 points."""
         errors = [point.latent_error for point in points if point.latent_error is not None]
         quarter = len(errors) // 4
         if quarter < 1:
@@ -154,9 +154,9 @@ class Drift:
 
 @dataclass(frozen=True)
 class FreeRun:
-    """The decoder on its own choices, against what the reference chose; the teacher-forced run until they part.
+    """The free-running decoder against the tokens that the reference chose.
 
-    After the first divergence the sides read different tokens, so errors there say how far apart two texts are.
+    After the first divergence the sides read different tokens, so errors there compare two texts.
     """
 
     token_agreement: float  # share of the generated tokens that are equal at the same position
@@ -165,23 +165,22 @@ class FreeRun:
     points: tuple[Point, ...]
 
     @classmethod
-    def of(cls, rollout: Rollout) -> FreeRun:
-        """From what a rollout recorded; as far as it got."""
-        choices = rollout.choices_of(rollout.free)
-        same = [point.same_top1 for point in choices]
-        kl = [point.kl for point in rollout.free] or [math.inf]
+    def of(cls, run: Comparison) -> FreeRun:
+        """The free run of a comparison, as far as it got."""
+        same = [point.same_top1 for point in run.choices_of(run.free)]
+        kl = [point.kl for point in run.free] or [math.inf]
         equal = same.index(False) if False in same else len(same)
-        agreement = sum(same) / max(1, rollout.steps) if rollout.points else math.nan
-        return cls(agreement, equal, sum(kl) / len(kl), tuple(rollout.free))
+        agreement = sum(same) / max(1, run.steps) if run.points else math.nan
+        return cls(agreement, equal, sum(kl) / len(kl), tuple(run.free))
 
 
 @dataclass(frozen=True)
 class QualityPart:
-    """The part `quality` of a verdict: how good a model the decoder is, against the original in float32.
+    """The part `quality` of a verdict: the decoder as a model, against the original in float32.
 
-    Bits per byte are those of the prompt's own tokens, both sides stepwise; None without a tokenizer. `level` says that
-    the model hardly prefers any token, so that first choices say little; `median_margin` is that of its best two
-    logits.
+    Bits per byte are those of the prompt's tokens, both sides stepwise; None without a tokenizer. `median_margin` is
+    the median over positions of the reference's best logit minus its second; `level` says that it is so small that
+    equal first choices say little.
     """
 
     passed: bool
@@ -197,7 +196,10 @@ class QualityPart:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What `comparison.compare` found, and the curves. inf stands for what is not finite or was not reached."""
+    """The verdict, its parts, and the measurements; inf stands for what is not finite or was not reached.
+
+    A part that was not judged is None: arithmetic and quality are parts of precisions with fewer bits than fp32.
+    """
 
     passed: bool
     verdict: str
@@ -215,13 +217,11 @@ class ParityReport:
     prefill: PrefillCheck
     limits: ParityLimits
     points: tuple[Point, ...]
-    # What is beyond the fields that scripts rely on.
     max_abs_key_error: float
     max_abs_value_error: float
     drift: Drift | None
     free_running: FreeRun
     tokens: tuple[int, ...]
-    # The parts of the verdict, None where a part was not judged: arithmetic and quality go with fewer bits than fp32.
     weights: WeightsPart | None = None
     arithmetic: ArithmeticPart | None = None
     quality: QualityPart | None = None
@@ -229,7 +229,7 @@ class ParityReport:
     bisect: Any = None  # a `bisect.Bisection`
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; the curves as columns under `positions`, null for numbers that are not finite."""
+        """The JSON fields; points become columns under `positions`, numbers that are not finite null."""
         fields = dataclasses.asdict(self)
         fields["weights"] = None if self.weights is None else self.weights.to_dict()
         if self.bisect is None:
@@ -245,7 +245,7 @@ def _columns(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def as_json(value: Any) -> Any:  # noqa: ANN401 - any JSON type
-    """JSON has no number for what is not finite."""
+    """Replace numbers that are not finite by None: JSON has none for them."""
     if isinstance(value, dict):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

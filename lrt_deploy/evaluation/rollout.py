@@ -1,116 +1,195 @@
-"""Drive the reference and a decoder along the same tokens, and measure both after each: what parity is made of.
+"""Roll out a decoder token by token, and measure two decoders against each other along the same tokens.
 
-Two rollouts. Teacher-forced: both sides read the prompt token by token, then what the reference chooses greedily, each
-carrying its own state. Free-running: the decoder reads its own choices instead. As long as those are the reference's,
-the two are one and the same run, so the free one is computed from the first divergence on only.
+`rollout` is the loop over decode steps that parity, bisecting, recordings and bits per byte share. `compare_rollouts`
+runs the reference and a decoder, each on its own state:
 
-Both begin stepwise, so that prefill's error never hides a fault; how the decoder reads the prompt in one go is checked
-beside them. Judges nothing: see `parity_report`. Knows no backend, no files and no torch.
+- teacher-forced: both read the prompt, then the tokens that the reference chooses greedily;
+- free-running: the decoder reads its own choices. Up to the first divergence this is the teacher-forced run, so only
+  what follows is computed.
+
+Both runs read the prompt stepwise, so that an error of prefill cannot hide a fault; prefill is compared separately.
+This module judges nothing (see `verdict`) and imports no backend and no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from lrt_deploy.errors import BackendError
-from lrt_deploy.types import FloatArray, PrefillPolicy, PrefillReport, State, StatefulDecoder
+from lrt_deploy.errors import BackendError, ParityError
+from lrt_deploy.text.prompts import check_prompts
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport, State, StatefulDecoder
 
-from .report import Point, PrefillCheck, Rollout, Trace
+from .report import Comparison, Point, PrefillCheck, Trace
 
-# Called with what is being done, and done and total of it.
+# Called with the current task, and how much of it is done, of what total.
 Progress = Callable[[str, int, int], None]
 
 
+def silent(task: str, done: int, total: int) -> None:
+    """Report no progress."""
+
+
 @dataclass(frozen=True)
-class Reading:
-    """How a prompt is read where prefill is checked."""
+class PrefillRequest:
+    """How the decoder is asked to read the prompt where its prefill is checked."""
 
     policy: PrefillPolicy = "auto"
     tolerance: float | None = None
 
 
-def roll_out(
+def rollout(
+    decoder: StatefulDecoder,
+    tokens: Iterable[Sequence[int] | IntArray],
+    state: Any = None,  # noqa: ANN401 - the decoder's own state
+) -> Iterator[tuple[Any, FloatArray]]:
+    """Decode B sequences step by step; yield the state and its logits (B, V) after each step.
+
+    `tokens` gives the (B) tokens of each position, at least one; it is read lazily, so that a token may depend on what
+    was yielded before. Without `state` the rollout begins with empty sequences. The state advances in place: copy what
+    must outlive the step.
+    """
+    columns = iter(tokens)
+    if state is None:
+        state = decoder.prefill([[int(token)] for token in next(columns)], policy="stepwise")
+        yield state, state.logits
+    for column in columns:
+        yield state, decoder.step(state, column)
+
+
+def kl_divergence(p: npt.NDArray[np.floating[Any]], q: npt.NDArray[np.floating[Any]]) -> float:
+    """KL(softmax p || softmax q) in nats, of logits (V); computed in float64, where float32 would add noise of 3e-7."""
+    log_p, log_q = (_log_softmax(z) for z in (p, q))
+    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))
+
+
+def nats(logits: FloatArray, targets: Sequence[int] | IntArray) -> npt.NDArray[np.float64]:
+    """-log softmax of logits (B, V) at the targets (B), in float64."""
+    result: npt.NDArray[np.float64] = -_log_softmax(logits)[np.arange(len(targets)), targets]
+    return result
+
+
+def _log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.float64]:
+    z = logits.astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    result: npt.NDArray[np.float64] = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return result
+
+
+def distance(a: npt.NDArray[Any] | None, b: npt.NDArray[Any] | None) -> float:
+    """Largest absolute difference; inf where an array is missing or not finite."""
+    if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return math.inf
+    return float(np.abs(a.astype(np.float64) - b).max(initial=0.0))
+
+
+def capacity_of(decoder: StatefulDecoder) -> int:
+    """Tokens that a sequence of the decoder can hold."""
+    return int(getattr(decoder, "max_seq_len", decoder.config.max_positions))
+
+
+def compare_rollouts(
     reference: StatefulDecoder,
     decoder: StatefulDecoder,
-    prompt: list[int],
+    prompt: Sequence[int],
     steps: int,
-    reading: Reading,
-    progress: Progress,
-) -> Rollout:
-    """Both rollouts over `prompt` and `steps` tokens, and the check of prefill.
+    prefill: PrefillRequest,
+    progress: Progress = silent,
+) -> Comparison:
+    """Run both rollouts over `prompt` and `steps` tokens, and check prefill.
 
-    Ends early where numbers end or the decoder fails, which is a result too.
+    The result ends early where logits or latents are not finite or the decoder fails. Raises ParityError for models
+    or lengths that cannot be compared, InputError for a prompt that cannot be read.
     """
+    _check_comparable(reference, decoder)
+    tokens = check_prompts([prompt], reference.config.vocab_size)[0].tolist()
+    _check_length(reference, decoder, len(tokens), steps)
     memory = reference.config.memory
-    rollout = Rollout(len(prompt), steps, tokens=list(prompt), reference=Trace(memory), decoder=Trace(memory))
+    run = Comparison(len(tokens), steps, tokens=tokens, reference=Trace(memory), decoder=Trace(memory))
     try:
-        _teacher_forced(reference, decoder, rollout, reading, progress)
-        rollout.free = _free_running(decoder, rollout, progress)
+        _teacher_forced(reference, decoder, run, prefill, progress)
+        run.free = _free_running(decoder, run, progress)
     except BackendError as error:
-        rollout.stopped = f"the rollout stopped at position {len(rollout.points)}: {error}"
-    return rollout
+        run.stopped = f"the rollout stopped at position {len(run.points)}: {error}"
+    return run
+
+
+def _check_comparable(reference: StatefulDecoder, decoder: StatefulDecoder) -> None:
+    """Refuse models whose logits, latents or caches differ in shape."""
+    for name in ("vocab_size", "memory", "n_embd", "n_layer"):
+        expected, found = getattr(reference.config, name), getattr(decoder.config, name)
+        if found != expected:
+            raise ParityError(
+                f"the decoder's model has {name} {found}, the reference's has {expected}, so there is nothing to "
+                "compare; give the checkpoint that the bundle was exported from"
+            )
+
+
+def _check_length(reference: StatefulDecoder, decoder: StatefulDecoder, prompt_tokens: int, steps: int) -> None:
+    if steps < 1:
+        raise ParityError(f"steps is {steps}, expected at least 1: parity is a rollout")
+    total = prompt_tokens + steps
+    for name, side in (("decoder", decoder), ("reference", reference)):
+        if total > (capacity := capacity_of(side)):
+            raise ParityError(
+                f"{prompt_tokens} prompt tokens and {steps} steps are {total} tokens, and the {name} holds {capacity}; "
+                "take fewer steps or a shorter prompt, or export with a larger --max-seq-len"
+            )
 
 
 def _teacher_forced(
-    reference: StatefulDecoder,
-    decoder: StatefulDecoder,
-    rollout: Rollout,
-    reading: Reading,
-    progress: Progress,
+    reference: StatefulDecoder, decoder: StatefulDecoder, run: Comparison, prefill: PrefillRequest, progress: Progress
 ) -> None:
-    """Feed both sides the prompt, then the reference's choices."""
-    tokens, points, seen = rollout.tokens, rollout.points, rollout.reference
-    total = rollout.prompt_tokens + rollout.steps
-    expected = reference.prefill([tokens[:1]], policy="stepwise")
-    found = decoder.prefill([tokens[:1]], policy="stepwise")
+    """Feed both sides the prompt, then the reference's choices, which are appended to `run.tokens`."""
+    points, total = run.points, run.prompt_tokens + run.steps
     try:
-        while True:
-            seen.add(expected)
-            rollout.decoder.add(found)
-            points.append(_measure(len(points), seen, found))
+        for (expected, _), (found, _) in zip(_along(reference, run.tokens), _along(decoder, run.tokens), strict=True):
+            run.reference.add(expected)
+            run.decoder.add(found)
+            points.append(_measure(len(points), run.reference, found))
             progress("rollout", len(points), total)
             if fault := _not_finite("reference", expected) or _not_finite("decoder", found):
-                rollout.stopped = f"{fault} at position {len(points) - 1}"
+                run.stopped = f"{fault} at position {len(points) - 1}"
                 return
-            if len(points) == rollout.prompt_tokens:
-                rollout.prefill = check_prefill(decoder, found, tokens[: rollout.prompt_tokens], reading)
-            if len(points) == total:
-                return
-            if len(points) == len(tokens):
-                tokens.append(points[-1].reference_token)
-            reference.step(expected, [tokens[len(points)]])
-            decoder.step(found, [tokens[len(points)]])
+            if len(points) == run.prompt_tokens:
+                run.prefill = check_prefill(decoder, found, run.tokens[: run.prompt_tokens], prefill)
+            if len(run.tokens) == len(points) < total:
+                run.tokens.append(points[-1].reference_token)
     finally:
-        rollout.points[:] = with_cache_errors(points, expected, found, decoder.config.n_layer)
+        points[:] = _with_cache_errors(points, run.reference.last, run.decoder.last, decoder.config.n_layer)
 
 
-def _free_running(decoder: StatefulDecoder, rollout: Rollout, progress: Progress) -> list[Point]:
-    """The decoder on its own choices; the points of the teacher-forced run up to where they part."""
-    parts = next((point.position for point in rollout.choices if point.finite and not point.same_top1), None)
-    if parts is None or rollout.stopped:
-        return list(rollout.points)
-    points, total = rollout.points[: parts + 1], len(rollout.points)
-    state = decoder.prefill([rollout.tokens[:1]], policy="stepwise")
-    for token in rollout.tokens[1 : parts + 1]:
-        decoder.step(state, [token])
-    while len(points) < total:
-        decoder.step(state, [points[-1].decoder_token])
-        points.append(_measure(len(points), rollout.reference, state))
+def _free_running(decoder: StatefulDecoder, run: Comparison, progress: Progress) -> list[Point]:
+    """The points of the run in which the decoder reads its own choices."""
+    parts = next((point.position for point in run.choices if point.finite and not point.same_top1), None)
+    if parts is None or run.stopped:
+        return list(run.points)
+    points, total = run.points[: parts + 1], len(run.points)
+    tokens = [*run.tokens[: parts + 1], points[-1].decoder_token]
+    for position, (state, _) in enumerate(_along(decoder, tokens)):
+        if position <= parts:
+            continue
+        points.append(_measure(position, run.reference, state))
         progress("free-running rollout", len(points), total)
-    assert rollout.reference.last is not None
-    return with_cache_errors(points, rollout.reference.last, state, decoder.config.n_layer)
+        if len(points) < total:
+            tokens.append(points[-1].decoder_token)
+    return _with_cache_errors(points, run.reference.last, state, decoder.config.n_layer)
 
 
-def _measure(position: int, seen: Trace, found: State) -> Point:
-    """The decoder's state against what the reference had at this position."""
-    p, q = seen.logits[position].astype(np.float64), found.logits[0].astype(np.float64)  # (V)
-    latent = seen.latents[position]
+def _along(decoder: StatefulDecoder, tokens: list[int]) -> Iterator[tuple[Any, FloatArray]]:
+    """Roll out one sequence over a list that may grow meanwhile."""
+    return rollout(decoder, ([token] for token in tokens))
+
+
+def _measure(position: int, reference: Trace, found: State) -> Point:
+    """Compare the decoder's state with the reference's at this position."""
+    p, q = reference.logits[position].astype(np.float64), found.logits[0]  # (V)
+    latent = reference.latents[position]
     error = distance(p, q)
     finite = math.isfinite(error)
     kth = max(0, p.size - 2)
@@ -126,11 +205,12 @@ def _measure(position: int, seen: Trace, found: State) -> Point:
     )
 
 
-def with_cache_errors(points: Sequence[Point], expected: State, found: State, layers: int) -> list[Point]:
-    """The points with each layer's errors of K and V.
-
-    A position's entry is written once, so both caches are read once, at the end of a rollout.
-    """
+def _with_cache_errors(
+    points: Sequence[Point], expected: State | None, found: State | None, layers: int
+) -> list[Point]:
+    """The points with each layer's errors of K and V, read once at the end: a cache entry is written once."""
+    if expected is None or found is None:
+        return list(points)
     errors = [_cache_errors(expected.cache(i), found.cache(i), len(points)) for i in range(layers)]
     return [
         replace(point, key_errors=tuple(k[t] for k, _ in errors), value_errors=tuple(v[t] for _, v in errors))
@@ -141,7 +221,7 @@ def with_cache_errors(points: Sequence[Point], expected: State, found: State, la
 def _cache_errors(
     expected: tuple[FloatArray, FloatArray], found: tuple[FloatArray, FloatArray], positions: int
 ) -> list[list[float]]:
-    """K's and V's largest error at each position; inf where one side has no entry or no finite one."""
+    """Largest error of K and of V at each position; inf where an entry is missing or not finite."""
     result = []
     for one, other in zip(expected, found, strict=True):  # (1, G, S, D)
         count = min(one.shape[2], other.shape[2], positions)
@@ -152,10 +232,12 @@ def _cache_errors(
     return result
 
 
-def check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int], reading: Reading) -> PrefillCheck:
-    """Read the prompt as a user would, and compare with the stepwise state at the same point."""
+def check_prefill(
+    decoder: StatefulDecoder, stepwise: State, prompt: list[int], request: PrefillRequest
+) -> PrefillCheck:
+    """Prefill the prompt as requested, and compare with the decoder's stepwise state at the same point."""
     try:
-        state = decoder.prefill([prompt], policy=reading.policy, tolerance=reading.tolerance)
+        state = decoder.prefill([prompt], policy=request.policy, tolerance=request.tolerance)
     except BackendError as error:
         return PrefillCheck(error=str(error))
     report = getattr(state, "prefill", PrefillReport(policy="stepwise", passes=1.0))
@@ -175,21 +257,8 @@ def check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int], 
     )
 
 
-def kl_divergence(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> float:
-    """KL(softmax p || softmax q) in nats, of logits (V) in float64; float32 would add noise of 3e-7."""
-    log_p, log_q = (z - z.max() - np.log(np.exp(z - z.max()).sum()) for z in (p, q))
-    return max(0.0, float((np.exp(log_p) * (log_p - log_q)).sum()))
-
-
-def distance(a: npt.NDArray[Any] | None, b: npt.NDArray[Any] | None) -> float:
-    """Largest absolute difference; inf where either is missing or not finite."""
-    if a is None or b is None or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        return math.inf
-    return float(np.abs(a.astype(np.float64) - b).max(initial=0.0))
-
-
 def _not_finite(name: str, state: State) -> str | None:
-    for what, array in (("logits", state.logits), ("latent", state.latent)):
+    for part, array in (("logits", state.logits), ("latent", state.latent)):
         if array is not None and (bad := int((~np.isfinite(array)).sum())):
-            return f"the {name}'s {what} are not finite ({bad} of {array.size} numbers)"
+            return f"the {name}'s {part} are not finite ({bad} of {array.size} numbers)"
     return None

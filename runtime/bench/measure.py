@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lrt_deploy.errors import InputError
-from lrt_deploy.evaluation.verdict import kl_divergence
+from lrt_deploy.evaluation.rollout import kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import PLAIN, SweepOptions
 from lrt_deploy.runtime.state import DecodeState

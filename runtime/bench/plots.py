@@ -1,6 +1,6 @@
-"""The picture of a prefill comparison: time by policy against prompt length, and error against passes.
+"""Plot a comparison of prefill policies: time against prompt length, and error against passes.
 
-Draws what `benchmark` measured, from its JSON fields. Needs matplotlib (the extra `bench`), imported when drawing.
+Drawn from the JSON fields of `lrt-deploy bench`. Needs matplotlib (the extra `bench`), imported when drawing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrt_deploy.figures import GRID, INK, new_figure, save_figure
+from lrt_deploy.figures import INK, new_figure, save_figure, style
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE
 
 if TYPE_CHECKING:
@@ -69,16 +69,11 @@ def _line(axes: Axes, algorithm: str, x: Sequence[float], y: Sequence[float]) ->
 
 
 def _dress(axes: Axes, title: str, across: str, up: str) -> None:
-    """Title, labels with units, a light grid, no box."""
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    """Apply the style of all charts, with labels of both axes."""
     axes.set_xlabel(across, color=INK)
     axes.set_ylabel(up, color=INK)
-    axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
     axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.legend(fontsize=9, frameon=False)
+    style(axes, title, legend=True)
 
 
 def _in_order(values: Iterable[Any]) -> list[Any]:
