@@ -81,9 +81,9 @@ def test_a_precision_with_fewer_bits_is_judged_by_quality(decoder_of, arrays, re
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda a: a.pop("ids"), "lacks ids"),
-        (lambda a: a.pop("seq_logits"), "lacks ids, seq_logits"),
-        (lambda a: a.pop("seq_h_final"), "lacks ids, seq_logits or seq_h_final"),
+        (lambda a: a.pop("ids"), "lacks ids; it holds seq_logits, seq_h_final"),
+        (lambda a: a.pop("seq_logits"), r"lacks seq_logits\*; it holds ids, seq_h_final"),
+        (lambda a: a.pop("seq_h_final"), "lacks seq_h_final; it holds ids, seq_logits"),
         (lambda a: a.update(ids=a["ids"].astype(float)), "another model"),
         (lambda a: a.update(seq_logits=a["seq_logits"][..., 1:]), "another model"),
         (lambda a: a.update(seq_h_final=a["seq_h_final"][:, 1:]), "another model"),

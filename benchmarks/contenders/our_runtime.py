@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lrt_deploy
-from lrt_deploy.runtime.bench.measure import count_step_copies
+from lrt_deploy.runtime.bench.roofline import state_bytes_copied_per_step
 
 
 class OurRuntime:
@@ -17,12 +17,11 @@ class OurRuntime:
 
     def __init__(self, bundle: Path, threads: int, **options: Any) -> None:  # noqa: ANN401 - of open_decoder
         self.decoder = lrt_deploy.open_decoder(bundle, threads=threads, **options)
-        state = self.decoder.prefill([[0]], policy="stepwise")
-        copied = count_step_copies(self.decoder, state)
+        unknown = self.decoder.new_state(1).buffers.copies_note
         self.facts = {
             "runs": self.decoder.backend_detail,
             "bytes_allocated_per_step": 0,
-            "state_bytes_copied_per_step": None if copied is None else copied.total,
+            "state_bytes_copied_per_step": None if unknown else state_bytes_copied_per_step(self.decoder.config, 1),
         }
 
     def start(self, rows: list[list[int]], exact: bool) -> None:

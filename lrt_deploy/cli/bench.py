@@ -229,6 +229,7 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
     weights = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
     item = item_bytes(base_dtype(decoder.precision, flavour))
     state = roofline.state_bytes_per_step(decoder.config, times.context, item)
+    copied = roofline.state_bytes_copied_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     median_ms = float(tpot["p50"] or 0)
     return {
@@ -239,10 +240,10 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
         "tokens_per_s": 1e3 / median_ms,
         "weight_bytes_per_step": weights,
         "state_bytes_read_per_step": state,
-        "state_bytes_copied_per_step": None if times.copies is None else times.copies.total,
+        "state_bytes_copied_per_step": None if times.copies_note else copied,
         "state_bytes_copied_note": times.copies_note,
-        "state_bytes_written_per_step": times.writes.cache + times.writes.latent,
-        "latent_record_bytes_per_step": times.writes.record,
+        "state_bytes_written_per_step": roofline.state_bytes_written_per_step(decoder.config, item),
+        "latent_record_bytes_per_step": roofline.latent_record_bytes_per_step(decoder.config),
         # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
         "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
         "outside_backend_fraction": times.outside_backend_fraction,

@@ -10,23 +10,19 @@ Written against `types.StatefulDecoder`, so any backend and the reference can be
 from __future__ import annotations
 
 import math
-import os
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.errors import BackendError, InputError
-from lrt_deploy.files import open_regular
 from lrt_deploy.types import IntArray, StatefulDecoder
 
+from .arrays import read_arrays
 from .rollout import Progress, capacity_of, nats, rollout, silent
 
 if TYPE_CHECKING:
@@ -139,75 +135,19 @@ def rows_from_text(text: str, tokenizer: Tokenizer, max_seq_len: int) -> tuple[l
     return [[tokenizer.bos_id, *piece[:-1]] for piece in y], y
 
 
-# Errors that numpy raises for damaged archives; it parses an array's header as Python literals.
-NPZ_ERRORS = (
-    *(OSError, ValueError, EOFError, MemoryError, NotImplementedError, RecursionError, OverflowError, TypeError),
-    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
-)
-
-
 def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     """Read the arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, without pickles."""
-    arrays = _read_arrays(path, ("x", "y"))
-    for name, array in arrays.items():
+    x, y = read_arrays(path, ("x", "y"), "token rows x and their targets y", InputError)
+    for name, array in (("x", x), ("y", y)):
         if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
             raise InputError(f"{path}: {name} holds the token id {array.max()}, which no vocabulary has")
         if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
             raise InputError(
                 f"{path}: {name} is {array.dtype} of shape {array.shape}, expected token ids (rows, tokens), not empty"
             )
-    if arrays["x"].shape != arrays["y"].shape:
-        raise InputError(
-            f"{path}: x has the shape {arrays['x'].shape} and y {arrays['y'].shape}; expected a target for every token"
-        )
-    return arrays["x"].astype(np.int64), arrays["y"].astype(np.int64)
-
-
-# Bounds of the uncompressed size: recorded numbers hardly compress, and token rows by less than this factor.
-_MAX_EXPANSION, _FREE_BYTES, _MAX_BYTES = 64, 64 * 1024 * 1024, 8 * 1024**3
-
-
-def load_archive(path: str | Path) -> Any:  # noqa: ANN401 - an array or NpzFile, as np.load has it
-    """np.load without pickles, of a regular file whose arrays are of bounded size; a single array is memory-mapped.
-
-    ValueError for a file that is neither archive nor array, where numpy's own message would suggest unpickling it.
-    """
-    with open_regular(Path(path), "the archive of arrays", InputError) as file:
-        head, size = file.read(6), os.fstat(file.fileno()).st_size
-        if head == b"\x93NUMPY":
-            return np.load(path, allow_pickle=False, mmap_mode="r")
-        if not head.startswith(b"PK"):
-            raise ValueError("it begins like no such archive")
-        with zipfile.ZipFile(file) as archive:
-            total = sum(entry.file_size for entry in archive.infolist())
-    if total > (limit := min(max(_MAX_EXPANSION * size, _FREE_BYTES), _MAX_BYTES)):
-        raise ValueError(f"its {size} bytes would become {total}; at most {limit} are accepted")
-    return np.load(path, allow_pickle=False)
-
-
-def _read_arrays(path: str | Path, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:
-    try:
-        archive = load_archive(path)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise InputError(f"{path} holds one array; expected an .npz archive with token rows x and targets y")
-        with archive:
-            if missing := [name for name in names if name not in archive]:
-                raise InputError(
-                    f"{path} has no array {' and no array '.join(missing)}, but {', '.join(archive) or 'none'}; "
-                    "expected token rows x and their targets y"
-                )
-            return {name: read_member(archive, name) for name in names}
-    except NPZ_ERRORS as error:
-        reason = str(error)[:300]
-        raise InputError(f"{path} cannot be read as an .npz archive of token rows x and y: {reason}") from error
-
-
-def read_member(archive: Any, name: str) -> npt.NDArray[Any]:  # noqa: ANN401 - an NpzFile
-    """Read an array of an archive; ValueError for a member that is no array, which numpy returns as bytes."""
-    array = archive[name]
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"its member {name} is no array")
-    return array
+    if x.shape != y.shape:
+        raise InputError(f"{path}: x has the shape {x.shape} and y {y.shape}; expected a target for every token")
+    return x.astype(np.int64), y.astype(np.int64)
 
 
 def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[_Row]:

@@ -151,74 +151,56 @@ def chosen(names: Sequence[str], backend: str) -> list[str]:
 _Side = tuple[FullDecoder, Any]  # a decoder and its state, whose last row is compared
 
 
-@dataclass(frozen=True)
-class _Errors:
-    """Errors between two states, and over the steps after."""
-
-    logits: float
-    latent: float
-    cache: float
-    logits_after: float
-    kl_after: float
-
-
 def _meet(name: str, one: _Side, other: _Side, setting: Setting, slack: float | None) -> MutualCheck:
     """Compare the last rows of two states, now and over further steps.
 
     `slack` is the residual that iterated prefill stated for the latent; where it is above 0, logits and caches follow
     from the latent and have no bounds of their own. None asks for equality to the bit.
     """
-    errors = _measure(one, other, setting.steps)
-    bounds = _bounds(setting.limits, slack)
+    limits, errors = setting.limits, _measure(one, other, setting.steps)
+    bounds = {"latent": 0.0 if slack is None else limits.max_abs_latent_error + slack}
+    if slack is None:
+        bounds |= dict.fromkeys(("logits", "cache", "logits_after"), 0.0)
+    elif slack == 0:
+        bounds |= dict.fromkeys(("logits", "logits_after"), limits.max_abs_logit_error)
+        bounds["cache"] = limits.max_abs_cache_error
     beyond = [
-        f"{part.replace('_', ' ')} by {getattr(errors, part):.1e} (limit {bound:.1e})"
+        f"{part.replace('_', ' ')} by {errors[part]:.1e} (limit {bound:.1e})"
         for part, bound in bounds.items()
-        if not getattr(errors, part) <= bound
+        if not errors[part] <= bound
     ]
     verdict = f"FAIL: {name}: the two differ in {', '.join(beyond)}" if beyond else f"PASS: {name}: the two agree"
     line = (
-        f"{verdict}; latent within {errors.latent:.1e} (limit {bounds['latent']:.1e}), logits {errors.logits:.1e}, "
-        f"cache {errors.cache:.1e}; over {setting.steps} further steps logits {errors.logits_after:.1e}, KL "
-        f"{errors.kl_after:.1e}"
+        f"{verdict}; latent within {errors['latent']:.1e} (limit {bounds['latent']:.1e}), logits "
+        f"{errors['logits']:.1e}, cache {errors['cache']:.1e}; over {setting.steps} further steps logits "
+        f"{errors['logits_after']:.1e}, KL {errors['kl_after']:.1e}"
     )
-    return MutualCheck(name, not beyond, line, **asdict(errors), bound=bounds["latent"], steps=setting.steps)
+    return MutualCheck(name, not beyond, line, **errors, bound=bounds["latent"], steps=setting.steps)
 
 
-def _bounds(limits: ParityLimits, slack: float | None) -> dict[str, float]:
-    if slack is None:
-        return dict.fromkeys(("latent", "logits", "cache", "logits_after"), 0.0)
-    bounds = {"latent": limits.max_abs_latent_error + slack}
-    if slack == 0:
-        bounds |= {
-            "logits": limits.max_abs_logit_error,
-            "cache": limits.max_abs_cache_error,
-            "logits_after": limits.max_abs_logit_error,
-        }
-    return bounds
-
-
-def _measure(one: _Side, other: _Side, steps: int) -> _Errors:
-    """Compare both states, then feed both the greedy tokens of the second one."""
+def _measure(one: _Side, other: _Side, steps: int) -> dict[str, float]:
+    """The errors of a `MutualCheck`: of the states, and over the greedy tokens of the second one, fed to both."""
     (decoder, state), (partner, straight) = one, other
     config, beside = decoder.config, len(state.logits) - 1
-    logits = distance(state.logits[-1], straight.logits[-1])
-    latent = distance(state.latent[-1], straight.latent[-1]) if config.memory else 0.0
-    cache = max(_cache_distance(state, straight, layer) for layer in range(config.n_layer))
-    after, kl = 0.0, 0.0
+    errors = {
+        "logits": distance(state.logits[-1], straight.logits[-1]),
+        "latent": distance(state.latent[-1], straight.latent[-1]) if config.memory else 0.0,
+        "cache": max(_cache_distance(state, straight, layer) for layer in range(config.n_layer)),
+        "logits_after": 0.0,
+        "kl_after": 0.0,
+    }
     tokens = [int(straight.logits[-1].argmax())]
     # The rows beside the compared one read other tokens.
     batch = (
         [*((7919 * i + row) % config.vocab_size for row in range(beside)), token] for i, token in enumerate(tokens)
     )
-    alone = ([token] for token in tokens)
-    for (_, found), (_, expected) in zip(
-        rollout(decoder, batch, state), rollout(partner, alone, straight), strict=True
-    ):
-        after = max(after, distance(found[-1], expected[-1]))
-        kl = max(kl, kl_divergence(expected[-1], found[-1]))
+    sides = rollout(decoder, batch, state), rollout(partner, ([token] for token in tokens), straight)
+    for (_, found), (_, expected) in zip(*sides, strict=True):
+        errors["logits_after"] = max(errors["logits_after"], distance(found[-1], expected[-1]))
+        errors["kl_after"] = max(errors["kl_after"], kl_divergence(expected[-1], found[-1]))
         if len(tokens) < steps:
             tokens.append(int(expected[-1].argmax()))
-    return _Errors(logits, latent, cache, after, kl)
+    return errors
 
 
 def _cache_distance(state: Any, straight: Any, layer: int) -> float:  # noqa: ANN401 - states of the decoders

@@ -49,7 +49,7 @@ def plot_parity(path: Path, report: Mapping[str, Any], title: str) -> None:
     figure = new_figure(13.0, 4.2, _DPI, title)
     for axes, (name, (_, draw)) in zip(figure.subplots(1, len(_PANELS)), _PANELS.items(), strict=True):
         draw(axes, report)
-        style(axes, name)
+        axes.set_title(name, loc="left", fontsize=10, color=INK)
     save_figure(figure, path)
 
 

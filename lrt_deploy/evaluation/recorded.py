@@ -22,11 +22,9 @@ from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, IntArray, StatefulDecoder
 
-from .bits_per_byte import NPZ_ERRORS, load_archive, read_member
+from .arrays import read_arrays
 from .report import as_json
 from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
-
-_LOGITS, _LATENTS = "seq_logits", "seq_h_final"
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,10 @@ class RecordedCheck:
 
 def read_recording(path: Path, config: LRTConfig) -> Recording:
     """Read and check a recording, without pickles. ParityError for one that is not of this model's shapes."""
-    try:
-        archive = load_archive(path)
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ParityError(f"{path} holds one array; expected an .npz archive of recorded arrays")
-        with archive as file:
-            names = [name for name in file if name.startswith(_LOGITS)]
-            if "ids" not in file or not names or (config.memory and _LATENTS not in file):
-                raise ParityError(
-                    f"{path} lacks ids, {_LOGITS} or {_LATENTS}; it holds {', '.join(file) or 'nothing'}. Expected "
-                    "token rows with the logits and latents computed for them (the names are in "
-                    "lrt_deploy/evaluation/recorded.py)"
-                )
-            ids, logits = read_member(file, "ids"), read_member(file, names[0])
-            latents = read_member(file, _LATENTS) if config.memory else None
-    except NPZ_ERRORS as error:
-        raise ParityError(f"{path} cannot be read as an .npz of recorded arrays: {str(error)[:300]}") from error
+    patterns = ("ids", "seq_logits*", "seq_h_final")[: 3 if config.memory else 2]
+    expected = "token rows with the logits and latents computed for them"
+    ids, logits, *rest = read_arrays(path, patterns, expected, ParityError)
+    latents = rest[0] if rest else None
     _check_shapes(path, ids, logits, latents, config)
     check_prompts(list(ids), config.vocab_size)
     return Recording(ids.astype(np.int64), logits, latents)

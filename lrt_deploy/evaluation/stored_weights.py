@@ -1,16 +1,17 @@
-"""Parity of the stored weights: every matrix and table of a bundle against the checkpoint's, without running anything.
+"""Judge the part `weights` of parity: every stored matrix and table against the checkpoint's, without running anything.
 
-What is compared is what the graphs multiply by: integers times scales, or 16- and 32-bit floats, widened to float32.
+Compared are the numbers that the graphs multiply by: integers times scales, or 16- and 32-bit floats.
 
 - Rounded to nearest: every scale is the float16 number that the block's largest weight implies, and every weight lies
-  within half a step of it, beyond the ends of the grid at the ends. Such a matrix passes only if it is, up to ties,
-  the rounding of the checkpoint's own.
-- Rounded by GPTQ (`export --compensate`): rows make up for the error of other rows, so errors are bounded by what was
-  measured: of the whole matrix, of each row and column, and of its scale.
-- Floats: the nearest number of their type; in fp32 the very number.
+  within half a step of its integer, or beyond the end of the grid at the end. So a matrix passes only if it is, up to
+  ties, the rounding of the checkpoint's own.
+- Rounded by GPTQ (`export --compensate`): rows correct the errors of other rows, so errors of the whole matrix, of
+  each row and column, and of its norm are bounded by what was measured.
+- Floats: the nearest number of their type; in fp32 the same number.
 
-The expected matrix is built from the checkpoint's tensors by the table of `weights`, not from the model that an export
-traces. One matrix is in memory at a time. Knows no graphs (see `exporters.stored`), no backend and no torch.
+The expected matrix is built from the checkpoint's tensors by the table of `bundle.weights`, not from the model that an
+export traces. One matrix is in memory at a time. Imports no graphs (see `exporters.quantize.stored`), no backend and no
+torch.
 """
 
 from __future__ import annotations
@@ -31,16 +32,15 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.tolerances import GPTQ, STORED, GptqLimits
 
 TABLES = ("wte", "value_embeds")
-
-# The grid of an int4 block may end below its largest weight, at one of these shares of it: docs/precisions.md.
+# The grid of an int4 block may end at one of these shares of its largest weight: docs/precisions.md.
 INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 
 @dataclass(frozen=True)
 class MatrixCheck:
-    """One matrix against the checkpoint's. `found` and `allowed` are in the unit of the sharpest test that was made.
+    """One matrix against the checkpoint's. `found` and `allowed` are in the unit of the strictest test that was made.
 
-    `fault` says in words what is off, None where nothing is; `clipped` counts weights beyond the ends of their grid.
+    `fault` says what is wrong, None where nothing is; `clipped` counts weights beyond the ends of their grid.
     """
 
     matrix: str
@@ -53,12 +53,12 @@ class MatrixCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the matrix is the checkpoint's, within what its bits allow."""
+        """Whether the matrix is the checkpoint's, as far as its bits allow."""
         return self.fault is None
 
     @property
     def badness(self) -> float:
-        """How near the error is to its limit, for finding the worst one: above 1 for a fault, whatever it is."""
+        """The error as a share of its limit, above 2 for any fault: the measure of the worst matrix."""
         share = self.found / self.allowed if self.allowed > 0 else (0.0 if self.found == 0 else math.inf)
         return share if self.passed else 2.0 + (share if math.isfinite(share) else 1e300)
 
@@ -67,7 +67,7 @@ class MatrixCheck:
 class WeightsPart:
     """The part `weights` of a verdict: all matrices and tables of one precision.
 
-    `disagreement` says what the graphs of the bundle disagree on among themselves, where they do.
+    `disagreement` says how the graphs of the bundle contradict each other; None where they do not.
     """
 
     passed: bool
@@ -78,7 +78,7 @@ class WeightsPart:
 
     @property
     def line(self) -> str:
-        """The result in words."""
+        """The result in one line."""
         if self.disagreement is not None:
             return f"weights: {self.disagreement}"
         if self.worst is None:
@@ -93,7 +93,7 @@ class WeightsPart:
         return f"{line}, worst {self.worst.matrix} by {found} (limit {self.worst.allowed:.3g})"
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; of the matrices that are off, the names."""
+        """As JSON types, with the names of the matrices that are wrong."""
         return {
             "passed": self.passed,
             "line": self.line,
@@ -109,12 +109,12 @@ def check_weights(
     config: LRTConfig,
     precision: str,
     compensated: bool = False,
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Callable[[str, int, int], None] = lambda task, done, total: None,
 ) -> WeightsPart:
-    """Hold every stored matrix against `tensors`, the checkpoint's, by the names of its file.
+    """Compare every stored matrix with the checkpoint's `tensors`, by the names of its file.
 
     `tensors` are arrays, torch's tensors or `checkpoint.LazyTensor`s, each read when it is needed; `compensated` says
-    that the manifest speaks of GPTQ.
+    that the manifest states GPTQ.
     """
     sources = weight_sources(config)
     checks: list[MatrixCheck] = []
@@ -129,19 +129,20 @@ def check_weights(
 
 
 def expected_matrix(source: Source, tensors: Mapping[str, Any]) -> Floats:
-    """The float32 matrix (K, N) that the checkpoint's tensors make in the orientation of the graphs."""
+    """The float32 matrix (K, N) of the checkpoint, in the orientation of the graphs."""
     parts = [to_float32(tensors[name]) for name in source.names]
     return np.concatenate([part.T if source.transposed else part for part in parts], axis=-1)
 
 
 def to_float32(tensor: Any) -> Floats:  # noqa: ANN401 - a numpy, torch or lazily read tensor
-    """A tensor as a float32 array; torch's tensors too, whose bfloat16 numpy does not know."""
+    """Convert a tensor to a float32 array."""
     read = tensor.load() if hasattr(tensor, "load") else tensor
+    # numpy does not know torch's bfloat16.
     return np.asarray(read if isinstance(read, np.ndarray) else read.float(), np.float32)
 
 
 def check_matrix(stored: StoredMatrix, expected: Floats, precision: str, compensated: bool = False) -> MatrixCheck:
-    """Hold one stored matrix against the expected one (K, N)."""
+    """Compare one stored matrix with the expected one (K, N)."""
     if stored.values.shape != expected.shape:
         fault = f"it has the shape {stored.values.shape}, expected {expected.shape}"
         return MatrixCheck(stored.name, stored.dtype, math.inf, 0.0, "", fault=fault)
@@ -154,57 +155,60 @@ def check_matrix(stored: StoredMatrix, expected: Floats, precision: str, compens
 
 
 def _check_floats(stored: StoredMatrix, expected: Floats, precision: str) -> MatrixCheck:
-    """Floats are the nearest of their type, if that is the precision's own; of any other type, the very number."""
+    """Floats of the precision's own type are the nearest, floats of any other type the same number."""
     found = stored.dequantized()
     own = precision != "fp32" and stored.dtype == base_dtype(precision, "full")
     with np.errstate(over="ignore"):
         nearest = expected.astype(stored.values.dtype).astype(np.float32) if own else expected
     off = ~(found == nearest)
     kind = f"{stored.dtype}, {'rounded to nearest' if own else 'exact'}"
-    if not off.any():
-        return MatrixCheck(stored.name, kind, 0.0, 0.0, "numbers that are not the nearest")
-    at = _place(np.where(off, np.abs(found.astype(np.float64) - expected), 0.0))
-    fault = (
-        f"row {at[0]}, column {at[1]} is {found[at]:.6g} and the checkpoint's {expected[at]:.6g} "
-        f"({int(off.sum())} of {off.size} numbers differ by more than {stored.dtype} rounds)"
-    )
+    fault = None
+    if off.any():
+        at = _place(np.where(off, np.abs(found.astype(np.float64) - expected), 0.0))
+        fault = (
+            f"row {at[0]}, column {at[1]} is {found[at]:.6g} and the checkpoint's {expected[at]:.6g} "
+            f"({int(off.sum())} of {off.size} numbers differ by more than {stored.dtype} rounds)"
+        )
     return MatrixCheck(stored.name, kind, float(off.sum()), 0.0, "numbers that are not the nearest", fault=fault)
 
 
 def _check_nearest(stored: StoredMatrix, expected: Floats) -> MatrixCheck:
-    """Round-to-nearest: first the scales, then every integer in units of its own scale."""
-    assert stored.scales is not None
-    largest = 7 if stored.dtype == "int4" else 127
+    """Check rounding to nearest: the scales, then every integer in steps of its own scale."""
     rows = "a column" if stored.block is None else f"{stored.block} rows of a column"
     kind = f"{stored.dtype}, a scale for {rows}, rounded to nearest"
-    if fault := _scale_fault(stored, expected, largest):
+    if fault := _scale_fault(stored, expected):
         return MatrixCheck(stored.name, kind, *fault)
     return _check_nearest_integers(stored, expected, kind)
 
 
+def _largest(stored: StoredMatrix) -> int:
+    """The largest integer of the grid."""
+    return 7 if stored.dtype == "int4" else 127
+
+
 def _check_nearest_integers(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck:
-    """Every integer against its weight in steps of its own scale."""
-    largest = 7 if stored.dtype == "int4" else 127
+    """Check every integer against its weight in steps of its own scale."""
+    largest = _largest(stored)
     steps = stored.steps().astype(np.float64)
     weights = expected.astype(np.float64) / steps  # (K, N) in steps
     clipped = np.abs(weights) > largest + 0.5
     integers = stored.values.astype(np.float64)
     errors = np.abs(np.clip(weights, -largest, largest) - integers)
     at = _place(errors)
-    found, count = float(errors[at]), int(clipped.sum())
-    if not found <= STORED.rounding_steps:
+    found, limit, fault = float(errors[at]), STORED.rounding_steps, None
+    if not found <= limit:
         fault = (
             f"row {at[0]}, column {at[1]} is {integers[at]:.0f} steps of {steps[at]:.3g}, and the checkpoint's "
-            f"{expected[at]:.6g} is {weights[at]:.3f} ({int((errors > STORED.rounding_steps).sum())} of {errors.size} "
-            "are off by more than half a step)"
+            f"{expected[at]:.6g} is {weights[at]:.3f} ({int((errors > limit).sum())} of {errors.size} are off by more "
+            "than half a step)"
         )
-        return MatrixCheck(stored.name, kind, found, STORED.rounding_steps, "steps", count, fault)
-    return MatrixCheck(stored.name, kind, found, STORED.rounding_steps, "steps", count)
+    return MatrixCheck(stored.name, kind, found, limit, "steps", int(clipped.sum()), fault)
 
 
-def _scale_fault(stored: StoredMatrix, expected: Floats, largest: int) -> tuple[float, float, str, int, str] | None:
-    """(found, allowed, unit, clipped, fault) of the worst scale that the weights do not imply; None without one."""
+def _scale_fault(stored: StoredMatrix, expected: Floats) -> tuple[float, float, str, int, str] | None:
+    """(found, allowed, unit, clipped, fault) of the first scale that the weights do not imply; None without one."""
     assert stored.scales is not None
+    largest = _largest(stored)
     blocks = _in_blocks(expected, stored.block)  # (blocks, rows, N)
     scales = stored.scales.reshape(len(blocks), -1)
     if scales.shape[1] != expected.shape[1] or not np.isfinite(scales).all() or (scales <= 0).any():
@@ -219,7 +223,7 @@ def _scale_fault(stored: StoredMatrix, expected: Floats, largest: int) -> tuple[
         error = _squared_error(blocks, exact, largest) if len(shares) > 1 else np.zeros_like(exact)
         least = np.minimum(least, error)
         used = np.where(_rounds_to(exact, scales), np.fmin(used, error), used)  # tiny scales round alike
-    zero = ends == 0  # any scale does
+    zero = ends == 0  # any scale is right
     off = np.isnan(used) & ~zero
     if off.any():
         at = _place(off)
@@ -244,7 +248,7 @@ def _scale_fault(stored: StoredMatrix, expected: Floats, largest: int) -> tuple[
 
 
 def _rounds_to(exact: npt.NDArray[np.float64], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
-    """Whether each float16 scale is the rounding of the exact one; numbers below float16's precision may go up."""
+    """Whether each float16 scale is the rounding of the exact one; subnormal numbers may be rounded up."""
     near = [(exact * (1 + side * STORED.arithmetic)).astype(np.float16) for side in (-1, 1)]
     with np.errstate(over="ignore"):
         up = np.nextafter(near[0], np.float16(np.inf))
@@ -254,7 +258,7 @@ def _rounds_to(exact: npt.NDArray[np.float64], scales: npt.NDArray[np.float16]) 
 
 
 def _squared_error(blocks: Floats, exact: npt.NDArray[np.float64], largest: int) -> npt.NDArray[np.float64]:
-    """(blocks, N) of rounding to steps of `exact`."""
+    """(blocks, N) the squared error of rounding to steps of `exact`."""
     steps = np.maximum(exact, np.finfo(np.float32).tiny)[:, None].astype(np.float32)
     rounded = np.clip(np.rint(blocks / steps), -largest, largest) * steps
     result: npt.NDArray[np.float64] = ((rounded - blocks) ** 2).sum(axis=1, dtype=np.float64)
@@ -262,14 +266,14 @@ def _squared_error(blocks: Floats, exact: npt.NDArray[np.float64], largest: int)
 
 
 def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> MatrixCheck:
-    """Compensated rounding: the first block's scales and row are those of plain rounding, then errors are bounded.
+    """Check rounding by GPTQ: the first block's scales and row are rounded to nearest, all other errors are bounded.
 
-    GPTQ chooses the scales of the first block, and rounds the first row, before it has corrected anything.
+    GPTQ selects the scales of the first block, and rounds the first row, before it has corrected anything.
     """
     assert stored.block is not None and stored.scales is not None
     kind = f"{stored.dtype}, a scale for {stored.block} rows of a column, rounded by GPTQ"
     first = StoredMatrix(stored.name, stored.dtype, stored.values[: stored.block], stored.scales[:1], stored.block)
-    if off := _scale_fault(first, expected[: stored.block], 7):
+    if off := _scale_fault(first, expected[: stored.block]):
         return MatrixCheck(stored.name, kind, *off)
     row = _check_nearest_integers(dataclasses.replace(first, values=first.values[:1]), expected[:1], kind)
     if not row.passed:
@@ -281,9 +285,9 @@ def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> M
         "column": (_relative(found, w, 0), limits.column),
         "the size of the whole": (np.array([abs(_slope(found, w) - limits.shrunk)]), limits.slope_of(w.size)),
     }
-    what, (values, limit) = max(errors.items(), key=lambda item: float(item[1][0].max()) / item[1][1])
+    name, (values, limit) = max(errors.items(), key=lambda item: float(item[1][0].max()) / item[1][1])
     at = int(values.argmax())
-    error, which = float(values[at]), f"{what} {at}" if values.size > 1 else what
+    error, which = float(values[at]), f"{name} {at}" if values.size > 1 else name
     fault = f"{which} is off by {error:.3g} of its size, and GPTQ's rounding by up to {limit:.3g}"
     unit = f"relative error of {which}"
     return MatrixCheck(stored.name, kind, error, limit, unit, fault=None if error <= limit else fault)
@@ -292,7 +296,7 @@ def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> M
 def _relative(
     found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64], axis: int | None
 ) -> npt.NDArray[np.float64]:
-    """Norm of the difference as a share of the expected norm, over all or along an axis."""
+    """Norm of the difference relative to the expected norm, over all numbers or along an axis."""
     size = np.sqrt((expected**2).sum(axis=axis))
     typical = math.sqrt(float((expected**2).mean()) * expected.size / size.size) or 1.0
     error: npt.NDArray[np.float64] = np.sqrt(((found - expected) ** 2).sum(axis=axis)) / np.maximum(size, typical)
@@ -300,12 +304,12 @@ def _relative(
 
 
 def _slope(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> float:
-    """The factor by which `found` is `expected` the larger, by least squares."""
+    """The least-squares factor from `expected` to `found`."""
     return float((found * expected).sum() / max((expected**2).sum(), 1e-300))
 
 
 def _in_blocks(weight: Floats, block: int | None) -> Floats:
-    """(blocks, rows, N); a last block that is not full is filled with zeros."""
+    """(blocks, rows, N); the last block is padded with zeros."""
     if block is None:
         return weight[None]
     whole = np.pad(weight, ((0, -len(weight) % block), (0, 0)))
@@ -313,5 +317,5 @@ def _in_blocks(weight: Floats, block: int | None) -> Floats:
 
 
 def _place(values: npt.NDArray[Any]) -> tuple[int, ...]:
-    """Where the largest number is, NaN first."""
+    """Index of the largest number, of NaN first."""
     return tuple(int(i) for i in np.unravel_index(int(np.nan_to_num(values, nan=np.inf).argmax()), values.shape))

@@ -1,1 +1,1 @@
-"""How fast a decoder is, held against the memory bandwidth of where it runs."""
+"""Measure how fast a decoder is, and compare it with the memory bandwidth of the machine."""

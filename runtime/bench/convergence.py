@@ -1,7 +1,4 @@
-"""How the fixed-point iteration over one prompt closes in on stepwise reading: error and seconds, sweep by sweep.
-
-Measures; what is compared around it, and how often, is `benchmark`'s.
-"""
+"""Measure the convergence of the fixed-point iteration over one prompt: error and seconds, sweep by sweep."""
 
 from __future__ import annotations
 
@@ -10,25 +7,27 @@ from typing import Any
 
 import numpy as np
 
+from lrt_deploy.evaluation.rollout import Progress
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import PLAIN, SweepOptions, Sweeps
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 from lrt_deploy.types import FloatArray, IntArray
 
-from .measure import Progress, timed
+from .measure import timed
 
 _MOST_SWEEPS = 16
 
 
 def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
-    """Error over all positions and seconds so far after every sweep, plain and interleaved, until float32 ends it.
+    """Error over all positions and seconds so far after every sweep of Jacobi and of Gauss-Seidel iteration.
 
-    Of as many tokens as the backend reads in one block, and interleaved where it may.
+    Ends at the smallest error that float32 can estimate. Takes as many tokens as the backend reads in one block; only
+    Jacobi iteration where the backend allows no other.
     """
     if not decoder.config.memory:
         return []
-    state = decoder.prefill([tokens[:1]], policy="stepwise")  # lends its buffers, which are read over from slot 0 on
+    state = decoder.prefill([tokens[:1]], policy="stepwise")  # for its buffers, overwritten from slot 0 on
     ids = np.asarray(tokens, np.int64)[: state.owner.blocks.tokens]
     progress(f"reading {len(ids)} tokens stepwise for their latents", 0, 0)
     exact = _sweeps(state, ids, SweepOptions())
@@ -46,7 +45,7 @@ def _sweeps(state: DecodeState, ids: IntArray, options: SweepOptions) -> Sweeps:
 
 
 def _converge(sweeps: Sweeps, exact: FloatArray) -> list[dict[str, Any]]:
-    """One iteration from nothing; the slots are in order again afterwards."""
+    """The points of one iteration from a zero latent; restores the order of the slots."""
     points: list[dict[str, Any]] = []
     seconds: list[float] = []
     order = np.concatenate(sweeps.members)

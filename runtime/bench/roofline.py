@@ -1,59 +1,47 @@
-"""The roofline of a decode step: the bytes that it must read, copy and write, and how fast memory is where it runs.
+"""The roofline of a decode step: the memory traffic that it needs, and the bandwidth of the memory that it runs on.
 
-Bandwidths are in GB/s (1e9 bytes), the best of several rounds over arrays far larger than the caches: the processor's
-by a triad and by reading, a GPU's by copies within its memory.
+Traffic is computed from the manifest and the contract. Bandwidths are measured in GB/s (1e9 bytes), the best of several
+rounds over arrays far larger than the caches: a processor's by a triad and by reading, a GPU's by copies within its
+memory.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import base_dtype, item_bytes
 from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.errors import BackendError
-from lrt_deploy.runtime.backends.base import StateBuffers
 from lrt_deploy.runtime.backends.cuda import Arena, Device
-
-if TYPE_CHECKING:
-    from lrt_deploy.runtime.state import DecodeState
 
 TABLES = ("wte", "value_embeds")
 
 
 def matrix_elements(config: LRTConfig) -> int:
-    """Elements of all matrices that a step multiplies with.
+    """Elements of all matrices that a step multiplies by: of each layer, the memory projections, and the head.
 
-    q, k, v, attention output, gates and both MLP matrices of each layer, the memory projections, and the head over the
-    padded vocabulary. No tables, no scalars per layer (lambdas), no rotary tables.
+    The head counts with the padded vocabulary. Embedding tables, lambdas and rotary tables are not counted.
     """
-    sources = weight_sources(config)
-    return sum(
-        math.prod(shape)
-        for name, source in sources.items()
-        for shape in source.shapes
-        if name not in TABLES and len(shape) > 1
-    )
+    return sum(rows * columns for rows, columns in matrix_shapes(config).values())
 
 
 def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
     """Bytes of weights that one decode step with head reads: every matrix once, and one row of each embedding table.
 
-    The same for every batch. Not counted, because they are a few numbers or in a cache: lambdas, scales of int8
-    activations, and the rows of the rotary tables.
+    The same for every batch size. Lambdas, scales of int8 activations and rows of the rotary tables are not counted:
+    they are few or in a cache.
     """
     sources = weight_sources(manifest.model)
     columns = sum(width for name in TABLES if name in sources for _, width in sources[name].shapes)
@@ -61,10 +49,10 @@ def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour =
 
 
 def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
-    """Bytes of all matrices as a flavour's products read them, scales included; there are no zero points.
+    """Bytes of all matrices as the products of a flavour read them, scales included; there are no zero points.
 
-    Integers are read as they are stored. Scales and matrices that are not quantized are widened to the flavour's base
-    type when weights are loaded, or to float32 where the manifest says so. Held against the graphs by a test.
+    Integers are read as they are stored. Scales and matrices that are not quantized are cast to the flavour's base type
+    when weights are loaded, or to float32 where the manifest says so. A test compares the result with the graphs.
     """
     details = manifest.precision_details.get(precision, {})
     wide, kept = details.get("multiplied_in_float32", ()), details.get("keep_high", ())
@@ -80,7 +68,7 @@ def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
 
 
 def _table_item_bytes(manifest: Manifest, precision: str) -> int:
-    """Of a table element: 2, or in fp32 the 4 bytes in which it may have been trained, told by the size of the file."""
+    """Bytes of an element of an embedding table: 2, or in fp32 possibly 4, told by the size of the weights file."""
     if precision != "fp32":
         return 2
     if manifest.host_embeddings:
@@ -92,102 +80,34 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
 
 
 def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
-    """Bytes of one sequence's state that a step reads on top of `context` tokens: live windows of K and V, the latent.
+    """Bytes of one sequence's state that a step reads after `context` tokens: live windows of K and V, and the latent.
 
-    The token's own key and value are written and not counted: they are in cache when they are read.
+    The token's own key and value are not counted: they are in the processor's cache when they are read.
     """
     live = sum(min(context, window) for window in config.windows)
     latent = config.n_embd if config.memory else 0
     return item_bytes * (2 * live * config.kv_dim + latent)
 
 
-@dataclass(frozen=True)
-class Copies:
-    """Bytes of state that one step copied. `backend`: between past and present; `kept`: aside, by Python code."""
-
-    backend: int
-    kept: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.backend + self.kept
+def state_bytes_written_per_step(config: LRTConfig, item_bytes: int = 4) -> int:
+    """Bytes that a step writes to one sequence's state: a key and a value in each layer's cache, and the latent."""
+    latent = config.n_embd if config.memory else 0
+    return item_bytes * (2 * config.n_layer * config.kv_dim + latent)
 
 
-@dataclass(frozen=True)
-class Writes:
-    """Bytes that one step wrote: the token's cache entries, the new latent, the record of it that a rewind needs."""
+def state_bytes_copied_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
+    """Bytes of one sequence's state that a step copies: all caches that the contract does not update in place.
 
-    cache: int
-    latent: int
-    record: int
-
-
-def count_writes(state: DecodeState, step: Callable[[], object]) -> Writes:
-    """Run `step`, which appends one token to each row, and count what it wrote: what was poisoned there and is gone."""
-    buffers, rows, lengths = state.buffers, range(state.batch), state.lengths
-    record = [state.history.live(row, length + 1)[length:] for row, length in enumerate(lengths)]
-    for row, length in zip(rows, lengths, strict=True):
-        record[row][...] = np.nan
-        entries = buffers.read_slots(row, length, length + 1)
-        buffers.write_slots(row, length, {name: np.full_like(array, np.nan) for name, array in entries.items()})
-    step()
-    written = [array for row in rows for array in buffers.read_slots(row, lengths[row], lengths[row] + 1).values()]
-    latent = buffers.latent[: state.batch].size * np.dtype(state.owner.state_dtype).itemsize
-    return Writes(_finite_bytes(written), latent, _finite_bytes(record))
-
-
-def _finite_bytes(arrays: Sequence[npt.NDArray[Any]]) -> int:
-    return sum(int(np.isfinite(array.astype(np.float32)).sum()) * array.itemsize for array in arrays)
-
-
-def count_copies(buffers: StateBuffers, positions: npt.NDArray[np.int64], step: Callable[[], object]) -> Copies:
-    """Run `step`, which appends one token at `positions` (B), and count the state that it copies.
-
-    A cache tensor is not copied if it lies afterwards where it lay before and the new token was written there: its slot
-    is poisoned beforehand. Otherwise all of it was copied. The latent cannot be written where it is read, so two places
-    swap; if it lies afterwards where it lay before, it was copied back. `kept` counts calls of `ndarray.copy` on any of
-    this memory. Raises BackendError where the buffers do not show their memory.
+    By the contract these are none. The latent is not updated in place, but it is written to a second buffer that
+    changes places with the first, not copied. A test measures that the backends keep to the contract.
     """
-    before, latent = _caches(buffers, len(positions)), buffers.latent
-    if [a.ctypes.data for a in before] != [a.ctypes.data for a in _caches(buffers, len(positions))]:
-        raise BackendError("this backend shows copies of its caches, so that what a step copies cannot be counted")
-    slots = np.repeat(positions, len(before) // len(positions))
-    for cache, slot in zip(before, slots, strict=True):
-        cache[:, slot] = np.nan
-    kept = _bytes_copied_in_python([*before, latent], step)
-    copied = sum(
-        new.nbytes
-        for old, new, slot in zip(before, _caches(buffers, len(positions)), slots, strict=True)
-        if new.ctypes.data != old.ctypes.data or np.isnan(new[:, slot]).any()
-    )
-    if latent.size and buffers.latent.ctypes.data == latent.ctypes.data:
-        copied += latent.nbytes
-    return Copies(copied, kept)
+    copied = [pair for pair in contract.state_pairs(config) if not pair.in_place and pair.past != "past_latent"]
+    return len(copied) * item_bytes * context * config.kv_dim
 
 
-def _caches(buffers: StateBuffers, rows: int) -> list[npt.NDArray[Any]]:
-    """Every cache of every row, (G, S, D) each, in its own type: `cache` would widen what is narrower than float32."""
-    return [array for row in range(rows) for array in buffers.read_slots(row, 0, buffers.capacity).values()]
-
-
-def _bytes_copied_in_python(arrays: list[npt.NDArray[Any]], act: Callable[[], object]) -> int:
-    """Bytes of these arrays on which `ndarray.copy` is called while `act` runs."""
-    ranges = [np.lib.array_utils.byte_bounds(array) for array in arrays if array.size]
-    copied = 0
-
-    def see(frame: object, event: str, called: Any) -> None:  # noqa: ANN401 - whatever is called
-        nonlocal copied
-        owner = getattr(called, "__self__", None) if event == "c_call" and called.__name__ == "copy" else None
-        if isinstance(owner, np.ndarray) and any(low <= owner.ctypes.data < high for low, high in ranges):
-            copied += owner.nbytes
-
-    sys.setprofile(see)
-    try:
-        act()
-    finally:
-        sys.setprofile(None)
-    return copied
+def latent_record_bytes_per_step(config: LRTConfig) -> int:
+    """Bytes of the record of latents that a step appends for rewinding, in float32 whatever the precision."""
+    return 4 * config.n_embd if config.memory else 0
 
 
 _ROUNDS = 5
@@ -201,16 +121,20 @@ _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Of the memory that weights and state are read from."""
+    """Bandwidth of the memory that weights and state are read from.
+
+    `read_gb_s` is that of reading alone, None where not measured; `of` names the measurement; `cache_bytes` is the size
+    of the largest cache in front of that memory, 0 where unknown.
+    """
 
     gb_s: float
-    read_gb_s: float | None  # reading alone; None: not measured
-    of: str  # what moved, for people
-    cache_bytes: int  # of the largest cache before that memory; 0: unknown
+    read_gb_s: float | None
+    of: str
+    cache_bytes: int
 
 
 def measure(device: Device | None, threads: int = 1) -> Bandwidth:
-    """Of a GPU, or (None) of this machine's own memory with so many threads. Raises BackendError where CUDA fails."""
+    """Measure a GPU, or without `device` the host's memory with `threads` threads. BackendError where CUDA fails."""
     if device is not None:
         return Bandwidth(device_copy_gb_s(device), None, "device-to-device copy", device.cache_bytes())
     name = f"triad, {threads} thread{'s' if threads > 1 else ''}"
@@ -218,34 +142,33 @@ def measure(device: Device | None, threads: int = 1) -> Bandwidth:
 
 
 def device_copy_gb_s(device: Device, array_bytes: int | None = None) -> float:
-    """Copies from one place in a GPU's memory to another; what is read and what is written both count.
+    """Bandwidth of copies within a GPU's memory; bytes read and bytes written both count.
 
-    `array_bytes` None: four times the GPU's cache, at least 256 MiB, twice allocated meanwhile. Raises BackendError
-    where there is no room for that.
+    `array_bytes` defaults to four times the GPU's cache, at least 256 MiB; two such arrays are allocated meanwhile.
+    Raises BackendError where they do not fit.
     """
     count = array_bytes or max(4 * device.cache_bytes(), _SMALLEST_COPY_BYTES)
     arena = Arena(device)
+
+    def copies() -> None:
+        for _ in range(_COPIES):
+            device.copy_within(target, source, count)
+        device.synchronize()
+
     try:
         source, target = arena.allocate(count), arena.allocate(count)
-        seconds = []
-        for _ in range(_ROUNDS):
-            device.synchronize()
-            start = time.perf_counter()
-            for _ in range(_COPIES):
-                device.copy_within(target, source, count)
-            device.synchronize()
-            seconds.append(time.perf_counter() - start)
+        device.synchronize()
+        return 2 * count * _COPIES / _best_seconds(copies) / 1e9
     finally:
         arena.release()
-    return 2 * count * _COPIES / min(seconds) / 1e9
 
 
 def triad_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
-    """Memory bandwidth by a STREAM-like triad in numpy: a = b + s * c over arrays far larger than any cache.
+    """Memory bandwidth of a STREAM triad in numpy: a = b + s * c over arrays far larger than any cache.
 
-    Block by block, so that s * c stays in cache; counted as STREAM counts, 3 arrays a round (what the processor reads
-    before it overwrites a is left out, so true traffic is up to a third higher). The best of several rounds, each
-    thread on its own part of the arrays. `array_bytes` None: four times the last-level cache, 128 to 512 MiB.
+    It runs block by block, so that s * c stays in cache, each thread on its own part of the arrays. As in STREAM, 3
+    arrays a round are counted; the processor also reads `a` before it overwrites it, so true traffic is up to a third
+    higher. `array_bytes` defaults to four times the last-level cache, 128 to 512 MiB.
     """
     if array_bytes is None:
         cache = last_level_cache_bytes() or 0
@@ -256,25 +179,25 @@ def triad_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
     bounds = np.linspace(0, count, threads + 1).astype(int)
     parts = [[array[low:high] for array in (a, b, c)] for low, high in itertools.pairwise(bounds)]
     with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            list(pool.map(_triad, parts))
-            seconds.append(time.perf_counter() - start)
-    return 3 * count * 8 / min(seconds) / 1e9
+        return 3 * count * 8 / _best_seconds(lambda: list(pool.map(_triad, parts))) / 1e9
 
 
 def read_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
-    """The same of reading alone, which is what a decode step does: dot products over one array. The best of rounds."""
+    """Memory bandwidth of reading alone, as a decode step does: dot products over one array."""
     values = np.ones((array_bytes or _LARGEST_TRIAD_BYTES) // 4, np.float32)
     parts = np.array_split(values, threads * _READ_PARTS)
     with ThreadPoolExecutor(threads) as pool:
-        seconds = []
-        for _ in range(_ROUNDS):
-            start = time.perf_counter()
-            list(pool.map(lambda part: np.dot(part, part), parts))
-            seconds.append(time.perf_counter() - start)
-    return values.nbytes / min(seconds) / 1e9
+        return values.nbytes / _best_seconds(lambda: list(pool.map(lambda part: np.dot(part, part), parts))) / 1e9
+
+
+def _best_seconds(act: Callable[[], object]) -> float:
+    """Seconds of the fastest of several rounds."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def _triad(arrays: list[npt.NDArray[np.float64]]) -> None:
@@ -287,7 +210,7 @@ def _triad(arrays: list[npt.NDArray[np.float64]]) -> None:
 
 
 def last_level_cache_bytes() -> int | None:
-    """Size of the largest cache of the first core, where the system tells it."""
+    """Size of the largest cache of the first core; None where the system does not report it."""
     units = {"K": 2**10, "M": 2**20, "G": 2**30}
     sizes = [path.read_text().strip() for path in _CPU_CACHES.glob("index*/size")] if _CPU_CACHES.is_dir() else []
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)
