@@ -71,7 +71,9 @@ def layer_of(name: str) -> int | None:
     return int(parts[1]) if len(parts) == 3 else None
 
 
-_SMALLEST_SCALE = 1e-6  # what is smaller altogether is rounding
+# Most values are of the order of 1, because their inputs are normed. One that is small altogether, such as
+# the squared relu of sums that all lie near 0, has the rounding of its inputs: relative to itself that would be large.
+_SMALLEST_SCALE = 0.25
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,10 @@ class ObservedDecoder(Observer, StatefulDecoder, Protocol):
 
 
 def relative_error(expected: FloatArray, found: FloatArray) -> float:
-    """Largest difference as a share of the largest expected number; inf for another size or what is not finite."""
+    """Largest difference as a share of the largest expected number, which counts as 0.25 at least.
+
+    inf for arrays of different shapes and for numbers that are not finite.
+    """
     if expected.shape != found.shape or not np.isfinite(found).all():
         return math.inf
     a = expected.astype(np.float64)

@@ -49,7 +49,7 @@ FP32 = ParityLimits(
 
 
 # Bisecting compares a stage of one step, both sides given the same state, relative to the stage's largest number.
-# Between ORT and the reference in float32: up to 2e-6 (all stages, all goldens). 1% in one matrix shows by 1e-3.
+# Between ORT and the reference in float32: up to 3e-6 (all stages, all goldens). 1% in one matrix shows by 1e-3.
 STAGE_ERROR = 2e-5
 
 
