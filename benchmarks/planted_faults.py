@@ -33,7 +33,7 @@ from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.evaluation.arithmetic import ArithmeticPart, activation_scale_fault, judge_arithmetic
 from lrt_deploy.evaluation.stored_weights import check_matrix, check_weights, expected_matrix
-from lrt_deploy.exporters.graph.exact_graph import exact_graph
+from lrt_deploy.exporters.graph.debug_outputs import exact_graph
 from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
 from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint

@@ -19,7 +19,7 @@ from lrt_deploy.bundle.manifest import MANIFEST, graph_path, read_manifest, writ
 from lrt_deploy.errors import ParityError
 from lrt_deploy.evaluation.bisect import bisect, compare_stages, first_bad
 from lrt_deploy.evaluation.verdict import compare
-from lrt_deploy.exporters.graph.debug_outputs import probed
+from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 from lrt_deploy.tolerances import STAGE_ERROR
@@ -53,7 +53,7 @@ def plant(export_once, tmp_path):
 
 def probe_of(bundle):
     config = read_manifest(bundle).model
-    graph = probed(bundle / GRAPH, activations.in_order(config))
+    graph = with_debug_outputs(bundle / GRAPH, activations.in_order(config))
     return OrtProbe(graph.model, graph.folder, config), graph.origins
 
 

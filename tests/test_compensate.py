@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
 
 INT4 = FORMATS["int4-weight-only"]
@@ -28,14 +28,14 @@ def cost(weight, approximation, moment):
 
 def test_compensated_rounding_costs_the_product_less_than_rounding_to_nearest():
     weight, seen = matrix(), moment()
-    ours = dequantized(*compensated(weight, seen, INT4), INT4)
+    ours = dequantized(*round_by_gptq(weight, seen, INT4), INT4)
     assert cost(weight, ours, seen) < 0.5 * cost(weight, rounded(weight, INT4), seen)
     assert np.abs(ours - weight).sum() > np.abs(rounded(weight, INT4) - weight).sum()  # and the matrix itself more
 
 
 def test_inputs_that_are_not_correlated_leave_nothing_to_make_up_for():
     weight = matrix()
-    scales, integers = compensated(weight, np.eye(64), INT4)
+    scales, integers = round_by_gptq(weight, np.eye(64), INT4)
     expected = weight_scales(weight, INT4)
     assert (scales == expected).all()
     assert (integers.astype(int) == quantized(weight, expected, INT4).astype(int)).all()
@@ -44,4 +44,4 @@ def test_inputs_that_are_not_correlated_leave_nothing_to_make_up_for():
 
 def test_inputs_that_were_never_seen_are_rounded_to_nearest():
     weight = matrix()
-    assert (dequantized(*compensated(weight, np.zeros((64, 64)), INT4), INT4) == rounded(weight, INT4)).all()
+    assert (dequantized(*round_by_gptq(weight, np.zeros((64, 64)), INT4), INT4) == rounded(weight, INT4)).all()

@@ -29,7 +29,7 @@ from lrt_deploy.bundle.manifest import (
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, ExportError, InputError
-from lrt_deploy.exporters.graph.debug_outputs import probed
+from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.exporters.graph.host_embeddings import take_out
 from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
 from lrt_deploy.runtime.backends.ort_debug import OrtProbe
@@ -125,7 +125,9 @@ def test_probes_see_the_same_stages(on_host, in_every_precision, flavour):
     seen = []
     for folder in (on_host, in_every_precision(NAME)):
         manifest = read_manifest(folder)
-        graph = probed(folder / graph_path("fp32", "prefill", flavour), activations.in_order(manifest.model))
+        graph = with_debug_outputs(
+            folder / graph_path("fp32", "prefill", flavour), activations.in_order(manifest.model)
+        )
         tables = HostTables.open(folder, manifest, "fp32")
         probe = OrtProbe(graph.model, graph.folder, manifest.model, tables)
         with lrt_deploy.open_decoder(folder, precision="fp32") as decoder:

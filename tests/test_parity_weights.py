@@ -11,7 +11,7 @@ import pytest
 from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.evaluation.arithmetic import activation_scale_fault, forced_errors, judge_arithmetic
 from lrt_deploy.evaluation.stored_weights import check_matrix
-from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
 from lrt_deploy.tolerances import FP32, GPTQ, STORED, KernelLimits, kernel_limits
 
@@ -108,7 +108,7 @@ def gptq(weight, seed=1):
     rows = len(weight)
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(500, 24)) @ rng.normal(size=(24, rows)) + 0.3 * rng.normal(size=(500, rows))
-    scales, integers = compensated(weight, x.T @ x, format_of("int4-weight-only"))
+    scales, integers = round_by_gptq(weight, x.T @ x, format_of("int4-weight-only"))
     return StoredMatrix("m", "int4", integers.astype(np.int8), scales, 32)
 
 

@@ -23,10 +23,10 @@ from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
-from lrt_deploy.exporters.graph.cast import lower, narrow
+from lrt_deploy.exporters.graph.cast import cast_model, cast_weights
 from lrt_deploy.exporters.graph.ort_verify import verify_graphs
 from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows
-from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import make_plan
 from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
 from lrt_deploy.model.checkpoint import open_checkpoint
@@ -100,16 +100,16 @@ def test_graphs_pass_the_full_check(bundle, precision):
 
 def test_a_plain_model_is_lowered_too(export_once):
     model = ir.load(export_once("baseline_ve") / graph_path("fp32", "prefill", "full"))
-    narrow(model, "float16")
-    types = [node.outputs[0].dtype for node in lower(model, "float16").graph if node.op_type == "MatMul"]
+    cast_weights(model, "float16")
+    types = [node.outputs[0].dtype for node in cast_model(model, "float16").graph if node.op_type == "MatMul"]
     assert set(types) == {ir.DataType.FLOAT16}
     assert {node.outputs[0].dtype for node in model.graph if node.op_type == "MatMul"} == {ir.DataType.FLOAT}
 
 
 def test_a_matrix_that_is_kept_is_multiplied_in_float32(export_once):
     model = ir.load(export_once("baseline_ve") / graph_path("fp32", "prefill", "full"))
-    narrow(model, "float16", keep={"lm_head"})
-    lowered = lower(model, "float16", keep={"lm_head"})
+    cast_weights(model, "float16", keep={"lm_head"})
+    lowered = cast_model(model, "float16", keep={"lm_head"})
     kept = [node for node in lowered.graph if node.op_type == "MatMul" and node.outputs[0].dtype == ir.DataType.FLOAT]
     assert [node.inputs[1].name for node in kept] == ["lm_head"]
 
@@ -119,9 +119,9 @@ def test_a_weight_beyond_float16_is_refused_and_bfloat16_takes_it(export_once):
     large = np.full(model.graph.initializers["lm_head"].shape.numpy(), 1e5, np.float32)
     model.graph.initializers["lm_head"].const_value = ir.tensor(large)
     wide, narrowed = model.clone(), model
-    narrow(wide, "bfloat16")
+    cast_weights(wide, "bfloat16")
     assert np.isfinite(wide.graph.initializers["lm_head"].const_value.numpy().astype(np.float32)).all()
-    narrow(narrowed, "float16")
+    cast_weights(narrowed, "float16")
     with pytest.raises(ExportError, match=r"1e\+05.*float16"):
         narrowed.graph.initializers["lm_head"].const_value.numpy()
 
@@ -170,11 +170,11 @@ def test_quantized_graphs_hold_what_the_manifest_says(bundle, load, precision, f
 
 def test_a_graph_that_is_not_as_promised_is_refused(bundle, load):
     config = read_manifest(bundle).model
-    expected = verify.promised(config, None, "float16", 0, 0)
+    expected = verify.expected_counts(config, None, "float16", 0, 0)
     verify.check(load("fp16").graph, expected, "this graph")
     with pytest.raises(ExportError, match="27 in float16 as matmul, and has 27 in float32"):
         verify.check(load("fp32").graph, expected, "this graph")
-    one_kept = verify.promised(config, FORMATS["int8"], "float16", 6, 0)
+    one_kept = verify.expected_counts(config, FORMATS["int8"], "float16", 6, 0)
     with pytest.raises(ExportError, match="6 in float16, 21 in int8, float16"):
         verify.check(load("int8").graph, one_kept, "this graph")
 
@@ -319,7 +319,7 @@ def test_rounding_in_blocks_is_that_of_the_matrix_filled_with_zeros(rows):
     assert len(filled) % kind.block == 0
     assert np.array_equal(rounded(weight, kind), rounded(filled, kind)[:rows])
     assert not rounded(filled, kind)[rows:].any()
-    scales, integers = compensated(weight, np.eye(rows), kind)
+    scales, integers = round_by_gptq(weight, np.eye(rows), kind)
     assert np.array_equal(dequantized(scales, integers, kind), rounded(weight, kind))
 
 
@@ -596,14 +596,14 @@ def test_every_layer_keeps_a_matrix_of_its_own(equal_layers):
 
 def test_a_graph_that_cannot_be_opened_fails_the_export(equal_layers, tmp_path, monkeypatch):
     def mixed(model, dtype, keep=()):
-        """Types that do not agree: half of what `lower` does."""
+        """Types that do not agree: half of what `cast_model` does."""
         model = model.clone()
         for value in model.graph.inputs:
             if value.name.startswith("past_key"):
                 value.type = ir.TensorType(ir.DataType.FLOAT16)
         return model
 
-    monkeypatch.setattr(precision_graphs, "lower", mixed)
+    monkeypatch.setattr(precision_graphs, "cast_model", mixed)
     checkpoint = equal_layers.with_name(f"{equal_layers.name}.checkpoint")
     with pytest.raises(ExportError, match="the full prefill graph in fp32 cannot be opened, so nothing was written: "):
         lrt_deploy.export_bundle(checkpoint, tmp_path / "bundle")

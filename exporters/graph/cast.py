@@ -1,16 +1,15 @@
-"""Give a float32 graph a lower base type: matrix products, attention, caches and latent in it, all else in float32.
+"""Cast a float32 graph to a lower base type: matrix products, attention, caches and latent in it, all else in float32.
 
-One trace serves every precision (it is the dear part, about 10 s): `narrow` stores weights in fewer bits behind a Cast,
-`quantize` behind Q/DQ, and `lower` moves what is heavy into the base type and puts Casts where types meet. The rule
-is a short one. What reads much memory is lowered: MatMul, Attention, TensorScatter, the state, and Q/DQ around them.
-What lies between costs nothing and keeps float32: norms, residual stream, gates, rotary embedding, softcap, logits.
-Ops that only move numbers (and relu and its square, which round once) stay in the base type where all that read them
-are in it. Knows nothing of flavours and files.
+One trace serves every precision (it is the expensive part, about 10 s): `cast_weights` stores weights in fewer bits
+behind a Cast, `quantize` behind Q/DQ, and `cast_model` moves into the base type whatever reads much memory, MatMul,
+Attention, TensorScatter, the state and the Q/DQ around them, with Casts where types meet. The ops between them cost
+little and stay in float32: norms, residual stream, gates, rotary embedding, softcap, logits. Ops that only move numbers
+(and relu and its square, which round once) are in the base type where all their readers are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +21,6 @@ from lrt_deploy.errors import ExportError
 
 HEAVY = frozenset("MatMul Attention TensorScatter QuantizeLinear DequantizeLinear".split())  # noqa: SIM905
 FOLLOWING = frozenset("Reshape Transpose Split Slice Squeeze Unsqueeze Relu Pad".split())  # noqa: SIM905
-TABLES = ("wte", "value_embeds")
 
 DTYPES: dict[Dtype, ir.DataType] = {
     "float32": ir.DataType.FLOAT,
@@ -31,11 +29,18 @@ DTYPES: dict[Dtype, ir.DataType] = {
 }
 
 
-def narrow(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> None:
+def dtype_name(dtype: ir.DataType | None) -> str:
+    """Return the name of an element type as in the manifest: float32, bfloat16, int8; `unknown` for None."""
+    if dtype is None:
+        return "unknown"
+    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
+
+
+def cast_weights(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> None:
     """Store float32 matrices and tables as `dtype`, in place; those in `keep` stay. They are converted when written.
 
-    A matrix is followed by a Cast, which `lower` removes and ONNX Runtime folds; of a table the rows read are cast.
-    Tables that have 16 bits already stay as they are.
+    A matrix is followed by a Cast, which `cast_model` removes and ONNX Runtime folds; of a table the rows that are read
+    are cast. Tables that have 16 bits already stay as they are.
     """
     for node in list(model.graph):
         position = {"MatMul": 1, "Gather": 0}.get(node.op_type)
@@ -46,14 +51,14 @@ def narrow(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> None:
             continue
         store(value, lazy(value, DTYPES[dtype], lambda array, to=DTYPES[dtype]: _rounded(array, to)))
         if node.op_type == "MatMul":
-            node.replace_input_with(1, cast(model.graph, value, ir.DataType.FLOAT))
+            node.replace_input_with(1, cast_value(model.graph, value, ir.DataType.FLOAT))
         else:
             _cast_rows(model.graph, node, DTYPES[dtype])
     common.TopologicalSortPass()(model)
 
 
-def lower(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model:
-    """A copy whose base type is `dtype`; products with a matrix in `keep` stay float32."""
+def cast_model(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model:
+    """Return a copy whose base type is `dtype`; products with a matrix in `keep` stay float32."""
     model = model.clone()
     if dtype == "float32":
         return model
@@ -69,7 +74,7 @@ def lower(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model
             if source is None or node.op_type == "Shape":
                 continue
             if source in lowered if wanted == ir.DataType.FLOAT else source.dtype == ir.DataType.FLOAT:
-                node.replace_input_with(position, cast(graph, source, wanted))
+                node.replace_input_with(position, cast_value(graph, source, wanted))
     _set_outputs(graph, low)
     common.RemoveUnusedNodesPass()(model)
     common.TopologicalSortPass()(model)
@@ -77,20 +82,28 @@ def lower(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model
 
 
 def matrix_name(node: ir.Node) -> str | None:
-    """The name of the matrix that a MatMul multiplies by, however it is stored; None where it is no initializer."""
+    """Return the name of the matrix that a MatMul multiplies by, however it is stored; None for any other value."""
     value = node.inputs[1]
-    while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type not in ("Cast", "DequantizeLinear"):
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type not in ("Cast", "DequantizeLinear"):
             return None
-        value = producer.inputs[0]
+        value = maker.inputs[0]
     return None if value is None else value.name
 
 
-def cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """`value` in another type: what it was widened from, or one Cast shared by all that ask. The caller sorts."""
-    producer = value.producer()
-    if producer is not None and producer.op_type == "Cast" and value.dtype == ir.DataType.FLOAT:
-        source = producer.inputs[0]
+def producer(value: ir.Value | None, op: str | None = None, behind: Sequence[str] = ()) -> ir.Node | None:
+    """Return the node that makes a value, skipping ops in `behind`; None where there is none, or it is not an `op`."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in behind:
+        node = None if node.inputs[0] is None else node.inputs[0].producer()
+    return None if node is None or op not in (None, node.op_type) else node
+
+
+def cast_value(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    """Return `value` in another type: what it was widened from, or one Cast for all readers. The caller sorts."""
+    maker = producer(value, "Cast")
+    if maker is not None and value.dtype == ir.DataType.FLOAT:
+        source = maker.inputs[0]
         if source is not None and source.dtype == dtype:
             return source
     for user in value.consumers():
@@ -102,7 +115,7 @@ def cast(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
 
 
 def lazy(value: ir.Value, dtype: ir.DataType, convert: object, shape: tuple[int, ...] | None = None) -> ir.LazyTensor:
-    """The initializer `value` through `convert`, computed when it is written and not kept: peak memory stays low."""
+    """Return the initializer `value` through `convert`, computed when it is written and not kept, to save memory."""
     source = value.const_value
     assert source is not None and callable(convert)
     name = value.name
@@ -121,8 +134,9 @@ def store(value: ir.Value, tensor: ir.TensorProtocol) -> None:
 
 
 def _low_nodes(graph: ir.Graph, keep: Collection[str]) -> set[ir.Node]:
-    """What computes in the base type: the heavy ops, and runs of following ops between them."""
-    heavy = {node for node in graph if node.op_type in HEAVY and not (node.op_type == "MatMul" and _kept(node, keep))}
+    """Return the nodes that compute in the base type: heavy ops, and runs of following ops between them."""
+    kept = {node for node in graph if node.op_type == "MatMul" and matrix_name(node) in keep}
+    heavy = {node for node in graph if node.op_type in HEAVY and node not in kept}
     willing = set(heavy)
     for node in reversed(list(graph)):
         users = [user for value in node.outputs for user in value.consumers()]
@@ -134,10 +148,6 @@ def _low_nodes(graph: ir.Graph, keep: Collection[str]) -> set[ir.Node]:
         if node in willing and source is not None and source.producer() in low:
             low.add(node)
     return low
-
-
-def _kept(node: ir.Node, keep: Collection[str]) -> bool:
-    return matrix_name(node) in keep
 
 
 def _follows(node: ir.Node) -> bool:
@@ -153,7 +163,7 @@ def _set_outputs(graph: ir.Graph, low: ir.DataType) -> None:
             continue
         name = value.name
         value.name = f"{name}_{value.dtype.name.lower() if value.dtype else 'before'}"
-        result = cast(graph, value, wanted)
+        result = cast_value(graph, value, wanted)
         result.name = name
         graph.outputs[index] = result
 
@@ -162,13 +172,13 @@ def _cast_rows(graph: ir.Graph, gather: ir.Node, dtype: ir.DataType) -> None:
     rows = gather.outputs[0]
     rows.type = ir.TensorType(dtype)
     users = [(user, i) for user in rows.consumers() for i, value in enumerate(user.inputs) if value is rows]
-    widened = cast(graph, rows, ir.DataType.FLOAT)
+    widened = cast_value(graph, rows, ir.DataType.FLOAT)
     for user, position in users:
         user.replace_input_with(position, widened)
 
 
 def _rounded(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
-    """Rounded to `dtype`; what it cannot hold is refused."""
+    """Round to `dtype`; ExportError for a number that it cannot hold."""
     kind = np.float16 if dtype == ir.DataType.FLOAT16 else ml_dtypes.bfloat16
     with np.errstate(over="ignore"):
         result: np.ndarray = array.astype(kind)

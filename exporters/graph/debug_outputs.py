@@ -1,26 +1,36 @@
-"""A copy of a bundle's graph whose intermediate values are outputs as well, and what each of them is computed by.
+"""Copies of a bundle's graph for debugging: with intermediate activations as outputs, or computed in float32.
 
-The graph on disk is not touched: the copy is made in memory and reads the same weights file. Which values there are is
-`lrt_deploy.activations`' business; the export gave them their names. Runs nothing: see `runtime.ort_probe`.
+Copies are made in memory and read the weights file of the graph on disk, which is not touched. The activations are
+those that `lrt_deploy.activations` names; the export gave the values in the graph these names. Runs nothing: see
+`runtime.backends.ort_debug`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
+
+from .cast import cast_value, matrix_name, producer, store
+
+_LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+# Ops that take a 16-bit value as it is: the cast that widens it, the gather from a table, and sizes.
+_TAKES_LOW = ("Cast", "Gather", "Shape")
 
 
 @dataclass(frozen=True)
-class Origin:
-    """How a value comes about: the ops since the stages before it, in order, and what they start from."""
+class Derivation:
+    """The ops between a value and the activations, inputs and weights (`sources`) that it is computed from."""
 
     ops: tuple[str, ...]
-    sources: tuple[str, ...]  # names of earlier stages, inputs and weights
+    sources: tuple[str, ...]
 
     def __str__(self) -> str:
         *before, last = self.ops
@@ -29,32 +39,62 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class ProbedGraph:
-    """A serialized graph with extra outputs, and the folder that its weights lie in."""
+class DebugGraph:
+    """A serialized graph, the folder of its weights, and the derivation of every activation that is an output.
+
+    `activation_scales`: the int8 scale of the input of each matrix, where activations were quantized.
+    """
 
     model: bytes
     folder: Path
-    origins: dict[str, Origin]  # of every stage found in it
+    origins: dict[str, Derivation]
+    activation_scales: dict[str, float] = field(default_factory=dict)
 
 
-def probed(path: Path, stages: Sequence[str]) -> ProbedGraph:
-    """The graph at `path` with those of `stages` that it has as outputs; ParityError if it has hardly any."""
+def with_debug_outputs(path: Path, names: Sequence[str]) -> DebugGraph:
+    """Return the graph at `path` with those of the named activations that it has as outputs.
+
+    Raises ParityError if it has hardly any.
+    """
     model = ir.load(path)
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    found = [name for name in stages if name in values]
-    if len(found) < len(stages) // 4:
+    origins = _add_outputs(model.graph, names)
+    if len(origins) < len(names) // 4:
         raise ParityError(
-            f"{path} names {len(found)} of the {len(stages)} stages that bisecting compares; it was exported by a "
+            f"{path} names {len(origins)} of the {len(names)} stages that bisecting compares; it was exported by a "
             "version that did not name them: export the bundle again"
         )
-    outputs = {value.name for value in model.graph.outputs}
-    model.graph.outputs.extend(values[name] for name in found if name not in outputs)
+    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, origins)
+
+
+def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> DebugGraph:
+    """Return the graph at `path` in float32, with those of the named activations that it has as outputs.
+
+    Every 16-bit value is float32 and activations are not rounded to int8, on the same stored weights. So it computes,
+    up to float32's noise, what PyTorch computes with these weights, if its ops and their order are right: a fault of
+    the graph is told from a rounding of a kernel. A 16-bit constant that is the rounding of attention's scale counts
+    as the scale. The scales that were taken out are returned.
+    """
+    model = ir.load(path)
+    origins = _add_outputs(model.graph, names)
+    scales = _unround_activations(model.graph, path)
+    _unround_scale(model.graph, config.head_dim**-0.5)
+    _widen(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
+    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, origins, scales)
+
+
+def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, Derivation]:
+    """Make the named values outputs, in place; return their derivations."""
+    values = {value.name: value for node in graph for value in node.outputs}
+    found = {name: values[name] for name in names if name in values}
     known = frozenset(found)
-    origins = {name: origin_of(values[name], known) for name in found}
-    return ProbedGraph(ir.to_proto(model).SerializeToString(), path.parent, origins)
+    outputs = {value.name for value in graph.outputs}
+    graph.outputs.extend(value for name, value in found.items() if name not in outputs)
+    return {name: _derivation(value, known) for name, value in found.items()}
 
 
-def origin_of(value: ir.Value, known: frozenset[str]) -> Origin:
+def _derivation(value: ir.Value, known: frozenset[str]) -> Derivation:
     """Walk back to values that are known themselves, graph inputs and initializers."""
     ops: dict[ir.Node, None] = {}
     sources: dict[str, None] = {}
@@ -70,4 +110,68 @@ def origin_of(value: ir.Value, known: frozenset[str]) -> Origin:
             ops[node] = None
 
     visit(value)
-    return Origin(tuple(node.op_type for node in ops), tuple(sources))
+    return Derivation(tuple(node.op_type for node in ops), tuple(sources))
+
+
+def _unround_activations(graph: ir.Graph, path: Path) -> dict[str, float]:
+    """Let products read activations before QuantizeLinear; return the scale by the matrix that each is for."""
+    scales: dict[str, float] = {}
+    for node in [node for node in graph if node.op_type == "MatMul"]:
+        name, dequantize = matrix_name(node) or "", producer(node.inputs[0], behind=("Cast",))
+        if dequantize is None or dequantize.op_type != "DequantizeLinear":
+            continue
+        quantize = producer(dequantize.inputs[0], behind=("Cast",))
+        if quantize is None or quantize.op_type != "QuantizeLinear":
+            raise ParityError(
+                f"{path}: the input of {name} is dequantized and never quantized; export the bundle again"
+            )
+        ways = [(_number(q, 1, path), _number(q, 2, path)) for q in (quantize, dequantize)]
+        if ways[0] != ways[1] or ways[0][1] != 0:
+            raise ParityError(
+                f"{path}: the input of {name} is quantized by scale and zero point {ways[0]} and dequantized by "
+                f"{ways[1]}, expected the same scale and no zero point; export the bundle again"
+            )
+        scales[name] = ways[0][0]
+        node.replace_input_with(0, quantize.inputs[0])
+    return scales
+
+
+def _unround_scale(graph: ir.Graph, scale: float) -> None:
+    """Replace constants of one 16-bit number that are `scale` rounded by the number itself."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.size != 1 or value.dtype not in _LOW:
+            continue
+        number = tensor.numpy().reshape(())
+        if number == np.array(scale, number.dtype):
+            store(value, ir.tensor(np.full(tensor.shape.numpy(), scale, np.float32), name=value.name))
+
+
+def _widen(graph: ir.Graph) -> None:
+    """Make every 16-bit value float32: inputs, outputs, results and casts; weights are cast where they are read."""
+    for node in graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() in _LOW:
+            node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT.value)
+        for value in node.outputs:
+            if value.dtype in _LOW and node.op_type != "Gather":
+                value.type = ir.TensorType(ir.DataType.FLOAT)
+    for value in graph.inputs:
+        if value.dtype in _LOW:
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in list(graph):
+        for position, source in enumerate(node.inputs):
+            if source is not None and source.dtype in _LOW and node.op_type not in _TAKES_LOW:
+                node.replace_input_with(position, cast_value(graph, source, ir.DataType.FLOAT))
+
+
+def _number(node: ir.Node, position: int, path: Path) -> float:
+    """Read a scale or zero point of one number, behind casts; 0 where there is none."""
+    value = node.inputs[position] if position < len(node.inputs) else None
+    if value is None:
+        return 0.0
+    source: ir.Value | None = value
+    while source is not None and source.const_value is None and (maker := source.producer()) is not None:
+        source = maker.inputs[0]
+    if source is None or source.const_value is None or source.const_value.size != 1:
+        raise ParityError(f"{path}: {node.name} has no constant scale of one number; export the bundle again")
+    return float(source.const_value.numpy().reshape(()))

@@ -16,18 +16,14 @@ from onnx_ir.passes import common
 
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import TableRecord
-from lrt_deploy.bundle.precisions import Dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
 from . import weights_file
+from .cast import DTYPES
 
 _INPUT_OF = {"wte": contract.TOKEN_EMBEDS, "value_embeds": contract.VALUE_EMBEDS}
-_NAMES: dict[ir.DataType | None, Dtype] = {
-    ir.DataType.FLOAT: "float32",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Progress = Callable[[int, int], None]
 
@@ -73,9 +69,8 @@ def _replace_rows(gather: ir.Node, rows: ir.Value) -> None:
 
 
 def _write(tables: dict[str, ir.TensorProtocol], path: Path, progress: Progress) -> dict[str, TableRecord]:
-    written = zip(tables.items(), weights_file.write(list(tables.values()), path, progress), strict=True)
     records = {}
-    for (name, tensor), offset in written:
+    for name, tensor in zip(tables, weights_file.write(list(tables.values()), path, progress), strict=True):
         rows, columns = tensor.shape.numpy()
-        records[name] = TableRecord(_NAMES[tensor.dtype], (rows, columns), offset)
+        records[name] = TableRecord(_NAMES[tensor.dtype], (rows, columns), tensor.offset or 0)
     return records

@@ -1,6 +1,6 @@
 """Write the four graphs and the weights file of one precision, from the one traced graph and a plan.
 
-The order is the point: weights are stored (narrowed, quantized) in a float32 graph, which is written once; both
+The order is the point: weights are stored (cast, quantized) in a float32 graph, which is written once; both
 flavours are then derived from it, each in its own base type, and so share every number.
 """
 
@@ -17,19 +17,19 @@ from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.exporters.quantize.gptq import compensated
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import Plan
 from lrt_deploy.exporters.quantize.qdq import quantize, unpad
 
 from . import host_embeddings, passes, variants, verify, weights_file
-from .cast import lower, narrow
+from .cast import cast_model, cast_weights
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Written:
-    """What each flavour's graphs compute in, and where their tables lie, if not in the graphs."""
+    """The counts of each flavour's graphs, and where their tables lie, if not in the graphs."""
 
     operations: dict[str, verify.Counts]
     tables: dict[str, manifest.TableRecord]
@@ -63,19 +63,19 @@ def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
     model = traced.clone()
     if plan.kind is not None:
         stored = {
-            name: compensated(value.const_value.numpy(), plan.moments[name], plan.kind)
+            name: round_by_gptq(value.const_value.numpy(), plan.moments[name], plan.kind)
             for name, value in model.graph.initializers.items()
             if name in plan.moments and value.const_value is not None
         }
         quantize(model, plan.kind, plan.keep, plan.activation_scales, stored)
     if plan.precision != "fp32":
-        narrow(model, base_dtype(plan.precision, "full"), plan.float32)
+        cast_weights(model, base_dtype(plan.precision, "full"), plan.float32)
     return model
 
 
 def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavour: Flavour) -> ir.Model:
     """The flavour's prefill graph in its base type."""
-    model = lower(stored, base_dtype(plan.precision, flavour), plan.float32)
+    model = cast_model(stored, base_dtype(plan.precision, flavour), plan.float32)
     if flavour == "windowed":
         unpad(model)
         model = variants.windowed(model, config, capacity)
@@ -85,5 +85,5 @@ def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavo
 
 def _check(model: ir.Model, config: LRTConfig, plan: Plan, flavour: Flavour) -> verify.Counts:
     base = base_dtype(plan.precision, flavour)
-    expected = verify.promised(config, plan.kind, base, len(plan.keep), len(plan.float32))
+    expected = verify.expected_counts(config, plan.kind, base, len(plan.keep), len(plan.float32))
     return verify.check(model.graph, expected, f"the {flavour} graph in {plan.precision}")

@@ -1,7 +1,6 @@
-"""What a graph computes in, counted node by node, and held against what its precision promises.
+"""Count node by node which types a graph computes in, and verify the counts against what its precision expects.
 
-The counts go into the manifest, `inspect` shows them, and an export whose graph is not as promised fails. Needs onnx_ir
-alone, so that the proof of an engine can count the graph that it is built from by the same rules.
+The counts go into the manifest, `inspect` shows them, and an export whose graph has others fails. Needs onnx_ir alone.
 """
 
 from __future__ import annotations
@@ -15,15 +14,13 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.quantize.qdq import Format
 
-from .cast import matrix_name
-
-_NAMES = {"FLOAT": "float32", "DOUBLE": "float64", "FLOAT16": "float16", "BFLOAT16": "bfloat16"}
+from .cast import dtype_name, matrix_name, producer
 
 Counts = dict[str, dict[str, int]]
 
 
 def count(graph: ir.Graph) -> Counts:
-    """Operation -> in what it runs -> how often: `matmul`, `attention`, `cache_write`, and `convert` for Q/DQ.
+    """Count operations by type: `matmul`, `attention`, `cache_write`, and `convert` for Q/DQ.
 
     A matmul in `float16` has a matrix of that type; `int8 weights, float16` multiplies in float16 with a matrix that
     is stored in int8; in `int8, float16` both sides are int8, and what comes out is float16.
@@ -42,8 +39,8 @@ def count(graph: ir.Graph) -> Counts:
     return {operation: dict(sorted(counts.items())) for operation, counts in found.items()}
 
 
-def promised(config: LRTConfig, kind: Format | None, base: str, kept: int, wide: int) -> Counts:
-    """The counts that a graph must have: `kept` matrices are not quantized, `wide` multiply in float32.
+def expected_counts(config: LRTConfig, kind: Format | None, base: str, kept: int, wide: int) -> Counts:
+    """Return the counts that a graph must have: `kept` matrices are not quantized, `wide` multiply in float32.
 
     The others are of the format `kind`, if it is not None; what is not quantized is in the type `base`.
     """
@@ -62,7 +59,7 @@ def promised(config: LRTConfig, kind: Format | None, base: str, kept: int, wide:
 
 
 def check(graph: ir.Graph, expected: Counts, what: str) -> Counts:
-    """The counts of a graph; raises ExportError with the difference where they are not those that were promised."""
+    """Return the counts of a graph; ExportError with the difference where they are not those expected."""
     found = count(graph)
     for operation, numbers in expected.items():
         if found[operation] != numbers:
@@ -76,18 +73,13 @@ def check(graph: ir.Graph, expected: Counts, what: str) -> Counts:
 def _matmul_kind(node: ir.Node, base: str) -> str:
     stored, kinds = node.inputs[1], []
     for value in (stored, node.inputs[0]):
-        producer = None if value is None else value.producer()
-        integers = producer.inputs[0] if producer is not None and producer.op_type == "DequantizeLinear" else None
+        dequantize = producer(value, "DequantizeLinear")
+        integers = None if dequantize is None else dequantize.inputs[0]
         kinds.append("" if integers is None or integers.dtype is None else f"int{integers.dtype.bitwidth}")
     weights, activations = kinds
     if not weights:
         return base if matrix_name(node) else f"{base} without a matrix"
     return f"{weights}, {base}" if weights == activations else f"{weights} weights, {base}"
-
-
-def dtype_name(dtype: ir.DataType | None) -> str:
-    """Return the name of an element type as in the manifest: float32, int8; `unknown` for None."""
-    return "unknown" if dtype is None else _NAMES.get(dtype.name, dtype.name.lower())
 
 
 def _text(numbers: dict[str, int]) -> str:

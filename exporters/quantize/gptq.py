@@ -1,9 +1,9 @@
-"""Round a matrix row by row so that later rows make up for the error of earlier ones, on inputs that were seen.
+"""GPTQ: round a matrix row by row so that later rows make up for the error of earlier ones, on measured inputs.
 
-Rounding to nearest treats all inputs alike. Decoding does not: the inputs of a matrix are correlated, so what rounding
-one row does to the product can be undone in part by the rows that are not rounded yet. With H the second moment of the
-inputs, the best correction after each row follows from the Cholesky factor of its inverse (the method known as GPTQ).
-Grids are those of `quantize`, chosen for each block of rows when its turn comes.
+Rounding to nearest treats all inputs alike, but the inputs of a matrix are correlated: the error that rounding one row
+makes in the product can be undone in part by the rows that are not rounded yet. With H the second moment of the inputs,
+the best correction after each row follows from the Cholesky factor of its inverse (Frantar et al., 2023). Scales are
+chosen as in `qdq`, for each block of rows when its turn comes.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import numpy.typing as npt
 
 from .qdq import Floats, Format, quantized, weight_scales
 
-# Added to H's diagonal, as a share of its mean: what calibration saw little of must not be corrected at any price.
+# Added to H's diagonal, as a share of its mean: limits corrections along inputs that calibration rarely had.
 _DAMPING = 0.01
 
 Doubles = npt.NDArray[np.float64]
 
 
-def compensated(
+def round_by_gptq(
     weight: Floats, moment: Doubles, kind: Format
 ) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]:
-    """Scales (blocks, N) and integers (K, N) of a matrix whose inputs have the second moment (K, K)."""
+    """Return scales (blocks, N) and integers (K, N) of a matrix (K, N) whose inputs have the second moment (K, K)."""
     assert kind.block is not None
     rest, factor = weight.astype(np.float64), _inverse_factor(moment)
-    scales, integers = [], []
+    scales, integers, one_row = [], [], replace(kind, block=1)
     for start in range(0, len(rest), kind.block):
         rows = slice(start, min(start + kind.block, len(rest)))  # the last block may have fewer
         steps = weight_scales(rest[rows].astype(np.float32), kind)
         errors = np.empty_like(rest[rows])
         for i, row in enumerate(range(start, rows.stop)):
-            integer = quantized(rest[row : row + 1].astype(np.float32), steps, _one_row(kind))
+            integer = quantized(rest[row : row + 1].astype(np.float32), steps, one_row)
             integers.append(integer)
             errors[i] = (rest[row] - integer[0].astype(np.float64) * steps[0]) / factor[row, row]
             rest[row + 1 : rows.stop] -= np.outer(factor[row, row + 1 : rows.stop], errors[i])
@@ -49,8 +49,3 @@ def _inverse_factor(moment: Doubles) -> Doubles:
     damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1.0
     factor: Doubles = np.linalg.cholesky(np.linalg.inv(damped)).T
     return factor
-
-
-def _one_row(kind: Format) -> Format:
-    """The same grid for a block of one row."""
-    return replace(kind, block=1)

@@ -24,7 +24,7 @@ from onnx_ir.passes import common
 
 from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.graph.cast import cast, lazy, matrix_name, store
+from lrt_deploy.exporters.graph.cast import cast_value, lazy, matrix_name, producer, store
 from lrt_deploy.exporters.graph.passes import constant, static_dim
 
 ACTIVATION_ZERO = "activation_zero_point"
@@ -96,8 +96,8 @@ def unpad(model: ir.Model) -> None:
     for node in [node for node in model.graph if node.op_type == "Pad" and node.inputs[1] is not None]:
         padded, source = node.outputs[0], node.inputs[0]
         for product in list(padded.consumers()):
-            dequantize = None if product.inputs[1] is None else product.inputs[1].producer()
-            if product.op_type != "MatMul" or dequantize is None or dequantize.op_type != "DequantizeLinear":
+            dequantize = producer(product.inputs[1], "DequantizeLinear")
+            if product.op_type != "MatMul" or dequantize is None:
                 raise ExportError(f"{product.name} reads padded activations and has no quantized matrix")
             _cut(dequantize, _rows(dequantize.inputs[0]) - _last(padded) + _last(source))
             product.replace_input_with(0, source)
@@ -163,7 +163,7 @@ def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, 
     rows, columns = weight.const_value.shape.numpy()
     fill = ((0, kind.missing_rows(rows)), (0, 0))
     scales = weight_scales(weight.const_value.numpy(), kind) if stored is None else stored[0]
-    scale = cast(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
+    scale = cast_value(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
     dtype = ir.DataType.INT4 if kind.bits == 4 else ir.DataType.INT8
     if stored is None:
         convert = partial(_quantized_and_filled, scales=scales, kind=kind)
@@ -223,7 +223,7 @@ def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
     for user in x.consumers():
         if user.op_type == "QuantizeLinear":
             return next(iter(user.outputs[0].consumers())).outputs[0]
-    scale = cast(graph, constant(graph, f"{x.name}.scale", np.array(step, np.float16)), ir.DataType.FLOAT)
+    scale = cast_value(graph, constant(graph, f"{x.name}.scale", np.array(step, np.float16)), ir.DataType.FLOAT)
     zero = constant(graph, ACTIVATION_ZERO, np.array(0, np.int8))
     integers = _like(x, f"{x.name}.int8", ir.DataType.INT8)
     result = _like(x, f"{x.name}.dequantized", ir.DataType.FLOAT)

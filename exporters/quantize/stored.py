@@ -23,14 +23,9 @@ from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
+from lrt_deploy.exporters.graph.cast import dtype_name
 
-_DTYPES = {
-    ir.DataType.INT4: "int4",
-    ir.DataType.INT8: "int8",
-    ir.DataType.FLOAT16: "float16",
-    ir.DataType.BFLOAT16: "bfloat16",
-    ir.DataType.FLOAT: "float32",
-}
+_DTYPES = ("int4", "int8", "float16", "bfloat16", "float32")
 _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
 
 
@@ -85,7 +80,7 @@ class StoredWeights:
             if values[rows:].any():
                 raise ParityError(f"{name} holds rows beyond its {rows} that are not zeros; export the bundle again")
             scales = None if use.scales is None else use.scales.numpy().astype(np.float16)
-            yield StoredMatrix(name, _DTYPES[use.tensor.dtype], values[:rows], scales, use.block)
+            yield StoredMatrix(name, dtype_name(use.tensor.dtype), values[:rows], scales, use.block)
 
 
 def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
@@ -162,7 +157,7 @@ def _is_table(value: ir.Value | None) -> bool:
 
 def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
     tensor = value.const_value
-    if tensor is None or tensor.dtype not in _DTYPES:
+    if tensor is None or dtype_name(tensor.dtype) not in _DTYPES:
         raise ParityError(f"{path}: {value.name} is {value.dtype} and no stored matrix; export the bundle again")
     if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in (WEIGHTS, TABLES):
         raise ParityError(f"{path}: {value.name} lies in {tensor.location}, expected {WEIGHTS}")

@@ -81,7 +81,7 @@ def model_fields(path: Path, model: ir.Model) -> dict[str, Any]:
 
 def value_fields(value: ir.Value) -> dict[str, Any]:
     """Return name, dtype and dimensions of an input or output; a name stands for a free dimension."""
-    from lrt_deploy.exporters.graph.verify import dtype_name
+    from lrt_deploy.exporters.graph.cast import dtype_name
 
     sizes = [dim if isinstance(dim, int) else dim.value or "?" for dim in value.shape or ()]
     return {"name": value.name, "dtype": dtype_name(value.dtype), "dims": sizes}

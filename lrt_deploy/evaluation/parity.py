@@ -298,7 +298,7 @@ def _weights(subject: Subject, opened: Checkpoint, progress: Progress) -> Weight
 
 def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart:
     """Judge the part `arithmetic`; leaves the stored weights in `model`."""
-    from lrt_deploy.exporters.graph.exact_graph import exact_graph
+    from lrt_deploy.exporters.graph.debug_outputs import exact_graph
     from lrt_deploy.exporters.quantize.stored import StoredWeights
     from lrt_deploy.model.dequantized import run_forced, take_stored_weights
     from lrt_deploy.runtime.backends.host_tables import HostTables
@@ -398,8 +398,7 @@ def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Dec
 
     Without `decoder` the bundle is quantized: `reference` has its stored weights, and the graph is run in float32.
     """
-    from lrt_deploy.exporters.graph.debug_outputs import probed
-    from lrt_deploy.exporters.graph.exact_graph import exact_graph
+    from lrt_deploy.exporters.graph.debug_outputs import exact_graph, with_debug_outputs
     from lrt_deploy.runtime.backends.host_tables import HostTables
     from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 
@@ -410,6 +409,6 @@ def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Dec
         exact = exact_graph(subject.graph, held.model, names)
         observer = OrtProbe(exact.model, exact.folder, held.model, tables, fused=False)
         return bisect_parts(reference, observer, report, exact.origins)
-    graph = probed(subject.graph, names)
+    graph = with_debug_outputs(subject.graph, names)
     observer = OrtProbe(graph.model, graph.folder, held.model, tables)
     return bisect(reference, decoder, observer, report, graph.origins)
