@@ -1,9 +1,9 @@
-"""The configuration of a checkpoint in the authors' layout: what its meta file says, completed by its tensors.
+"""The configuration of a checkpoint in the authors' layout: the fields of its meta file, completed by its tensors.
 
-`model_config` does not say everything. A chat checkpoint of an LRT has seven fields and no word of the memory path;
-plain nanochat changed its arithmetic several times without a new field. So the tensors' names and shapes complete the
-fields, and a contradiction between the two is refused. A checkpoint whose arithmetic this version does not know, or
-cannot tell from another one, is refused by name: never approximated.
+`model_config` is incomplete: a chat checkpoint of an LRT has seven fields and none of the memory path, and plain
+nanochat changed its arithmetic several times without a new field. The tensors' names and shapes complete the fields,
+and a contradiction between the two is refused. So is a checkpoint whose arithmetic this version does not know, or
+cannot tell from another one.
 
 Plain nanochat by date (its repository's `gpt.py` and `dev/LOG.md`), beside what the LRT authors' fork writes:
 
@@ -29,29 +29,19 @@ from typing import Any
 
 from lrt_deploy.config import LOGIT_SOFTCAP, LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
+from lrt_deploy.fields import shown
 
 # Fields of the authors' GPTConfig that say how the model was trained; decoding does not depend on them.
 TRAINING_FIELDS = frozenset(
-    {
-        "interleaved_num_passes",
-        "interleaved_kv_refresh",
-        "multi_refine_num_passes",
-        "multi_refine_detach",
-        "multi_refine_loss_weights",
-    }
+    (
+        *("interleaved_num_passes", "interleaved_kv_refresh"),
+        *("multi_refine_num_passes", "multi_refine_detach", "multi_refine_loss_weights"),
+    )
 )
-# Fields that only the authors' fork writes; it has had softcap 15 and rotary base 10,000 throughout.
-_FORK_FIELDS = TRAINING_FIELDS | {
-    "use_value_embeds",
-    "ve_every_layer",
-    "use_x0_residual",
-    "use_resid_lambdas",
-    "ve_gate_channels",
-    "use_interleaved",
-    "use_multi_refine",
-}
 _MEMORY_FLAGS = ("use_interleaved", "use_multi_refine")
 _SWITCHES = (*_MEMORY_FLAGS, "use_value_embeds", "ve_every_layer", "use_x0_residual", "use_resid_lambdas")
+# Fields that only the authors' fork writes; it has had softcap 15 and rotary base 10,000 throughout.
+_FORK_FIELDS = TRAINING_FIELDS | {*_SWITCHES, "ve_gate_channels"}
 _SIZES = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
 # Not the authors' field: a user adds it to the meta file of a checkpoint that does not tell its date.
 _SOFTCAP = "logit_softcap"
@@ -70,7 +60,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Described:
-    """The configuration, and in words which code is known to have written such a checkpoint."""
+    """The configuration, and a text that names the code that writes such checkpoints."""
 
     config: LRTConfig
     known_as: str
@@ -78,7 +68,7 @@ class Described:
 
 @dataclass(frozen=True)
 class _Evidence:
-    """The two things that describe a checkpoint, and their files' names for messages."""
+    """The fields and the tensors' shapes of a checkpoint, and their files' names for messages."""
 
     fields: Mapping[str, Any]
     shapes: Shapes
@@ -86,17 +76,18 @@ class _Evidence:
     weights: str
 
     def stated(self, name: str) -> bool | None:
-        """The value of a switch, None where the meta does not have it."""
+        """Return the value of a switch, None where the meta does not have it."""
         value = self.fields.get(name)
         if value is not None and not isinstance(value, bool):
-            raise ConfigError(f"model_config: {name} is {_short(repr(value))}, expected bool")
+            raise ConfigError(f"model_config: {name} is {shown(value)}, expected true or false")
         return value
 
     def first(self, pattern: str) -> str | None:
-        """The name of a tensor that the pattern matches from its start, if there is one."""
+        """Return the name of a tensor that the pattern matches from its start, or None."""
         return next((name for name in self.shapes if re.match(pattern, name)), None)
 
     def contradict(self, says: str, tensor: str | None, kind: str) -> None:
+        """Raise CheckpointError for a field that contradicts a tensor, or the lack of this kind of tensors."""
         found = f"holds {tensor!r}" if tensor else f"holds no {kind}"
         raise CheckpointError(
             f"{self.meta} says {says}, and {self.weights} {found}; the two are not of one model. Take the files that "
@@ -110,35 +101,29 @@ def describe(fields: Mapping[str, Any], shapes: Shapes, meta: str, weights: str)
     `meta` and `weights` name the files in errors. Raises ConfigError for fields that are unknown, missing or out of
     bounds, and CheckpointError where fields and tensors contradict each other or the arithmetic is not known.
     """
-    if unknown := sorted(set(fields) - KNOWN_FIELDS):
+    if unknown := ", ".join(sorted(set(fields) - KNOWN_FIELDS)):
         raise ConfigError(
-            f"model_config has the field(s) {_short(', '.join(unknown))}, which this version does not know; they may "
-            f"change the arithmetic. Known are {', '.join(sorted(KNOWN_FIELDS))}. Remove a field only if it concerns "
-            "training alone"
+            f"model_config has the field(s) {unknown[:200]}, which this version does not know; they may change the "
+            f"arithmetic. Known are {', '.join(sorted(KNOWN_FIELDS))}. Remove a field only if it is of training alone"
         )
-    if missing := [name for name in _SIZES if name not in fields]:
-        raise ConfigError(f"model_config lacks {', '.join(missing)}; the authors' training code always writes them")
     evidence = _Evidence(fields, shapes, meta, weights)
     for name in _SWITCHES:
         evidence.stated(name)
     _refuse_other_arithmetic(evidence)
-    memory = _has_memory(evidence)
-    config = LRTConfig(
-        **{name: fields[name] for name in _SIZES},
-        window_pattern=_window_pattern(fields),
-        memory=memory,
-        use_x0_residual=_switch(evidence, "use_x0_residual", "x0_lambdas"),
-        use_resid_lambdas=_switch(evidence, "use_resid_lambdas", "resid_lambdas"),
+    pattern = fields.get("window_pattern", "L")
+    config = LRTConfig.from_dict(
+        {name: fields[name] for name in _SIZES if name in fields}
+        | {
+            "window_pattern": pattern.upper() if isinstance(pattern, str) else pattern,
+            "memory": _has_memory(evidence),
+            "use_x0_residual": _switch(evidence, "use_x0_residual", "x0_lambdas"),
+            "use_resid_lambdas": _switch(evidence, "use_resid_lambdas", "resid_lambdas"),
+        }
     )
     tables, every_layer = _value_embeddings(evidence, config)
     config = dataclasses.replace(config, use_value_embeds=tables, ve_every_layer=every_layer)
     config = dataclasses.replace(config, ve_gate_channels=_gate_channels(evidence, config))
     return Described(config, _known_as(evidence, config))
-
-
-def _window_pattern(fields: Mapping[str, Any]) -> str:
-    pattern = fields.get("window_pattern", "L")
-    return pattern.upper() if isinstance(pattern, str) else pattern  # LRTConfig refuses other types
 
 
 def _refuse_other_arithmetic(evidence: _Evidence) -> None:
@@ -150,13 +135,13 @@ def _refuse_other_arithmetic(evidence: _Evidence) -> None:
     softcap = evidence.fields.get(_SOFTCAP, LOGIT_SOFTCAP)
     if isinstance(softcap, bool) or softcap != LOGIT_SOFTCAP:
         raise ConfigError(
-            f"model_config: {_SOFTCAP} is {_short(repr(softcap))}; this version runs models with {LOGIT_SOFTCAP:g}, "
+            f"model_config: {_SOFTCAP} is {shown(softcap)}; this version runs models with {LOGIT_SOFTCAP:g}, "
             "which is the LRT's and that of nanochat until 2026-03-01"
         )
 
 
 def _has_memory(evidence: _Evidence) -> bool:
-    """Whether it is an LRT: by the tensors, which the flags must not contradict."""
+    """Return whether the tensors are those of an LRT; the flags must not contradict them."""
     tensor = evidence.first(r"interleaved_|transformer\.h\.\d+\.attn\.triple_gate\.")
     stated = {flag: evidence.stated(flag) for flag in _MEMORY_FLAGS if flag in evidence.fields}
     if stated and any(stated.values()) != (tensor is not None):
@@ -165,7 +150,7 @@ def _has_memory(evidence: _Evidence) -> bool:
 
 
 def _switch(evidence: _Evidence, field: str, tensor: str) -> bool:
-    """A term that is on unless the meta says otherwise; files from before the term lack its tensor."""
+    """Return whether a term is on, as it is unless the meta says otherwise; older files lack its tensor."""
     stated = evidence.stated(field)
     if stated is False and tensor in evidence.shapes:
         evidence.contradict(f"{field} is False", tensor, tensor)
@@ -173,9 +158,9 @@ def _switch(evidence: _Evidence, field: str, tensor: str) -> bool:
 
 
 def _value_embeddings(evidence: _Evidence, config: LRTConfig) -> tuple[bool, bool]:
-    """Whether layers have value embeddings, and whether all have: by the tables.
+    """Return whether layers have value embeddings, and whether all have, by the tables.
 
-    In an LRT, `use_value_embeds` speaks of the plain model only.
+    `use_value_embeds` concerns the plain model only.
     """
     table = evidence.first(r"interleaved_init_value_embeds\." if config.memory else r"value_embeds\.")
     every_layer = evidence.stated("ve_every_layer")
@@ -190,7 +175,7 @@ def _value_embeddings(evidence: _Evidence, config: LRTConfig) -> tuple[bool, boo
 
 
 def _gate_channels(evidence: _Evidence, config: LRTConfig) -> int:
-    """Channels that the gates read, from a gate's shape: the field's default changed between releases."""
+    """Return the number of channels that the gates read, from a gate's shape: the field's default has changed."""
     stated = evidence.fields.get("ve_gate_channels", 0)
     kind = "triple_gate" if config.memory else "ve_gate"
     gate = evidence.first(rf"transformer\.h\.\d+\.attn\.{kind}\.weight$")
@@ -202,7 +187,7 @@ def _gate_channels(evidence: _Evidence, config: LRTConfig) -> int:
 
 
 def _known_as(evidence: _Evidence, config: LRTConfig) -> str:
-    """Which code wrote it; CheckpointError where that is not known and the arithmetic depends on it."""
+    """Name the code that wrote it; raises CheckpointError if the arithmetic depends on it and it is not known."""
     flags = [flag for flag in _MEMORY_FLAGS if flag in evidence.fields]
     if config.memory:
         return "LRT, as its meta says" if flags else "LRT, by its tensors: its meta does not name the memory path"
@@ -233,7 +218,3 @@ def _known_as(evidence: _Evidence, config: LRTConfig) -> str:
             f'{LOGIT_SOFTCAP:g}, say so: add "{_SOFTCAP}": {LOGIT_SOFTCAP:g} to model_config in {evidence.meta}'
         )
     return f"plain nanochat of 2026-01-17 to 03-01, with the softcap of {LOGIT_SOFTCAP:g} that its meta states"
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 200 else f"{text[:200]}…"

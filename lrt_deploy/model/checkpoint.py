@@ -2,10 +2,11 @@
 
 Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (its `model_config`). Native:
 `config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the
-authors' format cannot (shared projections, another source layer). Files come from strangers: no unpickler runs, every
-file is opened as a regular one, and everything is checked against the config before anything of its size is made.
-Which file a path means is for `checkpoint_folder` to say, how `.pt` files are read for `pt_file`, what the authors'
-meta means for `authors_config`. Tokenizers are read by `tokenizer`; which tensor goes where is said by `weights`.
+authors' format cannot (shared projections, another source layer). Files come from strangers: no unpickler runs, only
+regular files are opened, and everything is checked against the config before anything of its size is made.
+
+Elsewhere: finding the files of a path (`checkpoint_folder`), reading `.pt` files (`pt_file`), the authors' meta
+(`authors_config`), the names of tensors (`bundle.weights`), tokenizers (`text.tokenizer`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -35,7 +37,7 @@ from .checkpoint_folder import Found, find_checkpoint
 from .model import LRT
 from .pt_file import StoredTensor, read_state_dict
 
-_PREFIXES = ("_orig_mod.", "module.")  # torch.compile and DistributedDataParallel leave them in state dicts
+_PREFIXES = re.compile(r"^(_orig_mod\.|module\.){1,8}")  # of torch.compile and DistributedDataParallel, in any order
 _TABLES = ("wte", "value_embeds")  # kept in bfloat16 when stored so: gathered, then cast
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
@@ -60,7 +62,7 @@ class LazyTensor:
 class Checkpoint:
     """A checkpoint whose tensors are described, not yet read; `model()` reads and checks them.
 
-    `known_as` says which code is known to have written it, `chosen` how its files were chosen among several.
+    `known_as` names the code that wrote it, `chosen` how its files were chosen among several.
     """
 
     folder: Path
@@ -81,7 +83,7 @@ class Checkpoint:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def model(self, max_positions: int | None = None) -> LRT:
-        """The reference model with these weights, in evaluation mode, matrices in float32.
+        """Build the reference model with these weights, in evaluation mode, matrices in float32.
 
         `max_positions` is the length of its rotary tables (default: the authors' limit). Raises CheckpointError when a
         tensor is missing, unknown, of another shape, not floating point, or not finite.
@@ -94,7 +96,7 @@ class Checkpoint:
         return model.eval().requires_grad_(False)
 
     def check_tensors(self) -> None:
-        """Hold names, shapes and types of all tensors against the config, reading none; raises CheckpointError."""
+        """Check names, shapes and types of all tensors against the config; read none. Raises CheckpointError."""
         sources = weight_sources(self.config)
         self._refuse_unknown({name for source in sources.values() for name in source.names})
         for source in sources.values():
@@ -106,14 +108,11 @@ class Checkpoint:
         stored = [self.tensors[key].dtype for key in source.names if key in self.tensors]
         if name in _TABLES and set(stored) == {"bfloat16"}:
             setattr(model, name, nn.Parameter(torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)))
-        sizes = [shape[0 if source.transposed else -1] for shape in source.shapes]
-        parts = model.get_parameter(name).split(sizes, dim=-1)
-        for part, key, shape in zip(parts, source.names, source.shapes, strict=True):
-            tensor = self._read(key, shape, source)
-            part.copy_(tensor.T if source.transposed else tensor)
+        for part, key, shape in zip(_parts(model, name, source), source.names, source.shapes, strict=True):
+            part.copy_(self._read(key, shape, source))
 
     def _check(self, key: str, shape: tuple[int, ...], optional: bool) -> None:
-        """Hold a tensor's kind against the config without reading it."""
+        """Check a tensor's shape and type without reading it."""
         tensor = self.tensors.get(key)
         if tensor is None:
             if optional:
@@ -167,14 +166,17 @@ def write_native(model: LRT, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for name, source in weight_sources(model.config).items():
-        sizes = [shape[0 if source.transposed else -1] for shape in source.shapes]
-        parts = model.get_parameter(name).detach().split(sizes, dim=-1)
-        tensors |= {
-            key: (part.T if source.transposed else part).contiguous()
-            for key, part in zip(source.names, parts, strict=True)
-        }
+        parts = zip(source.names, _parts(model, name, source), strict=True)
+        tensors |= {key: part.detach().contiguous() for key, part in parts}
     safetensors.torch.save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
+
+
+def _parts(model: LRT, name: str, source: Source) -> list[Tensor]:
+    """Return views of the parts of a parameter, each in the shape of the authors' tensor."""
+    sizes = [shape[0 if source.transposed else -1] for shape in source.shapes]
+    parts = model.get_parameter(name).split(sizes, dim=-1)
+    return [part.T if source.transposed else part for part in parts]
 
 
 def _open_native(found: Found) -> Checkpoint:
@@ -188,7 +190,7 @@ def _open_native(found: Found) -> Checkpoint:
 
 
 def _safetensors(file: Path) -> dict[str, LazyTensor]:
-    """Describe the tensors of a safetensors file; its library holds offsets and shapes against the file's size."""
+    """Describe the tensors of a safetensors file; its library checks offsets and shapes against the file's size."""
     with open_regular(file, "the weights file", CheckpointError) as opened:
         head = opened.read(64)
         refuse_placeholder(head, f"the weights file ({file})", CheckpointError)
@@ -245,25 +247,18 @@ def as_torch(stored: StoredTensor) -> Tensor:
 
 
 def _without_prefixes(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
-    """Drop what wrappers of a model put before its names; refuse two tensors that get one name."""
+    """Drop the prefixes that wrappers of a model add; raises CheckpointError for two tensors that get one name."""
     found: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        plain = _without(name, _PREFIXES)
+        plain = _PREFIXES.sub("", name)
         if plain in found:
-            first = next(other for other in tensors if _without(other, _PREFIXES) == plain)
+            first = next(other for other in tensors if _PREFIXES.sub("", other) == plain)
             raise CheckpointError(
                 f"{file} holds {first!r} and {name!r}, which are one tensor's name with and without the prefix that "
                 "torch.compile or DistributedDataParallel adds; which of them was trained is not known"
             )
         found[plain] = tensor
     return found
-
-
-def _without(name: str, prefixes: Iterable[str]) -> str:
-    for _ in range(4):  # a compiled and distributed model has both, in either order
-        for prefix in prefixes:
-            name = name.removeprefix(prefix)
-    return name
 
 
 def _read_object(file: Path, what: str, limit: int) -> dict[str, object]:
