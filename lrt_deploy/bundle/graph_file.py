@@ -1,8 +1,8 @@
-"""Read what matters for safety from the file of an ONNX graph: where its weights lie, and that it is a plain graph.
+"""Check an ONNX graph file: external weights lie within the bundle's weights file, and no graph is nested.
 
 A bundle's graphs keep large weights in the one weights file beside them. A graph that a stranger wrote could name
-another file, or bytes beyond the end; it could also hold graphs within graphs (loops). What the inputs and outputs are
-is asked of the runtime that opens the graph. Reads the protobuf wire format by itself: a deployment has no onnx.
+another file, or bytes beyond the end, or hold graphs within graphs (loops). Inputs and outputs are checked by the
+runtime that opens the graph. The protobuf wire format is read here, because a deployment has no onnx.
 """
 
 from __future__ import annotations
@@ -42,19 +42,15 @@ def check_graph_file(graph: Path, weights: Path) -> None:
 
 
 def _check_model(data: memoryview, weights: str, size: int) -> None:
-    graphs = 0
+    graphs = []
     for number, value in _fields(data):
         if number in (_TRAINING, _FUNCTIONS):
             raise ValueError("it holds functions or training information")
         if number == _GRAPH:
-            graphs += 1
-            _check_graph(_message(value), weights, size)
-    if graphs != 1:
-        raise ValueError(f"it holds {graphs} graphs, expected 1")
-
-
-def _check_graph(data: memoryview, weights: str, size: int) -> None:
-    for number, value in _fields(data):
+            graphs.append(_message(value))
+    if len(graphs) != 1:
+        raise ValueError(f"it holds {len(graphs)} graphs, expected 1")
+    for number, value in _fields(graphs[0]):
         if number == _NODE:
             _check_node(_message(value))
         elif number == _INITIALIZER:
@@ -74,7 +70,7 @@ def _check_node(data: memoryview) -> None:
 
 
 def _check_tensor(data: memoryview, weights: str, size: int) -> None:
-    """Hold the place of a tensor that is kept outside against the file, and its bytes against its type and shape."""
+    """Check the place of an external tensor against the file, and its bytes against its type and shape."""
     dims, kind, outside, name = [], 0, False, ""
     place: dict[str, str] = {}
     for number, value in _fields(data):
@@ -110,18 +106,18 @@ def _count(place: dict[str, str], key: str, name: str) -> int:
 
 
 def _fields(data: memoryview) -> Iterator[Field]:
-    """Number and value of each field of a message: an integer, or the bytes of what has a length."""
+    """Yield number and value of each field of a message; a value is an integer, or bytes for all other types."""
     at = 0
     while at < len(data):
         tag, at = _varint(data, at)
         number, wire = tag >> 3, tag & 7
         if wire == 0:
             value, at = _varint(data, at)
-            yield number, value if value < 2**63 else value - 2**64
+            yield number, value
             continue
         length, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, -1), at)
         if length < 0 or at + length > len(data):
-            raise ValueError("it is no protobuf message, or was cut")
+            raise _broken()
         yield number, data[at : at + length]
         at += length
 
@@ -130,10 +126,11 @@ def _varints(data: memoryview) -> Iterator[int]:
     at = 0
     while at < len(data):
         value, at = _varint(data, at)
-        yield value if value < 2**63 else value - 2**64
+        yield value
 
 
 def _varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Return the signed 64-bit integer at an offset, and the offset behind it."""
     value = 0
     for shift in range(0, 70, 7):
         if at >= len(data):
@@ -142,13 +139,18 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
-            return value & (2**64 - 1), at
-    raise ValueError("it is no protobuf message, or was cut")
+            value &= 2**64 - 1
+            return (value if value < 2**63 else value - 2**64), at
+    raise _broken()
+
+
+def _broken() -> ValueError:
+    return ValueError("it is no protobuf message, or was cut")
 
 
 def _message(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise ValueError("it is no protobuf message, or was cut")
+        raise _broken()
     return value
 
 

@@ -1,6 +1,6 @@
-"""Which big files were hashed before and have not changed since, in the user's cache folder.
+"""Remember which big files were hashed before and have not changed since, in the user's cache folder.
 
-Knows files by what the system says of them, and nothing of bundles. What is lost here costs time, not correctness.
+Files are identified by device, inode, size and times. A lost entry costs time, not correctness.
 """
 
 from __future__ import annotations
@@ -8,18 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 from pathlib import Path
 
 from lrt_deploy.errors import BundleError
+from lrt_deploy.fields import Sha256, convert
 from lrt_deploy.files import atomic_write, read_json, user_cache_folder
 
-_SHA256 = re.compile("[0-9a-f]{64}")
 _LIMIT_BYTES = 2**20  # 512 entries are about 80 kB
 
 
 class Remembered:
-    """Which files were found intact before: digest by (device, inode, size, mtime, ctime), a few hundred at most."""
+    """Digests of files that were found intact, by (device, inode, size, mtime, ctime); a few hundred at most."""
 
     _LIMIT = 512
 
@@ -28,24 +27,22 @@ class Remembered:
 
     @classmethod
     def load(cls) -> Remembered:
-        """Read the user's memory. One that is missing, damaged or no regular file is empty, and saving replaces it."""
+        """Read the user's file. One that is missing, damaged or no regular file is empty, and saving replaces it."""
         folder = user_cache_folder()
         if folder is None:
             return cls(None, {})
         path = folder / "verified.json"
         entries: dict[str, str] = {}
-        with contextlib.suppress(BundleError):
-            found = read_json(path, "the memory of verified files", BundleError, _LIMIT_BYTES)
-            if isinstance(found, dict):
-                entries = {k: v for k, v in found.items() if isinstance(v, str) and _SHA256.fullmatch(v)}
+        with contextlib.suppress(BundleError, ValueError):
+            entries = convert(dict[str, Sha256], read_json(path, "the verified files", BundleError, _LIMIT_BYTES))
         return cls(path, entries)
 
     def holds(self, stat: os.stat_result, sha256: str) -> bool:
-        """Whether this very file was hashed to this digest before."""
+        """Return whether this very file was hashed to this digest before."""
         return self._entries.get(self._key(stat)) == sha256
 
     def add(self, stat: os.stat_result, sha256: str) -> None:
-        """Remember."""
+        """Remember the digest of a file."""
         self._entries[self._key(stat)] = sha256
         self._changed = True
 

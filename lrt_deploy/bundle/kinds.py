@@ -1,7 +1,6 @@
-"""What lies at a path, by names alone: a bundle, a checkpoint, a graph, an engine.
+"""Tell bundles, checkpoints, graphs and engines apart by the names of their files.
 
-Used where a command was given one of them in place of another, so that the message can say what it is and what to do.
-Opens no files.
+For messages where a command was given one of them in place of another. Opens no files.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _SUFFIXES: dict[str, Kind] = {".onnx": "graph", ".plan": "plan"}
 
 
 def kind_of(path: Path) -> Kind | None:
-    """`engine` is the folder of a plan; None for anything else, and for a path that is not there."""
+    """Return the kind of the thing at a path; `engine` is the folder of a plan. None for anything else, or nothing."""
     if path.is_dir():
         if any((path / name).exists() for name in _BUNDLE_FILES):
             return "bundle"
@@ -32,7 +31,7 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def instead_of_bundle(path: Path) -> str | None:
-    """Say what lies at a path where a bundle was expected; None if it is none of the things that are known."""
+    """Return the message for another thing at a path where a bundle was expected; None for an unknown kind."""
     kind = kind_of(path)
     if kind == "checkpoint":
         return f"{path} is a checkpoint, not a bundle; export it: lrt-deploy export {path} BUNDLE"
@@ -44,7 +43,7 @@ def instead_of_bundle(path: Path) -> str | None:
 
 
 def instead_of_checkpoint(path: Path) -> str | None:
-    """Say what lies at a path where a checkpoint was expected; None if it is none of the things that are known."""
+    """Return the message for another thing at a path where a checkpoint was expected; None for an unknown kind."""
     kind = kind_of(path)
     if kind == "bundle":
         return f"{path} is a bundle, not a checkpoint; name the checkpoint that it was exported from"

@@ -1,9 +1,8 @@
-"""Byte-pair encoding of one piece of text: the merges of a vocabulary, and a piece's tokens by them.
+"""Byte-pair encoding of one piece of text by the merges of a vocabulary.
 
-Tokens are written in the printable characters that byte-level vocabularies use, one character for each byte (GPT-2's
-table). The merging is done by the tokenizers library's BPE model, which is given checked tokens and merges only.
-A piece of any length is encoded in bounded memory beside its tokens: see `BytePairs.encode`.
-This module knows neither files nor how text is cut into pieces.
+Tokens are written in the printable characters of byte-level vocabularies, one for each byte (GPT-2's table). The
+tokenizers library's BPE model merges them; it is given checked tokens and merges only. A piece of any length is encoded
+in bounded memory beside its tokens: see `BytePairs.encode`. Knows neither files nor how text is cut into pieces.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ Merge = tuple[str, str]
 
 
 def as_chars(data: bytes) -> str:
-    """The printable characters that stand for these bytes."""
+    """Return the printable characters that stand for these bytes."""
     return data.decode("latin-1").translate(_CHAR_OF)
 
 
 def size_problem(tokens: Collection[bytes]) -> str | None:
-    """What is wrong with the tokens' lengths; None if they are within the bounds of time and memory."""
+    """Return the fault in the tokens' lengths; None if they are within the bounds of time and memory."""
     longest, total = max(map(len, tokens), default=0), sum(map(len, tokens))
     if longest > MAX_TOKEN_BYTES:
         return f"a token of {longest} bytes; at most {MAX_TOKEN_BYTES} are accepted"
@@ -48,11 +47,11 @@ def size_problem(tokens: Collection[bytes]) -> str | None:
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[Merge]:
-    """The merges with which BPE encodes as tiktoken does with these ranks, in the order of their priority.
+    """Return the merges with which BPE encodes as tiktoken does with these ranks, in the order of their priority.
 
-    tiktoken joins any two neighbours that form a token, lowest rank first. Still a token is only ever formed from one
-    pair: what happens inside its span does not depend on what stands around it. That pair is found by encoding the
-    token itself. A token that its own bytes do not lead to has no merge.
+    tiktoken joins any two neighbours that form a token, lowest rank first. A token is still only ever formed from one
+    pair, since the merges inside its span do not depend on the text around it. Encoding the token itself finds that
+    pair. A token that its own bytes do not lead to has no merge.
     """
     pairs = ((rank, _last_pair(token, ranks)) for token, rank in ranks.items() if len(token) > 1)
     found = sorted((rank, pair) for rank, pair in pairs if pair is not None)
@@ -60,7 +59,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[Merge]:
 
 
 def _last_pair(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The two parts that tiktoken's merging joins last to form `token`; None if it ends with more than one part."""
+    """Return the two parts that are joined last to form `token`; None if merging ends with more than one part."""
     size = len(token)
     end, before = list(range(1, size + 1)), list(range(-1, size - 1))  # by the start of a part; end 0: joined away
     waiting: list[tuple[int, int, int, int]] = []  # rank, start, middle, end of a pair; of equal ranks the leftmost
@@ -111,13 +110,13 @@ class BytePairs:
         self._window = max(window, 8 * max(map(len, ids)))
 
     def encode(self, chars: str) -> list[int]:
-        """The token ids of one piece.
+        """Return the token ids of one piece.
 
-        A long piece is cut into windows, and the result equals that of the piece as a whole. Why: let A and B be
-        encoded apart, and x be the last token of A and y the first of B. Merging AB goes through the same steps as
-        merging A and B, up to the first step that joins a part of A to a part of B. These parts lie in x and in y, and
-        the steps before it that concern x and y are those of merging xy. So if xy by itself encodes to x and y, there
-        is no such step. Windows are cut where this holds.
+        A long piece is cut into windows, and the result equals that of the piece as a whole. Let A and B be encoded
+        apart, x be the last token of A and y the first of B. Merging AB takes the same steps as merging A and B, up to
+        the first step that joins a part of A to a part of B. These parts lie in x and in y, and the earlier steps
+        within x and y are those of merging xy. If xy by itself encodes to x and y, there is no such step. Windows are
+        cut where this holds.
         """
         with panics_as(InputError, f"a text of {len(chars)} bytes without a break cannot be encoded"):
             return self._encode(chars, self._window)
@@ -143,7 +142,7 @@ class BytePairs:
         return found + [token.id for token in tokens]
 
     def _tokens(self, chars: str, start: int, width: int) -> list[tokenizers.Token]:
-        """The tokens of a window, or of all that is left if that is less than two windows."""
+        """Return the tokens of a window, or of the rest of the text if that is less than two windows."""
         end = len(chars) if len(chars) - start <= 2 * width else start + width
         return self._model.tokenize(chars[start:end])
 

@@ -2,7 +2,7 @@
 
     <|bos|><|user_start|>...<|user_end|><|assistant_start|>...<|assistant_end|><|user_start|>...
 
-A system message is joined to the first user message by a blank line. Which ids the tokens have is `tokenizer`'s.
+A system message is joined to the first user message by a blank line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONTROL_TOKENS = {BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END}
 
 
 def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Role and content of each turn, the system message joined in; checked."""
+    """Return role and content of each turn, the system message joined in; raises InputError for another form."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError(f"messages is {shown(messages)}, expected a list of objects with the texts role and content")
     found = []

@@ -1,7 +1,7 @@
-"""Check token ids that come from outside, once, before anything is computed with them.
+"""Check token ids from a caller, before anything is computed with them.
 
-Ids from vocab_size up to the padded table size are rows that exist and mean nothing, and negative ids index from the
-end in ONNX Gather: both would compute something, so both are refused here.
+Ids from vocab_size up to the padded table size are rows without a token, and negative ids index from the end in ONNX
+Gather: both would compute something, so both are refused here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lrt_deploy.types import IntArray
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[IntArray]:
-    """Rows of token ids as int64 arrays; refuses no rows, an empty row, and ids outside the vocabulary."""
+    """Return rows of token ids as int64 arrays; raises InputError for no rows, an empty row, or an unknown id."""
     is_list = (isinstance(prompts, np.ndarray) and prompts.ndim > 0) or isinstance(prompts, Sequence)
     if isinstance(prompts, (str, bytes)) or not is_list or not len(prompts):
         raise InputError(f"prompts is {shown(prompts)}, expected a list with one list of token ids per sequence")
@@ -29,7 +29,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[Int
 
 
 def check_tokens(tokens: Sequence[int] | IntArray, vocab_size: int, batch: int) -> IntArray:
-    """One token id per sequence, (B) int64."""
+    """Return one token id per sequence, (B) int64."""
     ids = _as_ids(tokens, "tokens")
     if ids.shape != (batch,):
         raise InputError(f"step was given {ids.size} token(s) for a state of {batch} sequence(s); expected one each")
@@ -38,24 +38,20 @@ def check_tokens(tokens: Sequence[int] | IntArray, vocab_size: int, batch: int) 
 
 
 def check_ids(ids: object, vocab_size: int, name: str) -> list[int]:
-    """Token ids in any number and order, as a list; a set will do."""
-    found = _as_ids(_listed(ids), name)
+    """Return token ids in any number and order (also from a set) as a list."""
+    found = _as_ids(list(ids) if isinstance(ids, (set, frozenset)) else ids, name)
     _check_range(found, vocab_size, name)
     listed: list[int] = found.tolist()
     return listed
 
 
-def _listed(ids: object) -> object:
-    """The members of a set as a list; anything else as it is."""
-    return list(ids) if isinstance(ids, (set, frozenset)) else ids
-
-
 def _as_ids(row: object, name: str) -> IntArray:
     if isinstance(row, (str, bytes)) or not isinstance(row, (Sequence, np.ndarray)):
         raise InputError(f"{name} is {shown(row)}, expected a flat list of token ids")
-    # NumPy would make numbers of them.
-    if not isinstance(row, np.ndarray) and (at := _first_bool(row)) is not None:
-        raise InputError(f"{name} holds a bool, {row[at]}, at index {at}, expected token ids")
+    if not isinstance(row, np.ndarray):  # NumPy would make numbers of bools
+        for at, item in enumerate(row):
+            if isinstance(item, (bool, np.bool_)):
+                raise InputError(f"{name} holds a bool, {item}, at index {at}, expected token ids")
     try:
         array = np.asarray(row)
     except (ValueError, OverflowError) as error:
@@ -69,10 +65,6 @@ def _as_ids(row: object, name: str) -> IntArray:
     if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
         raise InputError(f"{name} holds the token id {array.max()}, which no vocabulary has")
     return array.astype(np.int64)
-
-
-def _first_bool(row: Sequence[object]) -> int | None:
-    return next((i for i, item in enumerate(row) if isinstance(item, (bool, np.bool_))), None)
 
 
 def _check_range(ids: IntArray, vocab_size: int, name: str) -> None:

@@ -1,14 +1,12 @@
-"""The split patterns that are known, and how a text is cut into pieces by them.
+"""Cut a text into pieces by one of the known split patterns.
 
 A tokenizer cuts text into pieces with a regular expression before it merges bytes. Patterns from files are never given
 to a regex engine: hostile ones hang it or abort the process. A pattern is looked up by its exact text in `PATTERNS`,
-and text is cut by Python's `re`, in time and memory proportional to the text, also where a run of spaces or letters has
-millions of characters.
+and text is cut by Python's `re`, in time and memory proportional to the text, however long a run of letters is.
 
 `re` has no Unicode properties. Therefore every non-ASCII character is first replaced by an ASCII character of the same
 class (letter, number, white space, other), and the pattern is applied to that text. The classes are those of Unicode
-16.0, which the regex engines of tiktoken 0.14 and tokenizers 0.23 have.
-This module knows neither bytes nor tokens.
+16.0, which the regex engines of tiktoken 0.14 and tokenizers 0.23 have. Knows neither bytes nor tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ _MAX_CACHED = 2**16
 
 
 def _bounds(runs: str) -> list[int]:
-    """Ends of the runs in and out of a class, ascending: an odd number of them at or below a point means inside."""
+    """Return the ends of the runs in and out of a class; an odd number of ends at or below a point means inside."""
     return list(itertools.accumulate(int(number, 16) for number in runs.split()))
 
 
@@ -129,7 +127,7 @@ GPT2 = PATTERNS[-1]
 
 
 def known_pattern(text: str) -> SplitPattern | None:
-    """The known pattern that has this text, or a spelling of the same meaning; None if there is none."""
+    """Return the known pattern that has this text, or a spelling of the same meaning, or None."""
     return next((pattern for pattern in PATTERNS if text in (pattern.text, *pattern.spellings)), None)
 
 
@@ -143,7 +141,7 @@ class Splitter:
         self._stand = _Stand(ignore_case="(?i:" in pattern.text)
 
     def pieces(self, text: str) -> Iterator[str]:
-        """The pieces in order. The text must hold no surrogates."""
+        """Yield the pieces in order. The text must hold no surrogates."""
         if text.isascii():
             return (match.group() for match in self._pattern.finditer(text))
         classes = text.translate(self._stand)  # one character for each of the text's

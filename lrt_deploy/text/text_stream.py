@@ -1,9 +1,8 @@
-"""Turn tokens into text as they come: whole characters only, and no text that a stop string may still remove.
+"""Turn tokens into text while they are generated: whole characters only, and no part of a stop string.
 
-A token can end in the middle of a character, and a stop string can begin in one token and end in another. The text
-that is not certain yet is held back. Time is proportional to the length of the text times the number of stop strings,
-whatever they contain (the search is Knuth, Morris and Pratt's). This module knows neither tokenizers nor models: it is
-given a function from a token to its bytes.
+A token can end in the middle of a character, and a stop string can begin in one token and end in another. Text that is
+not certain yet is held back. Time is proportional to the length of the text times the number of stop strings (the
+search is Knuth, Morris and Pratt's). Knows neither tokenizers nor models: it gets a function from a token to its bytes.
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ class TextStream:
 
 
 class _Search:
-    """How much of one stop string the text ends with: `matched` characters, the most possible."""
+    """The longest beginning of one stop string that the text ends with: `matched` characters."""
 
     def __init__(self, stop: str) -> None:
         self.stop, self.matched = stop, 0
@@ -85,7 +84,7 @@ class _Search:
         self._shorter = [0, 0]
 
     def advance(self, char: str) -> bool:
-        """Append one character to the text; whether the stop string is now complete."""
+        """Append one character to the text; return whether the stop string is now complete."""
         self.matched = self._extended(self.matched, char)
         if self.matched == len(self._shorter):
             self._shorter.append(self._extended(self._shorter[-1], self.stop[self.matched - 1]))

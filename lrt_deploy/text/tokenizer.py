@@ -1,11 +1,10 @@
-"""Text to token ids and back: reads a checkpoint's tokenizer, writes the bundle's, and is the tokenizer at run time.
+"""The tokenizer: read a checkpoint's, write and open a bundle's, encode and decode text.
 
 Knows byte-level byte-pair encoding, the authors' special tokens and their chat form. The bundle's tokenizer encodes
-exactly as the tiktoken `Encoding` that the model was trained with, or the conversion refuses; decoding is done here,
-from bytes, because a token may be a part of a character.
-Which files are accepted is said in `tokenizer_file`, how text is cut in `split_patterns`, how pieces are merged in
-`byte_pairs`. This module imports neither torch nor tiktoken, and it does not read the authors' `token_bytes.pt` (the
-byte lengths follow from the tokens). It does not hash or verify files: that is the manifest's work.
+exactly as the tiktoken `Encoding` that the model was trained with, or the conversion is refused. Decoding works on
+bytes, because a token may be a part of a character. See `tokenizer_file` for the files, `split_patterns` for cutting
+text into pieces, `byte_pairs` for merging. Imports neither torch nor tiktoken and verifies no hashes. The authors'
+`token_bytes.pt` is not read, since the byte lengths follow from the tokens.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class SourceTokenizer(NamedTuple):
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether something in the folder has the name of a tokenizer's file; it may still be none."""
+    """Return whether a file in the folder has the name of a tokenizer's file."""
     return any(os.path.lexists(folder / name) for name in (PICKLE_FILE, TOKENIZER_FILE))
 
 
@@ -81,16 +80,16 @@ def _size_limit(tokens: int) -> int:
 
 
 def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
-    """Write what `Tokenizer.open` reads into an existing folder; the paths of both files."""
+    """Write the files that `Tokenizer.open` reads into an existing folder; return their paths."""
     (table := folder / TOKENIZER_FILE).write_text(source.json, encoding="utf-8")
     (lengths := folder / BYTE_LENGTHS_FILE).write_text(json.dumps(source.byte_lengths), encoding="utf-8")
     return table, lengths
 
 
 def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) -> list[int]:
-    """Bytes that each token counts in bits per byte: its decoded text in UTF-8; 0 for a special token.
+    """Return the bytes that each token counts in bits per byte: its decoded text in UTF-8; 0 for a special token.
 
-    A byte that is no text by itself decodes to the replacement character and counts 3, as the authors count it.
+    A byte that is no text by itself decodes to the replacement character and counts 3, as in the authors' code.
     """
     lengths = [len(token.decode("utf-8", errors="replace").encode("utf-8")) for token in tokens]
     for token in special_ids:
@@ -113,13 +112,13 @@ class Tokenizer:
         self.byte_lengths: tuple[int, ...] = tuple(token_byte_lengths(self._tokens, self.special_tokens.values()))
         special = set(self.special_tokens.values())
         self.longest_token_bytes = max(len(token) for i, token in enumerate(self._tokens) if i not in special)
-        """The most bytes of text that one token can stand for."""
+        """Bytes of the longest ordinary token."""
 
     @classmethod
     def open(cls, folder: Path, tokens: int | None = None) -> Tokenizer:
         """Read the bundle's tokenizer folder: `tokenizer.json` and `token_bytes.json`.
 
-        `tokens` is how many tokens the manifest says that there are (None: any number). Raises BundleError.
+        `tokens` is the number of tokens that the manifest states (None: any number). Raises BundleError.
         """
         path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
         limit = MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
@@ -140,7 +139,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens there are; the model may have more rows."""
+        """Number of tokens; the model may have more rows."""
         return len(self._tokens)
 
     @property
@@ -154,7 +153,7 @@ class Tokenizer:
         return frozenset(self.special_tokens[name] for name in (ASSISTANT_END, BOS) if name in self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of ordinary text; the name of a special token in it is text like any other."""
+        """Return the tokens of ordinary text; the name of a special token in it is text like any other."""
         if not isinstance(text, str):
             raise InputError(f"a text is expected, found {type(text).__name__}")
         try:
@@ -168,7 +167,7 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str, capacity: int | None = None) -> list[int]:
-        """The tokens of a text prompt: `<|bos|>` and the text.
+        """Return the tokens of a text prompt: `<|bos|>` and the text.
 
         Raises InputError, before anything is encoded, for a text that cannot fit into `capacity` tokens because it has
         more bytes than so many of the longest token.
@@ -179,7 +178,7 @@ class Tokenizer:
 
     def check_fits(self, text: str, capacity: int) -> None:
         """Raise InputError if a text has more bytes than `capacity` tokens can stand for."""
-        # At least one byte for each character; only texts in between are worth being counted.
+        # A character has one byte or more, so the bytes of a long text need not be counted.
         least = len(text) if len(text) > capacity * self.longest_token_bytes else len(text.encode("utf-8", "replace"))
         if least > capacity * self.longest_token_bytes:
             raise InputError(
@@ -196,7 +195,7 @@ class Tokenizer:
         return ids
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of the tokens, special ones by name; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of the tokens, special ones by name; bytes that are no UTF-8 become U+FFFD."""
         try:
             items = iter(tokens)
         except TypeError as error:
@@ -204,7 +203,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes_of, items)).decode("utf-8", errors="replace")
 
     def token_bytes_of(self, token: int) -> bytes:
-        """The bytes of one token, which may be a part of a character; the name of a special token."""
+        """Return the bytes of one token, which may be a part of a character; the name of a special token."""
         if type(token) is not int and (isinstance(token, bool) or not isinstance(token, Integral)):
             raise InputError(f"a token id is {shown(token)}, expected a whole number")
         if not 0 <= token < len(self._tokens):
@@ -214,7 +213,7 @@ class Tokenizer:
         return self._tokens[token]
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """The tokens of a conversation up to where the assistant answers.
+        """Return the tokens of a conversation up to where the assistant answers.
 
         Messages are `{"role": …, "content": …}`: an optional system message, then user and assistant in turns, a user
         last. The system message is joined to the first user message by a blank line.
