@@ -1,4 +1,4 @@
-"""The model's configuration: every fact about an LRT that its weights do not state by themselves.
+"""The configuration of a model: everything about an LRT that its weights do not state by themselves.
 
 The field names are those of the authors' `model_config`, and those of the paper's other variants. How a checkpoint's
 meta file and tensors become a configuration: see `model.authors_config`. Reads no files and knows no tensors.
@@ -20,7 +20,7 @@ from msgspec import Meta
 from .errors import ConfigError
 from .fields import convert, shown
 
-# float32's machine epsilon, in every dtype: what torch's rms_norm takes when given none (shared by all norms here).
+# float32's machine epsilon, in every dtype: the default of torch's rms_norm, used by all norms here.
 RMS_NORM_EPS = 1.1920928955078125e-07
 ROPE_BASE = 10000.0
 LOGIT_SOFTCAP = 15.0
@@ -130,13 +130,13 @@ class LRTConfig:
 
     @property
     def memory_projection_count(self) -> int:
-        """How many pairs of K/V memory projections there are: one a layer, one in all, or none."""
+        """Number of pairs of K/V memory projections: one a layer, one in all, or none."""
         if not (self.memory and self.memory_kv):
             return 0
         return 1 if self.memory_projections == "shared" else self.n_layer
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, as JSON types."""
+        """Return all fields as JSON types."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,25 +1,16 @@
-"""Every error this package raises on purpose, as one tree.
+"""The errors that this package raises on purpose, as one tree.
 
 LRTDeployError
-├── ConfigError       a model configuration that contradicts itself or is not supported
-├── CheckpointError   a checkpoint or tokenizer that is missing, damaged, hostile or does not fit its config
-├── ExportError       tracing or rewriting a graph went wrong, or a target must not be overwritten
-├── BundleError       a bundle that is incomplete, altered or of another format version
-├── EngineError       a TensorRT engine that cannot be built or must not be used here
-├── BackendError      a backend that is absent, failed, or produced non-finite numbers
-│   └── NonFiniteError    the last of these, with the rows that it happened in
-├── StateError        a decode state used in a way it does not allow (capacity, batch, foreign state)
-├── InputError        a prompt, token id, option or file content that cannot be used
-├── ParityError       a comparison that could not be made (a failed comparison is a result, not an error)
-└── Busy              no room at the moment for one more request; the same request may be sent again later
+├── ConfigError, CheckpointError, ExportError, BundleError, EngineError, StateError, InputError, ParityError, Busy
+└── BackendError
+    └── NonFiniteError
 
-A message says what was found, what was expected and who says so, and what to do.
-This module knows nothing else of the project and imports nothing.
+A message says what was found, what was expected and according to what, and what to do. Imports nothing.
 """
 
 
 class LRTDeployError(Exception):
-    """Base of all errors raised on purpose; its message is meant for a person."""
+    """Base of all errors raised on purpose; its message is for people."""
 
 
 class ConfigError(LRTDeployError):

@@ -7,6 +7,7 @@ guessed: `true` is no number and `1.0` no whole number. A Struct that lists its 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 import typing
@@ -53,7 +54,11 @@ def _parts(kind: Any, value: object, name: str) -> Iterator[tuple[Any, object, s
     arguments = typing.get_args(kind)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):  # with None
         yield from _parts(arguments[0], value, name)
-    elif isinstance(value, dict) and isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+    elif (
+        isinstance(value, dict)
+        and isinstance(kind, type)
+        and (dataclasses.is_dataclass(kind) or issubclass(kind, msgspec.Struct))
+    ):
         hints = typing.get_type_hints(kind, include_extras=True)
         yield from ((hints[key], item, _joined(name, key)) for key, item in value.items() if key in hints)
     elif isinstance(value, dict) and typing.get_origin(kind) is dict:

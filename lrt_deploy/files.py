@@ -2,11 +2,11 @@
 
 Every file that a user or a stranger names is opened here. A FIFO, a device, a folder or a link to one of them is
 refused before anything is read from it, so no reader can block or run without bound. Links to regular files are
-followed. Knows nothing of what is in a file.
+followed. Knows nothing of the contents of files.
 
 A temporary file or folder, `.NAME.partial-` and 16 hex digits, is locked (flock) by the process that fills it. One that
-is not locked was left by a killed process, in whatever container it ran, and the next writer of NAME removes it. Where
-the filesystem has no such locks, one that was not changed for a day counts as left.
+is not locked was left by a killed process, and the next writer of NAME removes it. Where the filesystem has no such
+locks, one that was not changed for a day counts as left.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def read_bytes(path: Path, what: str, error: type[LRTDeployError], limit: int) -
     """Read a regular file of at most `limit` bytes; see `open_regular`."""
     with open_regular(path, what, error, limit) as file:
         try:
-            # In parts: Python allocates all that it is asked for before it reads.
+            # In parts: Python allocates the whole size before it reads.
             parts, size = [], 0
             while size <= limit and (part := file.read(min(_PART_BYTES, limit + 1 - size))):
                 parts.append(part)
@@ -97,7 +97,7 @@ def read_text(path: Path, what: str, error: type[LRTDeployError], limit: int) ->
 
 
 def decode_text(data: bytes, what: str, error: type[LRTDeployError]) -> str:
-    """Decode UTF-8; raises `error` that names the first byte that is none."""
+    """Decode UTF-8; raises `error` that names the first wrong byte."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as cause:
@@ -242,7 +242,7 @@ def partial_name(target: Path) -> Path:
 
 
 def _stem(target: Path) -> str:
-    """The part of a target's name that is in the names of its temporary files: whole, unless these become too long."""
+    """Return the part of a target's name that names its temporary files, shortened if they would be too long."""
     name = os.fsencode(target.name)
     if len(name) <= _LONGEST_STEM_BYTES:
         return target.name

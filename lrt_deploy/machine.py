@@ -1,8 +1,8 @@
-"""What this machine and this installation have: processor, memory, the GPU, and the optional packages.
+"""The machine and the installation: processor, memory, the GPU, and the optional packages.
 
-The GPU is asked for through `cuda.bindings`; that package missing, no driver and no device are answers, not errors. Of
-optional packages only the modules are looked for, none is imported. The name `lrt-deploy` on a package index may be
-somebody else's, so no message tells people to install it from there.
+The GPU is found through `cuda.bindings`; a missing package, driver or device is an answer, not an error. Optional
+packages are looked for and not imported. No message says to install `lrt-deploy` from a package index, where the name
+may be another project's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_CPU_FACTS = Path("/proc/cpuinfo")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def cpu_model() -> str:
-    """As the system names it."""
-    if _CPU_FACTS.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_FACTS.read_text(errors="replace"), re.MULTILINE)
+    """Return the name of the processor."""
+    if _CPU_INFO.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", _CPU_INFO.read_text(errors="replace"), re.MULTILINE)
         if found:
             return found[1].strip()
     return platform.processor() or platform.machine()
@@ -49,12 +49,12 @@ class Gpu:
 
     @property
     def capability_text(self) -> str:
-        """As sidecars and NVIDIA's tables have it: 8.9."""
+        """The compute capability as text, as in sidecars and NVIDIA's tables: 8.9."""
         return ".".join(map(str, self.compute_capability))
 
 
 def find_gpu() -> tuple[Gpu | None, str]:
-    """The current device, or None; and a clause for people that says what was found."""
+    """Return the current device, or None, and a clause that says what was found."""
     try:
         cuda = importlib.import_module("cuda.bindings.runtime")
         error, count = cuda.cudaGetDeviceCount()
@@ -88,7 +88,7 @@ MODULES: dict[Extra, tuple[str, ...]] = {
 
 
 def install(extra: Extra) -> str:
-    """Say how to install an extra, as a clause for messages."""
+    """Return how to install an extra, as a clause for messages."""
     return (
         f"install the extra {extra!r} from where lrt-deploy came from: pip install -e '.[{extra}]' in a clone, or "
         f"pip install 'WHEEL[{extra}]' for a wheel"
@@ -96,7 +96,7 @@ def install(extra: Extra) -> str:
 
 
 def missing(extra: Extra) -> list[str]:
-    """The modules of an extra that are not installed."""
+    """Return the modules of an extra that are not installed."""
     return [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
 
 

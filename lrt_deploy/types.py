@@ -1,6 +1,6 @@
-"""What every stateful decoder offers, whatever computes it: the runtime's Decoder and the PyTorch reference.
+"""The protocol of stateful decoders: the runtime's Decoder and the PyTorch reference.
 
-Parity and evaluation are written against this and know neither torch nor a backend.
+Parity and evaluation are written against it and know neither torch nor a backend.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PREFILL_POLICIES: tuple[PrefillPolicy, ...] = ("auto", "stepwise", "fixed-point"
 
 @dataclass(frozen=True)
 class PrefillReport:
-    """How a prompt was read.
+    """The way in which a prompt was read.
 
-    `policy` is what ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory pass
-    included; `residual` is the measured estimate of the latent's error, with margins (max abs; how often it
-    was too low: docs/numerics.md), None where nothing was iterated.
+    `policy` is the one that ran (never `auto`); `passes` is token positions computed / prompt tokens, the zero-memory
+    pass included; `residual` is the measured estimate of the latent's error, with margins (max abs; how often it was
+    too low: docs/numerics.md), None where nothing was iterated.
     `stepwise_below` is the prompt length from which `auto` iterates, where `auto` was asked for. `reused_tokens` of the
     prompts were found in a state or a cache and not computed.
     """
@@ -41,7 +41,7 @@ class PrefillReport:
     reused_tokens: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON fields that scripts rely on."""
+        """Return the JSON fields that scripts rely on."""
         return dataclasses.asdict(self)
 
 

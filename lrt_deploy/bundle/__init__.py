@@ -1,1 +1,1 @@
-"""What a bundle is: the contract of its graphs, its manifest, precisions, engines, and where its weights lie."""
+"""The parts of a bundle: contract of the graphs, manifest, precisions, engine sidecars, names of the weights."""

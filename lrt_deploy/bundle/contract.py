@@ -7,7 +7,7 @@ from the model configuration alone. Symbolic dimensions: `batch` B, `tokens` T (
 Two flavours of every graph compute the same numbers:
 - `full` attends over the whole capacity under a boolean mask: static shapes, what TensorRT and CUDA want;
 - `windowed` masks by `slot_positions`, for caches that the runtime keeps about as long as the context, and slices keys,
-  values and mask to the live window where windows are far smaller than the capacity: what a CPU wants.
+  values and mask to the live window where windows are far smaller than the capacity; for CPUs.
   It has further inputs: a start per distinct attention window, `window_end`, and `slot_positions`, which lets a prefill
   keep the tokens that it is still refining in another order than that of their positions.
 

@@ -1,7 +1,7 @@
 """The sidecar of an engine: everything that must be known of a plan before it may be used, as JSON beside it.
 
     bundle/engines/<backend>-<precision>/
-      lrt.plan         what TensorRT built; only this TensorRT, on this kind of GPU, can read it
+      lrt.plan         the engine; only this version of TensorRT, on this kind of GPU, can read it
       lrt.plan.json    the sidecar
 
 A plan does not say what it was made from, and without a GPU not even whether it is whole. Therefore exporters write

@@ -1,4 +1,4 @@
-"""The precisions of a bundle: their names, what type each flavour computes and keeps its state in, and weight sizes.
+"""The precisions of a bundle: their names, and the type in which each flavour computes and keeps its state.
 
     precision          matrices                    full (TensorRT, CUDA)   windowed (ONNX Runtime on a CPU)
     fp32               float32                     float32                 float32
@@ -9,8 +9,8 @@
     int4-weight-only   int4, in blocks of rows     float16                 float32
 
 The type of a flavour is that of its matrix products, its attention, its caches and its latent. Norms, gates, residual
-stream, rotary embedding and softcap are float32 in all of them. How graphs come by their precision: exporters'
-`lower` and `quantize`. What quality each keeps: docs/precisions.md.
+stream, rotary embedding and softcap are float32 in all of them. Graphs get their precision in `exporters.graph.cast`
+and `exporters.quantize`. Quality: docs/precisions.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Literal
 
 from .contract import Flavour
 
-# From the most precise on; where none is asked for, the first one that a bundle holds is taken.
+# From the most precise on; the default is the first one that a bundle holds.
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
 INT4 = "int4-weight-only"
 QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
@@ -34,14 +34,14 @@ _QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
 
 
 def not_held(held: Sequence[str], requested: str) -> str:
-    """The message for a bundle that does not hold the requested precision."""
+    """Return the message for a bundle that does not hold the requested precision."""
     if requested in PRECISIONS:
         return f"this bundle holds {', '.join(held)}, not {requested}; export it with --precision {requested}"
     return f"there is no precision {requested!r}; this bundle holds {', '.join(held)}"
 
 
 def base_dtype(precision: str, flavour: Flavour) -> Dtype:
-    """What a flavour of a precision multiplies in where it is not quantized, and keeps its state in."""
+    """Return the type of a flavour's state and of its products that are not quantized."""
     return _PLAIN.get(precision) or _QUANTIZED[flavour]
 
 
@@ -49,5 +49,5 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def item_bytes(dtype: str) -> int:
-    """Size of one element of a base type."""
+    """Return the bytes of one element of a base type."""
     return ITEM_BYTES[dtype]

@@ -26,12 +26,12 @@ class StoredMatrix:
     block: int | None = None
 
     def dequantized(self) -> Floats:
-        """(K, N), what a graph multiplies by."""
+        """Return the matrix (K, N) that a graph multiplies by."""
         values: Floats = self.values.astype(np.float32)
         return values if self.scales is None else values * self.steps()
 
     def steps(self) -> Floats:
-        """The scale of each weight, (K, N)."""
+        """Return the scale of each weight, (K, N)."""
         assert self.scales is not None
         scales = self.scales.astype(np.float32)
         rows, columns = self.values.shape

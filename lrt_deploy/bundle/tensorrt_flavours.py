@@ -1,7 +1,7 @@
 """The two TensorRT libraries that engines are built and run with: full TensorRT, and TensorRT-RTX.
 
-They share one Python API under two module names, and their plans are foreign to each other. Exporters and runtime both
-load the library here, so that a missing one is reported in the same words. Knows nothing of graphs or engines.
+They share one Python API under two module names, and neither reads the other's plans. Exporters and runtime load the
+library here, so that a missing one is reported in the same words. Knows nothing of graphs or engines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lrt_deploy.errors import EngineError
 
 @dataclass(frozen=True)
 class TensorRTFlavour:
-    """One library: the backend's name, its module, and what installs it."""
+    """One library: the name of its backend, its module, and the extra that installs it."""
 
     backend: str
     module: str
@@ -31,7 +31,7 @@ class TensorRTFlavour:
         return importlib.util.find_spec(self.module) is not None
 
     def load(self) -> Any:  # noqa: ANN401 - neither library ships types
-        """The imported module; EngineError says what to install."""
+        """Import the module; raises EngineError that says what to install."""
         try:
             return importlib.import_module(self.module)
         except ModuleNotFoundError as error:
@@ -55,7 +55,7 @@ TENSORRT_DTYPES = {
     "INT64": "int64",
 }
 
-# Best first: what `auto` takes.
+# `auto` takes the first one that is installed.
 FLAVOURS: dict[str, TensorRTFlavour] = {
     "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "tensorrt"),
     "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx"),
@@ -63,7 +63,7 @@ FLAVOURS: dict[str, TensorRTFlavour] = {
 
 
 def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
-    """The flavour asked for, or for `auto` the best that is installed; and why, as a clause for people."""
+    """Return the requested flavour, or for `auto` the best that is installed, and the reason as a clause."""
     if requested in FLAVOURS:
         return FLAVOURS[requested], "as asked for"
     if requested != "auto":
@@ -84,10 +84,10 @@ _LOGGERS: dict[Any, Any] = {}  # by the library's base class
 
 
 def collecting_logger(trt: Any, take: Callable[[str, str], None]) -> Any:  # noqa: ANN401
-    """The process's logger of a library, which from now on hands severity and text to `take` as well.
+    """Return the process's logger of a library, which from now on also calls `take` with severity and text.
 
-    TensorRT keeps the first logger that it is given and ignores all others, so there is one, and many who listen.
-    `take` is a bound method and does not keep its object alive. The base class is the library's, hence the class here.
+    TensorRT keeps the first logger that it is given and ignores all others, so there is one with several listeners.
+    `take` is a bound method, of which a weak reference is kept. The base class is the library's, hence the class here.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]

@@ -1,8 +1,7 @@
-"""Where every parameter of the model comes from: its names, order and orientation in the authors' state dict.
+"""The sources of the model's parameters: names, order and orientation in the authors' state dict.
 
 A parameter of `model.LRT` is one or several of the authors' matrices, transposed where it is a projection (they keep
-(out, in), the graphs multiply by (in, out)) and joined along the last axis. This table is the only place that knows.
-It does not read files and imports no torch.
+(out, in), the graphs multiply by (in, out)) and joined along the last axis. Reads no files and imports no torch.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Source:
 
 
 def weight_sources(config: LRTConfig) -> dict[str, Source]:
-    """Parameter name of `LRT(config)` -> its source, in the order of use."""
+    """Return the source of each parameter of `LRT(config)` by name, in the order of use."""
     width, kv, padded = config.n_embd, config.kv_dim, config.padded_vocab_size
     sources = {"wte": Source(("transformer.wte.weight",), ((padded, width),))}
     if config.use_resid_lambdas:
@@ -51,7 +50,7 @@ def weight_sources(config: LRTConfig) -> dict[str, Source]:
 
 
 def matrix_shapes(config: LRTConfig) -> dict[str, tuple[int, int]]:
-    """Parameter name -> (rows, columns) of every matrix that a step multiplies by; tables are not among them."""
+    """Return (rows, columns) of every matrix that a step multiplies by, by name; tables are not among them."""
     sources = weight_sources(config)
     return {
         name: (source.shapes[0][1], sum(shape[0] for shape in source.shapes))

@@ -33,7 +33,7 @@ from lrt_deploy.errors import CheckpointError, ConfigError
 from lrt_deploy.files import open_regular, read_json, refuse_placeholder
 
 from . import authors_config
-from .checkpoint_folder import Found, find_checkpoint
+from .checkpoint_folder import CheckpointFiles, find_checkpoint
 from .model import LRT
 from .pt_file import StoredTensor, read_state_dict
 
@@ -54,7 +54,7 @@ class LazyTensor:
     load: Callable[[], Tensor]
 
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -150,7 +150,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint of either layout; see `checkpoint_folder` for what `path` may be.
+    """Open a checkpoint of either layout; see `checkpoint_folder` for the forms of `path`.
 
     `step` picks one of several, default the last. A `.pt` file is read once from end to end, and its checksums are
     verified. Raises CheckpointError naming the file, or ConfigError for a contradictory config.
@@ -179,7 +179,7 @@ def _parts(model: LRT, name: str, source: Source) -> list[Tensor]:
     return [part.T if source.transposed else part for part in parts]
 
 
-def _open_native(found: Found) -> Checkpoint:
+def _open_native(found: CheckpointFiles) -> Checkpoint:
     fields = _read_object(found.config, "the checkpoint's configuration", _CONFIG_BYTES)
     try:
         config = LRTConfig.from_dict(fields)
@@ -211,7 +211,7 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{file} cannot be read: {error}; it is damaged or not a safetensors file") from error
 
 
-def _open_authors(found: Found) -> Checkpoint:
+def _open_authors(found: CheckpointFiles) -> Checkpoint:
     meta = _read_object(found.config, "the checkpoint's meta file", _META_BYTES)
     fields = meta.get("model_config")
     if not isinstance(fields, dict):

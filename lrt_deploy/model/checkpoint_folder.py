@@ -3,12 +3,12 @@
 A path may be:
 
 - a weights file: `model_NNNNNN.pt` or `model.safetensors`;
-- a folder with such files (several steps: the last one, or the one that is asked for);
+- a folder with such files (of several steps the last one, or the one of `step`);
 - a folder of one stage of training, `base_checkpoints` and so on, with such a folder for each model tag (`d20`);
 - the authors' base folder, with `base_checkpoints`, `mid_checkpoints`, `chatsft_checkpoints`, `chatrl_checkpoints`.
 
-Among stages the last one of training is taken, among tags the largest depth, as the authors' own loader does; what was
-chosen among what is said in `Found.chosen`. Files are looked for by name only; they are opened by their readers.
+Among stages the last one of training is taken, among tags the largest depth, as in the authors' own loader;
+`CheckpointFiles.chosen` says what was taken and what else is there. Files are found by name; their readers open them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Found:
+class CheckpointFiles:
     """The weights file, the file with its configuration, and how they were chosen (None: there was no choice)."""
 
     weights: Path
@@ -46,13 +46,13 @@ class Found:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether there is a checkpoint at `path`, by names alone."""
+    """Return whether there is a checkpoint at `path`, by names alone."""
     if not path.is_dir():
         return path.suffix in (".pt", ".safetensors")
     return _has_weights(path) or bool(_stages(path)) or bool(_tags(path))
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> Found:
+def find_checkpoint(path: Path, step: int | None = None) -> CheckpointFiles:
     """Find the weights and the configuration at `path`; `step` picks one of several, default the last.
 
     Raises CheckpointError if there is no checkpoint, or no reason to choose one of several.
@@ -69,9 +69,9 @@ def find_checkpoint(path: Path, step: int | None = None) -> Found:
     return _file(path, step)
 
 
-def _file(path: Path, step: int | None) -> Found:
+def _file(path: Path, step: int | None) -> CheckpointFiles:
     if path.name == NATIVE_WEIGHTS:
-        return Found(path, path.with_name("config.json"), None)
+        return CheckpointFiles(path, path.with_name("config.json"), None)
     match = _STEP_FILE.fullmatch(path.name)
     if not match:
         raise CheckpointError(
@@ -83,38 +83,39 @@ def _file(path: Path, step: int | None) -> Found:
     return _step_file(path, int(match[1]), None)
 
 
-def _step_file(weights: Path, step: int, chosen: str | None) -> Found:
+def _step_file(weights: Path, step: int, chosen: str | None) -> CheckpointFiles:
     meta = weights.with_name(weights.name.replace("model_", "meta_", 1)).with_suffix(".json")
-    return Found(weights, meta, step, chosen)
+    return CheckpointFiles(weights, meta, step, chosen)
 
 
-def _in_folder(path: Path, step: int | None) -> Found:
+def _in_folder(path: Path, step: int | None) -> CheckpointFiles:
     folder, choices = path, []
     if not _has_weights(folder) and (stages := _stages(folder)):
         folder = stages[-1]
-        if len(stages) > 1:
-            others = ", ".join(stage.name for stage in stages[:-1])
-            choices.append(f"{folder.name} (the last stage; also there: {others})")
+        choices += _choice(folder, stages, "the last stage")
     if not _has_weights(folder) and (tags := _tags(folder)):
         folder = _largest(folder, tags)
-        if len(tags) > 1:
-            others = ", ".join(tag.name for tag in tags if tag != folder)
-            choices.append(f"{folder.name} (the largest depth; also there: {others})")
+        choices += _choice(folder, tags, "the largest depth")
     steps = _steps(folder)
     if (folder / NATIVE_WEIGHTS).exists() and step is None:
         if steps:
             choices.append(f"{NATIVE_WEIGHTS} (also there: {', '.join(file.name for file in steps.values())})")
         said = _said(path, folder, None, choices)
-        return Found(folder / NATIVE_WEIGHTS, folder / "config.json", None, said)
+        return CheckpointFiles(folder / NATIVE_WEIGHTS, folder / "config.json", None, said)
     if not steps:
         raise CheckpointError(f"{path} holds no checkpoint; expected {_EXPECTED}")
-    if step is not None and step not in steps:
+    *others, last = sorted(steps)
+    if step is None and others:
+        choices.append(f"step {last} (the last; also there: {', '.join(map(str, others))})")
+    taken = last if step is None else step
+    if taken not in steps:
         raise CheckpointError(f"{folder} has no step {step}; it has step {', '.join(map(str, sorted(steps)))}")
-    if step is None and len(steps) > 1:
-        others = ", ".join(str(number) for number in sorted(steps)[:-1])
-        choices.append(f"step {max(steps)} (the last; also there: {others})")
-    taken = max(steps) if step is None else step
     return _step_file(steps[taken], taken, _said(path, folder, taken, choices))
+
+
+def _choice(taken: Path, found: list[Path], why: str) -> list[str]:
+    others = ", ".join(folder.name for folder in found if folder != taken)
+    return [f"{taken.name} ({why}; also there: {others})"] if others else []
 
 
 def _said(path: Path, folder: Path, step: int | None, choices: list[str]) -> str | None:
@@ -144,12 +145,12 @@ def _steps(folder: Path) -> dict[int, Path]:
 
 
 def _stages(folder: Path) -> list[Path]:
-    """Folders of stages that hold a model, in the order of training."""
+    """Return the folders of stages that hold a model, in the order of training."""
     return [folder / stage for stage in STAGES if (folder / stage).is_dir() and _tags(folder / stage)]
 
 
 def _tags(folder: Path) -> list[Path]:
-    """Folders of models in the folder of a stage; optimizer states and reports alone are none."""
+    """Return the folders of models in the folder of a stage; optimizer states and reports alone are none."""
     return [entry for entry in _entries(folder) if entry.is_dir() and _has_weights(entry)]
 
 

@@ -1,6 +1,6 @@
-"""PyTorch on what a bundle stores: the reference model with its weights replaced, over a sequence of given latents.
+"""Run the reference model on the weights that a bundle stores, over a sequence of given latents.
 
-The counterpart of `runtime.ort_exact` for the part `arithmetic` of parity. Knows no graphs and no backend.
+The PyTorch side of the check `arithmetic` of parity. Knows no graphs and no backend.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BLOCK_TOKENS = 128
 
 @torch.no_grad()
 def take_stored_weights(model: LRT, stored: Iterable[StoredMatrix]) -> None:
-    """Replace matrices and tables of `model`, in place, by what a bundle stores; one matrix at a time."""
+    """Replace matrices and tables of `model`, in place, by those that a bundle stores; one matrix at a time."""
     for matrix in stored:
         parameter = model.get_parameter(matrix.name)
         values = torch.from_numpy(np.ascontiguousarray(matrix.dequantized()))
@@ -41,10 +41,10 @@ def take_stored_weights(model: LRT, stored: Iterable[StoredMatrix]) -> None:
 def run_forced(
     model: LRT, tokens: list[int], latents: FloatArray, activation_scales: Mapping[str, float] | None = None
 ) -> tuple[FloatArray, FloatArray]:
-    """Logits (T, V) and latents (T, C) after each token, `latents` (T, C) being those before it.
+    """Return logits (T, V) and latents (T, C) after each token; `latents` (T, C) are those before it.
 
-    With `activation_scales`, by matrix name, the input of each of these products is rounded to int8 and back first. A
-    model without memory returns no latents, (T, 0).
+    `activation_scales`, by matrix name: the input of each of these products is rounded to int8 and back first. A model
+    without memory returns no latents, (T, 0).
     """
     config, count, dtype = model.config, len(tokens), model.lm_head.dtype
     shape = (1, config.n_kv_head, count, config.head_dim)
@@ -68,7 +68,7 @@ def run_forced(
 
 
 class _RoundedInputs(TorchFunctionMode):
-    """Rounds what chosen matrices are multiplied with to int8 and back, as QuantizeLinear and DequantizeLinear do."""
+    """Rounds the inputs of chosen products to int8 and back, as QuantizeLinear and DequantizeLinear do."""
 
     def __init__(self, model: LRT, scales: Mapping[str, float]) -> None:
         super().__init__()
@@ -87,5 +87,5 @@ class _RoundedInputs(TorchFunctionMode):
 
 
 def _rounded(x: Tensor, scale: float) -> Tensor:
-    """Half to even, saturated, without a zero point."""
+    """Round half to even, saturate, without a zero point."""
     return torch.clamp(torch.round(x / scale), *_INT8_ENDS) * scale

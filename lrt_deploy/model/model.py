@@ -1,13 +1,12 @@
 """The reference LRT in PyTorch: explicit inputs, explicit outputs, no hidden state.
 
-One definition serves three readers: the parity reference runs it eagerly, the exporters trace it (with `CacheOps`
-whose methods become ONNX ops), and training code may differentiate it. It holds weights in the order in which the
-graphs multiply, `x @ W` with W of shape (in, out), and fuses what is read together: q, k and v of a layer; the K and V
-memory projections of all layers (they share their input m); the value-embedding tables of all layers (a token reads
-one row). `weights` maps these to the names of the authors' checkpoints.
+The parity reference runs it eagerly, the exporters trace it (with `CacheOps` whose methods become ONNX ops), and
+training code may differentiate it. Weights have the shape (in, out) of `x @ W`. Fused are q, k and v of a layer, the K
+and V memory projections of all layers (they share their input m), and the value-embedding tables of all layers (a token
+reads one row). `bundle.weights` maps these to the names of the authors' checkpoints.
 
-Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`.
-It does not load files, choose tokens, or iterate: see `checkpoint`, `reference`.
+Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`. Loads no files, chooses no tokens and
+does not iterate: see `checkpoint`, `reference`.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from lrt_deploy.config import LOGIT_SOFTCAP, RMS_NORM_EPS, ROPE_BASE, LRTConfig
 
 
 class CacheOps(Protocol):
-    """The two operations that a traced graph spells differently from eager PyTorch."""
+    """The operations that a traced graph expresses differently from eager PyTorch."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        """Turn x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T)."""
+        """Rotate x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T)."""
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
         """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
 
     def mark(self, x: Tensor, stage: str) -> Tensor:
-        """Return x as it is: the value that `stages` knows by this name. For who wants to see it, or to name it."""
+        """Return x unchanged; an implementation may record the activation or name it. Names: see `activations`."""
 
 
 class TorchCacheOps:
-    """The eager spelling, differentiable, and free of side effects on its inputs."""
+    """The eager form, differentiable, without side effects on its inputs."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
         """y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos over half-split pairs."""
@@ -52,7 +51,7 @@ class TorchCacheOps:
         return past.scatter(2, slots, update)
 
     def mark(self, x: Tensor, stage: str) -> Tensor:
-        """Nobody looks."""
+        """Return x unchanged."""
         return x
 
 
@@ -70,7 +69,7 @@ class Block(nn.Module):
 
 
 class Step(NamedTuple):
-    """What a forward pass returns beside logits."""
+    """The results of a forward pass beside logits."""
 
     hidden: Tensor  # (B, T, C) normed output of the last block; logits are made from it
     latent: Tensor  # (B, T, C) m for the position after each; the same tensor as hidden unless the source is earlier
@@ -135,7 +134,7 @@ class LRT(nn.Module):
         return Step(hidden, latent, keys, values)
 
     def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
-        """One pass over whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden, latent, both (B, T, C)."""
+        """Run whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden and latent, both (B, T, C)."""
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         hidden, latent = self._run(
             input_ids, positions.expand_as(input_ids), past_latent, positions, lambda layer, k, v: (k, v)
@@ -143,7 +142,7 @@ class LRT(nn.Module):
         return hidden, latent
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., C) -> (..., V) float32, softly capped to +-15; rows of the padded vocabulary are cut off."""
+        """Return logits (..., V) float32 of hidden (..., C), capped softly to +-15, without the padded rows."""
         raw = (hidden @ self.lm_head).float()
         return LOGIT_SOFTCAP * torch.tanh(raw[..., : self.config.vocab_size] / LOGIT_SOFTCAP)
 
@@ -177,7 +176,7 @@ class LRT(nn.Module):
         return x
 
     def _memory(self, m: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """All layers' K and V memory projections of m (B, T, C) as one product; lists of L (B, T, G, D), or empty."""
+        """Return all layers' K and V memory projections of m (B, T, C): lists of L (B, T, G, D), or empty ones."""
         if self.memory_kv is None:
             return [], []
         config = self.config
@@ -187,7 +186,7 @@ class LRT(nn.Module):
         return list(shaped[0::2]) * copies, list(shaped[1::2]) * copies
 
     def _value_embeds(self, input_ids: Tensor) -> dict[int, Tensor]:
-        """One gather for all layers: layer -> (B, T, G, D)."""
+        """Gather the value embeddings of all layers at once: layer -> (B, T, G, D)."""
         if self.value_embeds is None:
             return {}
         config = self.config
@@ -224,8 +223,8 @@ class LRT(nn.Module):
         block = self._block(i)
         if block.gate is None:
             return k, v
-        # 2 sigmoid(z), spelled so that small gates keep their relative precision: QK norm scales a k made of small
-        # gates up again, and with it the absolute error of 1e-7 that ORT's Sigmoid has (logits 5e-5 off, not 1.5e-5).
+        # 2 sigmoid(z), written so that small gates keep their relative precision: QK norm scales a k of small gates up
+        # again, and with it the absolute error of 1e-7 of ORT's Sigmoid (logits 5e-5 off, not 1.5e-5).
         raw = a[..., : self.config.gate_channels] @ block.gate  # (B, T, 3G or G)
         gate = self._mark(i, "gates", 2 / (1 + torch.exp(-raw))).unsqueeze(-1)  # (B, T, 3G or G, 1)
         if embed is not None:
@@ -260,22 +259,22 @@ _Pair = tuple[Tensor, Tensor]
 
 class _Write(Protocol):
     def __call__(self, layer: int, k: Tensor, v: Tensor, /) -> _Pair:
-        """Store new keys and values (B, G, T, D) of a layer; return what attention reads, (B, G, S, D)."""
+        """Store new keys and values (B, G, T, D) of a layer; return those that attention reads, (B, G, S, D)."""
 
 
 def norm(x: Tensor) -> Tensor:
-    """RMSNorm over the last axis, without weight."""
+    """Apply RMSNorm over the last axis, without weight."""
     return F.rms_norm(x, (x.shape[-1],), eps=RMS_NORM_EPS)
 
 
 def visible(position_ids: Tensor, slots: Tensor, window: int) -> Tensor:
-    """Boolean mask (B, 1, T, S): slot s is seen from position t when t - window <= s <= t."""
+    """Return the boolean mask (B, 1, T, S): slot s is seen from position t when t - window <= s <= t."""
     t = position_ids[:, None, :, None]  # (B, 1, T, 1)
     return (slots <= t) & (slots >= t - window)
 
 
 def rotary_tables(config: LRTConfig, positions: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (positions, D/2) float32, carrying the bfloat16 rounding of the authors' tables."""
+    """Return cosine and sine (positions, D/2) float32, rounded to bfloat16 as in the authors' tables."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), 1.0 / ROPE_BASE**exponents)
     return angles.cos().bfloat16().float(), angles.sin().bfloat16().float()

@@ -1,9 +1,8 @@
-"""Read a state dict that `torch.save` wrote, from a stranger: tensors by name, each read when it is asked for.
+"""Read a state dict that `torch.save` wrote, from a stranger: tensors by name, each read on demand.
 
-No unpickler runs: the archive's structure and CRC-32s are checked by `zip_records`, the description of the tensors is
-interpreted by `tensor_pickle`, and a tensor's bytes are what lies in its record. Needs no torch.
-Refused, with the reason: files that are empty or a git-LFS pointer, PyTorch's format from before version 1.6 (a bare
-pickle), TorchScript archives, big-endian archives.
+No unpickler runs: `zip_records` checks the archive's structure and CRC-32s, `tensor_pickle` interprets the description
+of the tensors, and a tensor's bytes are those of its record. Needs no torch. Refused with the reason are empty files,
+git-LFS pointers, PyTorch's format from before version 1.6 (a bare pickle), TorchScript and big-endian archives.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from .zip_records import Record, check_crc, read_records, verify
 
 _WHAT = "the weights file"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # protocol 2, then the magic number of the old format
-# Records beside data.pkl and data/N that PyTorch writes; none of them changes what a tensor is.
+# Records beside data.pkl and data/N that PyTorch writes; none of them changes a tensor.
 _KNOWN = {"version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
 # All tensors together may be this many times the stored numbers: parameters that share one storage are stored once.
 _MAX_SHARING = 2
@@ -115,7 +114,7 @@ def _refuse_other_formats(head: bytes, path: Path) -> None:
 
 
 def _root(records: Mapping[str, Record], source: str) -> str:
-    """The folder in the archive that all records lie in, with its slash; refuses records of other kinds."""
+    """Return the folder in the archive of all records, with its slash; raises CheckpointError for other records."""
     first = next(iter(records))
     root = f"{first.partition('/')[0]}/"
     if f"{root}data.pkl" not in records:
@@ -151,7 +150,7 @@ def _stored(path: Path, root: str, records: Mapping[str, Record], tensor: Tensor
 
 
 def _refuse_expansion(tensors: Mapping[str, StoredTensor], source: str) -> None:
-    """A small file must not become a large model through tensors that share their numbers."""
+    """Raise CheckpointError if tensors share storage so that a small file becomes a large model."""
     stored = sum({tensor.record.name: tensor.record.size for tensor in tensors.values()}.values())
     total = sum(tensor.description.elements * tensor.description.storage.item_bytes for tensor in tensors.values())
     if total > _MAX_SHARING * stored:

@@ -1,6 +1,6 @@
-"""The PyTorch model as a stateful decoder: true recurrence, one token at a time. What parity compares against.
+"""The PyTorch model as a stateful decoder, the reference of parity: true recurrence, one token at a time.
 
-Slow and plain on purpose; the prompt is read step by step, so no shortcut of ours can hide in the reference.
+Prompts are read step by step, without any shortcut.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from .model import LRT, TorchCacheOps
 
 
 class InPlaceCacheOps(TorchCacheOps):
-    """Writes into the given cache instead of a copy; only for inference."""
+    """Cache operations that write into the given cache instead of a copy; only for inference."""
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-        """All rows of a reference state have one length, so one slice holds the new tokens of all."""
+        """Write one slice for all rows: those of a reference state have one length."""
         start = int(write_index[0])
         past[:, :, start : start + update.shape[2]] = update
         return past
 
 
 class RecordingCacheOps(InPlaceCacheOps):
-    """Keeps every stage that the model marks."""
+    """Cache operations that also record every activation that the model marks."""
 
     def __init__(self) -> None:
         self.seen: dict[str, Tensor] = {}
 
     def mark(self, x: Tensor, stage: str) -> Tensor:
-        """Remember and pass on; of a value that several layers share, every name."""
+        """Record x under its name and return it."""
         self.seen[stage] = x
         return x
 
 
 @dataclass
 class ReferenceState:
-    """B sequences of equal length. The attributes are those of `interface.State`."""
+    """B sequences of equal length; a `types.State`."""
 
     keys: list[Tensor]  # L of (B, G, S, D)
     values: list[Tensor]  # L of (B, G, S, D)
@@ -77,7 +77,7 @@ class ReferenceState:
 
 
 class ReferenceDecoder:
-    """Decodes with `model` on the CPU; `dtype` float64 shows how much of a difference is float32 noise."""
+    """Decodes with `model` on the CPU; in float64 it shows how much of a difference is float32 noise."""
 
     def __init__(self, model: LRT, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> None:
         self._model = model if dtype == torch.float32 else _as_dtype(model, dtype)
@@ -98,10 +98,10 @@ class ReferenceDecoder:
     def prefill(
         self, prompts: Sequence[Sequence[int]], *, policy: PrefillPolicy = "stepwise", tolerance: float | None = None
     ) -> ReferenceState:
-        """Read prompts of equal length from an empty state, step by step whatever policy and tolerance say."""
+        """Read prompts of equal length into a new state, step by step; `policy` and `tolerance` are ignored."""
         rows = check_prompts(prompts, self.config.vocab_size)
         if len({len(row) for row in rows}) != 1:
-            raise InputError("the reference reads prompts of one length; pad nothing, call it row by row")
+            raise InputError("the reference reads prompts of one length; call it row by row")
         state = self._empty(len(rows))
         for t in range(len(rows[0])):
             self.step(state, [int(row[t]) for row in rows])
@@ -123,7 +123,7 @@ class ReferenceDecoder:
 
     @torch.inference_mode()
     def observe(self, step: StepInput) -> dict[str, FloatArray]:
-        """The stages of one step from a state given in full; see `stages.Observer`."""
+        """Return the activations of one step from a state given in full; see `activations.Observer`."""
         keys, values = ([self._with_room(cache) for cache in caches] for caches in (step.keys, step.values))
         ids, position = torch.tensor([[step.token]]), torch.tensor([[step.position]])
         latent = torch.from_numpy(step.latent).to(self._dtype)[None, None]

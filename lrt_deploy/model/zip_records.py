@@ -26,7 +26,7 @@ _CHUNK = 1024 * 1024
 _END_BYTES = 22  # the end of an archive without a comment
 _LOCAL = struct.Struct("<4s5H3L2H")  # the header before a record's bytes
 _ENCRYPTED, _DESCRIPTOR, _UTF8 = 0x1, 0x8, 0x800
-# What follows a record whose sizes were not known when its header was written: CRC and sizes of 4 or 8 bytes, with or
+# Bytes after a record whose sizes were not known when its header was written: CRC and sizes of 4 or 8 bytes, with or
 # without a signature.
 _DESCRIPTOR_BYTES = (12, 16, 20, 24)
 _IN_64 = 0xFFFFFFFF

@@ -69,7 +69,7 @@ def _bounds(runs: str) -> list[int]:
 
 
 class _Stand(dict[int, str]):
-    """For `str.translate`: the ASCII character that stands for a code point, computed when it is first asked for."""
+    """For `str.translate`: the ASCII character that stands for a code point, computed at its first use."""
 
     def __init__(self, ignore_case: bool) -> None:
         super().__init__((point, chr(point)) for point in range(128))

@@ -62,7 +62,7 @@ class TextStream:
         return self._release(self._held_chars - undecided)
 
     def _release(self, count: int) -> str:
-        """Take the first `count` characters out of what is held."""
+        """Take the first `count` of the held characters."""
         self._held_chars -= count
         parts = []
         while count:

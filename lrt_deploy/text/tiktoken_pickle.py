@@ -16,7 +16,7 @@ from lrt_deploy.errors import CheckpointError
 from lrt_deploy.files import read_bytes
 from lrt_deploy.pickle_machine import Global, Machine, type_name
 
-# Bounds for memory and time, 15 and 2 times what the largest public vocabulary (200 thousand tokens) needs.
+# Bounds for memory and time: 15 and 2 times the need of the largest public vocabulary (200 thousand tokens).
 MAX_FILE_BYTES = 64 * 1024 * 1024
 MAX_OPCODES = 2_000_000
 PROTOCOLS = range(2, 6)

@@ -144,12 +144,12 @@ class Tokenizer:
 
     @property
     def bos_id(self) -> int:
-        """The token that begins every text."""
+        """Id of the token that begins every text."""
         return self._special_id(BOS)
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens that end an answer; all others, special or not, are output."""
+        """Ids of the tokens that end an answer; all others, special or not, are output."""
         return frozenset(self.special_tokens[name] for name in (ASSISTANT_END, BOS) if name in self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
