@@ -436,7 +436,7 @@ def test_a_ready_tokenizer_json_is_taken(tmp_path, fields):
         (lambda f: f["model"].update(merges=["a b c"]), "are no tokens"),
         (lambda f: f["model"].update(merges=None), "model.merges is None"),
         (lambda f: f.pop("model"), "model is missing"),
-        (lambda f: f.update(version="2.0"), "version '2.0'"),
+        (lambda f: f.update(version="2.0"), "version is '2.0'"),
     ],
 )
 def test_json_that_is_no_lossless_tokenizer_is_refused(tmp_path, fields, change, message):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -48,7 +48,7 @@ _UNUSED = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suf
 
 
 class _Model(Struct):
-    type: str
+    type: Literal["BPE"]
     vocab: dict[str, Whole]
     merges: list[str | tuple[str, str]]
     dropout: Any = None
@@ -71,7 +71,7 @@ class _File(Struct):
 
     model: _Model
     added_tokens: list[_AddedToken] | None = None
-    version: str = "1.0"
+    version: Literal["1.0"] = "1.0"
     normalizer: Any = None
     pre_tokenizer: Any = None
     post_processor: Any = None
@@ -173,12 +173,6 @@ def to_json(vocabulary: Vocabulary) -> str:
 
 
 def _check_forms(file: _File, source: str) -> None:
-    if file.version != "1.0":
-        raise CheckpointError(f"{source} has the version {shown(file.version)}; known is '1.0'")
-    if file.model.type != "BPE":
-        raise CheckpointError(
-            f"{source} holds a {shown(file.model.type)} model; only byte-level BPE decodes without loss"
-        )
     for option in _UNUSED:
         if value := getattr(file.model, option):
             raise CheckpointError(f"{source} sets {option} to {shown(value)}; byte-level BPE must not have it")
