@@ -105,30 +105,24 @@ def _validated(result: object, source: str) -> EncodingData:
     if not isinstance(state, dict) or set(state) != set(STATE_KEYS):
         found = "other keys" if isinstance(state, dict) else f"only the type {type_name(state or result)}"
         raise CheckpointError(f"{source} holds {found}; a tiktoken Encoding has {', '.join(STATE_KEYS)}")
-    problems = [*_text_problems(state), *_table_problems(state, "mergeable_ranks", bytes)]
-    problems += _table_problems(state, "special_tokens", str)
-    if problems:
-        raise CheckpointError(f"{source}: {problems[0]}; tiktoken would not take it either. The file is damaged")
+    if problem := next(_problems(state), None):
+        raise CheckpointError(f"{source}: {problem}; tiktoken would not take it either. The file is damaged")
     return EncodingData(**state)
 
 
-def _text_problems(state: dict[str, Any]) -> Iterator[str]:
+def _problems(state: dict[str, Any]) -> Iterator[str]:
     for key in ("name", "pat_str"):
         if not _is_text(state[key]):
             yield f"{key} is a {type_name(state[key])}, expected valid Unicode text"
-
-
-def _table_problems(state: dict[str, Any], key: str, kind: type) -> Iterator[str]:
-    table = state[key]
-    if type(table) is not dict:
-        yield f"{key} is a {type_name(table)}, expected a dict"
-        return
-    for token, rank in table.items():
-        if type(token) is not kind or (kind is str and not _is_text(token)):
-            yield f"{key} has the token {token[:100]!a}, expected {kind.__name__}"
-        if type(rank) is not int or not 0 <= rank < 2**31:
-            shown = str(rank) if type(rank) is int else f"of type {type_name(rank)}"
-            yield f"{key}[{token[:100]!a}] is {shown}, expected a whole number from 0 to 2**31 - 1"
+    for key, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
+        if type(table := state[key]) is not dict:
+            yield f"{key} is a {type_name(table)}, expected a dict"
+        for token, rank in table.items():
+            if type(token) is not kind or (kind is str and not _is_text(token)):
+                yield f"{key} has the token {token[:100]!a}, expected {kind.__name__}"
+            if type(rank) is not int or not 0 <= rank < 2**31:
+                shown = str(rank) if type(rank) is int else f"of type {type_name(rank)}"
+                yield f"{key}[{token[:100]!a}] is {shown}, expected a whole number from 0 to 2**31 - 1"
 
 
 def _is_text(value: object) -> bool:
