@@ -15,6 +15,8 @@ from onnx_ir.passes import common
 
 from lrt_deploy.errors import ExportError
 
+from .cast import producer
+
 # What a graph may consist of. An op beyond this list means that the trace took a path nobody has measured.
 ALLOWED_OPS = frozenset(
     """
@@ -36,7 +38,7 @@ def clean(model: ir.Model) -> None:
     square_by_product(model.graph)
     for cleanup in (common.CommonSubexpressionEliminationPass(), common.RemoveUnusedNodesPass()):
         cleanup(model)
-    forget_origin(model)
+    forget_source(model)
     check_ops(model.graph)
 
 
@@ -49,14 +51,14 @@ def name_stages(model: ir.Model) -> None:
     for node in [node for node in graph if node.domain == STAGE_DOMAIN]:
         source, result = node.inputs[0], node.outputs[0]
         assert source is not None
-        producer = source.producer()
+        maker = source.producer()
         result.replace_all_uses_with(source)
         graph.remove(node, safe=True)
-        if producer is not None and source not in named:
+        if maker is not None and source not in named:
             source.name = node.attributes["stage"].as_string()
             named.add(source)
-            if len(producer.outputs) == 1:
-                producer.name = source.name
+            if len(maker.outputs) == 1:
+                maker.name = source.name
     model.opset_imports.pop(STAGE_DOMAIN, None)
 
 
@@ -94,26 +96,19 @@ def freeze_reshapes(graph: ir.Graph) -> None:
 def square_by_product(graph: ir.Graph) -> None:
     """Spell x ** 2 as x * x, the same bit for bit: Pow has fewer kernels, and a second type to agree with."""
     for node in list(graph):
-        exponent = node.inputs[1].const_value if node.op_type == "Pow" and node.inputs[1] is not None else None
-        if exponent is None or exponent.numpy().size != 1 or float(exponent.numpy().item()) != 2.0:
-            continue
-        product = ir.node("Mul", [node.inputs[0], node.inputs[0]], name=node.name)
-        graph.insert_after(node, product)
-        ir.convenience.replace_nodes_and_values(graph, product, [node], [product], node.outputs, product.outputs)
+        if node.op_type == "Pow" and _scalar(node.inputs[1]) == 2.0:
+            _replace(graph, node, ir.node("Mul", [node.inputs[0], node.inputs[0]]))
 
 
-def forget_origin(model: ir.Model) -> None:
+def forget_source(model: ir.Model) -> None:
     """Drop the tracer's notes: they hold source paths of the exporting machine and double the file."""
     model.metadata_props.clear()
-    model.doc_string = None
-    for holder in (model.graph, *model.graph, *model.graph.inputs, *model.graph.outputs):
-        holder.metadata_props.clear()
-        holder.doc_string = None
-    for node in model.graph:
-        for value in node.outputs:
-            value.metadata_props.clear()
-    for value in model.graph.initializers.values():
+    common.ClearMetadataAndDocStringPass()(model)
+    graph = model.graph
+    results = [value for node in graph for value in node.outputs]
+    for value in (*graph.inputs, *graph.outputs, *results, *graph.initializers.values()):
         value.metadata_props.clear()
+        value.doc_string = None
 
 
 def check_ops(graph: ir.Graph) -> None:
@@ -156,9 +151,9 @@ def fewer_ops(model: ir.Model) -> None:
 
 def divide_at_once(graph: ir.Graph) -> None:
     """Reciprocal and Mul by a constant become a Div."""
-    for node in list(graph):
-        reciprocal, scale = _producer(node, 0, "Reciprocal"), node.inputs[1] if len(node.inputs) > 1 else None
-        if node.op_type == "Mul" and reciprocal is not None and scale is not None and scale.const_value is not None:
+    for node in [node for node in graph if node.op_type == "Mul"]:
+        reciprocal, scale = producer(node.inputs[0], "Reciprocal"), node.inputs[1]
+        if reciprocal is not None and scale is not None and scale.const_value is not None:
             _replace(graph, node, ir.node("Div", [scale, reciprocal.inputs[0]]))
 
 
@@ -220,10 +215,12 @@ def mix_at_once(graph: ir.Graph) -> None:
 
 
 def _mix(node: ir.Node) -> _Mix | None:
-    first, latent = _producer(node, 0, "Add"), _producer(node, 1, "Mul")
-    if node.op_type != "Add" or first is None or latent is None:
+    if node.op_type != "Add":
         return None
-    scaled, embedded = _producer(first, 0, "Mul"), _producer(first, 1, "Mul")
+    first, latent = producer(node.inputs[0], "Add"), producer(node.inputs[1], "Mul")
+    if first is None or latent is None:
+        return None
+    scaled, embedded = producer(first.inputs[0], "Mul"), producer(first.inputs[1], "Mul")
     if scaled is None or embedded is None or len(first.outputs[0].uses()) != 1:
         return None
     a, b = _scalar(embedded.inputs[0]), _scalar(latent.inputs[0])
@@ -232,12 +229,6 @@ def _mix(node: ir.Node) -> _Mix | None:
     x0, m = embedded.inputs[1], latent.inputs[1]
     assert x0 is not None and m is not None
     return _Mix(node, scaled.outputs[0], x0, m, (a, b))
-
-
-def _producer(node: ir.Node, index: int, op: str) -> ir.Node | None:
-    value = node.inputs[index] if index < len(node.inputs) else None
-    producer = None if value is None else value.producer()
-    return producer if producer is not None and producer.op_type == op else None
 
 
 def _scalar(value: ir.Value | None) -> float | None:
@@ -252,9 +243,5 @@ def _add(graph: ir.Graph, node: ir.Node, name: str) -> ir.Value:
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
-    result, before = new.outputs[0], old.outputs[0]
-    new.name, result.name, result.shape, result.type = old.name, before.name, before.shape, before.type
-    graph.insert_after(old, new)
-    before.replace_all_uses_with(result)
-    before.name = None
-    graph.remove(old, safe=True)
+    new.name = old.name
+    ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)

@@ -67,8 +67,8 @@ def doctor(json: options.Json = False) -> None:
         output.document({"backends": [asdict(backend) for backend in backends], "environment": here})
     else:
         output.answer(f"ready: {', '.join(usable)}" if usable else "no backend can run here")
-        rows = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
-        output.table(rows | {key: _cell(value) for key, value in here.items()})
+        rows: dict[str, object] = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
+        output.table(rows | here)
     if not usable:
         raise typer.Exit(1)
 
@@ -156,11 +156,3 @@ def _try(module: str, look: Callable[[Any], tuple[bool, str]]) -> Library:
 def _provider(ort: Any, provider: str) -> tuple[bool, str]:  # noqa: ANN401 - onnxruntime is untyped
     has = provider in ort.get_available_providers()
     return has, f"ONNX Runtime {ort.__version__} {'offers' if has else 'was built without'} {provider}"
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {found or 'absent'}" for name, found in value.items())
-    if isinstance(value, list):
-        return "; ".join(map(str, value)) or "none found"
-    return "unknown" if value is None else str(value)

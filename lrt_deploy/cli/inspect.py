@@ -132,7 +132,7 @@ def inspect(
         output.table(rows)
 
 
-Findings = tuple[dict[str, Any], str, dict[str, str]]  # JSON fields, the line for stdout, the table for people
+Findings = tuple[dict[str, Any], str, Mapping[str, object]]  # JSON fields, the line for stdout, the table for people
 
 
 def kind_of(path: Path) -> Kind:
@@ -217,12 +217,12 @@ def inspect_checkpoint(path: Path, verify: bool) -> Findings:
     }
     names = ("known_as", "step", "file", "sha256", "parameters", "tensors", "dtypes", "tokenizer")
     rows = ({"chosen": opened.chosen} if opened.chosen else {}) | {
-        name.replace("_", " "): cell(fields[name]) for name in names
+        name.replace("_", " "): fields[name] for name in names
     }
     if tokenizer["tokens"]:
         rows["tokenizer"] = summary.tokenizer_line(tokenizer["tokens"], opened.config.vocab_size)
     line = summary.model_line(opened.config)
-    return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": cell(fields["config"])}
+    return fields, f"{path} is a checkpoint", {"model": line} | rows | {"config": fields["config"]}
 
 
 def checkpoint_parameters(opened: Checkpoint) -> dict[str, int]:
@@ -248,13 +248,13 @@ def inspect_graph(path: Path, verify: bool) -> Findings:
     """Read inputs, outputs and operators of a graph, and the contract in its metadata; `verify` has no meaning here."""
     fields = graph_fields(path)
     names = ("opset", "producer", "nodes", "operators", "initializers", "external_files")
-    rows = {name: cell(fields[name]) for name in names}
-    rows["initializers"] += f", {output.bytes_text(fields['initializer_bytes'])}"
-    rows |= {f"{operation} in": cell(counts) for operation, counts in fields["computes"].items() if counts}
+    rows: dict[str, Any] = {name: fields[name] for name in names}
+    rows["initializers"] = f"{fields['initializers']}, {output.bytes_text(fields['initializer_bytes'])}"
+    rows |= {f"{operation} in": counts for operation, counts in fields["computes"].items() if counts}
     for way in ("input", "output"):
         rows |= {f"{way} {value['name']}": f"{value['dtype']} {value['dims']}" for value in fields[f"{way}s"]}
     contract = fields["contract"]
-    made = f", the {cell(contract.get('flavour'))} flavour" if contract else ", not made by lrt-deploy export"
+    made = f", the {contract.get('flavour')} flavour" if contract else ", not made by lrt-deploy export"
     return fields, f"{path} is an ONNX graph{made}", rows
 
 
@@ -275,12 +275,3 @@ def inspect_plan(path: Path, verify: bool) -> Findings:
     (read_plan if verify else check_plan)(path, sidecar)
     line = f"{path} is a TensorRT engine, {sidecar.precision} for {sidecar.backend}{', intact' if verify else ''}"
     return sidecar.to_dict(), line, engine_rows(sidecar)
-
-
-def cell(value: object) -> str:
-    """Format a JSON value in one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)

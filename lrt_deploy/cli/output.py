@@ -194,8 +194,21 @@ def table(rows: Mapping[str, object]) -> None:
     label_width = max(map(len, rows), default=0)
     width = shutil.get_terminal_size().columns if for_people() else 80
     for label, value in rows.items():
-        text = "\n".join(table_lines(label, str(value), label_width, width))
+        text = "\n".join(table_lines(label, cell(value), label_width, width))
         say(f"\x1b[1;36m{label}\x1b[0m{text[len(label) :]}" if _in_colour(sys.stderr) else text)
+
+
+def cell(value: object) -> str:
+    """Format a value of a table: numbers in few digits, lists and objects in one line."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {cell(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(cell, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def for_people() -> bool:

@@ -1,7 +1,7 @@
 """`lrt-deploy parity`: is the bundle the model of the checkpoint? Exits 1 on no.
 
-What is measured and tolerated is for `lrt_deploy.evaluation`; here options become a call, and a report is shown and
-written: a page, a picture and its numbers. `--check` and `--golden` compare a decoder with itself or with a recording.
+`lrt_deploy.evaluation` measures and judges; here a report is shown and written: a page, a picture and its numbers.
+`--check` and `--golden` compare a decoder with itself or with a recording.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from lrt_deploy.errors import CheckpointError, LRTDeployError
 from . import options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.evaluation.parity import ParityOptions
     from lrt_deploy.evaluation.report import ParityReport
     from lrt_deploy.runtime.decoder import Decoder
 
@@ -71,7 +70,19 @@ Float64 = Annotated[
 ]
 
 
-def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
+def write_reports(bundle: Path, folder: Path, fields: dict[str, Any]) -> None:
+    """Write the report and put the path of its page, or what went wrong, into `fields`."""
+    try:
+        fields["report"] = str(write_page(folder, bundle.resolve().name, fields))
+    except (OSError, LRTDeployError) as error:
+        fields["report"] = None
+        fields["report_error"] = (
+            f"the report could not be written to {folder}: {getattr(error, 'strerror', None) or error}; give a folder "
+            "that can be written with --report-dir"
+        )
+
+
+def write_page(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     """Write `parity-BACKEND-PRECISION` as .json, .html and .png; returns the page."""
     from lrt_deploy.evaluation import plots
     from lrt_deploy.evaluation.html import page
@@ -94,7 +105,7 @@ def write_reports(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
 
 
 def comparable(folder: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The stored runs over the same prompt and as many steps, from the most precise on."""
+    """Return the stored runs over the same prompt and as many steps, the most precise first."""
     found = []
     for path in sorted(folder.glob("parity-*.json")):
         try:
@@ -109,7 +120,7 @@ def comparable(folder: Path, fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda other: (PRECISIONS.index(other["precision"]), other["backend"]))
 
 
-STEPS = 16
+_CHECK_STEPS = 16
 
 
 def run_checks(
@@ -120,14 +131,14 @@ def run_checks(
     prompt: list[int],
     tolerance: float | None,
 ) -> list[dict[str, Any]]:
-    """The JSON fields of each check, in the order asked for."""
+    """Run the named checks of a decoder against itself; return their JSON fields."""
     from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
     from lrt_deploy.tolerances import limits
 
     with contextlib.ExitStack() as opened:
         setting = Setting(
             prompt,
-            max(1, min(STEPS, decoder.max_seq_len - len(prompt))),
+            max(1, min(_CHECK_STEPS, decoder.max_seq_len - len(prompt))),
             limits(decoder.precision),
             tolerance,
             decoder.manifest.max_batch_size,
@@ -137,7 +148,7 @@ def run_checks(
 
 
 def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
-    """The JSON fields of the comparison with recorded arrays."""
+    """Compare a decoder with recorded arrays; return the JSON fields."""
     from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
     from lrt_deploy.tolerances import limits
 
@@ -147,22 +158,14 @@ def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any
 
 
 def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """The JSON fields of a run without a checkpoint."""
+    """Return the JSON fields of a run without a checkpoint."""
     failed = [check["name"] for check in checks if not check["passed"]]
     return {
         "passed": not failed,
         "verdict": f"FAIL: {', '.join(failed)}" if failed else f"PASS: {len(checks)} of {len(checks)} checks",
         "backend": decoder.backend,
         "precision": decoder.precision,
-        "checks": checks,
     }
-
-
-def joined(fields: dict[str, Any], checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A comparison with a checkpoint, with the checks made beside it; a failed one fails the whole. In place."""
-    fields["checks"] = checks
-    fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checks)
-    return fields
 
 
 def parity(
@@ -195,27 +198,41 @@ def parity(
     check_inputs(checkpoint, golden, tolerance)
     if write_report or report_dir is not None:
         figures.require("report", "a report", "--report")
-    from lrt_deploy.evaluation.parity import ParityOptions, parity_of_stored, stored_only_precision
+    from lrt_deploy.evaluation.parity import (
+        ParityOptions,
+        default_prompt,
+        parity_of,
+        parity_of_stored,
+        stored_only_precision,
+    )
 
     asked = ParityOptions(chosen, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
-    names = [str(name) for name in check or ()]
     checked: list[dict[str, Any]] = []
     stored_only = None if check or golden else stored_only_precision(bundle, opening.backend, opening.precision)
     if stored_only is not None and checkpoint is not None:
         with output.progress(json) as progress:
             fields = document(parity_of_stored(bundle, checkpoint, stored_only, asked, opening.verify, progress))
     else:
-        fields, checked = _decoded(bundle, checkpoint, opening, asked, (names, golden), json)
-    written = _write(bundle, report_dir, fields) if checkpoint and (write_report or report_dir is not None) else None
-    show(joined(fields, checked), json)
-    if written and not json:
-        output.say(written)
+        with opening.open(bundle) as decoder:
+            ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
+            checked += run_checks(bundle, decoder, opening, list(map(str, check)), ids, tolerance) if check else []
+            checked += [against_golden(decoder, golden, json)] if golden else []
+            if checkpoint is None:
+                fields = checks_document(decoder, checked)
+            else:
+                with output.progress(json) as progress:
+                    fields = document(parity_of(bundle, decoder, checkpoint, asked, progress))
+    fields["checks"] = checked
+    fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checked)
+    if checkpoint and (write_report or report_dir is not None):
+        write_reports(bundle, report_dir or bundle / "reports", fields)
+    show(fields, json)
     if not fields["passed"]:
         raise typer.Exit(1)
 
 
 def check_inputs(checkpoint: Path | None, golden: Path | None, tolerance: float | None) -> None:
-    """Refuse what is not there before the bundle is opened."""
+    """Raise CheckpointError or InputError for files that do not exist or are something else."""
     from lrt_deploy.bundle import kinds
 
     if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
@@ -225,50 +242,8 @@ def check_inputs(checkpoint: Path | None, golden: Path | None, tolerance: float 
     options.check_tolerance(tolerance)
 
 
-def _decoded(
-    bundle: Path,
-    checkpoint: Path | None,
-    opening: options.DecoderOptions,
-    asked: ParityOptions,
-    others: tuple[list[str], Path | None],
-    json: bool,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The fields of the comparison, and of the checks that need no checkpoint; `others` are --check and --golden."""
-    from lrt_deploy.evaluation.parity import default_prompt, parity_of
-
-    check, golden = others
-    with opening.open(bundle) as decoder:
-        chosen = asked.prompt
-        ids = (
-            default_prompt(decoder)
-            if chosen is None
-            else options.prompt_ids(decoder, chosen if isinstance(chosen, str) else list(chosen))
-        )
-        checked = run_checks(bundle, decoder, opening, check, ids, asked.tolerance) if check else []
-        checked += [against_golden(decoder, golden, json)] if golden else []
-        if checkpoint is None:
-            return checks_document(decoder, checked), checked
-        with output.progress(json) as progress:
-            return document(parity_of(bundle, decoder, checkpoint, asked, progress)), checked
-
-
-def _write(bundle: Path, folder: Path | None, fields: dict[str, Any]) -> str | None:
-    """Write the page and put its place into `fields`; or say why it could not be written, for after the verdict."""
-    target = bundle / "reports" if folder is None else folder
-    try:
-        fields["report"] = str(write_reports(target, bundle.resolve().name, fields))
-    except (OSError, LRTDeployError) as error:
-        fields["report"] = None
-        fields["report_error"] = (
-            f"the report could not be written to {target}: {getattr(error, 'strerror', None) or error}; give a folder "
-            "that can be written with --report-dir"
-        )
-        return str(fields["report_error"])
-    return None
-
-
 def document(report: ParityReport) -> dict[str, Any]:
-    """The JSON fields."""
+    """Return the JSON fields of a report."""
     from lrt_deploy.evaluation.report import as_json
 
     fields = report.to_dict()
@@ -278,7 +253,7 @@ def document(report: ParityReport) -> dict[str, Any]:
 
 
 def show(fields: dict[str, Any], json: bool) -> None:
-    """The document, or the verdict with the place of the fault, and a table."""
+    """Print the document, or the verdict with the place of the fault, and a table."""
     if json:
         output.document(fields)
         return
@@ -290,10 +265,12 @@ def show(fields: dict[str, Any], json: bool) -> None:
     if "bisect" in fields:
         output.answer(fields["bisect"]["line"])
     output.table(rows(fields))
+    if "report_error" in fields:
+        output.say(fields["report_error"])
 
 
-def rows(fields: dict[str, Any]) -> dict[str, str]:
-    """The measured numbers for people, without the curves, and without the verdict, which stands on stdout."""
+def rows(fields: dict[str, Any]) -> dict[str, object]:
+    """Return the rows of a table of the measured numbers, without curves and verdict."""
     shown = {name: value for name, value in fields.items() if not isinstance(value, (list, dict))}
     for part, label in (
         ("prefill", "prefill"),
@@ -307,13 +284,4 @@ def rows(fields: dict[str, Any]) -> dict[str, str]:
         if fields.get(part):
             shown[part] = "passed" if fields[part]["passed"] else "failed"
     hidden = ("passed", "verdict", "report_error", *(name for name, value in shown.items() if value is None))
-    return {name.replace("_", " "): cell(value) for name, value in shown.items() if name not in hidden}
-
-
-def cell(value: object) -> str:
-    """A number in few digits."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "none" if value is None else str(value)
+    return {name.replace("_", " "): value for name, value in shown.items() if name not in hidden}
