@@ -7,7 +7,9 @@ may be another project's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -73,6 +75,25 @@ def find_gpu() -> tuple[Gpu | None, str]:
         return None, f"no usable GPU: {cuda.cudaGetErrorString(error)[1].decode(errors='replace')}"
     gpu = Gpu(properties.name.decode(errors="replace"), (int(properties.major), int(properties.minor)))
     return gpu, f"{gpu.name}, compute capability {gpu.capability_text}"
+
+
+# Packages that compute, and the other names that they may be installed under, for a device or a version of CUDA.
+_PACKAGES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir"), ()),
+    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
+    "onnxruntime": ("onnxruntime-gpu",),
+}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that compute, None for one that is not installed; imports none of them."""
+    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
+    for name, others in _PACKAGES.items():
+        for package in (*others, name):
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(package)
+    return found
 
 
 Extra = Literal["export", "bench", "report", "tensorrt", "tensorrt-rtx"]

@@ -6,7 +6,6 @@ Imports the runtime libraries to try them; of torch and the graph tools only the
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -17,21 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from lrt_deploy import machine
+
 from . import options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.machine import Gpu
-
-PACKAGES = (
-    *("lrt-deploy", "numpy", "tokenizers", "torch", "onnx", "onnxscript", "onnx-ir"),
-    *("tensorrt", "tensorrt-rtx", "onnxruntime"),
-)
-# What else a package may be installed as: for another device, or for one version of CUDA.
-_OTHER_NAMES = {
-    "onnxruntime": ("onnxruntime-gpu",),
-    "tensorrt": ("tensorrt-cu13", "tensorrt-cu12"),
-    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
-}
 
 
 @dataclass(frozen=True)
@@ -108,18 +98,8 @@ def environment() -> dict[str, Any]:
         "cpu_count": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": memory_bytes(),
         "gpus": gpus(),
-        "versions": {name: version(name, *_OTHER_NAMES.get(name, ())) for name in PACKAGES},
+        "versions": machine.versions(),
     }
-
-
-def version(*names: str) -> str | None:
-    """Version of the first of these packages that is installed; nothing is imported."""
-    for name in names:
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def memory_bytes() -> int | None:

@@ -11,7 +11,6 @@ exporters and runtime inside functions. Measurements, limits and judgement are t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import math
@@ -19,7 +18,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +28,7 @@ from lrt_deploy.arguments import check_path
 from lrt_deploy.bundle import manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.errors import InputError, ParityError
-from lrt_deploy.machine import cpu_model
+from lrt_deploy.machine import cpu_model, versions
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy
 
@@ -57,11 +55,6 @@ PROMPT = (
     "that today they would write down what they had seen: how high the water stood, what it carried, and who was there."
 )
 _PROMPT_TOKENS = 96  # of the prompt made up for a bundle without tokenizer
-# Packages that compute, by the name under which their version is reported.
-_PACKAGES: dict[str, tuple[str, ...]] = {
-    name: (name,) for name in ("lrt-deploy", "torch", "numpy", "onnx", "onnx-ir", "tensorrt", "tensorrt-rtx")
-}
-_PACKAGES["onnxruntime"] = ("onnxruntime", "onnxruntime-gpu")
 
 
 @dataclass(frozen=True)
@@ -370,21 +363,12 @@ def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, to
             "checkpoint_sha256": (subject.manifest.provenance.get("checkpoint") or {}).get("sha256"),
         },
         "checkpoint": {"file": opened.model_file.name, "sha256": opened.sha256, "step": opened.step},
-        "versions": _versions(),
+        "versions": {"python": platform.python_version()} | {name: v for name, v in versions().items() if v},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"processor": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},
         "prompt": {"text": PROMPT if options.prompt is None else prompt, "tokens": list(tokens)},
         "options": selected | {"backend": subject.backend, "precision": precision},
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name, packages in _PACKAGES.items():
-        for package in packages:
-            with contextlib.suppress(PackageNotFoundError):
-                found[name] = version(package)
-    return found
 
 
 def _bisect_weights(weights: WeightsPart) -> Bisection:
