@@ -1,8 +1,8 @@
-"""Every numeric threshold in one place: what it is, what was measured, and why it stands where it stands.
+"""Every numeric limit of comparisons, with the measured value and the reason.
 
 All errors are maxima of absolute differences. Logits are softly capped to +-15 and latents are RMS-normed, so absolute
 bounds mean the same for every model. Measured on the goldens (eight random models and a trained one of 6 layers), 250
-to 300 tokens of rollout each. What is compared and how it is judged: `parity`, and the tests.
+to 300 tokens of rollout each. Comparisons and judgement are in `evaluation` and in the tests.
 """
 
 from __future__ import annotations
@@ -14,21 +14,20 @@ from .errors import ParityError
 
 @dataclass(frozen=True)
 class ParityLimits:
-    """What a decoder may differ from the reference by, both fed the same tokens, each with its own state.
+    """Limits of the differences between decoder and reference, fed the same tokens, each with its own state.
 
-    Where `top1_agreement` is given, the precision is too low for the function to be the same: mean KL and the share of
-    positions with the same first choice are judged, tokens may part, and the bounds on errors go for prefill alone,
-    which is held against the decoder's own decoding.
+    `max_abs_cache_error` bounds prefill that states no residual, against decoding. A first divergence at a position
+    where the reference's best two logits are within `near_tie_margin` is a near tie and no fault. `top1_agreement` is
+    the smallest share of positions with the same first choice, None where the function must be the same. Where it is
+    given, mean KL and that share are judged, tokens may part, and the bounds on errors apply to prefill alone, compared
+    with the decoder's own decoding.
     """
 
     max_abs_logit_error: float
     max_abs_latent_error: float
-    # Of prefill that states no residual, against decoding; iterated prefill is bound by what it states for the latent.
     max_abs_cache_error: float
     mean_kl: float
-    # A first divergence where the reference's top two logits are at most this far apart says nothing about the decoder.
     near_tie_margin: float
-    # The smallest share of positions at which both sides would choose the same token; None: the function is the same.
     top1_agreement: float | None = None
 
 
@@ -54,7 +53,7 @@ STAGE_ERROR = 2e-5
 
 
 def _quality(mean_kl: float, top1_agreement: float, latent: float) -> ParityLimits:
-    """Limits of a precision that is judged by quality; `latent` is what two ways of reading a prompt may differ by."""
+    """Limits of a precision that is judged by quality; `latent` bounds the difference between two ways of prefill."""
     return ParityLimits(
         max_abs_logit_error=2 * latent,  # measured: up to 1.0 times
         max_abs_latent_error=latent,
@@ -92,10 +91,10 @@ LEVEL_MARGIN = 0.5
 
 @dataclass(frozen=True)
 class StoredLimits:
-    """What a stored weight that was rounded to nearest may be off by; see `parity_weights`.
+    """Limits of weights that were rounded to nearest; see `evaluation.stored_weights`.
 
-    `rounding_steps`: half a step and what float32 division adds to it. `arithmetic`: relative error of computing a
-    scale. `share_error`: by what factor the squared error of a block may exceed the least one of all grids.
+    `rounding_steps`: half a step, and the rounding of float32 division. `arithmetic`: relative error of computing a
+    scale. `share_error`: the largest squared error of a block, as a multiple of the smallest of all grids.
     """
 
     rounding_steps: float
@@ -111,10 +110,10 @@ STORED = StoredLimits(rounding_steps=0.5 + 2e-5, arithmetic=1e-6, share_error=1 
 
 @dataclass(frozen=True)
 class GptqLimits:
-    """What a matrix that GPTQ rounded may be off by: norms of errors relative to the norm of what they are errors of.
+    """Limits of a matrix that GPTQ rounded: norms of errors, relative to the norms of the expected numbers.
 
-    `shrunk` is the size of the whole that grids give which end below the largest weight, `slope` how far from it the
-    size may be.
+    `shrunk` is the least-squares factor of the whole matrix, below 1 because grids may end below the largest weight;
+    `slope` bounds the difference from it.
     """
 
     matrix: float
@@ -124,7 +123,7 @@ class GptqLimits:
     slope: float
 
     def slope_of(self, size: int) -> float:
-        """`slope` for a matrix of so many weights: of few, the size of the whole is known less well."""
+        """`slope` for a matrix of `size` weights: the factor of few weights varies more."""
         return float(self.slope + 0.4 * size**-0.5)
 
 
@@ -137,7 +136,7 @@ GPTQ = GptqLimits(matrix=0.3, row=1.3, column=0.5, shrunk=0.99, slope=0.007)
 
 @dataclass(frozen=True)
 class KernelLimits:
-    """What the kernels that run may be off by from PyTorch on the same stored weights and from the same latent.
+    """Limits of the kernels that run, against PyTorch on the same stored weights and from the same latent.
 
     `logit` and `latent` bound the largest absolute errors, `typical` the median over positions of the logits' largest.
     """
@@ -162,35 +161,30 @@ _KERNELS = {
 }
 
 
-def kernel_limits(precision: str, flavour: str = "windowed") -> KernelLimits:
+def kernel_limits(precision: str) -> KernelLimits:
     """The limits of a precision's kernels; ParityError where none were measured.
 
-    The `full` flavour of a quantized precision multiplies in float16, so float16's noise is allowed it as well.
+    Those of quantized precisions are at least float16's, in which their `full` flavour multiplies.
     """
     if precision not in _KERNELS:
         raise ParityError(
             f"there are no kernel limits for precision {precision}; limits were measured for {', '.join(_KERNELS)}"
         )
-    found, half = _KERNELS[precision], _KERNELS["fp16"]
-    if flavour == "windowed":
-        return found
-    return KernelLimits(
-        logit=max(found.logit, half.logit),
-        latent=max(found.latent, half.latent),
-        typical=max(found.typical, half.typical),
-    )
+    return _KERNELS[precision]
 
 
 @dataclass(frozen=True)
 class GoldenLimits:
-    """How far our numbers may be from those that the authors' own code computed."""
+    """Limits against the numbers that the authors' own code computed.
+
+    `zero_memory` is the opposite: the smallest error that a forgotten memory must cause.
+    """
 
     logits: float
     latent: float
     cache: float
     nll: float
     bits_per_byte: float
-    # By how much at least a forgotten memory must show; no tolerance, but the twin of the others that must fail.
     zero_memory: float
 
 
@@ -211,10 +205,10 @@ DEFAULT_PREFILL_TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class PrefillLimits:
-    """How exactly a precision can read a prompt by iterating, max abs of the latent, whose RMS is 1.
+    """Exactness of prefill by iteration in a precision: max abs error of the latent, whose RMS is 1.
 
-    `noise`: by how much passes differ at the fixed point. `smallest`: the smallest tolerance that errors can be
-    estimated to; `default`: the one that is taken.
+    `noise` is the difference between passes at the fixed point, `smallest` the smallest tolerance to which errors can
+    be estimated, `default` the default tolerance.
     """
 
     noise: float
@@ -239,11 +233,11 @@ _PREFILL = {
 
 
 def prefill_limits(precision: str) -> PrefillLimits:
-    """The limits of a precision; those of fp32 for a name that is none, as fakes in tests have."""
+    """The limits of a precision; those of fp32 for an unknown name, as fakes in tests have."""
     return _PREFILL.get(precision, _FP32_PREFILL)
 
 
-# The largest number of float16, and the share of it that calibration may see. A factor of 4 is left for other text.
+# The largest number of float16, and the share of it that calibration may reach: a factor of 4 is left for other text.
 FLOAT16_LARGEST = 65504.0
 FLOAT16_RANGE_USED = 0.25
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from lrt_deploy import open_decoder
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import InputError, ParityError
-from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
+from lrt_deploy.evaluation.checks import CHECKS, Setting, select_checks
 from lrt_deploy.tolerances import FP32
 
 pytestmark = pytest.mark.slow  # for the export
@@ -146,11 +146,11 @@ def test_a_cuda_graph_is_compared_with_its_partner_and_refused_where_there_is_no
 
 
 def test_all_means_what_the_backend_can_run():
-    assert chosen(["all"], "ort-cpu") == ON_A_CPU
-    assert chosen(["all"], "tensorrt-rtx") == list(CHECKS)
-    assert chosen(["batch-vs-alone", "batch-vs-alone"], "ort-cpu") == ["batch-vs-alone"]
+    assert select_checks(["all"], "ort-cpu") == ON_A_CPU
+    assert select_checks(["all"], "tensorrt-rtx") == list(CHECKS)
+    assert select_checks(["batch-vs-alone", "batch-vs-alone"], "ort-cpu") == ["batch-vs-alone"]
     with pytest.raises(InputError, match="no check 'batch'; known are fixed-point-vs-stepwise, "):
-        chosen(["batch"], "ort-cpu")
+        select_checks(["batch"], "ort-cpu")
 
 
 def test_what_a_check_needs_is_said(decoder):

@@ -179,5 +179,5 @@ def test_int8_steps_of_the_graph_are_those_of_the_manifest():
 
 def test_an_engine_is_allowed_the_noise_of_float16_as_well():
     for precision in ("fp16", "int8", "int8-weight-only", "int4-weight-only"):
-        full, half = kernel_limits(precision, "full"), kernel_limits("fp16")
+        full, half = kernel_limits(precision), kernel_limits("fp16")
         assert full.logit >= half.logit and full.latent >= half.latent

@@ -132,7 +132,7 @@ def run_checks(
     tolerance: float | None,
 ) -> list[dict[str, Any]]:
     """Run the named checks of a decoder against itself; return their JSON fields."""
-    from lrt_deploy.evaluation.checks import CHECKS, Setting, chosen
+    from lrt_deploy.evaluation.checks import CHECKS, Setting, select_checks
     from lrt_deploy.tolerances import limits
 
     with contextlib.ExitStack() as opened:
@@ -144,7 +144,7 @@ def run_checks(
             decoder.manifest.max_batch_size,
             lambda: opened.enter_context(opening.open(bundle, cuda_graph=False)),
         )
-        return [CHECKS[name](decoder, setting).to_dict() for name in chosen(names, decoder.backend)]
+        return [CHECKS[name](decoder, setting).to_dict() for name in select_checks(names, decoder.backend)]
 
 
 def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:

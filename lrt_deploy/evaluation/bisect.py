@@ -79,18 +79,18 @@ def bisect(
     decoder: StatefulDecoder,
     observer: Observer,
     report: ParityReport,
-    origins: Mapping[str, object],
+    producers: Mapping[str, object],
 ) -> Bisection:
     """Find the fault behind `report`, the comparison of the two.
 
-    `observer` shows the activations of the decoder's graph; `origins` says how the graph computes each.
+    `observer` shows the activations of the decoder's graph; `producers` describes the op of each.
     """
     position = first_bad(report)
     if position is None:
         return Bisection("clean", "nothing to bisect: no position of the rollout is beyond the limits")
     compared, off = _first_off(reference, observer, report, position)
     if off is not None:
-        return _at_stage(off, position, compared, origins)
+        return _at_stage(off, position, compared, producers)
     right = f"begins at position {position}; from the reference's state the graph computes every stage right there"
     fault = _find_state_fault(reference, decoder, report.tokens, position)
     if fault is None:
@@ -101,7 +101,7 @@ def bisect(
 
 
 def bisect_parts(
-    reference: ObservedDecoder, observer: Observer, report: ParityReport, origins: Mapping[str, object]
+    reference: ObservedDecoder, observer: Observer, report: ParityReport, producers: Mapping[str, object]
 ) -> Bisection:
     """Name the part of a quantized bundle's verdict that fails, and its place.
 
@@ -116,7 +116,7 @@ def bisect_parts(
             if position is not None:
                 compared, off = _first_off(reference, observer, report, position)
                 if off is not None:
-                    return _at_stage(off, position, compared, origins)
+                    return _at_stage(off, position, compared, producers)
         if not graph.passed:
             line = (
                 f"{arithmetic.fault}; one step by itself computes every value right, so it reads several tokens wrong"
@@ -184,9 +184,9 @@ def _first_off(
 
 
 def _at_stage(
-    off: StageError, position: int, compared: tuple[StageError, ...], origins: Mapping[str, object]
+    off: StageError, position: int, compared: tuple[StageError, ...], producers: Mapping[str, object]
 ) -> Bisection:
-    op, layer = str(origins.get(off.name, "")) or None, activations.layer_of(off.name)
+    op, layer = str(producers.get(off.name, "")) or None, activations.layer_of(off.name)
     line = (
         f"begins at position {position} in {off.name} ({activations.meaning(off.name)}), which is off by "
         f"{off.error:.1e} of its largest number (limit {STAGE_ERROR:.0e}) though everything before it is right"

@@ -139,7 +139,7 @@ CHECKS: dict[str, Callable[[FullDecoder, Setting], MutualCheck]] = {
 }
 
 
-def chosen(names: Sequence[str], backend: str) -> list[str]:
+def select_checks(names: Sequence[str], backend: str) -> list[str]:
     """Resolve names of checks; `all` stands for those that the backend can run. InputError for an unknown name."""
     if unknown := [name for name in names if name not in (*CHECKS, "all")]:
         raise InputError(f"there is no check {unknown[0]!r}; known are {', '.join(CHECKS)} and all")

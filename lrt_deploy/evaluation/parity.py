@@ -309,7 +309,7 @@ def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart
     found = _computed(run.decoder.logits[:count], run.decoder.latents[:count])
     kernels = found, run_forced(model, tokens, own, exact.activation_scales)
     fault = activation_scale_fault(exact.activation_scales, stated)
-    return judge_arithmetic(graph, kernels, kernel_limits(precision, subject.flavour), fault)
+    return judge_arithmetic(graph, kernels, kernel_limits(precision), fault)
 
 
 def _latents_before(latents: Sequence[FloatArray | None], width: int) -> FloatArray:
