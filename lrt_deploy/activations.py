@@ -1,8 +1,7 @@
-"""The stages of a decode step: names of intermediate values, the same in the reference model and in the graphs.
+"""Names of the activations of a decode step, called stages; the same in the reference model and in the graphs.
 
-The reference marks them (`model.CacheOps.mark`), the exporter gives the values in the graphs these names, and bisecting
-compares them in this order, which is the order of computation: the first that differs is where the fault is. Whoever
-can show them is an `Observer`.
+The reference records them (`model.CacheOps.mark`), the exporter gives the values in the graphs these names, and
+`evaluation.bisect` compares them in the order of computation. An `Observer` runs a step and returns them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .config import LRTConfig
 from .types import FloatArray, State, StatefulDecoder
 
 EMBEDDED = "embedded"
-# What a stage of a layer is; shapes with the letters of `config`.
+# Stage of a layer -> its meaning; shapes with the letters of `config`.
 LAYER_STAGES: dict[str, str] = {
     "mixed": "the residual stream with x0 and the latent mixed in by their lambdas, (B, T, C)",
     "normed": "its norm, which the projections and gates read, (B, T, C)",
@@ -41,12 +40,12 @@ LATENT, LOGITS = "present_latent", "logits"
 
 
 def of_layer(layer: int, stage: str) -> str:
-    """Name of a layer's stage."""
+    """The name of a layer's stage."""
     return f"blocks.{layer}.{stage}"
 
 
 def in_order(config: LRTConfig) -> list[str]:
-    """All stages of a model in the order of computation. A stage that a model lacks is never marked."""
+    """All stages in the order of computation; a model may lack some of them."""
     names = [EMBEDDED]
     for layer in range(config.n_layer):
         names += [of_layer(layer, stage) for stage in LAYER_STAGES]
@@ -56,7 +55,7 @@ def in_order(config: LRTConfig) -> list[str]:
 
 
 def meaning(name: str) -> str:
-    """What a stage is, for people."""
+    """The meaning of a stage, for messages."""
     known = {
         EMBEDDED: "the normed token embedding, (B, T, C)",
         LATENT: "the latent, m for the next position, (B, T, C)",
@@ -66,7 +65,7 @@ def meaning(name: str) -> str:
 
 
 def layer_of(name: str) -> int | None:
-    """The layer that a stage belongs to; None for those of no layer."""
+    """The layer of a stage; None for a stage of no layer."""
     parts = name.split(".")
     return int(parts[1]) if len(parts) == 3 else None
 
@@ -78,7 +77,7 @@ _SMALLEST_SCALE = 0.25
 
 @dataclass(frozen=True)
 class StepInput:
-    """One decode step of one sequence, from a state given in full: what makes two sides comparable inside a step."""
+    """One decode step of one sequence, from a state given in full, so that two sides can take the same step."""
 
     token: int
     position: int
@@ -88,7 +87,7 @@ class StepInput:
 
     @classmethod
     def after(cls, state: State, token: int, config: LRTConfig) -> StepInput:
-        """The step that reads `token` after the tokens of `state`, of its first row."""
+        """The step that reads `token` after the first row of `state`."""
         caches = [state.cache(i) for i in range(config.n_layer)]
         latent = state.latent
         return cls(
@@ -101,20 +100,20 @@ class StepInput:
 
     @classmethod
     def first(cls, token: int, config: LRTConfig) -> StepInput:
-        """The step at position 0: an empty cache, a latent of zeros."""
+        """The step at position 0, with an empty cache and a latent of zeros."""
         empty = (np.zeros((config.n_kv_head, 0, config.head_dim), np.float32),) * config.n_layer
         return cls(token, 0, np.zeros(config.n_embd, np.float32), empty, empty)
 
 
 class Observer(Protocol):
-    """Runs single steps and shows the stages of each."""
+    """Runs single steps and returns the stages of each."""
 
     def observe(self, step: StepInput) -> dict[str, FloatArray]:
-        """Stage name -> value, as float32, for those stages that this side has."""
+        """Run one step; returns stage name -> value in float32, for the stages that this side has."""
 
 
 class ObservedDecoder(Observer, StatefulDecoder, Protocol):
-    """The reference: decodes, and shows the stages of a step."""
+    """The reference, which decodes and returns the stages of a step."""
 
 
 def relative_error(expected: FloatArray, found: FloatArray) -> float:
