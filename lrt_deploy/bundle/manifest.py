@@ -28,7 +28,7 @@ from lrt_deploy.fields import Count, Sha256, Size, Whole, convert, shown
 from lrt_deploy.files import decode_text, open_regular, parse_json, read_bytes
 
 from .contract import FLAVOURS, Flavour, embedding_inputs
-from .hash_cache import Remembered
+from .hash_cache import file_key, load_verified, save_verified
 from .kinds import instead_of_bundle
 from .precisions import ITEM_BYTES, PRECISIONS, Dtype
 
@@ -171,7 +171,7 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
 
     Raises BundleError. `progress` is given the bytes done and the bytes of all files.
     """
-    memory = Remembered.load()
+    verified, new = load_verified(), {}
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
         path = folder / name
@@ -181,16 +181,17 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
             raise BundleError(
                 f"{path} has {stat.st_size} bytes, the manifest says {record.bytes}: truncated or altered"
             )
-        if force or record.bytes <= _ALWAYS_HASHED_BYTES or not memory.holds(stat, record.sha256):
+        if force or record.bytes <= _ALWAYS_HASHED_BYTES or verified.get(file_key(stat)) != record.sha256:
             if hash_file(path) != record.sha256:
                 raise BundleError(
                     f"{path} does not match its hash in the manifest: it was altered; export the bundle again"
                 )
             if record.bytes > _ALWAYS_HASHED_BYTES:
-                memory.add(stat, record.sha256)
+                new[file_key(stat)] = record.sha256
         done += record.bytes
         progress(done, total)
-    memory.save()
+    if new:
+        save_verified(verified | new)
 
 
 def _open(folder: Path, name: str) -> BinaryIO:

@@ -86,8 +86,6 @@ def _metadata_faults(metadata: dict[str, str], model: LRTConfig, precision: str)
         yield f"its metadata say that the precision is {shown(found)}"
     try:
         fields = parse_json(metadata.get("lrt_deploy.model", "null"), "the model in its metadata", BundleError)
-        if not isinstance(fields, dict):
-            raise ConfigError(f"model config is {shown(fields)}, expected an object")
         same = LRTConfig.from_dict(fields) == model
     except (BundleError, ConfigError) as error:
         yield f"its metadata do not say what model it is of: {error}"
