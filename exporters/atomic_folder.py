@@ -60,7 +60,7 @@ def atomic_folder(target: Path, check: Check | None, error: type[LRTDeployError]
 
 
 def recover(target: Path) -> None:
-    """Undo what killed processes have left: bring back a folder that stood aside, remove temporary ones."""
+    """Clean up after killed processes: bring back a folder that stood aside, remove temporary ones."""
     if not target.parent.is_dir():
         return
     with _section(target.parent):
@@ -127,7 +127,7 @@ def _put_in_place(folder: Path, target: Path, check: Check | None, error: type[L
 
 
 def _step_aside(folder: Path, target: Path) -> None:
-    """Exchange by two renames; a kill between them is what `recover` is for."""
+    """Exchange by two renames; `recover` mends a kill between them."""
     retired = target.with_name(f".{target.name}.retired-{secrets.token_hex(8)}")
     target.rename(retired)
     try:

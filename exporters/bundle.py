@@ -175,10 +175,10 @@ def _foreign_in(folder: Path) -> str | None:
 
 
 def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenizer | None:
-    """The tokenizer that was named (`none`: without), else the one that belongs to the checkpoint, else None.
+    """Return the tokenizer that was named (`none`: none), else the one of the checkpoint, else None.
 
-    It is looked for in the checkpoint's folder `tokenizer`, in the checkpoint's own folder, as on the Hub, and in the
-    authors' place, the folder `tokenizer` beside `base_checkpoints`.
+    Searched are the checkpoint's folder `tokenizer`, the checkpoint's own folder, as on the Hub, and the authors'
+    place, the folder `tokenizer` beside `base_checkpoints`.
     """
     vocab_size = checkpoint.config.vocab_size
     if named is not None:

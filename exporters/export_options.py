@@ -28,7 +28,7 @@ _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int8-weight-only": 8, "
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """The options of `export_bundle`, of the right types; what each means is documented there."""
+    """The options of `export_bundle`, documented there, in the right types."""
 
     precisions: tuple[str, ...]
     max_seq_len: int | None
@@ -126,7 +126,7 @@ def weight_bytes(config: LRTConfig, precision: str) -> int:
 
 
 def _state_bytes(config: LRTConfig, precision: str, capacity: int) -> int:
-    """Bytes of the state of one sequence: caches and latent at full capacity."""
+    """Return the bytes of the state of one sequence: caches and latent at full capacity."""
     dtype = base_dtype(precision, "full")
     sizes = {"batch": 1, "tokens": 1, "capacity": capacity}
     shapes = [

@@ -407,7 +407,7 @@ def test_the_log_keeps_each_message_once_and_the_memory_figures():
     log.take("WARNING", "Make sure input input_ids has Int64 binding.")
     assert (log.warnings, log.errors) == (["careful now"], ["no device"])
     assert log.memory == {"activation_bytes": [123, 123]}
-    assert log.last_words() == "no device" and BuildLog().last_words()
+    assert log.error_text() == "no device" and BuildLog().error_text()
 
 
 def test_every_build_of_a_process_hears_its_own_messages(bundle):

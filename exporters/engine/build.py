@@ -186,7 +186,7 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
 
 
 def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:
-    """Decode: one token for each of up to `max_batch_size` rows. Prefill: up to a chunk of tokens of one row."""
+    """Return the profiles: decode, 1 token in up to `max_batch_size` rows; prefill, a chunk of tokens in 1 row."""
     chunk = min(chunk_tokens, max_seq_len)
     return (
         Profile(DECODE, batch=(1, 1, max_batch_size), tokens=(1, 1, 1)),
@@ -218,7 +218,7 @@ def _precision(manifest: Manifest, requested: str | None) -> str:
 
 
 def _timing_cache(bundle: Path, flavour: TensorRTFlavour, asked: Path | None) -> Path | None:
-    """Where measured kernel times of earlier builds lie; TensorRT-RTX measures nothing when it builds."""
+    """Return the file of measured kernel times; None for TensorRT-RTX, which measures none when it builds."""
     if flavour.backend == "tensorrt-rtx":
         if asked is not None:
             raise EngineError("tensorrt-rtx measures no kernels when it builds and has no timing cache; leave it out")
@@ -268,7 +268,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
 
 
 def _compute_capabilities(flavour: TensorRTFlavour) -> tuple[str, ...]:
-    """RTX plans are portable; a plan of full TensorRT is for the kind of GPU that it was built on."""
+    """Return the GPUs that the plan is for: those documented for RTX, otherwise the one that it is built on."""
     if flavour.backend == "tensorrt-rtx":
         return _RTX_CAPABILITIES
     gpu, reason = find_gpu()
@@ -278,7 +278,7 @@ def _compute_capabilities(flavour: TensorRTFlavour) -> tuple[str, ...]:
 
 
 def _described(tensors: Sequence[Any], specs: Sequence[contract.TensorSpec]) -> tuple[dict[str, Any], ...]:
-    """Name, type and shape of network inputs or outputs; a free dimension has the name that the contract gives it."""
+    """Describe network inputs or outputs by name, type and shape; free dimensions have the contract's names."""
     dims = {spec.name: spec.shape for spec in specs}
     return tuple(
         {

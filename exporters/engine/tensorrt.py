@@ -5,9 +5,9 @@ The network is parsed from a copy of the bundle's `full` graph, edited for Tenso
 that has no fused kernel may be decomposed. The copy lives in memory; its weights stay in the bundle's file.
 
 Polygraphy's loaders configure and build; parsing is done here, because theirs cannot take a graph from memory whose
-weights lie in a file. TensorRT wants objects of its own base classes, and which library is loaded (full TensorRT or
-TensorRT-RTX) is known only at run time, so the progress monitor's class is made when it is needed. Nothing is printed.
-Knows neither bundles nor what a network should consist of: see `build` and `verify`.
+weights lie in a file. The progress monitor derives from a class of the library that is loaded (full TensorRT or
+TensorRT-RTX), which is known only at run time. Nothing is printed.
+Knows no bundles, and no expectations of a network: see `build` and `verify`.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ _MEMORY = re.compile(r"Total (Activation|Scratch|Weights|Host Persistent|Device 
 
 @dataclass
 class BuildLog:
-    """Messages by severity, each text once, and the memory figures in the order in which they came."""
+    """TensorRT's errors and warnings, each text once, and its memory figures in order."""
 
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)
-    listener: Listener | None = None  # hears every message as it comes
+    listener: Listener | None = None  # called with every message as it comes
 
     def take(self, severity: str, text: str) -> None:
-        """Sort one message in."""
+        """Record one message."""
         text = " ".join(text.split())
         if self.listener is not None:
             self.listener(severity, text)
@@ -86,13 +86,13 @@ class BuildLog:
         if text not in kept and len(kept) < _KEPT:
             kept.append(text)
 
-    def last_words(self) -> str:
-        """The errors in one line, for a message."""
+    def error_text(self) -> str:
+        """Join the errors in one line."""
         return "; ".join(self.errors[:4]) or "it gave no reason"
 
 
 class Cancellation:
-    """Whether a build is to stop, and the exception that its caller's progress function raised."""
+    """A request to stop a build, and the exception that the caller's progress function raised."""
 
     def __init__(self) -> None:
         self.asked = threading.Event()
@@ -164,18 +164,17 @@ def run_interruptibly(work: Callable[[], T], cancellation: Cancellation) -> T:
     return results[0]
 
 
-# What TensorRT says where attention has a shape or type that none of its fused kernels is for.
 _LARGEST_CACHE = 2**30  # bytes; measured times of one model take a few MB
-_NO_FUSED_KERNEL = "not supported by a dedicated kernel"
+_NO_FUSED_KERNEL = "not supported by a dedicated kernel"  # TensorRT, of attention of this shape and type
 
 
 class NoFusedAttentionError(EngineError):
-    """The network's attention would have to be decomposed, and must not be."""
+    """No fused kernel fits the network's attention, and it is not marked as decomposable."""
 
 
 @dataclass
 class Parsed:
-    """A network, and what must live as long as it does."""
+    """A network, and the objects that must live as long as it does."""
 
     trt: Any
     builder: Any
@@ -186,7 +185,7 @@ class Parsed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was built: the plan's bytes, and the flags that TensorRT was given."""
+    """The bytes of a plan, and the flags that TensorRT was given."""
 
     data: memoryview
     flags: tuple[str, ...]
@@ -194,7 +193,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the builder is told beside the profiles.
+    """Settings of the builder.
 
     `workspace_bytes` bounds the scratch memory of a layer; None: TensorRT's own limit. `timing_cache` is read where it
     exists and replaced after the build.
@@ -256,7 +255,7 @@ def build(
 
 
 def input_shapes(network: Any, sizes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:  # noqa: ANN401
-    """Smallest, typical and largest shape of every network input, from the sizes of its symbolic dimensions."""
+    """Return smallest, typical and largest shape of every input, from the sizes of its symbolic dimensions."""
     shapes = {}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         dims = [(size, tensor.get_dimension_name(axis)) for axis, size in enumerate(tensor.shape)]
@@ -272,7 +271,7 @@ def input_shapes(network: Any, sizes: Mapping[str, Range]) -> dict[str, tuple[tu
 
 
 def polygraphy_profile(polygraphy: Any, network: Any, profile: Profile) -> Any:  # noqa: ANN401
-    """One of our profiles as one of Polygraphy's."""
+    """Convert a profile to Polygraphy's type."""
     result = polygraphy.Profile()
     for name, (smallest, typical, largest) in input_shapes(
         network, {"batch": profile.batch, "tokens": profile.tokens}
@@ -282,7 +281,7 @@ def polygraphy_profile(polygraphy: Any, network: Any, profile: Profile) -> Any: 
 
 
 def _polygraphy(flavour: TensorRTFlavour) -> Any:  # noqa: ANN401
-    """Polygraphy's TensorRT loaders. It decides once per process, when they are imported, which library they drive."""
+    """Import Polygraphy's loaders, which drive one of the two libraries for the whole process."""
     settings: Any = importlib.import_module("polygraphy.config")
     rtx = flavour.backend == "tensorrt-rtx"
     if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:
@@ -296,7 +295,7 @@ def _polygraphy(flavour: TensorRTFlavour) -> Any:  # noqa: ANN401
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Polygraphy writes to stdout, which is the answer's, and uses what TensorRT-RTX calls deprecated."""
+    """Silence Polygraphy, which writes to stdout and uses functions that TensorRT-RTX has deprecated."""
     log = importlib.import_module("polygraphy.logger").G_LOGGER
     with log.verbosity(log.CRITICAL + 1), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -309,7 +308,7 @@ def _errors_named(flavour: TensorRTFlavour, parsed: Parsed) -> Iterator[None]:
     try:
         yield
     except refused as error:
-        words = parsed.log.last_words()
+        words = parsed.log.error_text()
         kind = NoFusedAttentionError if _NO_FUSED_KERNEL in words else EngineError
         raise kind(f"{flavour.backend} {parsed.trt.__version__} built no plan: {words}") from error
 
@@ -321,7 +320,7 @@ def _parser_errors(parser: Any) -> Iterator[str]:  # noqa: ANN401
 
 
 def _flags(trt: Any, config: Any, network: Any) -> Iterator[str]:  # noqa: ANN401
-    """Names of all flags that are set, of the configuration and of the network."""
+    """Yield the names of all flags that are set, of the configuration and of the network."""
     for name, flag in trt.BuilderFlag.__members__.items():
         if config.get_flag(flag):
             yield str(name)

@@ -96,14 +96,14 @@ class _Network:
             self.by_kind[layer.type.name].append(layer)
 
     def products(self) -> Iterator[tuple[str, Product, str]]:
-        """Weight, product and layer name of every matrix product by a constant; the weight is '' for any other."""
+        """Yield weight, product and layer name of every matrix product; the weight is '' where it is no constant."""
         for layer in self.by_kind["MATRIX_MULTIPLY"]:
             weight, quantized = self._source(layer.get_input(1))
             _, activation = self._source(layer.get_input(0))
             yield weight, Product(_dtype(layer.get_output(0)), quantized, activation), layer.name
 
     def counts(self) -> dict[str, Any]:
-        """For the sidecar."""
+        """Count the layers, for the sidecar."""
         products = Counter(str(product) for _, product, _ in self.products())
         return {
             "layers": len(self.layers),
@@ -131,7 +131,7 @@ class _Network:
         return found
 
     def _number(self, tensor: Any) -> set[int]:  # noqa: ANN401
-        """The one number of a constant, through what carries it; empty for anything else."""
+        """Return the one number of a constant, behind layers that only pass it on; empty for anything else."""
         while (layer := self.makers.get(tensor.name)) is not None and layer.type.name in _CARRIERS:
             tensor = layer.get_input(0)
         if layer is None or layer.type.name != "CONSTANT":
@@ -141,7 +141,7 @@ class _Network:
         return {int(weights.item())} if weights.size == 1 else set()
 
     def _source(self, tensor: Any) -> tuple[str, str | None]:  # noqa: ANN401
-        """Name of the constant or input behind a tensor ('' if neither), and the type that it was dequantized from."""
+        """Return the constant or input behind a tensor ('' if neither), and the type that it was dequantized from."""
         quantized = None
         while (layer := self.makers.get(tensor.name)) is not None and layer.type.name in _CARRIERS:
             tensor = layer.get_input(0)
@@ -170,7 +170,7 @@ def _cache_faults(view: _Network, network: ExpectedNetwork) -> Iterator[str]:
 
 
 def _attention_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
-    """L fused attentions, each under a mask that looks back as far as its layer's window."""
+    """Expect L fused attentions, each under a mask that looks back as far as its layer's window."""
     found, windows = view.by_kind["ATTENTION_INPUT"], expected.config.windows
     if len(found) != len(windows) or len(view.by_kind["ATTENTION_OUTPUT"]) != len(windows):
         names = ", ".join(layer.name for layer in found) or "none"
@@ -206,7 +206,7 @@ def _product_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
 
 
 def _float32_faults(view: _Network) -> Iterator[str]:
-    """Norms (the sums of squares in them) and logits stay in float32 whatever the base type is."""
+    """Expect norms (the sums of squares in them) and logits in float32, whatever the base type is."""
     for layer in view.by_kind["REDUCE"]:
         if _dtype(layer.get_output(0)) != "float32":
             yield f"{layer.name} sums squares in {_dtype(layer.get_output(0))}, expected is float32"

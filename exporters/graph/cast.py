@@ -156,7 +156,7 @@ def _follows(node: ir.Node) -> bool:
 
 
 def _set_outputs(graph: ir.Graph, low: ir.DataType) -> None:
-    """Logits are float32, all state is `low`: a Cast where the trace says otherwise, under the contract's name."""
+    """Make logits float32 and all state `low`, by a Cast under the contract's name where they are not."""
     for index, value in enumerate(graph.outputs):
         wanted = ir.DataType.FLOAT if value.name == "logits" else low
         if value.dtype == wanted:

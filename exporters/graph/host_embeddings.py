@@ -2,8 +2,8 @@
 
 Tables are most of the parameters, and a token reads one row of each. Where a runtime maps weights they cost little in
 the graph; an engine, or a provider that copies weights to its device, would hold all of them. Rows come in as float32,
-as the graph's own Cast would widen them, so that all that follows is the same to the bit. Gathers nothing: see
-`runtime.host_tables`.
+as the graph's own Cast would give them, so the numbers are the same to the bit. Gathers nothing: see
+`runtime.backends.host_tables`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 def take_out(model: ir.Model, config: LRTConfig, path: Path, progress: Progress) -> dict[str, TableRecord]:
-    """Replace the tables of a float32 graph by inputs, in place, and write them to `path`; says where each lies."""
+    """Replace the tables of a float32 graph by inputs, in place, write them to `path`, and return their records."""
     graph, tables = model.graph, {}
     specs = {spec.name: spec for spec in contract.embedding_inputs(config)}
     for node in [node for node in graph if node.op_type == "Gather" and _table(node) is not None]:
@@ -51,13 +51,13 @@ def take_out(model: ir.Model, config: LRTConfig, path: Path, progress: Progress)
 
 
 def _table(node: ir.Node) -> ir.Value | None:
-    """The embedding table that a Gather reads; None for any other node."""
+    """Return the embedding table that a Gather reads; None for any other node."""
     value = node.inputs[0]
     return value if value is not None and value.const_value is not None and value.name in _INPUT_OF else None
 
 
 def _replace_rows(gather: ir.Node, rows: ir.Value) -> None:
-    """Let all that reads gathered rows, widened to float32 where the table is narrower, read the input instead."""
+    """Let the readers of gathered rows, cast to float32 where the table has fewer bits, read the input instead."""
     found = gather.outputs[0]
     if found.dtype == ir.DataType.FLOAT:
         found.replace_all_uses_with(rows)

@@ -1,4 +1,4 @@
-"""Open every graph of an export, so that none leaves that ONNX Runtime would refuse.
+"""Open every graph of an export, to find those that ONNX Runtime would refuse.
 
 ONNX Runtime's CPU provider has kernels for all precisions but bfloat16, whose graphs get ONNX's own check of types and
 shapes. Nothing is optimized, packed or run: the weights are mapped and not read, so it takes little time and memory.

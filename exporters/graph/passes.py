@@ -17,7 +17,7 @@ from lrt_deploy.errors import ExportError
 
 from .cast import producer
 
-# What a graph may consist of. An op beyond this list means that the trace took a path nobody has measured.
+# The ops of a graph. Another one means that the trace took a path that was never measured.
 ALLOWED_OPS = frozenset(
     """
     Add And Attention Cast Concat DequantizeLinear Div Exp Expand Gather GatherElements GreaterOrEqual LessOrEqual
@@ -27,12 +27,12 @@ ALLOWED_OPS = frozenset(
 )
 
 
-STAGE_DOMAIN = "lrt_deploy"  # of the nodes by which `trace` says where a value of `stages` is
+ACTIVATION_DOMAIN = "lrt_deploy"  # of the nodes by which `trace` says where an activation is
 
 
 def clean(model: ir.Model) -> None:
     """Run all passes in place."""
-    name_stages(model)
+    name_activations(model)
     share_norm_scales(model.graph)
     freeze_reshapes(model.graph)
     square_by_product(model.graph)
@@ -42,13 +42,13 @@ def clean(model: ir.Model) -> None:
     check_ops(model.graph)
 
 
-def name_stages(model: ir.Model) -> None:
-    """Give the values that the model marked the names of `stages`, and remove the marks.
+def name_activations(model: ir.Model) -> None:
+    """Give the values that the model marked the names of `activations`, and remove the marks.
 
     A value marked twice (a memory projection that all layers share) keeps its first name.
     """
     graph, named = model.graph, set()
-    for node in [node for node in graph if node.domain == STAGE_DOMAIN]:
+    for node in [node for node in graph if node.domain == ACTIVATION_DOMAIN]:
         source, result = node.inputs[0], node.outputs[0]
         assert source is not None
         maker = source.producer()
@@ -59,11 +59,11 @@ def name_stages(model: ir.Model) -> None:
             named.add(source)
             if len(maker.outputs) == 1:
                 maker.name = source.name
-    model.opset_imports.pop(STAGE_DOMAIN, None)
+    model.opset_imports.pop(ACTIVATION_DOMAIN, None)
 
 
 def share_norm_scales(graph: ir.Graph) -> None:
-    """The norms have no weight, the op wants one: give all norms of a width one shared vector of ones.
+    """Give all norms of a width one shared vector of ones as the weight that the op takes and the model has not.
 
     torch spells it as Shape + ConstantOfShape in front of every norm.
     """
@@ -78,7 +78,7 @@ def share_norm_scales(graph: ir.Graph) -> None:
 
 
 def freeze_reshapes(graph: ir.Graph) -> None:
-    """Every reshape keeps (B, T) and changes what follows: make its shape the constant [0, 0, ...]."""
+    """Make the shapes of reshapes the constants [0, 0, ...]: all keep (B, T) and change the axes behind."""
     for node in graph:
         if node.op_type != "Reshape":
             continue
@@ -112,7 +112,7 @@ def forget_source(model: ir.Model) -> None:
 
 
 def check_ops(graph: ir.Graph) -> None:
-    """Refuse a graph with an op that is not on the list, or from another domain."""
+    """Raise ExportError for a graph with an op that is not on the list, or from another domain."""
     unexpected = {f"{node.domain}::{node.op_type}" for node in graph if node.domain or node.op_type not in ALLOWED_OPS}
     if unexpected:
         raise ExportError(
@@ -122,7 +122,7 @@ def check_ops(graph: ir.Graph) -> None:
 
 
 def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """An initializer of this name and value, made on first use."""
+    """Return the initializer of this name and value, made on first use."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
@@ -131,7 +131,7 @@ def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def static_dim(value: ir.Value | None, axis: int) -> int:
-    """The size of an axis that must be known."""
+    """Return the size of an axis; ExportError if it is not known."""
     size = value.shape[axis] if value is not None and value.shape is not None else None
     if not isinstance(size, int):
         raise ExportError(
@@ -150,7 +150,7 @@ def fewer_ops(model: ir.Model) -> None:
 
 
 def divide_at_once(graph: ir.Graph) -> None:
-    """Reciprocal and Mul by a constant become a Div."""
+    """Replace Reciprocal and Mul by a constant by a Div."""
     for node in [node for node in graph if node.op_type == "Mul"]:
         reciprocal, scale = producer(node.inputs[0], "Reciprocal"), node.inputs[1]
         if reciprocal is not None and scale is not None and scale.const_value is not None:
@@ -189,7 +189,7 @@ class _Mix:
 
 
 def mix_at_once(graph: ir.Graph) -> None:
-    """Every layer adds a * x0 + b * m to its input, with its own a and b: compute that for all layers together."""
+    """Compute a * x0 + b * m, which every layer adds to its input with its own a and b, for all layers together."""
     found = [mix for node in graph if (mix := _mix(node)) is not None]
     if len({(mix.embedded, mix.latent) for mix in found}) != 1:
         return

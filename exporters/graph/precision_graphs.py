@@ -1,6 +1,6 @@
 """Write the four graphs and the weights file of one precision, from the one traced graph and a plan.
 
-The order is the point: weights are stored (cast, quantized) in a float32 graph, which is written once; both
+The order matters: weights are stored (cast, quantized) in a float32 graph, which is written once; both
 flavours are then derived from it, each in its own base type, and so share every number.
 """
 
@@ -59,7 +59,7 @@ def write_precision(
 
 
 def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
-    """A copy of the traced graph that still computes in float32, with its weights as the precision stores them."""
+    """Return a copy of the traced graph that computes in float32 on weights as the precision stores them."""
     model = traced.clone()
     if plan.kind is not None:
         stored = {
@@ -74,7 +74,7 @@ def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:
 
 
 def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavour: Flavour) -> ir.Model:
-    """The flavour's prefill graph in its base type."""
+    """Return the flavour's prefill graph in its base type."""
     model = cast_model(stored, base_dtype(plan.precision, flavour), plan.float32)
     if flavour == "windowed":
         unpad(model)

@@ -2,7 +2,7 @@
 
 Thin on purpose: the arithmetic is `model.LRT`; here only the two cache operations get their ONNX spelling, inputs and
 outputs get the names of `contract`, and the head runs for the chosen positions alone. The result is the `full` flavour
-straight from torch; `passes` cleans it, `flavours` derives the others.
+straight from torch; `passes` cleans it, `variants` derives the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.model.model import LRT
 
-from .passes import STAGE_DOMAIN
+from .passes import ACTIVATION_DOMAIN
 
 # Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
 _BATCH, _TOKENS, _CAPACITY, _ROWS = 2, 3, 16, 5
@@ -39,11 +39,11 @@ class OnnxCacheOps:
     """The cache operations as the opset-24 ops that ORT and TensorRT run in place."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        """ONNX turns pairs the other way round than the authors do: y1 = x1 cos - x2 sin. Hence the negated sine."""
+        """Rotate by RotaryEmbedding, with the sine negated: ONNX has y1 = x1 cos - x2 sin, the authors +."""
         return torch.onnx.ops.rotary_embedding(x, cos, sin, position_ids)
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-        """TensorScatter: the cache is a graph input and its output may share the input's buffer."""
+        """Write by TensorScatter: the cache is a graph input, and its output may share the input's buffer."""
         return torch.onnx.ops.symbolic(
             "TensorScatter",
             [past, update, write_index],
@@ -54,9 +54,9 @@ class OnnxCacheOps:
         )
 
     def mark(self, x: Tensor, stage: str) -> Tensor:
-        """A node that does nothing but carry the name to `passes.name_stages`, which removes it."""
+        """A node that does nothing but carry the name to `passes.name_activations`, which removes it."""
         return torch.onnx.ops.symbolic(
-            f"{STAGE_DOMAIN}::Stage", [x], {"stage": stage}, dtype=x.dtype, shape=x.shape, version=1
+            f"{ACTIVATION_DOMAIN}::Stage", [x], {"stage": stage}, dtype=x.dtype, shape=x.shape, version=1
         )
 
 
@@ -151,7 +151,7 @@ def _onnx_ops(model: LRT) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's log and warnings from our users: what fails is raised, as one error.
+    """Silence torch's log and warnings; a failure is raised, as one error.
 
     The exporter gives advice on ops that it does not know and on its own deprecations. Its tracer logs the traceback of
     every exception that passes through, an interrupt's included.
@@ -197,7 +197,7 @@ def _example(config: LRTConfig) -> tuple[Any, ...]:
 
 
 def _dynamic_shapes(config: LRTConfig) -> tuple[Any, ...]:
-    """One torch Dim per symbolic name of the contract, so that every cache shares `capacity`."""
+    """Return one torch Dim per symbolic name of the contract, so that every cache shares `capacity`."""
     dims = {name: torch.export.Dim(name) for name in ("batch", "tokens", "capacity", "rows")}
     specs = [
         {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}

@@ -69,7 +69,7 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
 
 
 def describe(model: ir.Model, config: LRTConfig, flavour: Flavour, precision: str) -> None:
-    """Let a graph found alone explain itself: contract, state, precision and model configuration in its metadata."""
+    """Write contract, state, precision and model configuration into the metadata of a graph."""
     model.producer_name, model.producer_version = "lrt-deploy", None
     model.graph.name = f"lrt_{flavour}"
     on_host = model.graph.inputs[0].name == contract.TOKEN_EMBEDS
@@ -93,7 +93,7 @@ class _Window:
         self.mask = self._mask()
 
     def _mask(self) -> ir.Value:
-        """(B, 1, T, live): a slot at position s is seen from t when t - size <= s <= t. Mirrors `model.visible`."""
+        """Make the mask (B, 1, T, live): position t attends to s when t - size <= s <= t, as in `model.visible`."""
         size = constant(self.graph, f"window_{self.size}", np.array(self.size, np.int64))
         axes = constant(self.graph, "query_axes", np.array([1, 3], np.int64))
         axis = constant(self.graph, "slot_axis", np.array([0], np.int64))
@@ -107,7 +107,7 @@ class _Window:
         return self._node("And", [past, near], "mask")
 
     def slice(self, attention: ir.Node, position: int) -> ir.Value:
-        """The live part of the cache that is this input of the attention node."""
+        """Slice the live part of the cache that is this input of an attention node."""
         cache = attention.inputs[position]
         assert cache is not None
         node = ir.node("Slice", [cache, self.start, self.end, self.axis])

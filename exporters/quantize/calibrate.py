@@ -2,7 +2,7 @@
 
 A checkpoint's activations depend on its latent, and the latent on all tokens before: single tokens from an empty state
 show another distribution (the memory projection's input is then zero). So whole rows are decoded with the PyTorch
-reference, and the inputs and outputs of each matrix product are observed from outside of the model. The rows come from
+reference, and the inputs and outputs of each matrix product are observed by a torch function mode. The rows come from
 the user's text, from the text shipped with the package, or, without a tokenizer, from an arithmetic progression of
 token ids. What follows from the measurement (scales, what float16 cannot hold) is decided in `plan`.
 """
@@ -66,9 +66,9 @@ class Histogram:
         self.counts += np.bincount(bins, minlength=_BINS)
 
     def scale(self) -> float:
-        """The step of a symmetric int8 grid with the least mean squared error: few outliers may be worth clipping.
+        """Return the step of a symmetric int8 grid with the least mean squared error, which may clip outliers.
 
-        Where nothing but zeros passed there is nothing to go by, and the grid spans -1 to 1.
+        Where all values are zeros the grid spans -1 to 1.
         """
         if self.largest == 0.0:
             return 1.0 / INT8_LEVELS
@@ -81,7 +81,7 @@ class Histogram:
         return float(steps[np.argmin(((rounded - values) ** 2 * counts).sum(1))])
 
     def clipped(self, scale: float) -> float:
-        """The share of values beyond the range of a scale."""
+        """Return the share of values beyond the range of a scale."""
         beyond = int(np.ceil(scale * INT8_LEVELS * _BINS / self.limit)) if self.limit else _BINS
         return float(self.counts[beyond:].sum() / max(1, self.counts.sum()))
 
@@ -93,7 +93,7 @@ _STRIDE, _OFFSET = 7919, 104_729  # primes: neighbouring tokens and rows differ
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Rows of one length, what they are in words, and the hash of the text (None: made up)."""
+    """Rows of one length, their source in words, and the hash of the text (None: no text)."""
 
     tokens: Sequence[Sequence[int]]
     source: str
@@ -101,7 +101,7 @@ class CalibrationRows:
 
 
 def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size: int, capacity: int) -> CalibrationRows:
-    """At most 16 rows of at most 256 tokens, spread evenly over the text, each begun with <|bos|>.
+    """Return at most 16 rows of at most 256 tokens, spread evenly over the text, each after <|bos|>.
 
     Raises ExportError for a text that cannot be read, is too short, or that there is no tokenizer for.
     """
@@ -137,7 +137,7 @@ _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 @dataclass
 class Calibration:
-    """What was seen. Keys are parameter names; `outputs` holds the largest absolute products of each matrix.
+    """Measured activations. Keys are parameter names; `outputs` holds the largest absolute products of each matrix.
 
     `residual` is the largest number in the residual stream, `values` in the value caches.
     """
@@ -148,7 +148,7 @@ class Calibration:
     outputs: dict[str, float] = field(default_factory=dict)
     residual: float = 0.0
     values: float = 0.0
-    # (K, K) of each matrix's inputs; only where asked for: a matrix as large as its inputs are wide, for each.
+    # (K, K) of each matrix's inputs, for GPTQ only: they are large.
     moments: dict[str, Doubles] = field(default_factory=dict)
 
     @property
@@ -163,7 +163,7 @@ def calibrate(
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
     moments: bool = False,
 ) -> Calibration:
-    """Decode rows of token ids (of one length) together, from an empty state, and watch.
+    """Decode rows of token ids, all of one length, together from an empty state, and measure.
 
     `moments`: add up the second moments of all inputs too.
 
@@ -185,7 +185,7 @@ def calibrate(
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every product with a matrix of the model and every norm of its width."""
+    """Observe every product with a matrix of the model and every norm of its width."""
 
     def __init__(self, model: LRT, found: Calibration, moments: bool) -> None:
         super().__init__()

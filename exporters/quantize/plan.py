@@ -2,8 +2,7 @@
 
 Decisions come from the user's list and from what was measured (`calibration`); all of them go into the manifest.
 Float16 ends at 65504. A product or its input that came near it on real text is multiplied in float32; a cache that did
-cannot be helped, and the precision is refused by name. Nothing is clipped in silence: what int8 grids cut off is
-recorded. Builds no graphs.
+cannot be helped, and the precision is refused by name. The shares that int8 grids clip are recorded. Builds no graphs.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ class Plan:
     float32: tuple[str, ...] = ()
     activation_scales: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict)
-    # Second moments of the inputs, of matrices whose rounding is to be compensated; see `compensate`.
+    # Second moments of the inputs, of matrices that GPTQ rounds.
     moments: Mapping[str, Doubles] = field(default_factory=dict)
     host_embeddings: bool = False  # whether graphs take rows of the embedding tables instead of holding them
 
 
 def needs_calibration(precisions: Sequence[str]) -> bool:
-    """Whether one of them has float16 somewhere, whose range must be known, or int8 activations."""
+    """Return whether one of them computes in float16, whose range must be measured, or has int8 activations."""
     return any(base_dtype(precision, "full") == "float16" for precision in precisions)
 
 
@@ -56,7 +55,7 @@ def make_plan(
     seen: Calibration | None,
     int4_block: int | None = None,
 ) -> Plan:
-    """The plan for matrices (name -> rows, columns); `keep_high` and `int4_block` None: the default of the precision.
+    """Return the plan for matrices (name -> rows, columns); `keep_high`, `int4_block` None: the precision's default.
 
     Raises ExportError for a pattern that names no matrix, for a cache that float16 cannot hold, and where a quantized
     precision would quantize nothing.
@@ -91,7 +90,7 @@ def make_plan(
 
 
 def _beyond_float16(precision: str, seen: Calibration) -> tuple[str, ...]:
-    """Matrices whose input or product came too near float16's end; refuses caches that did."""
+    """Return matrices whose input or product came too near float16's end; ExportError for caches that did."""
     limit = FLOAT16_LARGEST * FLOAT16_RANGE_USED
     if seen.values > limit:
         raise ExportError(
@@ -104,7 +103,7 @@ def _beyond_float16(precision: str, seen: Calibration) -> tuple[str, ...]:
 
 
 def _ranges(seen: Calibration | None, float32: Sequence[str]) -> dict[str, Any]:
-    """The largest numbers that were seen, and what is multiplied in float32."""
+    """Return the manifest's entries on the largest numbers measured and the matrices multiplied in float32."""
     if seen is None:
         return {"multiplied_in_float32": list(float32)}
     ranges = {"squared_relu": seen.squared_relu, "residual": seen.residual, "values": seen.values}

@@ -37,7 +37,7 @@ Stored = tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]  # scales, inte
 
 @dataclass(frozen=True)
 class Format:
-    """How matrices are stored: bits, rows of a block that share a scale (None: a whole column); int8 activations."""
+    """Storage of matrices: bits, rows of a block that share a scale (None: a whole column), int8 activations."""
 
     bits: int
     block: int | None
@@ -45,11 +45,11 @@ class Format:
 
     @property
     def largest(self) -> int:
-        """The largest integer; the smallest is its negative."""
+        """Largest integer; the smallest is its negative."""
         return int(2 ** (self.bits - 1) - 1)
 
     def missing_rows(self, rows: int) -> int:
-        """How many rows a matrix of so many rows lacks to consist of whole blocks."""
+        """Return the number of rows missing to whole blocks."""
         return 0 if self.block is None else -rows % self.block
 
 
@@ -61,7 +61,7 @@ FORMATS = {
 
 
 def format_of(precision: str, int4_block: int | None = None) -> Format | None:
-    """How a precision stores matrices, None for one that quantizes none; `int4_block` None: the default."""
+    """Return the format of a precision, None for one that quantizes none; `int4_block` None: the default."""
     kind = FORMATS.get(precision)
     return replace(kind, block=int4_block) if kind and precision == INT4 and int4_block is not None else kind
 
@@ -105,7 +105,7 @@ def unpad(model: ir.Model) -> None:
 
 
 def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> npt.NDArray[np.float16]:
-    """(N) per column, or (blocks, N): float16, never so small that the largest weight would be clipped.
+    """Return float16 scales, (N) per column or (blocks, N), never so small that the largest weight would be clipped.
 
     An int4 grid may end below it, at one of these `shares` of it; (1.0,) is plain rounding to nearest.
     """
@@ -123,32 +123,32 @@ def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_
 
 
 def quantized(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
-    """The integers (K, N)."""
+    """Return the integers (K, N)."""
     integers = np.clip(np.rint(weight / _steps(scales, kind, len(weight))), -kind.largest, kind.largest)
     result: npt.NDArray[np.generic] = integers.astype(ml_dtypes.int4 if kind.bits == 4 else np.int8)
     return result
 
 
 def rounded(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> Floats:
-    """The matrix (K, N) that a graph multiplies by when it is stored so."""
+    """Return the matrix (K, N) that a graph multiplies by when it is stored so."""
     scales = weight_scales(weight, kind, shares)
     return dequantized(scales, quantized(weight, scales, kind), kind)
 
 
 def dequantized(scales: npt.NDArray[np.float16], integers: npt.NDArray[np.generic], kind: Format) -> Floats:
-    """(K, N) float32 of scales and integers."""
+    """Return the float32 matrix (K, N) of scales and integers."""
     result: Floats = integers.astype(np.float32) * _steps(scales, kind, len(integers))
     return result
 
 
 def _steps(scales: npt.NDArray[np.float16], kind: Format, rows: int) -> Floats:
-    """The scale of each of so many rows, (K, N), or (N) where a whole column shares one."""
+    """Return the scale of each of `rows` rows, (K, N), or (N) where a whole column shares one."""
     steps: Floats = scales.astype(np.float32)
     return steps if kind.block is None else np.repeat(steps, kind.block, axis=0)[:rows]
 
 
 def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[float]) -> Floats:
-    """(blocks, N): what share of its largest weight each block's grid should span."""
+    """Return the share of its largest weight that each block's grid should span, (blocks, N)."""
     best, least = np.ones_like(largest), np.full_like(largest, np.inf)
     for share in shares:
         steps = np.maximum(largest * share / kind.largest, np.finfo(np.float32).tiny)[:, None]
@@ -158,7 +158,7 @@ def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[
 
 
 def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, stored: Stored | None) -> ir.Value:
-    """DequantizeLinear on the initializer, which from here on holds integers."""
+    """Store integers in the initializer and return a DequantizeLinear of it."""
     assert weight is not None and weight.const_value is not None
     rows, columns = weight.const_value.shape.numpy()
     fill = ((0, kind.missing_rows(rows)), (0, 0))
@@ -177,12 +177,12 @@ def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, 
 
 
 def _quantized_and_filled(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
-    """The integers (K, N), and rows of zeros to whole blocks."""
+    """Return the integers (K, N), with rows of zeros up to whole blocks."""
     return np.pad(quantized(weight, scales, kind), ((0, kind.missing_rows(len(weight))), (0, 0)))
 
 
 def _padded(graph: ir.Graph, x: ir.Value | None, count: int) -> ir.Value:
-    """An activation (B, T, K) with `count` zeros behind each of its rows; products that share it share the result."""
+    """Append `count` zeros to each row of an activation (B, T, K); products that share it share the result."""
     assert x is not None
     for user in x.consumers():
         if user.op_type == "Pad":

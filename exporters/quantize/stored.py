@@ -1,8 +1,8 @@
-"""What a bundle stores for every matrix and embedding table of a precision, read back from its graphs.
+"""Read back every matrix and embedding table that a bundle stores for a precision, from its graphs.
 
-All four graphs of a precision are read, and each must take every matrix from the same bytes and dequantize it alike;
-they are never told apart by more than their names, so what is checked for one holds for all. One matrix is in memory at
-a time. Compares nothing with a checkpoint: see `lrt_deploy.evaluation.stored_weights`.
+All four graphs of a precision are read, and each must take every matrix from the same bytes and dequantize it alike, so
+that a check of one holds for all. One matrix is in memory at a time. Compares nothing with a checkpoint: see
+`lrt_deploy.evaluation.stored_weights`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
 
 @dataclass(frozen=True)
 class _Use:
-    """How a graph comes by a matrix: the initializer, and for integers scales and the rows that share one."""
+    """The initializer of a matrix, and for integers their scales and the rows that share one."""
 
     tensor: ir.TensorProtocol
     scales: ir.TensorProtocol | None = None
@@ -40,7 +40,7 @@ class _Use:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What must be the same in all graphs. Rows of zeros that fill a last block may be there or not."""
+        """Equal in graphs that use one matrix alike; rows of zeros that fill a last block do not count."""
         return (_place(self.tensor, self.rows), None if self.scales is None else _content(self.scales), self.block)
 
 
@@ -66,7 +66,7 @@ class StoredWeights:
         return (*(_TABLE_INPUTS[name] for name in tables), *self._uses)
 
     def __iter__(self) -> Iterator[StoredMatrix]:
-        """One after the other; what was yielded before is not kept."""
+        """Yield one matrix after the other; none is kept."""
         for name, record in self._manifest.tables.get(self._precision, {}).items():
             dtype = np.dtype(record.dtype if record.dtype != "bfloat16" else "bfloat16")
             path = self._bundle / table_path(self._precision)
@@ -84,7 +84,7 @@ class StoredWeights:
 
 
 def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
-    """Every matrix that a product of the graph multiplies by, and every table that it gathers from."""
+    """Find every matrix that a product of the graph multiplies by, and every table that it gathers from."""
     graph, shapes = ir.load(path).graph, matrix_shapes(config)
     found: dict[str, _Use] = {}
     for node in graph:
@@ -129,7 +129,7 @@ def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
 
 
 def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
-    """The scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
+    """Return the scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
     value = node.inputs[1]
     while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
         value = producer.inputs[0]
@@ -165,7 +165,7 @@ def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
 
 
 def _place(tensor: ir.TensorProtocol, rows: int | None) -> tuple[Any, ...]:
-    """Where a matrix lies, or, inside a graph, what its numbers are; the same for graphs that share it."""
+    """Return the place of a matrix in its file or, inside a graph, its content: equal for graphs that share it."""
     if isinstance(tensor, ir.ExternalTensor):
         return (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())[1:])
     return _content(tensor, rows)

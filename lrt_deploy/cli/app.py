@@ -192,7 +192,7 @@ def describe(error: Exception, verb: str = "") -> str:
 
 
 def _extras_of(verb: str) -> tuple[machine.Extra, ...]:
-    """The extras that a verb may need, the likeliest first."""
+    """Return the extras that a verb may need, the likeliest first."""
     if verb != "build":
         return ("export",)
     return ("tensorrt", "tensorrt-rtx") if "tensorrt_rtx" in machine.missing("tensorrt-rtx") else ("tensorrt-rtx",)

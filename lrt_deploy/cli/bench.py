@@ -1,6 +1,6 @@
-"""`lrt-deploy bench`: how fast a bundle is here, as a share of the memory bandwidth, and what each prefill way costs.
+"""`lrt-deploy bench`: the speed of a bundle, as a share of the memory bandwidth, and the cost of each prefill policy.
 
-Chooses what is measured and shows it. `lrt_deploy.runtime.bench` measures and draws.
+`lrt_deploy.runtime.bench` measures and draws.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
-    """One line; of the prompts that were iterated, the one nearest to a length."""
+    """Summarize in one line; of the iterated prompts, take the one nearest to a length."""
     cache = "the GPU's cache" if fields["environment"]["threads"] is None else "the processor's cache"
     cached = f" (the weights fit {cache})" if fields["weights_fit_cache"] else ""
     line = (
@@ -37,7 +37,7 @@ def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
         f"{fields['roofline_fraction']:.0%} of the memory bandwidth{cached}"
     )
     iterated = [row for row in fields["prefill"] if row["policy"] == "fixed-point"]
-    iterated = [row for row in iterated if row["algorithm"] != "plain"] or iterated  # plain: where nothing else is
+    iterated = [row for row in iterated if (row["stride"] or 1) > 1] or iterated
     if not iterated:
         return line
     row = min(iterated, key=lambda row: abs(row["tokens"] - prompt_tokens))
@@ -46,12 +46,12 @@ def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
 
 
 def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
-    """Decoding, for people."""
+    """Return the rows of a table on decoding."""
     ttft, tpot = fields["ttft_ms"], fields["tpot_ms"]
-    peak, facts, copied = fields["peak_rss_bytes"], fields["environment"], fields["state_bytes_copied_per_step"]
+    peak, environment, copied = fields["peak_rss_bytes"], fields["environment"], fields["state_bytes_copied_per_step"]
     reading = fields["read_bandwidth_gb_s"]
     return {
-        "runs on": f"{facts['backend_detail']}, {fields['precision']}; {facts['cpu']}",
+        "runs on": f"{environment['backend_detail']}, {fields['precision']}; {environment['cpu']}",
         "first token": f"{percentile_text(ttft, fields['samples']['ttft_ms'])} after {fields['prompt_tokens']} tokens",
         "after opening": f"{fields['open_ms']:.0f} ms to open, {fields['first_ttft_ms']:.3g} ms to a token",
         "each token": f"{percentile_text(tpot, fields['samples']['tpot_ms'])}; "
@@ -68,19 +68,19 @@ def decode_rows(fields: dict[str, Any]) -> dict[str, str]:
 
 
 def percentile_text(times: dict[str, Any], samples: int) -> str:
-    """Median and 99th percentile of times, the latter only where there are enough samples."""
+    """Format median and 99th percentile, the latter only where there are enough samples."""
     p99 = f"- ({samples} samples are too few)" if times["p99"] is None else f"{times['p99']:.3g} ms"
     return f"p50 {times['p50']:.3g} ms, p99 {p99}"
 
 
 def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
-    """The policies, for people: one line each, with tokens and algorithm, and the errors against stepwise reading."""
+    """Return a row for each prompt length and policy: time, passes, errors against stepwise reading."""
     rows = {}
     for row in fields["prefill"]:
         latent = "" if row["max_abs_latent_error"] is None else f"  latent {row['max_abs_latent_error']:7.1e}"
         error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
         ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
-        name = row["algorithm"].removeprefix("interleaved, ").removeprefix("one pass with ")
+        name = row["policy"] if row["stride"] is None else f"stride {row['stride']}"
         rows[f"{row['tokens']} {name}"] = (
             f"{row['seconds'] * 1e3:8.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
         )
@@ -144,7 +144,7 @@ def bench(
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Ascending lengths from `32,64`; an empty text is none."""
+    """Parse lengths, as `32,64`, and sort them; an empty text is none."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
         if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
@@ -153,7 +153,7 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def tokens(decoder: Decoder, text: str | None, seed: int) -> list[int]:
-    """As many ids as the capacity holds: of a text, or random ones."""
+    """Return as many ids as the capacity holds: of a text, or random ones."""
     from lrt_deploy.runtime.bench.measure import random_tokens
 
     if text is None:
@@ -163,7 +163,7 @@ def tokens(decoder: Decoder, text: str | None, seed: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured, and on what."""
+    """A decoder, and the settings of its measurement."""
 
     decoder: Decoder
     tokens: list[int]
@@ -173,7 +173,7 @@ class Task:
     tolerance: float | None
 
     def run(self, lengths: list[int], progress: output.Progress) -> dict[str, Any]:
-        """The JSON fields."""
+        """Measure everything; return the JSON fields."""
         if self.prompt_tokens > len(self.tokens):
             raise InputError(
                 f"--prompt-tokens is {self.prompt_tokens}; the text and the capacity give {len(self.tokens)}"
@@ -187,7 +187,7 @@ class Task:
         }
 
     def decode(self, progress: output.Progress) -> dict[str, Any]:
-        """Times and bytes of decoding; the bandwidth is measured after it, because its arrays count as memory."""
+        """Measure decoding, then the bandwidth, whose arrays would count into the peak memory of decoding."""
         from lrt_deploy.runtime.bench import measure, roofline
 
         prompt = self.tokens[: self.prompt_tokens]
@@ -203,7 +203,7 @@ class Task:
         }
 
     def prefill(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
-        """Every policy at every length."""
+        """Measure every policy at every length."""
         from lrt_deploy.runtime.bench.measure import compare_prefill
 
         return [
@@ -213,7 +213,7 @@ class Task:
         ]
 
     def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
-        """Error after each sweep at one length."""
+        """Measure the error after each sweep at one length."""
         from lrt_deploy.runtime.bench.convergence import measure_convergence
 
         short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
@@ -221,7 +221,7 @@ class Task:
 
 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
-    """The JSON fields of decoding; those that stand for a whole step take its median time."""
+    """Return the JSON fields of decoding; rates follow from the median time of a step."""
     from lrt_deploy.bundle.precisions import base_dtype, item_bytes
     from lrt_deploy.runtime.bench import roofline
 
@@ -256,7 +256,7 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
 
 
 def percentiles(values: list[float]) -> dict[str, float | None]:
-    """Median and 99th percentile; the latter is None with fewer than 100 samples, where it would be the largest."""
+    """Return median and 99th percentile; the latter is None below 100 samples, where it would be the largest."""
     import numpy as np
 
     enough = len(values) >= _P99_SAMPLES
@@ -290,7 +290,7 @@ def thread_count(decoder: Decoder) -> int | None:
 
 
 def environment(decoder: Decoder) -> dict[str, Any]:
-    """The machine, the versions, and the command."""
+    """Return the machine, the versions, and the command."""
     from lrt_deploy.runtime.bench.roofline import last_level_cache_bytes
 
     return doctor.environment() | {

@@ -1,6 +1,6 @@
 """`lrt-deploy chat`: a conversation on stdin and stdout that never reads a token twice.
 
-One message a line. What a line that begins with `/` does to the chat is here; what a chat is, in `conversation`.
+One message a line. The commands, lines that begin with `/`, are here; `conversation` has the chat itself.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def chat(
 
 
 def chat_tokenizer(decoder: Decoder) -> Tokenizer:
-    """The bundle's tokenizer, if it has what the chat form needs."""
+    """Return the bundle's tokenizer; InputError if it lacks tokens of the chat form."""
     from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
 
     if decoder.tokenizer is None:
@@ -71,7 +71,7 @@ def chat_tokenizer(decoder: Decoder) -> Tokenizer:
 
 
 def messages(echo: bool) -> Iterator[str]:
-    """Lines of stdin that are not blank, until its end or /quit; a prompt is shown only to a person."""
+    """Yield lines of stdin that are not blank, until its end or /quit; a prompt is shown on terminals only."""
     by_hand = sys.stdin.isatty()
     editable = by_hand and echo and sys.stdout.isatty()
     if editable:
@@ -100,18 +100,18 @@ def _enable_line_editing() -> None:
 
 @dataclass
 class Branches:
-    """Chats that share a beginning, by name; the first is `main`. Obeys commands and passes messages on."""
+    """Chats that share a beginning, by name; the first is `main`. Runs commands and passes messages on."""
 
     chats: dict[str, Conversation]
     current: str = "main"
 
     @property
     def chat(self) -> Conversation:
-        """The chat that is talked to."""
+        """The current chat."""
         return self.chats[self.current]
 
     def take(self, line: str, echo: bool) -> dict[str, Any] | None:
-        """Obey a command, or answer a message and return its turn."""
+        """Run a command, or answer a message and return its turn."""
         command = line.strip()
         if not (command.startswith("/") and command[1:].split(maxsplit=1)[:1] and command[1:].split()[0].isalpha()):
             return self.chat.answer(line, echo)
@@ -130,7 +130,7 @@ class Branches:
         return None
 
     def do_help(self, argument: str) -> str:
-        """The commands."""
+        """Return the list of commands."""
         return _HELP
 
     def do_reset(self, argument: str) -> str:
@@ -139,7 +139,7 @@ class Branches:
         return "a new chat begins"
 
     def do_stats(self, argument: str) -> str:
-        """How full the context is, and what the chat has cost."""
+        """Describe the current chat, and name the others."""
         others = ", ".join(name for name in self.chats if name != self.current)
         return self.chat.stats() + (f"; this is {self.current}, beside {others}" if others else "")
 
@@ -157,7 +157,7 @@ class Branches:
         return f"saved to {argument}: {self.chat.stats()}"
 
     def do_load(self, argument: str) -> str:
-        """Take a chat from a file, in place of this one."""
+        """Replace this chat by one from a file."""
         self.chat.load(_needed(argument, "a file name"))
         return f"loaded from {argument}: {self.chat.stats()}"
 

@@ -45,11 +45,11 @@ class Conversation:
 
     @property
     def fed(self) -> int:
-        """Tokens in the state."""
+        """Number of tokens in the state."""
         return 0 if self.state is None else int(self.state.lengths[0])
 
     def answer(self, message: str, echo: bool) -> dict[str, Any]:
-        """Answer a message; return the turn. A message that does not fit is told so and leaves the chat as it was.
+        """Answer a message; return the turn. A message that does not fit leaves the chat as it was.
 
         An interrupt stops the answer and keeps what there is of it; before its first token it takes the message back.
         """
@@ -83,7 +83,7 @@ class Conversation:
         return self.turn(message, answer)
 
     def check(self) -> None:
-        """Refuse a system message that fills the context, and a way of reading that the model or precision lacks."""
+        """Raise InputError for a system message that fills the context, or unfit prefill options."""
         from lrt_deploy.runtime.prefill import PrefillRequest
 
         prefill, tolerance = self.reading.prefill, self.reading.tolerance
@@ -93,7 +93,7 @@ class Conversation:
             raise InputError(f"the system message leaves no room in a context of {limit} tokens; give a shorter one")
 
     def events(self, history: list[int]) -> Iterator[Event]:
-        """Read what the state lacks of the history, then generate."""
+        """Read the part of the history that the state lacks, then generate."""
         arguments = self.generation.arguments(self.count)
         if self.state is None and self.cache is not None:
             self.state = self.cache.prefill(self.decoder, history, **self.reading.arguments)
@@ -104,7 +104,7 @@ class Conversation:
         yield from self.decoder.generate(history, state=self.state, reuse=True, **self.reading.arguments, **arguments)
 
     def with_message(self, message: str) -> list[int]:
-        """The history with the last answer closed and a message opened for the next."""
+        """Return the history with the last answer closed and a message appended."""
         from lrt_deploy.text.chat import ASSISTANT_END, BOS
 
         if not self.history:
@@ -137,7 +137,7 @@ class Conversation:
         self.state.save(path)
 
     def load(self, path: str) -> None:
-        """Take a chat from a file, in place of this one."""
+        """Replace this chat by one from a file."""
         state = self.decoder.load_state(path)
         history: Any = state.extra.get("history")
         turns: Any = state.extra.get("turns")
@@ -152,7 +152,7 @@ class Conversation:
         return replace(self, history=list(self.history), state=state, turns=list(self.turns))
 
     def stats(self) -> str:
-        """How full the context is and what the chat has cost."""
+        """Describe how full the context is, and the token positions computed."""
         text = f"{self.fed} of {self.decoder.max_seq_len} tokens in the state"
         if self.state is None:
             return text
@@ -168,7 +168,7 @@ class Conversation:
 
     @staticmethod
     def turn(message: str, answer: Answer) -> dict[str, Any]:
-        """The JSON fields of one turn."""
+        """Return the JSON fields of one turn."""
         return {
             "user": message,
             "assistant": answer.text,

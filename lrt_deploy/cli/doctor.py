@@ -73,12 +73,12 @@ def report_backend(name: str, library: Library, gpu: tuple[Gpu | None, str] | No
 
 
 def try_ort(provider: str) -> Library:
-    """ONNX Runtime, and whether its build has a provider; that the device behind it works is not tried."""
+    """Import ONNX Runtime and look for a provider in its build; the device is not tried."""
     return _try("onnxruntime", lambda ort: _provider(ort, provider))
 
 
 def try_module(module: str, package: str) -> Library:
-    """A TensorRT flavour: whether its Python module can be imported."""
+    """Import the Python module of a TensorRT flavour."""
     return _try(module, lambda library: (True, f"{package} {getattr(library, '__version__', '')} can be imported"))
 
 
@@ -91,7 +91,7 @@ LIBRARIES: dict[str, Callable[[], Library]] = {
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the installed versions; null where something is absent or cannot be told."""
+    """Describe the machine and the installed versions; None for the unknown."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -103,7 +103,7 @@ def environment() -> dict[str, Any]:
 
 
 def memory_bytes() -> int | None:
-    """Physical memory."""
+    """Return the bytes of physical memory."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):
@@ -111,7 +111,7 @@ def memory_bytes() -> int | None:
 
 
 def gpus() -> list[str]:
-    """Name and driver of each NVIDIA GPU, as nvidia-smi tells them."""
+    """List name, memory and driver of each NVIDIA GPU, from nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]

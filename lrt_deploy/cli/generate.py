@@ -91,7 +91,7 @@ class Answer:
             yield event
 
     def fields(self, decoder: Decoder) -> dict[str, Any]:
-        """The JSON fields; ttft is from before the prefill to the first token, tpot the mean of those after it."""
+        """Return the JSON fields; ttft is from before the prefill to the first token, tpot the mean of the others."""
         first, following = self.times_ms[0], self.times_ms[1:]
         assert self.prefill is not None
         return {
@@ -107,7 +107,7 @@ class Answer:
 
 
 def summary(report: dict[str, Any]) -> str:
-    """One line for people."""
+    """Summarize an answer in one line."""
     prefill, tpot = report["prefill"], report["tpot_ms"]
     pace = f", then {tpot:.2f} ms a token" if tpot else ""
     plural = "" if report["prompt_tokens"] == 1 else "s"

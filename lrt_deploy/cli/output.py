@@ -1,6 +1,6 @@
-"""What goes where: answers and generated text to stdout, everything for people besides (tables, progress) to stderr.
+"""Print: answers and generated text to stdout, tables, progress and notes to stderr.
 
-Text is wrapped at words; streamed text holds back the word that is being written, because only its end tells its line.
+Text is wrapped at words; streamed text holds back the word that is being written, because its line is known at its end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class WordWrapper:
         self._word = ""
 
     def push(self, text: str) -> str:
-        """Return what can be shown after this piece of text."""
+        """Add a piece of text; return the text that can be shown."""
         shown = []
         for part in _PARTS.findall(text):
             if part == "\n":
@@ -61,7 +61,7 @@ class WordWrapper:
         return text
 
     def _take(self) -> str:
-        """The word that was held back with the blanks before it, or on a line of its own."""
+        """Return the word that was held back with the blanks before it, or on a new line."""
         if not self._word:
             return ""
         blanks, word = self._blanks, self._word
@@ -73,7 +73,7 @@ class WordWrapper:
         return blanks + word
 
     def _take_full_lines(self) -> str:
-        """Lines of a word that is longer than a line, as text without blanks is."""
+        """Return the full lines of a word that is longer than a line."""
         shown = []
         while columns(self._word) > self._width:
             size = 1
@@ -86,7 +86,7 @@ class WordWrapper:
 
 
 def table_lines(label: str, value: str, label_width: int, width: int = 80) -> list[str]:
-    """Lines of at most `width` columns for one row of a table; a word that is longer stays whole."""
+    """Wrap one row of a table into lines of at most `width` columns; a word that is longer stays whole."""
     indent = " " * (label_width + 2)
     first, *rest = value.split("\n") or [""]
     lines = textwrap.wrap(
@@ -121,14 +121,14 @@ def answer(line: str) -> None:
 
 
 def _in_colour(stream: TextIO | None) -> bool:
-    """Whether a stream is a terminal that shows colours, and the user has not switched them off (no-color.org)."""
+    """Return whether a stream is a terminal with colours, which the user has not switched off (no-color.org)."""
     if stream is None or not stream.isatty() or os.environ.get("TERM") == "dumb":
         return False
     return not os.environ.get("NO_COLOR")
 
 
 def text_width() -> int | None:
-    """Columns of the terminal that stdout is; None if it is none."""
+    """Return the columns of the terminal that stdout is; None if it is none."""
     if sys.stdout is None or not sys.stdout.isatty():
         return None
     return shutil.get_terminal_size().columns
@@ -212,7 +212,7 @@ def cell(value: object) -> str:
 
 
 def for_people() -> bool:
-    """Whether stderr is a terminal."""
+    """Return whether stderr is a terminal."""
     return sys.stderr is not None and sys.stderr.isatty()
 
 
@@ -269,7 +269,7 @@ def progress(quiet: bool = False) -> Iterator[Progress]:
 
 
 def silence_stdout() -> None:
-    """Point stdout to nowhere, so that nothing more can fail on it, not even Python's flush at exit."""
+    """Point stdout to the null device, so that not even Python's flush at exit can fail."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -295,7 +295,7 @@ def count_text(count: int) -> str:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 - anything a library puts into its report
-    """Only JSON types: numpy's numbers and arrays, tuples and paths become what they stand for."""
+    """Convert to JSON types: numpy's numbers and arrays, tuples, paths; numbers that are not finite become None."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

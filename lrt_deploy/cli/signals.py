@@ -41,7 +41,7 @@ def install() -> None:
 
 
 def received() -> BaseException | None:
-    """The exception of a signal that came and has not been forgotten, or None."""
+    """Return the exception of a signal that was received and not forgotten, or None."""
     if _received is None:
         return None
     return KeyboardInterrupt() if _received == signal.SIGINT else Terminated(_received)
@@ -54,18 +54,18 @@ def check() -> None:
 
 
 def forget() -> None:
-    """Take the signal as dealt with, as a chat does after it has stopped its answer."""
+    """Forget the signal, as a chat does after it has stopped its answer."""
     global _received
     _received = None
 
 
 def exit_code(error: BaseException) -> int:
-    """128 + the number of the signal, as shells report it."""
+    """Return 128 + the number of the signal, as shells report it."""
     return 128 + (error.number if isinstance(error, Terminated) else int(signal.SIGINT))
 
 
 def describe(error: BaseException) -> str:
-    """The line for stderr."""
+    """Return the line for stderr."""
     return str(error) if isinstance(error, Terminated) else "interrupted"
 
 

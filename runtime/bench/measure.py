@@ -176,6 +176,7 @@ class PrefillTiming:
             "tokens": self.tokens,
             "policy": self.variant.policy,
             "algorithm": self.variant.algorithm,
+            "stride": None if self.variant.sweeps is None else self.variant.sweeps.stride,
             "ran": self.report.policy,
             "seconds": self.median,
             "min_seconds": min(self.seconds),
