@@ -70,17 +70,19 @@ class LRTConfig:
             except ValueError as error:
                 raise ConfigError(f"model config: {error}") from error
         rotary = self.sequence_len * self.head_dim
-        _require(self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})")
-        _require(self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs")
-        _require(
-            self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})"
-        )
-        _require(rotary <= _MAX_ROTARY, "sequence_len * n_embd / n_head", rotary, f"at most {_MAX_ROTARY}")
-        _require(0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd")
-        expected = f"0 to {self.n_layer - 1}, the index of a block"
-        _require(0 <= self.source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, expected)
-        feeds_back = self.memory_kv or self.memory_residual
-        _require(feeds_back or not self.memory, "memory", True, "memory_kv or memory_residual to be on as well")
+        feeds_back = self.memory_kv or self.memory_residual or not self.memory
+        source = f"0 to {self.n_layer - 1}, the index of a block"
+        for holds, name, found, expected in (
+            (self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head ({self.n_head})"),
+            (self.head_dim % 2 == 0, "n_embd / n_head", self.head_dim, "even, because RoPE turns pairs"),
+            (self.n_head % self.n_kv_head == 0, "n_head", self.n_head, f"a multiple of n_kv_head ({self.n_kv_head})"),
+            (rotary <= _MAX_ROTARY, "sequence_len * n_embd / n_head", rotary, f"at most {_MAX_ROTARY}"),
+            (0 <= self.ve_gate_channels <= self.n_embd, "ve_gate_channels", self.ve_gate_channels, "0 to n_embd"),
+            (0 <= self.source_layer < self.n_layer, "memory_source_layer", self.memory_source_layer, source),
+            (feeds_back, "memory", True, "memory_kv or memory_residual to be on as well"),
+        ):
+            if not holds:
+                raise ConfigError(f"model config: {name} is {shown(found)}, expected {expected}")
 
     @property
     def head_dim(self) -> int:
@@ -158,8 +160,3 @@ class LRTConfig:
 @functools.cache
 def _types() -> dict[str, Any]:
     return typing.get_type_hints(LRTConfig, include_extras=True)
-
-
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"model config: {name} is {shown(found)}, expected {expected}")
