@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from typing import get_args
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+import lrt_deploy
 from lrt_deploy import machine
 from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
-from lrt_deploy.cli import bench, options, output, parity, summary
+from lrt_deploy.cli import bench, build, export, options, output, parity, summary
 from lrt_deploy.cli.app import app, describe
 from lrt_deploy.cli.bench import percentiles
 from lrt_deploy.cli.output import WordWrapper, columns, table_lines
@@ -288,3 +291,12 @@ def test_the_rows_of_a_bundle_say_which_backends_run_which_graphs(in_every_preci
     assert rows["int4-weight-only on GPUs"].endswith("computed in float16")
     assert rows["int4-weight-only on ort-cpu"].endswith("computed in float32")
     assert not any(name in row for row in rows for name in ("full", "windowed"))
+
+
+def test_options_of_export_and_build_are_arguments_of_the_functions_with_the_same_defaults():
+    exported = export.ExportOptions().arguments() | {"precision": "fp32"}
+    assert export.ExportOptions().arguments()["precision"] == ["fp32"]
+    built = asdict(build.BuildOptions())
+    for chosen, function in ((exported, lrt_deploy.export_bundle), (built, lrt_deploy.build_engine)):
+        parameters = inspect.signature(function).parameters
+        assert chosen == {name: parameters[name].default for name in chosen}

@@ -5,9 +5,11 @@ Where there is a GPU, a smoke test follows: the engine decodes a short rollout b
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,68 +26,66 @@ if TYPE_CHECKING:
     from lrt_deploy.bundle.engine_sidecar import EngineSidecar
 
 
-def build(
-    bundle: options.BundlePath,
+@dataclass(frozen=True)
+class BuildOptions:
+    """Options of `lrt_deploy.build_engine`, by the same names."""
+
     backend: Annotated[
         options.EngineName,
         typer.Option(
             metavar="NAME",
             help=f"Which TensorRT: {options.listed(options.EngineName)}; auto: tensorrt where it is installed.",
         ),
-    ] = "auto",
+    ] = "auto"
     precision: Annotated[
         options.PrecisionName | None,
         typer.Option(
             metavar="NAME",
             help=f"Precision to build: {options.listed(options.PrecisionName)}; default: the only one in it.",
         ),
-    ] = None,
+    ] = None
     chunk_tokens: Annotated[
         int | None,
         typer.Option(help="Most prompt tokens that the engine takes at once; default: 512, or the bundle's capacity."),
-    ] = None,
+    ] = None
     max_batch_size: Annotated[
         int | None,
         typer.Option(help="Most sequences that the engine decodes together; default and limit: the bundle's."),
-    ] = None,
+    ] = None
+    timing_cache: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Measured kernel times, read and replaced; default: beside the engines."),
+    ] = None
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False
+
+
+def build(
+    bundle: options.BundlePath,
+    *,
+    chosen: BuildOptions,
     workspace: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="Most scratch memory of a layer, in bytes or as 512MiB or 4GiB."),
     ] = None,
-    timing_cache: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Measured kernel times, read and replaced; default: beside the engines."),
-    ] = None,
     device: Annotated[int | None, typer.Option(help="GPU to build on, by CUDA's number; default: the first.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print all messages of TensorRT on stderr.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False,
     json: options.Json = False,
 ) -> None:
     """Build a TensorRT engine from a bundle, after verifying that its network is what the precision expects."""
     from lrt_deploy import build_engine
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
 
-    memory = None if workspace is None else parse_bytes(workspace)
+    arguments = dataclasses.asdict(chosen) | {"on_message": print_message if verbose else None}
+    arguments["workspace_bytes"] = None if workspace is None else parse_bytes(workspace)
     if device is not None:
         use_device(device)
     with output.progress(quiet=json) as progress:
-        sidecar = build_engine(
-            bundle,
-            backend=backend,
-            precision=precision,
-            chunk_tokens=chunk_tokens,
-            max_batch_size=max_batch_size,
-            workspace_bytes=memory,
-            timing_cache=timing_cache,
-            force=force,
-            progress=progress,
-            on_message=print_message if verbose else None,
-        )
+        sidecar = build_engine(bundle, **arguments, progress=progress)
         plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN
         smoke = smoke_test(bundle, sidecar.backend, sidecar.precision, progress)
         sidecar = msgspec.structs.replace(sidecar, smoke=smoke)
         write_sidecar(plan, sidecar)
-    show(plan, sidecar, backend == "auto", json)
+    show(plan, sidecar, chosen.backend == "auto", json)
     if smoke["ran"] and not smoke["passed"]:
         raise typer.Exit(1)
 

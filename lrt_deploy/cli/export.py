@@ -2,13 +2,66 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from . import options, output, summary
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of `lrt_deploy.export_bundle`, by the same names."""
+
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Tokenizer folder, or its tokenizer.pkl or .json; none: without; default: the checkpoint's.",
+        ),
+    ] = None
+    step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None
+    precision: Annotated[
+        list[options.PrecisionItem] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.",
+        ),
+    ] = None
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
+    ] = None
+    max_batch_size: Annotated[int, typer.Option(help="Sequences that can run together.")] = 8
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Text on which ranges and int8 activations are measured; default: our own."),
+    ] = None
+    keep_high: Annotated[
+        list[str] | None,
+        typer.Option(help="Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all."),
+    ] = None
+    compensate: Annotated[
+        bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
+    ] = False
+    int4_block: Annotated[
+        Literal["32", "64", "128"] | None, typer.Option(help="Rows of a matrix that share an int4 scale; default: 32.")
+    ] = None
+    host_embeddings: Annotated[
+        bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
+    ] = False
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return keyword arguments for `export_bundle`: plain types, and `--keep-high none` as an empty list."""
+        return dataclasses.asdict(self) | {
+            "precision": [str(name) for name in self.precision or ["fp32"]],
+            "keep_high": None if self.keep_high is None else [name for name in self.keep_high if name != "none"],
+            "int4_block": None if self.int4_block is None else int(self.int4_block),
+        }
 
 
 def export(
@@ -17,43 +70,8 @@ def export(
         typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, a weights file, or nanochat's base folder."),
     ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
-    tokenizer: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Tokenizer folder, or its tokenizer.pkl or .json; none: without; default: the checkpoint's.",
-        ),
-    ] = None,
-    step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None,
-    precision: Annotated[
-        list[options.PrecisionItem] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.",
-        ),
-    ] = None,
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
-    ] = None,
-    max_batch_size: Annotated[int, typer.Option(help="Sequences that can run together.")] = 8,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text on which ranges and int8 activations are measured; default: our own."),
-    ] = None,
-    keep_high: Annotated[
-        list[str] | None,
-        typer.Option(help="Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all."),
-    ] = None,
-    compensate: Annotated[
-        bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
-    ] = False,
-    int4_block: Annotated[
-        Literal["32", "64", "128"] | None, typer.Option(help="Rows of a matrix that share an int4 scale; default: 32.")
-    ] = None,
-    host_embeddings: Annotated[
-        bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    *,
+    chosen: ExportOptions,
     json: options.Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: graphs, weights, tokenizer and manifest in one folder."""
@@ -61,22 +79,7 @@ def export(
 
     started = time.perf_counter()
     with output.progress(quiet=json) as progress:
-        manifest = export_bundle(
-            checkpoint,
-            bundle,
-            precision=[str(name) for name in precision or ["fp32"]],
-            max_seq_len=max_seq_len,
-            max_batch_size=max_batch_size,
-            tokenizer=tokenizer,
-            step=step,
-            force=force,
-            calibration=calibration,
-            keep_high=None if keep_high is None else [name for name in keep_high if name != "none"],
-            compensate=compensate,
-            int4_block=None if int4_block is None else int(int4_block),
-            host_embeddings=host_embeddings,
-            progress=progress,
-        )
+        manifest = export_bundle(checkpoint, bundle, **chosen.arguments(), progress=progress)
     seconds = time.perf_counter() - started
     if json:
         output.document(manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)})
