@@ -293,10 +293,11 @@ def test_the_rows_of_a_bundle_say_which_backends_run_which_graphs(in_every_preci
     assert not any(name in row for row in rows for name in ("full", "windowed"))
 
 
-def test_options_of_export_and_build_are_arguments_of_the_functions_with_the_same_defaults():
+def test_options_of_export_build_and_parity_are_arguments_of_the_functions_with_the_same_defaults():
     exported = export.ExportOptions().arguments() | {"precision": "fp32"}
     assert export.ExportOptions().arguments()["precision"] == ["fp32"]
-    built = asdict(build.BuildOptions())
-    for chosen, function in ((exported, lrt_deploy.export_bundle), (built, lrt_deploy.build_engine)):
+    built, compared = asdict(build.BuildOptions()), asdict(parity.ComparisonOptions())
+    functions = ((exported, lrt_deploy.export_bundle), (built, lrt_deploy.build_engine), (compared, lrt_deploy.parity))
+    for chosen, function in functions:
         parameters = inspect.signature(function).parameters
         assert chosen == {name: parameters[name].default for name in chosen}

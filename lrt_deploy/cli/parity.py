@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -25,14 +27,6 @@ if TYPE_CHECKING:
     from lrt_deploy.evaluation.report import ParityReport
     from lrt_deploy.runtime.decoder import Decoder
 
-Checkpoint = Annotated[
-    Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.", show_default=False)
-]
-CheckpointStep = Annotated[int | None, typer.Option(help="Which saved step of it; default: the last.")]
-Steps = Annotated[
-    int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
-]
-
 # The names of `lrt_deploy.evaluation.checks`; a test holds them against it.
 CheckName = Literal[
     "fixed-point-vs-stepwise", "chunked-vs-whole", "batch-vs-alone", "restored-vs-straight", "cuda-graph", "all"
@@ -41,33 +35,32 @@ if TYPE_CHECKING:
     _CheckItem = str
 else:
     _CheckItem = StrEnum("_CheckItem", [(name, name) for name in get_args(CheckName)])
-Check = Annotated[
-    list[_CheckItem] | None,
-    typer.Option(
-        metavar="NAME",
-        help=f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.",
-    ),
-]
-Golden = Annotated[
-    Path | None,
-    typer.Option(
-        metavar="FILE.npz", help="Compare with recorded logits and latents; needs no checkpoint.", show_default=False
-    ),
-]
-Bisect = Annotated[bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")]
-MaxKl = Annotated[
-    float | None,
-    typer.Option(metavar="KL", help="Largest mean KL in nats, in precisions judged by quality.", show_default=False),
-]
-MinAgreement = Annotated[
-    float | None,
-    typer.Option(metavar="SHARE", help="Smallest share of equal first choices, 0 to 1, likewise.", show_default=False),
-]
-Report = Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")]
-ReportDir = Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.", show_default=False)]
-Float64 = Annotated[
-    bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
-]
+
+
+@dataclass(frozen=True)
+class ComparisonOptions:
+    """Options of `lrt_deploy.parity` beside the prompt, by the same names."""
+
+    step: Annotated[int | None, typer.Option(help="Which saved step of the checkpoint; default: the last.")] = None
+    steps: Annotated[
+        int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
+    ] = None
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
+    ] = False
+    max_kl: Annotated[
+        float | None,
+        typer.Option(metavar="KL", help="Largest mean KL in nats, in precisions judged by quality."),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Smallest share of equal first choices, 0 to 1, likewise."),
+    ] = None
+    float64: Annotated[
+        bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
+    ] = False
+    prefill: options.Prefill = "fixed-point"
+    tolerance: options.Tolerance = None
 
 
 def write_reports(bundle: Path, folder: Path, fields: dict[str, Any]) -> None:
@@ -171,21 +164,25 @@ def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str,
 def parity(
     bundle: options.BundlePath,
     *,
-    checkpoint: Checkpoint = None,
-    step: CheckpointStep = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.")
+    ] = None,
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
-    steps: Steps = None,
-    check: Check = None,
-    golden: Golden = None,
-    bisect: Bisect = False,
-    max_kl: MaxKl = None,
-    min_agreement: MinAgreement = None,
-    write_report: Report = False,
-    report_dir: ReportDir = None,
-    float64: Float64 = False,
-    prefill: options.Prefill = "fixed-point",
-    tolerance: options.Tolerance = None,
+    comparison: ComparisonOptions,
+    check: Annotated[
+        list[_CheckItem] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.",
+        ),
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.npz", help="Compare with recorded logits and latents; needs no checkpoint."),
+    ] = None,
+    report: Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")] = False,
+    report_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.")] = None,
     opening: options.DecoderOptions,
     json: options.Json = False,
 ) -> None:
@@ -195,8 +192,8 @@ def parity(
         raise typer.BadParameter(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
-    check_inputs(checkpoint, golden, tolerance)
-    if write_report or report_dir is not None:
+    check_inputs(checkpoint, golden, comparison.tolerance)
+    if report or report_dir is not None:
         figures.require("report", "a report", "--report")
     from lrt_deploy.evaluation.parity import (
         ParityOptions,
@@ -206,7 +203,7 @@ def parity(
         stored_only_precision,
     )
 
-    asked = ParityOptions(chosen, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
+    asked = ParityOptions(chosen, **dataclasses.asdict(comparison))
     checked: list[dict[str, Any]] = []
     stored_only = None if check or golden else stored_only_precision(bundle, opening.backend, opening.precision)
     if stored_only is not None and checkpoint is not None:
@@ -215,7 +212,9 @@ def parity(
     else:
         with opening.open(bundle) as decoder:
             ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
-            checked += run_checks(bundle, decoder, opening, list(map(str, check)), ids, tolerance) if check else []
+            checked += (
+                run_checks(bundle, decoder, opening, list(map(str, check)), ids, asked.tolerance) if check else []
+            )
             checked += [against_golden(decoder, golden, json)] if golden else []
             if checkpoint is None:
                 fields = checks_document(decoder, checked)
@@ -224,7 +223,7 @@ def parity(
                     fields = document(parity_of(bundle, decoder, checkpoint, asked, progress))
     fields["checks"] = checked
     fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checked)
-    if checkpoint and (write_report or report_dir is not None):
+    if checkpoint and (report or report_dir is not None):
         write_reports(bundle, report_dir or bundle / "reports", fields)
     show(fields, json)
     if not fields["passed"]:
