@@ -20,8 +20,9 @@ import lrt_deploy
 from lrt_deploy.bundle.contract import FLAVOURS
 from lrt_deploy.bundle.manifest import FileRecord, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS
+from lrt_deploy.bundle.weights import matrix_elements
 from lrt_deploy.cli.app import app
-from lrt_deploy.runtime.bench import convergence, measure, plots, roofline
+from lrt_deploy.runtime.bench import measure, plots, roofline
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -152,7 +153,7 @@ def test_convergence_leaves_the_slots_in_order(decoder_of):
     decoder = decoder_of(NAME)
     tokens = measure.random_tokens(40, decoder.config.vocab_size, seed=1)
     before = decoder.prefill([tokens], policy="stepwise").logits
-    convergence.measure_convergence(decoder, tokens, lambda what, done, total: None)
+    measure.measure_convergence(decoder, tokens, lambda what, done, total: None)
     assert np.array_equal(decoder.prefill([tokens], policy="stepwise").logits, before)
 
 
@@ -179,7 +180,7 @@ def test_people_get_one_line_and_a_table(bundles, small_memory):
     assert " ms a token (" in result.stdout and "; a prompt of 64 tokens is read " in result.stdout
     for part in (
         "0 bytes copied",
-        "16 plain",
+        "16 stride 1 ",
         "64 stepwise",
         "4096 tokens do not fit",
         "GB/s (triad, 1 thread)",
@@ -216,7 +217,7 @@ def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export
     assert (*facts, config.padded_vocab_size) == (4, 64, 32, 2, 64, 320)
     layer = 64 * (64 + 32 + 32) + 64 * 64 + 64 * 6 + 2 * 64 * 256  # q k v, output, gates, MLP
     memory, head = 64 * 4 * 2 * 32, 64 * 320
-    assert roofline.matrix_elements(config) == 4 * layer + memory + head == 218_624
+    assert matrix_elements(config) == 4 * layer + memory + head == 218_624
     rows = 64 + 4 * 32  # of wte and of four value-embedding tables
     assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
     weights = "graphs/fp32/weights.bin"
@@ -245,7 +246,7 @@ def test_matrix_bytes_are_those_of_the_graph(in_every_precision, precision, flav
 def test_scales_are_counted(in_every_precision):
     """The twin: without them a quantized matrix would seem smaller."""
     manifest = read_manifest(in_every_precision(NAME))
-    elements = roofline.matrix_elements(manifest.model)
+    elements = matrix_elements(manifest.model)
     assert roofline.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
     assert roofline.matrix_bytes(manifest, "int8", "windowed") > elements
 
@@ -319,7 +320,7 @@ def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp
 
 
 def test_measuring_imports_neither_torch_nor_matplotlib():
-    code = "import sys; from lrt_deploy.runtime.bench import convergence, measure, plots, roofline; "
+    code = "import sys; from lrt_deploy.runtime.bench import measure, plots, roofline; "
     code += "import lrt_deploy.cli.bench; "
     code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

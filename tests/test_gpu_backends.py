@@ -895,7 +895,7 @@ def test_bench_shows_people_what_was_measured_and_what_not(bundle, with_gpu, dev
     device.cache = 2**20  # more than the weights
     result = bench(bundle, "--plot", str(tmp_path / "a.png"))
     assert "(the weights fit the GPU's cache); a prompt of 64 tokens is read " in result.stdout
-    for part in ("copies not counted; ", "GB/s (device-to-device copy)", "on the host", "64 plain"):
+    for part in ("copies not counted; ", "GB/s (device-to-device copy)", "on the host", "64 stride 1 "):
         assert part in result.stderr
     assert "reading alone" not in result.stderr
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import ParityError
-from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
+from lrt_deploy.evaluation.checks import compare_with_recording, read_recording
 from lrt_deploy.tolerances import limits
 
 pytestmark = pytest.mark.slow  # for the export

@@ -59,6 +59,14 @@ def matrix_shapes(config: LRTConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def matrix_elements(config: LRTConfig) -> int:
+    """Elements of all matrices that a step multiplies by: of each layer, the memory projections, and the head.
+
+    The head counts with the padded vocabulary. Embedding tables, lambdas and rotary tables are not counted.
+    """
+    return sum(rows * columns for rows, columns in matrix_shapes(config).values())
+
+
 def _block_sources(config: LRTConfig, i: int) -> dict[str, Source]:
     width, kv = config.n_embd, config.kv_dim
     attention, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"

@@ -214,7 +214,7 @@ class Task:
 
     def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
         """Measure the error after each sweep at one length."""
-        from lrt_deploy.runtime.bench.convergence import measure_convergence
+        from lrt_deploy.runtime.bench.measure import measure_convergence
 
         short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
         return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []

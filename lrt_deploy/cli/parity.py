@@ -142,7 +142,7 @@ def run_checks(
 
 def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
     """Compare a decoder with recorded arrays; return the JSON fields."""
-    from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
+    from lrt_deploy.evaluation.checks import compare_with_recording, read_recording
     from lrt_deploy.tolerances import limits
 
     recording = read_recording(golden, decoder.config)

@@ -1,26 +1,37 @@
-"""Check a decoder against itself: two ways to the same state must agree there and over further steps.
+"""Checks of a decoder that need no checkpoint: against itself, and against recorded numbers.
 
-No reference is needed: prefill by iteration against stepwise, a prompt in two turns against in one, a row of a batch
-against the row alone, a state saved and loaded against the original, decoding as a CUDA graph against without. The two
-states are compared in logits, latent and every cache, then both read the same further tokens.
+Against itself, two ways to the same state must agree there and over further steps: prefill by iteration and stepwise, a
+prompt in two turns and in one, a row of a batch and the row alone, a state saved and loaded and the original, decoding
+as a CUDA graph and without. The states are compared in logits, latent and every cache.
 
-Written against `FullDecoder`, the interface of a runtime's decoder; imports no backend.
+A recording is an `.npz` archive with `ids` (B, T), `seq_logits` (B, T, V) or its last positions under a name that
+begins so, and `seq_h_final` (B, T, C), the latents of a model with memory. So other code, such as the authors'
+sequential evaluator, can be the reference, without torch.
+
+The limits are those of a rollout. Written against `FullDecoder`, the interface of a runtime's decoder; imports no
+backend.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lrt_deploy.errors import InputError, ParityError
-from lrt_deploy.tolerances import ParityLimits
-from lrt_deploy.types import PrefillPolicy, StatefulDecoder
+import numpy as np
 
+from lrt_deploy.config import LRTConfig
+from lrt_deploy.errors import InputError, ParityError
+from lrt_deploy.text.prompts import check_prompts
+from lrt_deploy.tolerances import ParityLimits
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, StatefulDecoder
+
+from .arrays import read_arrays
 from .report import as_json
-from .rollout import distance, kl_divergence, rollout
+from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
 
 CUDA_GRAPH_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
@@ -57,12 +68,23 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class MutualCheck:
-    """Errors between two ways to a state, there and over `steps` further tokens. `bound` is that of the latent."""
+class Check:
+    """The result of a check; `line` says it in one line."""
 
     name: str
     passed: bool
     line: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        result: dict[str, Any] = as_json(asdict(self))
+        return result
+
+
+@dataclass(frozen=True)
+class MutualCheck(Check):
+    """Errors between two ways to a state, there and over `steps` further tokens. `bound` is that of the latent."""
+
     logits: float
     latent: float
     cache: float
@@ -70,11 +92,6 @@ class MutualCheck:
     kl_after: float
     bound: float
     steps: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        result: dict[str, Any] = as_json(asdict(self))
-        return result
 
 
 def fixed_point_vs_stepwise(decoder: FullDecoder, setting: Setting) -> MutualCheck:
@@ -218,3 +235,92 @@ def _residual(state: Any) -> float:  # noqa: ANN401 - the decoder's own state
 def _at_least(setting: Setting, tokens: int) -> None:
     if len(setting.prompt) < tokens:
         raise InputError(f"the prompt has {len(setting.prompt)} token(s); this check needs {tokens} or more")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """`logits` follow the last n tokens of each row; `latents` is None for a model without memory."""
+
+    ids: IntArray  # (B, T)
+    logits: FloatArray  # (B, n, V)
+    latents: FloatArray | None  # (B, T, C)
+
+
+@dataclass(frozen=True)
+class RecordedCheck(Check):
+    """The comparison with a recording; errors are maxima of absolute differences over all recorded positions."""
+
+    rows: int
+    positions: int
+    max_abs_logit_error: float
+    max_abs_latent_error: float | None
+    mean_kl: float
+    top1_agreement: float
+
+
+def read_recording(path: Path, config: LRTConfig) -> Recording:
+    """Read and check a recording, without pickles. ParityError for one that is not of this model's shapes."""
+    patterns = ("ids", "seq_logits*", "seq_h_final")[: 3 if config.memory else 2]
+    expected = "token rows with the logits and latents computed for them"
+    ids, logits, *rest = read_arrays(path, patterns, expected, ParityError)
+    latents = rest[0] if rest else None
+    _check_shapes(path, ids, logits, latents, config)
+    check_prompts(list(ids), config.vocab_size)
+    return Recording(ids.astype(np.int64), logits, latents)
+
+
+def compare_with_recording(
+    decoder: StatefulDecoder, recording: Recording, limits: ParityLimits, progress: Progress = silent
+) -> RecordedCheck:
+    """Decode every row from an empty state, one token at a time, and compare with the recorded numbers."""
+    rows, length = recording.ids.shape
+    if length > (capacity := capacity_of(decoder)):
+        raise ParityError(f"the recorded rows have {length} tokens and the decoder holds {capacity}")
+    logit_error, latent_error, kl, same = 0.0, 0.0, 0.0, 0
+    first = length - recording.logits.shape[1]
+    for row, ids in enumerate(recording.ids):
+        for t, (state, logits) in enumerate(rollout(decoder, ids[:, None])):
+            progress("golden", row * length + t + 1, rows * length)
+            if recording.latents is not None:
+                latent_error = max(latent_error, distance(recording.latents[row, t], state.latent[0]))
+            if t >= first:
+                expected, found = recording.logits[row, t - first], logits[0]
+                logit_error = max(logit_error, distance(expected, found))
+                kl += kl_divergence(expected, found)
+                same += int(expected.argmax() == found.argmax())
+    positions = rows * (length - first)
+    latent = latent_error if recording.latents is not None else None
+    kl, agreement = kl / positions, same / positions
+    # By errors where the function is the same, by quality where the precision makes it another.
+    if limits.top1_agreement is None:
+        passed = logit_error <= limits.max_abs_logit_error and latent_error <= limits.max_abs_latent_error
+        limit = f"limits {limits.max_abs_logit_error:.0e} and {limits.max_abs_latent_error:.0e}"
+    else:
+        passed = kl <= limits.mean_kl and agreement >= limits.top1_agreement and math.isfinite(logit_error)
+        limit = f"limits: KL {limits.mean_kl:.0e}, first choices {limits.top1_agreement:.0%}"
+    carried = "" if latent is None else f", latent within {latent:.1e}"
+    line = (
+        f"{'PASS' if passed else 'FAIL'}: golden, {positions} recorded positions of {rows} row(s): logits within "
+        f"{logit_error:.1e}{carried}, mean KL {kl:.1e}, {agreement:.1%} equal first choices ({limit})"
+    )
+    return RecordedCheck("golden", passed, line, rows, positions, logit_error, latent, kl, agreement)
+
+
+def _check_shapes(path: Path, ids: Any, logits: Any, latents: Any, config: LRTConfig) -> None:  # noqa: ANN401
+    """Refuse arrays whose shapes or types do not fit each other and the model."""
+    fits = (
+        ids.ndim == 2
+        and ids.size > 0
+        and ids.dtype.kind in "iu"
+        and logits.ndim == 3
+        and 1 <= logits.shape[1] <= ids.shape[1]
+        and logits.shape[::2] == (ids.shape[0], config.vocab_size)
+        and (latents is None or latents.shape == (*ids.shape, config.n_embd))
+        and all(array is None or array.dtype.kind == "f" for array in (logits, latents))
+    )
+    if not fits:
+        shapes = f"ids {ids.shape}, logits {logits.shape}, latents {getattr(latents, 'shape', None)}"
+        raise ParityError(
+            f"{path} holds {shapes}; expected (B, T), (B, n, {config.vocab_size}) and (B, T, {config.n_embd}): "
+            "it was recorded from another model"
+        )

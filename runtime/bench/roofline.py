@@ -29,14 +29,6 @@ from lrt_deploy.runtime.backends.cuda import Arena, Device
 TABLES = ("wte", "value_embeds")
 
 
-def matrix_elements(config: LRTConfig) -> int:
-    """Elements of all matrices that a step multiplies by: of each layer, the memory projections, and the head.
-
-    The head counts with the padded vocabulary. Embedding tables, lambdas and rotary tables are not counted.
-    """
-    return sum(rows * columns for rows, columns in matrix_shapes(config).values())
-
-
 def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
     """Bytes of weights that one decode step with head reads: every matrix once, and one row of each embedding table.
 

@@ -231,7 +231,7 @@ def changed_members(rng: random.Random, data: bytes, kind: str) -> tuple[bytes, 
 def recorded(path: Path, originals: Originals):
     """Read it as parity or evaluation does: the arrays are those that numpy reads."""
     from lrt_deploy.evaluation.bits_per_byte import rows_from_npz
-    from lrt_deploy.evaluation.recorded import compare_with_recording, read_recording
+    from lrt_deploy.evaluation.checks import compare_with_recording, read_recording
     from lrt_deploy.tolerances import limits
 
     with np.load(originals.folder / path.name) as file:
