@@ -1,53 +1,41 @@
-"""The GPU as the runtime uses it, on a CUDA runtime that keeps its memory on the host: no GPU is here."""
+"""The GPU as the runtime uses it, on a CUDA driver that keeps its memory on the host: no GPU is here."""
 
 # ruff: noqa: N802, N815 - the names are CUDA's
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda import CUresult, FakeDriver
+
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.machine import find_gpu
 from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
-from lrt_deploy.runtime.backends.device import DeviceBuffers, PrefillStep, Setup
+from lrt_deploy.runtime.backends.device import DeviceBuffers, Setup, Steps
 from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.bench import roofline
 
 
-class FakeCuda(ModuleType):
-    """The calls of `cuda.bindings.runtime` that are used, done at once in host memory, or recorded while capturing."""
+class FakeRuntime(ModuleType):
+    """The calls of `cuda.bindings.runtime` that ask whether there is a GPU."""
 
-    cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2, cudaMemcpyDeviceToDevice=3)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     cudaError_t = SimpleNamespace(cudaSuccess=0)
-    cudaDeviceAttr = SimpleNamespace(cudaDevAttrL2CacheSize=38)
 
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
-        self.blocks, self.capturing, self.fails, self.destroyed = {}, None, None, []
-        self.devices, self.copies = 1, []
+        self.fails, self.devices = None, 1
 
     def answer(self, name, *results):
         return (35, *tuple(None for _ in results)) if self.fails == name else (0, *results)
-
-    def do(self, name, work):
-        if self.fails != name:
-            work() if self.capturing is None else self.capturing.append(work)
-        return self.answer(name)
-
-    def new_block(self, count):
-        block = (ctypes.c_byte * count)()
-        self.blocks[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
 
     def cudaGetErrorString(self, error):
         return (0, b"out of luck")
@@ -61,71 +49,13 @@ class FakeCuda(ModuleType):
     def cudaGetDeviceProperties(self, device):
         return self.answer("cudaGetDeviceProperties", SimpleNamespace(name=b"Fake 8000", major=8, minor=9))
 
-    def cudaStreamCreateWithFlags(self, flags):
-        return self.answer("cudaStreamCreateWithFlags", 77)
-
-    def cudaMalloc(self, count):
-        return self.answer("cudaMalloc", self.new_block(count))
-
-    def cudaHostAlloc(self, count, flags):
-        return self.answer("cudaHostAlloc", self.new_block(count))
-
-    def cudaFree(self, address):
-        return self.answer("cudaFree") if self.blocks.pop(address) else (1,)
-
-    def cudaFreeHost(self, address):
-        return self.cudaFree(address)
-
-    def cudaMemsetAsync(self, address, value, count, stream):
-        return self.do("cudaMemsetAsync", lambda: ctypes.memset(address, value, count))
-
-    def cudaDeviceGetAttribute(self, attribute, device):
-        return self.answer("cudaDeviceGetAttribute", {38: 2**10}[attribute])
-
-    def cudaMemcpyAsync(self, target, source, count, kind, stream):
-        self.copies.append((count, kind))
-        return self.do("cudaMemcpyAsync", lambda: ctypes.memmove(target, source, count))
-
-    def cudaMemcpy2DAsync(self, target, to, source, by, width, rows, kind, stream):
-        def work():
-            for row in range(rows):
-                ctypes.memmove(target + row * to, source + row * by, width)
-
-        return self.do("cudaMemcpy2DAsync", work)
-
-    def cudaStreamSynchronize(self, stream):
-        return self.answer("cudaStreamSynchronize")
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        self.capturing = []
-        return self.answer("cudaStreamBeginCapture")
-
-    def cudaStreamEndCapture(self, stream):
-        recorded, self.capturing = self.capturing, None
-        return self.answer("cudaStreamEndCapture", recorded)
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return self.answer("cudaGraphInstantiate", list(graph))
-
-    def cudaGraphDestroy(self, graph):
-        self.destroyed.append("template")
-        return self.answer("cudaGraphDestroy")
-
-    def cudaGraphExecDestroy(self, graph):
-        self.destroyed.append("graph")
-        return self.answer("cudaGraphExecDestroy")
-
-    def cudaGraphLaunch(self, graph, stream):
-        for work in graph:
-            work()
-        return self.answer("cudaGraphLaunch")
-
 
 @pytest.fixture
 def cuda(monkeypatch):
-    fake = FakeCuda()
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)
-    return fake
+    fake = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
+    yield fake
+    assert fake.violations == []
 
 
 @pytest.fixture
@@ -136,46 +66,50 @@ def device(cuda):
 def test_memory_is_zeroed_copied_and_given_back(cuda, device):
     arena = Arena(device)
     address = arena.allocate(32)
-    found = np.ones(8, np.int32)
+    found = device.pinned((8,), np.dtype(np.int32))
     device.copy_out(found, address)
+    device.synchronize()
     assert not found.any()
     device.copy_in(address, np.arange(8, dtype=np.int32))
     device.copy_out(found, address)
     device.synchronize()
     assert found.tolist() == list(range(8))
     arena.release()
-    assert cuda.blocks == {}
+    del found
+    assert cuda.memory == cuda.pinned == {}
 
 
 def test_memory_is_copied_within_the_device(cuda, device):
     source, target, found = device.allocate(16), device.allocate(16), np.zeros(4, np.int32)
     device.copy_in(source, np.arange(4, dtype=np.int32))
     device.copy_within(target + 4, source, 12)
-    assert cuda.copies[-1] == (12, 3)
+    assert cuda.copies[-1] == (12, "within")
     device.copy_out(found, target)
     assert found.tolist() == [0, 0, 1, 2]
 
 
-@pytest.mark.parametrize(("asked", "count"), [(2**8, 2**8), (None, 4 * 2**10)])
+@pytest.mark.parametrize(("asked", "count"), [(2**8, 2**8), (None, 4 * 2**14)])
 def test_bandwidth_counts_what_is_read_and_written_in_the_best_round(cuda, device, monkeypatch, asked, count):
     clock = iter([0, 9, 10, 12, 20, 21, 30, 33, 40, 44])  # five rounds, of which one takes a second
     monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**8)
     monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert roofline.device_copy_gb_s(device, asked) == 2 * roofline._COPIES * count / 1e9
-    assert set(cuda.copies) == {(count, 3)} and len(cuda.copies) == 5 * roofline._COPIES
-    assert cuda.blocks == {}
+    assert set(cuda.copies) == {(count, "within")} and len(cuda.copies) == 5 * roofline._COPIES
+    assert cuda.memory == {}
 
 
 def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
-    cuda.fails = "cudaMemcpyAsync"
-    with pytest.raises(BackendError, match="copying 64 bytes: out of luck"):
+    cuda.fail("cuMemcpyDtoDAsync", CUresult.CUDA_ERROR_INVALID_VALUE)
+    with pytest.raises(BackendError, match="copying 64 bytes: invalid value"):
         roofline.device_copy_gb_s(device, 64)
-    assert cuda.blocks == {}
+    with device.lock:
+        device.begin()  # what was enqueued has ended
+    assert cuda.memory == {}
 
 
 def test_what_is_measured_of_a_device_is_named(device, monkeypatch):
     monkeypatch.setattr(roofline, "device_copy_gb_s", lambda device: 1234.5)
-    assert roofline.measure(device) == roofline.Bandwidth(1234.5, None, "device-to-device copy", 2**10)
+    assert roofline.measure(device) == roofline.Bandwidth(1234.5, None, "device-to-device copy", 2**14)
 
 
 def test_rows_go_to_and_from_addresses_a_pitch_apart(device):
@@ -184,6 +118,7 @@ def test_rows_go_to_and_from_addresses_a_pitch_apart(device):
     found, everything = np.zeros((3, 4), np.uint8), np.zeros(30, np.uint8)
     device.copy_rows_out(found, address + 2, 10)
     device.copy_out(everything, address)
+    device.synchronize()
     assert found.tolist() == np.arange(12).reshape(3, 4).tolist()
     assert everything[2:6].tolist() == [0, 1, 2, 3] and everything[12:16].tolist() == [4, 5, 6, 7]
     assert not everything[6:12].any()
@@ -196,27 +131,29 @@ def test_pinned_memory_lives_as_long_as_a_view_of_it(cuda, device):
     del array
     gc.collect()
     view[:] = 4
-    assert len(cuda.blocks) == 1
+    assert len(cuda.pinned) == 1
     del view
     gc.collect()
-    assert cuda.blocks == {}
+    assert cuda.pinned == {}
 
 
 def test_a_graph_is_recorded_without_running_and_runs_when_launched(cuda, device):
-    arena, source, found = Arena(device), np.arange(4, dtype=np.int32), np.zeros(4, np.int32)
-    address = arena.allocate(16)
+    arena = Arena(device)
+    source, found = (device.pinned((4,), np.dtype(np.int32)) for _ in range(2))
+    source[:], address = range(4), arena.allocate(16)
 
     def enqueue():
         device.copy_in(address, source)
         device.copy_out(found, address)
 
     graph = arena.capture(enqueue)
-    assert not found.any() and cuda.destroyed == ["template"]
+    assert not found.any() and cuda.templates == [] and len(cuda.graphs) == 1
     source[:] = 9  # a launch reads what is there then
     device.launch(graph)
+    device.synchronize()
     assert found.tolist() == [9] * 4
     arena.release()
-    assert cuda.destroyed == ["template", "graph"]
+    assert cuda.graphs == []
 
 
 def test_a_capture_that_fails_leaves_the_stream_usable(cuda, device):
@@ -225,29 +162,38 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda, device):
 
     with pytest.raises(BackendError, match="no"):
         device.capture(enqueue)
-    assert cuda.capturing is None
+    assert cuda.capture is None
 
 
 @pytest.mark.parametrize(
     ("call", "act", "message"),
     [
-        ("cudaMalloc", lambda device: device.allocate(10), "CUDA failed while allocating 10 bytes: out of luck"),
-        ("cudaHostAlloc", lambda device: device.pinned((1,), np.dtype(np.int8)), "pinning host memory"),
-        ("cudaMemcpyAsync", lambda device: device.copy_in(1, np.zeros(3, np.uint8)), "copying 3 bytes"),
-        ("cudaMemcpyAsync", lambda device: device.copy_within(1, 2, 3), "copying 3 bytes"),
-        ("cudaDeviceGetAttribute", lambda device: device.cache_bytes(), "asking for the size of its cache"),
-        ("cudaStreamSynchronize", lambda device: device.synchronize(), "running on the GPU: out of luck"),
-        ("cudaStreamEndCapture", lambda device: device.capture(lambda: None), "capturing a CUDA graph"),
-        ("cudaGraphLaunch", lambda device: device.launch([]), "launching a CUDA graph"),
+        ("cuMemAlloc", lambda device: device.allocate(10), "CUDA failed while allocating 10 bytes: invalid value"),
+        ("cuMemHostAlloc", lambda device: device.pinned((1,), np.dtype(np.int8)), "pinning host memory"),
+        ("cuMemsetD8Async", lambda device: device.allocate(10), "zeroing memory"),
+        ("cuMemcpyHtoDAsync", lambda device: device.copy_in(1, np.zeros(3, np.uint8)), "copying 3 bytes to the GPU"),
+        ("cuMemcpyDtoDAsync", lambda device: device.copy_within(1, 2, 3), "copying 3 bytes"),
+        ("cuDeviceGetAttribute", lambda device: device.cache_bytes(), "asking for the size of its cache"),
+        ("cuStreamSynchronize", lambda device: device.synchronize(), "running on the GPU: invalid value"),
+        ("cuStreamBeginCapture", lambda device: device.capture(lambda: None), "starting a capture"),
+        ("cuStreamEndCapture", lambda device: device.capture(lambda: None), "capturing a CUDA graph"),
+        ("cuGraphInstantiate", lambda device: device.capture(lambda: None), "instantiating a CUDA graph"),
+        ("cuGraphLaunch", lambda device: device.launch([]), "launching a CUDA graph"),
+        ("cuCtxSetCurrent", lambda device: device.begin(), "binding the device to a thread"),
     ],
 )
-def test_every_failure_is_named(cuda, device, call, act, message):
-    cuda.fails = call
+def test_every_failure_is_named_and_leaves_neither_a_capture_nor_memory(cuda, device, call, act, message):
+    cuda.fail(call, CUresult.CUDA_ERROR_INVALID_VALUE)
     with pytest.raises(BackendError, match=message):
         act(device)
+    with device.lock:
+        device.begin()
+    assert cuda.capture is None and cuda.templates == [] and cuda.memory == {} and not cuda.failures
 
 
-def test_a_gpu_is_found_or_its_absence_explained(cuda, monkeypatch):
+def test_a_gpu_is_found_or_its_absence_explained(monkeypatch):
+    cuda = FakeRuntime()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
     gpu, words = find_gpu()
     assert (gpu.name, gpu.compute_capability, gpu.capability_text) == ("Fake 8000", (8, 9), "8.9")
     assert words == "Fake 8000, compute capability 8.9"
@@ -257,7 +203,8 @@ def test_a_gpu_is_found_or_its_absence_explained(cuda, monkeypatch):
     assert find_gpu() == (None, "no GPU: out of luck")
     cuda.fails, cuda.devices = None, 0
     assert find_gpu() == (None, "no GPU: CUDA counts 0 devices")
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    for name in ("runtime", "driver"):
+        monkeypatch.setitem(sys.modules, f"cuda.bindings.{name}", None)
     gpu, words = find_gpu()
     assert gpu is None and "is not installed" in words
     with pytest.raises(BackendError, match="pip install cuda-bindings"):
@@ -281,6 +228,12 @@ class Idle:
     def enqueue(self, stream):
         pass
 
+    def capturable(self, stream):
+        return True
+
+    def warmed(self):
+        pass
+
 
 def test_a_state_in_bfloat16_shows_float32_and_keeps_its_entries(device):
     config = LRTConfig(sequence_len=32, vocab_size=64, n_layer=2, n_head=2, n_kv_head=2, n_embd=8)
@@ -292,7 +245,7 @@ def test_a_state_in_bfloat16_shows_float32_and_keeps_its_entries(device):
     ]
     sizes = {"capacity": 128, "chunk_tokens": 16}
     setup = Setup(Idle(), device, config, dtype, [], pairs, **sizes, cuda_graph=True, tables=HostTables({}))
-    buffers = DeviceBuffers(setup, PrefillStep(setup, Arena(device)), 2, 32)
+    buffers = DeviceBuffers(Steps(setup), 2, 32)
     buffers.set_latent(np.array([1]), np.full((1, 8), 1.003, np.float32))
     assert buffers.latent.dtype == np.float32
     assert buffers.latent[1].tolist() == [1.0] * 8 and not buffers.latent[0].any()

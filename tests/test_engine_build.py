@@ -96,7 +96,7 @@ def test_the_engine_is_built_without_torch_and_its_sidecar_is_complete(bundle, b
     assert (sidecar.backend, sidecar.precision) == ("tensorrt-rtx", "fp32")
     assert sidecar.tensorrt_version == RTX.load().__version__
     assert sidecar.compute_capabilities == ("8.6", "8.9", "12.0")  # 9.0 is not documented
-    assert sidecar.flags == ("STRONGLY_TYPED",)
+    assert sidecar.flags == ("REQUIRE_USER_ALLOCATION", "STRONGLY_TYPED")  # the former for capturing
     assert [profile.name for profile in sidecar.profiles] == ["decode", "prefill"]
     assert sidecar.profile("decode")[1].batch == (1, 1, manifest.max_batch_size)
     assert sidecar.profile("prefill")[1].tokens == (1, 64, 128)

@@ -2,34 +2,33 @@
 
 What can be tested is our side: that everything is bound before it is run, a cache at one address for in and out, shapes
 inside the chosen profile, copies waited for, graphs captured only after a first run, and every step run exactly once.
-The fake refuses what TensorRT refuses, and does nothing before the stream is waited for, so a missing synchronization
-shows as wrong numbers. What it computes is the bundle's own graph, by ONNX Runtime: its tokens must be ort-cpu's.
+`fake_tensorrt` refuses what TensorRT refuses, and `fake_cuda` does a random part of its queue at each call, so a
+missing synchronization shows as wrong numbers. What they compute is the bundle's own graph, by ONNX Runtime: its tokens
+must be ort-cpu's. Threads, interrupts, forks and errors: `test_gpu_hazards`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gc
 import importlib
 import json
 import shutil
 import sys
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 
-import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
 from typer.testing import CliRunner
 
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda import CUresult, FakeDriver
+from fake_tensorrt import GPU, FakeContext, FakeEngine, fake_library, put_engine
+
 import lrt_deploy
 from lrt_deploy.arguments import LARGEST_COUNT
-from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.engine_sidecar import PLAN, EngineSidecar, engine_folder, read_sidecar, write_sidecar
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
-from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.bench import Task
 from lrt_deploy.cli.build import smoke_test
@@ -38,7 +37,7 @@ from lrt_deploy.machine import Gpu, find_gpu
 from lrt_deploy.runtime import state as state_module
 from lrt_deploy.runtime.backends import ort_cuda, select, tensorrt
 from lrt_deploy.runtime.backends.base import check_finite
-from lrt_deploy.runtime.backends.cuda import Arena
+from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
@@ -49,282 +48,7 @@ from lrt_deploy.runtime.prefill import PrefillOptions
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = "mr_gqa_SSSL"
-GPU = Gpu("Fake 8000", (8, 9))
-VERSION = "1.7.1.116"
-MAGIC = b"fake plan"
 PROMPT = [5, 9, 2, 77, 31, 200, 4, 18, 6, 42, 42, 7]
-
-
-class HostDevice:
-    """`Device` in host memory. Work is queued and done in `synchronize`, as a stream would at the latest."""
-
-    stream = 7
-
-    def __init__(self):
-        self.memory, self.queue, self.recording = {}, [], None
-        self.launches = 0
-        self.cache, self.copied_within = 2**14, 0
-
-    def allocate(self, count_bytes):
-        raw = np.zeros(count_bytes + 256, np.uint8)
-        start = -raw.ctypes.data % 256
-        self.memory[raw.ctypes.data + start] = raw[start : start + count_bytes]
-        return raw.ctypes.data + start
-
-    def free(self, address):
-        del self.memory[address]
-
-    def pinned(self, shape, dtype):
-        return np.zeros(shape, dtype)
-
-    def at(self, address, count_bytes):
-        """The bytes at an address, which must lie inside one allocation."""
-        for start, block in self.memory.items():
-            if start <= address and address + count_bytes <= start + block.size:
-                return block[address - start : address - start + count_bytes]
-        raise AssertionError(f"{count_bytes} bytes at {address} are not allocated")
-
-    def enqueue(self, work):
-        (self.queue if self.recording is None else self.recording).append(work)
-
-    def copy_in(self, address, array):
-        assert array.flags.c_contiguous
-        source = array.reshape(-1).view(np.uint8)
-        self.enqueue(lambda: self.at(address, source.size).__setitem__(slice(None), source))
-
-    def copy_out(self, array, address):
-        assert array.flags.c_contiguous
-        target = array.reshape(-1).view(np.uint8)
-        self.enqueue(lambda: target.__setitem__(slice(None), self.at(address, target.size)))
-
-    def copy_rows_in(self, address, pitch, array):
-        for index, row in enumerate(array):
-            self.copy_in(address + index * pitch, row)
-
-    def copy_rows_out(self, array, address, pitch):
-        for index, row in enumerate(array):
-            self.copy_out(row, address + index * pitch)
-
-    def copy_within(self, target, source, count_bytes):
-        def work():
-            self.at(target, count_bytes)[:] = self.at(source, count_bytes)
-            self.copied_within += count_bytes
-
-        self.enqueue(work)
-
-    def cache_bytes(self):
-        return self.cache
-
-    def synchronize(self):
-        assert self.recording is None, "waiting for a stream breaks a capture"
-        while self.queue:
-            self.queue.pop(0)()
-
-    def capture(self, enqueue):
-        assert not self.queue, "capture starts on an idle stream"
-        self.recording = []
-        try:
-            enqueue()
-            return self.recording
-        finally:
-            self.recording = None
-
-    def launch(self, graph):
-        self.launches += 1
-        self.queue += graph
-
-    def forget(self, graph):
-        graph.clear()
-
-
-class EagerDevice(HostDevice):
-    """The same for ONNX Runtime, which computes at once: so does everything else."""
-
-    def enqueue(self, work):
-        work()
-
-
-class FakeContext:
-    """An execution context that answers False, and says why, wherever TensorRT would."""
-
-    def __init__(self, engine):
-        self.engine, self.profile, self.shapes, self.addresses = engine, None, {}, {}
-        self.ran_with = None  # shapes of the last real run: capture needs one
-
-    def refuse(self, reason):
-        self.engine.logger.log(SimpleNamespace(name="ERROR"), reason)
-        return False
-
-    def set_optimization_profile_async(self, index, stream):
-        if not 0 <= index < self.engine.num_optimization_profiles:
-            return self.refuse(f"there is no profile {index}")
-        self.profile, self.shapes = index, {}
-        return True
-
-    def set_input_shape(self, name, shape):
-        smallest, largest = self.engine.limits(name, self.profile)
-        if len(shape) != len(smallest) or not all(
-            a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True)
-        ):
-            return self.refuse(f"{name} {shape} is not within {smallest} and {largest}")
-        self.shapes[name] = shape
-        return True
-
-    def set_tensor_address(self, name, address):
-        if name not in self.engine.names or address <= 0 or address % 256:
-            return self.refuse(f"{name} cannot lie at {address}")
-        self.addresses[name] = address
-        return True
-
-    def infer_shapes(self):
-        return [spec["name"] for spec in self.engine.sidecar.inputs if spec["name"] not in self.shapes]
-
-    def is_stream_capturable(self, stream):
-        return True
-
-    def execute_async_v3(self, stream):
-        engine, device = self.engine, self.engine.device
-        unbound = [name for name in engine.names if name not in self.addresses]
-        if unbound or self.infer_shapes():
-            return self.refuse(f"not specified: {unbound or self.infer_shapes()}")
-        for pair in engine.sidecar.state:
-            same = self.addresses[pair["past"]] == self.addresses[pair["present"]]
-            if same != pair["in_place"]:
-                return self.refuse(f"{pair['past']} and {pair['present']} {'' if same else 'do not '}share an address")
-        if device.recording is not None and self.ran_with != self.shapes:
-            return self.refuse("a capture needs a run with the same shapes before it")
-        self.ran_with = dict(self.shapes)
-        shapes, addresses = dict(self.shapes), dict(self.addresses)
-        device.enqueue(lambda: engine.compute(shapes, addresses))
-        return True
-
-
-class FakeEngine:
-    """What `ICudaEngine` tells, from the sidecar; computes with ONNX Runtime on the bundle's graph."""
-
-    def __init__(self, bundle, sidecar, device, logger):
-        self.sidecar, self.device, self.logger = sidecar, device, logger
-        self.names = [spec["name"] for spec in (*sidecar.inputs, *sidecar.outputs)]
-        self.num_io_tensors, self.num_optimization_profiles = len(self.names), len(sidecar.profiles)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads, options.log_severity_level = 1, 3
-        self.session = ort.InferenceSession(str(bundle / sidecar.onnx), options, providers=["CPUExecutionProvider"])
-        self.runs, self.contexts, self.types, self.shapes = [], [], {}, {}  # types and shapes other than the sidecar's
-        self.aliased = {pair["present"]: pair["past"] for pair in sidecar.state if pair["in_place"]}
-
-    def get_tensor_name(self, index):
-        return self.names[index]
-
-    def spec(self, name):
-        return next(spec for spec in (*self.sidecar.inputs, *self.sidecar.outputs) if spec["name"] == name)
-
-    def get_tensor_dtype(self, name):
-        names = {dtype: theirs for theirs, dtype in TENSORRT_DTYPES.items()}
-        return SimpleNamespace(name=names[self.types.get(name, self.spec(name)["dtype"])])
-
-    def get_tensor_shape(self, name):
-        return self.shapes.get(name, [-1 if isinstance(dim, str) else dim for dim in self.spec(name)["shape"]])
-
-    def get_tensor_profile_shape(self, name, index):
-        smallest, largest = self.limits(name, index)
-        return smallest, smallest, largest
-
-    def get_aliased_input_tensor(self, name):
-        return self.aliased.get(name)
-
-    def create_runtime_config(self):
-        return SimpleNamespace()
-
-    def create_execution_context(self, config=None):
-        self.contexts.append(FakeContext(self))
-        self.contexts[-1].config = config
-        return self.contexts[-1]
-
-    def limits(self, name, index):
-        profile = self.sidecar.profiles[index]
-        shape = next(spec["shape"] for spec in self.sidecar.inputs if spec["name"] == name)
-        ranges = {"batch": profile.batch, "tokens": profile.tokens}
-        return tuple(tuple(ranges[d][w] if isinstance(d, str) else d for d in shape) for w in (0, 2))
-
-    def compute(self, shapes, addresses):
-        self.runs.append(shapes["position_ids"])
-        batch, tokens = shapes["position_ids"]
-        sizes = {"batch": batch, "tokens": tokens}
-
-        def view(spec):
-            shape = tuple(sizes[dim] if isinstance(dim, str) else dim for dim in spec["shape"])
-            dtype = np.dtype(spec["dtype"])
-            data = self.device.at(addresses[spec["name"]], int(np.prod(shape)) * dtype.itemsize)
-            return data.view(dtype).reshape(shape)
-
-        outputs = [spec["name"] for spec in self.sidecar.outputs]
-        found = self.session.run(outputs, {spec["name"]: view(spec).copy() for spec in self.sidecar.inputs})
-        for spec, value in zip(self.sidecar.outputs, found, strict=True):
-            view(spec)[...] = value
-
-
-def fake_library(bundle, device, precision="fp32"):
-    """A module in TensorRT's place."""
-
-    class Runtime:
-        def __init__(self, logger):
-            self.logger = logger
-
-        def deserialize_cuda_engine(self, data):
-            if data != MAGIC:
-                self.logger.log(SimpleNamespace(name="ERROR"), "magic tag does not match")
-                return None
-            folder = engine_folder(bundle, "tensorrt-rtx", precision)
-            return FakeEngine(bundle, read_sidecar(folder / PLAN), device, self.logger)
-
-    class Logger:
-        pass
-
-    strategy = SimpleNamespace(EAGER="eager")
-    return SimpleNamespace(
-        __version__=VERSION,
-        __spec__=ModuleSpec("tensorrt_rtx", None),
-        Runtime=Runtime,
-        ILogger=Logger,
-        DynamicShapesKernelSpecializationStrategy=strategy,
-    )
-
-
-def sidecar_for(bundle, chunk_tokens=32, capacity=128, precision="fp32"):
-    """What `build` would have written for the graph of a precision."""
-    manifest, graph = read_manifest(bundle), graph_path(precision, "prefill", "full")
-    dtype = base_dtype(precision, "full")
-    config, sizes = manifest.model, {"capacity": capacity, "rows": 1}
-
-    def described(specs):
-        return tuple(
-            {"name": s.name, "dtype": s.dtype, "shape": [sizes.get(dim, dim) for dim in s.shape]} for s in specs
-        )
-
-    return EngineSidecar(
-        backend="tensorrt-rtx",
-        precision=precision,
-        plan_sha256=hashlib.sha256(MAGIC).hexdigest(),
-        plan_bytes=len(MAGIC),
-        onnx=graph,
-        onnx_sha256=manifest.files[graph].sha256,
-        weights_sha256=manifest.files[f"graphs/{precision}/weights.bin"].sha256,
-        tensorrt_version=VERSION,
-        compute_capabilities=("8.6", "8.9", "12.0"),
-        profiles=(
-            lrt_deploy.bundle.engine_sidecar.Profile("decode", (1, 1, manifest.max_batch_size), (1, 1, 1)),
-            lrt_deploy.bundle.engine_sidecar.Profile("prefill", (1, 1, 1), (1, 16, chunk_tokens)),
-        ),
-        flags=("STRONGLY_TYPED",),
-        capacity=capacity,
-        max_seq_len=manifest.max_seq_len,
-        max_batch_size=manifest.max_batch_size,
-        inputs=described(contract.graph_inputs(config, "full", dtype, host_embeddings=manifest.host_embeddings)),
-        outputs=described(contract.graph_outputs(config, dtype)),
-        state=tuple(pair.to_dict() for pair in contract.state_pairs(config, dtype)),
-        layers={},
-        build={},
-    )
 
 
 @pytest.fixture(scope="module")
@@ -335,25 +59,38 @@ def bundle(export_once, tmp_path_factory):
     return folder
 
 
-def put_engine(folder, built="fp32", **changes):
-    plan = engine_folder(folder, "tensorrt-rtx", built) / PLAN
-    plan.parent.mkdir(parents=True, exist_ok=True)
-    plan.write_bytes(MAGIC)
-    write_sidecar(plan, msgspec.structs.replace(sidecar_for(folder, precision=built), **changes))
-    return plan
+@pytest.fixture
+def driver(monkeypatch, request):
+    """CUDA, anew for each test."""
+    driver = FakeDriver(seed=request.node.name)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    yield driver
+    assert driver.violations == []
 
 
 @pytest.fixture
-def device():
-    return HostDevice()
+def device(driver):
+    return CudaDevice()
 
 
 @pytest.fixture
-def open_fake(bundle, device, monkeypatch):
+def on_host(monkeypatch):
+    """A device for ONNX Runtime, which computes at once: so does everything else."""
+
+    def make():
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", FakeDriver(eager=True))
+        return CudaDevice()
+
+    return make
+
+
+@pytest.fixture
+def open_fake(bundle, driver, monkeypatch):
     """(cuda_graph, prefill options) -> decoder on the fake engine, and the engine."""
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, driver))
 
     def open_(cuda_graph=True, options=None):
+        device = CudaDevice()
         manifest = read_manifest(bundle)
         engine = open_engine(bundle, manifest, "tensorrt-rtx", "fp32", GPU)
         decoder = Decoder(manifest, TensorRTBackend(engine, device, manifest, cuda_graph), None, options)
@@ -402,9 +139,9 @@ def test_a_wrong_weight_would_show(open_fake, decoder_of, monkeypatch, tolerance
     assert np.abs(state.logits - expected[1]).max() > 2 * tolerances.logits
 
 
-def test_with_and_without_a_cuda_graph_every_bit_is_equal(open_fake, device):
+def test_with_and_without_a_cuda_graph_every_bit_is_equal(open_fake, driver):
     with_graph, without = (tokens_of(open_fake(graph)[0], [PROMPT, PROMPT[:4]], 16) for graph in (True, False))
-    assert device.launches > 20
+    assert driver.launches > 20
     assert with_graph[0] == without[0] and np.array_equal(with_graph[1], without[1])
     assert np.array_equal(with_graph[2].latent, without[2].latent)
     for layer in range(4):
@@ -413,7 +150,7 @@ def test_with_and_without_a_cuda_graph_every_bit_is_equal(open_fake, device):
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
-def test_every_step_runs_exactly_once_also_while_capturing(open_fake, device, cuda_graph):
+def test_every_step_runs_exactly_once_also_while_capturing(open_fake, driver, cuda_graph):
     decoder, engine = open_fake(cuda_graph)
     state = decoder.prefill([PROMPT], policy="stepwise")
     for step in range(5):
@@ -422,9 +159,8 @@ def test_every_step_runs_exactly_once_also_while_capturing(open_fake, device, cu
         assert len(engine.runs) == before + 1
     assert len(engine.runs) == len(PROMPT) + 5
     # The very first step warms up and is not captured; then one graph for each turn of the latent.
-    assert device.launches == (len(PROMPT) + 5 - 1 if cuda_graph else 0)
-    prefill, decode = engine.contexts  # the latter for one row
-    assert prefill.config is None and decode.config.dynamic_shapes_kernel_specialization_strategy == "eager"
+    assert driver.launches == (len(PROMPT) + 5 - 1 if cuda_graph else 0)
+    assert len(driver.graphs) == (2 if cuda_graph else 0) and driver.templates == []
 
 
 def test_rows_that_leave_take_their_own_context(open_fake, decoder_of):
@@ -432,7 +168,7 @@ def test_rows_that_leave_take_their_own_context(open_fake, decoder_of):
     state = decoder.prefill([PROMPT, PROMPT[:5]], policy="stepwise")
     logits = state.buffers.decode(np.array([3]), state.lengths[:1], head=True)
     assert logits.shape == (1, decoder.config.vocab_size)
-    assert engine.runs[-1] == (1, 1) and len(engine.contexts) == 3
+    assert engine.runs[-1] == (1, 1) and len(engine.contexts) == 2  # for two rows and for one
     expected = decoder_of(GOLDEN).prefill([PROMPT], policy="stepwise")
     decoder_of(GOLDEN).step(expected, [3])
     assert np.abs(logits - expected.logits).max() < 1e-4
@@ -505,11 +241,11 @@ def test_out_of_order_slots_are_refused(open_fake):
         buffers.reorder(0, 0, np.array([0, 2, 1, 3]), move=False)
 
 
-def test_a_model_without_memory_runs_too(export_once, decoder_of, device, monkeypatch, tmp_path):
+def test_a_model_without_memory_runs_too(export_once, decoder_of, driver, device, monkeypatch, tmp_path):
     folder = tmp_path / "bundle"
     shutil.copytree(export_once("baseline_ve"), folder)
     put_engine(folder)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, driver))
     manifest = read_manifest(folder)
     engine = open_engine(folder, manifest, "tensorrt-rtx", "fp32", GPU)
     decoder = Decoder(manifest, TensorRTBackend(engine, device, manifest), None)
@@ -519,17 +255,20 @@ def test_a_model_without_memory_runs_too(export_once, decoder_of, device, monkey
     assert "one address" in note and "latent" not in note
 
 
-def test_memory_is_given_back_with_the_state(open_fake, device):
+def test_memory_is_given_back_with_the_state_and_the_decoder(open_fake, driver):
+    """One state's is kept for the next one."""
     decoder, _ = open_fake()
-    before = len(device.memory)
-    state = decoder.prefill([PROMPT], policy="stepwise")
-    assert len(device.memory) > before + 8
-    del state
-    assert len(device.memory) == before
-    arena = Arena(device)
-    arena.allocate(10)
-    arena.release()
-    assert len(device.memory) == before
+    states = [decoder.prefill([PROMPT], policy="stepwise") for _ in range(3)]
+    before = len(driver.memory)
+    del states[0]
+    assert len(driver.memory) == before
+    del states[0]
+    assert len(driver.memory) == before - 10  # eight caches, two latents
+    states.clear()
+    decoder.close()
+    del decoder
+    gc.collect()
+    assert driver.memory == driver.pinned == {} and driver.graphs == []
 
 
 # The fake enforces what TensorRT does: each rule has a caller that breaks it
@@ -539,7 +278,7 @@ def context_of(open_fake):
     return open_fake()[0]._backend.setup.runner.context("decode", 7)
 
 
-def test_the_fake_refuses_what_tensorrt_refuses(open_fake, device):
+def test_the_fake_refuses_what_tensorrt_refuses(open_fake):
     context = context_of(open_fake)
     with pytest.raises(BackendError, match=r"setting input_ids to the shape \(9, 1\).*is not within"):
         context.shape("input_ids", (9, 1))
@@ -564,11 +303,12 @@ def test_the_fake_refuses_what_tensorrt_refuses(open_fake, device):
         (lambda step: step._context.context.addresses.pop("present_value_0"), "not specified"),
     ],
 )
-def test_a_binding_that_goes_wrong_is_an_error_and_leaves_the_state(open_fake, change, message):
+def test_a_binding_that_goes_wrong_is_an_error_and_leaves_the_state(open_fake, monkeypatch, change, message):
     decoder, _ = open_fake(cuda_graph=False)
     state = decoder.prefill([PROMPT], policy="stepwise")
     lengths, latent = state.lengths, state.latent
-    change(state.buffers._steps[1])
+    step = decoder._backend.steps.decode(1)
+    monkeypatch.setattr(step, "_bind", lambda *_: change(step))
     with pytest.raises(BackendError, match=message):
         decoder.step(state, [1])
     assert np.array_equal(state.lengths, lengths) and np.array_equal(state.latent, latent)
@@ -577,7 +317,7 @@ def test_a_binding_that_goes_wrong_is_an_error_and_leaves_the_state(open_fake, c
 def test_a_capture_without_a_run_before_it_fails(open_fake):
     decoder, _ = open_fake()
     state = decoder.prefill([PROMPT[:1]], policy="stepwise")
-    state.buffers._steps[1]._context.context.ran_with = None
+    decoder._backend.steps.decode(1)._context.context.ran_with = None
     with pytest.raises(BackendError, match=r"a capture needs a run.*cuda_graph=False"):
         decoder.step(state, [1])
 
@@ -587,7 +327,7 @@ def test_a_capture_without_a_run_before_it_fails(open_fake):
 
 def refused(bundle, monkeypatch, gpu=GPU, library=None, **changes):
     plan = put_engine(bundle, **changes)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library or fake_library(bundle, HostDevice()))
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", library or fake_library(bundle, FakeDriver()))
     try:
         with pytest.raises(EngineError) as caught:
             open_engine(bundle, read_manifest(bundle), "tensorrt-rtx", "fp32", gpu)
@@ -629,7 +369,7 @@ def test_an_older_gpu_is_refused(bundle, monkeypatch):
 
 
 def test_what_the_library_cannot_read_is_refused_with_its_words(bundle, monkeypatch):
-    library = fake_library(bundle, HostDevice())
+    library = fake_library(bundle, FakeDriver())
     monkeypatch.setattr(library.Runtime, "deserialize_cuda_engine", lambda self, data: None)
     assert "cannot read it: it gave no reason" in refused(bundle, monkeypatch, library=library)
 
@@ -648,7 +388,7 @@ def test_what_the_library_cannot_read_is_refused_with_its_words(bundle, monkeypa
     ],
 )
 def test_an_engine_that_contradicts_its_sidecar_is_refused(bundle, monkeypatch, spoil, message):
-    library = fake_library(bundle, HostDevice())
+    library = fake_library(bundle, FakeDriver())
     original = library.Runtime.deserialize_cuda_engine
 
     def spoiled(self, data):
@@ -705,12 +445,11 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
 
 
 @pytest.fixture
-def with_gpu(monkeypatch, bundle, device):
+def with_gpu(monkeypatch, bundle, driver):
     """As if there were a GPU: the fake library, and a device in host memory."""
     for place in ("lrt_deploy.machine", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
-    monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, driver))
 
 
 def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
@@ -721,7 +460,7 @@ def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
 
 
 @pytest.mark.parametrize("ort_cuda_opens", [True, False])
-def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, monkeypatch, ort_cuda_opens):
+def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, driver, on_host, monkeypatch, ort_cuda_opens):
     """As of a bundle that holds bf16 alone: ONNX Runtime has no bfloat16 on a CPU, and may not run here at all."""
     plain = select.missing
     no_bf16 = "ONNX Runtime has no bfloat16 on a CPU"
@@ -729,8 +468,9 @@ def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, monkeyp
     manifest = read_manifest(bundle)
     assert select.find_reference(bundle, manifest)[:2] == ("ort-cuda", "fp32")
     if ort_cuda_opens:
-        on_host = OrtCudaBackend(bundle, manifest, "fp32", EagerDevice(), kind="cpu")
-        monkeypatch.setattr(OrtCudaBackend, "open", lambda *_: on_host)
+        reference = OrtCudaBackend(bundle, manifest, "fp32", on_host(), kind="cpu")
+        monkeypatch.setattr(OrtCudaBackend, "open", lambda *_: reference)
+        monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     if ort_cuda_opens:
         assert found["passed"] and found["beside"] == "ort-cuda in fp32"
@@ -747,7 +487,7 @@ def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
 
     def compute(self, shapes, addresses):
         original(self, shapes, addresses)
-        self.device.at(addresses["present_latent"], 64)[3] ^= 1  # an exponent bit of one number
+        self.driver.at(addresses["present_latent"], 64)[3] ^= 1  # an exponent bit of one number
 
     monkeypatch.setattr(FakeEngine, "compute", compute)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
@@ -755,7 +495,7 @@ def test_a_faulty_engine_fails_the_smoke_test(bundle, with_gpu, monkeypatch):
 
 
 @pytest.fixture
-def quantized_engine(monkeypatch, in_every_precision, device, tmp_path):
+def quantized_engine(monkeypatch, in_every_precision, driver, tmp_path):
     """precision -> bundle with a fake engine of it, as if there were a GPU."""
 
     def make(precision):
@@ -767,8 +507,7 @@ def quantized_engine(monkeypatch, in_every_precision, device, tmp_path):
             "lrt_deploy.runtime.backends.tensorrt",
         ):
             monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
-        monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, device, precision))
-        monkeypatch.setattr(tensorrt, "CudaDevice", lambda: device)
+        monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(folder, driver, precision))
         return folder
 
     return make
@@ -803,7 +542,7 @@ def test_a_faulty_quantized_engine_fails_in_arithmetic(quantized_engine, golden_
 
     def compute(self, shapes, addresses):
         original(self, shapes, addresses)
-        latent = self.device.at(addresses["present_latent"], 64).view(np.float16)
+        latent = self.driver.at(addresses["present_latent"], 64).view(np.float16)
         latent[3] += np.float16(1.0)
 
     monkeypatch.setattr(FakeEngine, "compute", compute)
@@ -855,7 +594,7 @@ def bench(bundle, *arguments):
     return result
 
 
-def test_bench_measures_decoding(bundle, with_gpu, device, little_memory, tmp_path):
+def test_bench_measures_decoding(bundle, with_gpu, driver, little_memory, tmp_path):
     fields = json.loads(bench(bundle, "--json", "--plot", str(tmp_path / "a.png")).stdout)
     assert (fields["backend"], fields["plot"]) == ("tensorrt-rtx", str(tmp_path / "a.png"))
     assert fields["state_bytes_copied_per_step"] is None
@@ -866,7 +605,7 @@ def test_bench_measures_decoding(bundle, with_gpu, device, little_memory, tmp_pa
     assert fields["logits_bytes_written_per_step"] == 4 * 4 * 320
     assert 0 < fields["outside_backend_fraction"] < 1
     assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)
-    assert device.copied_within == roofline._ROUNDS * roofline._COPIES * 4 * device.cache
+    assert driver.copied_within == roofline._ROUNDS * roofline._COPIES * 4 * driver.cache
     read, seconds = (
         fields["weight_bytes_per_step"] + fields["state_bytes_read_per_step"],
         fields["tpot_ms"]["p50"] / 1e3,
@@ -891,8 +630,8 @@ def test_bench_reads_prompts_plainly_and_in_blocks_that_fit(bundle, with_gpu, li
     assert points[-1]["max_abs_latent_error"] < 1e-2 * points[0]["max_abs_latent_error"]
 
 
-def test_bench_shows_people_what_was_measured_and_what_not(bundle, with_gpu, device, little_memory, tmp_path):
-    device.cache = 2**20  # more than the weights
+def test_bench_shows_people_what_was_measured_and_what_not(bundle, with_gpu, driver, little_memory, tmp_path):
+    driver.cache = 2**20  # more than the weights
     result = bench(bundle, "--plot", str(tmp_path / "a.png"))
     assert "(the weights fit the GPU's cache); a prompt of 64 tokens is read " in result.stdout
     for part in ("copies not counted; ", "GB/s (device-to-device copy)", "on the host", "64 stride 1 "):
@@ -929,8 +668,8 @@ def test_a_contender_of_the_comparison_leaves_its_copies_open(bundle, with_gpu, 
 
 
 @pytest.fixture
-def ort_on_host(bundle):
-    manifest, device = read_manifest(bundle), EagerDevice()
+def ort_on_host(bundle, on_host):
+    manifest, device = read_manifest(bundle), on_host()
     return Decoder(manifest, OrtCudaBackend(bundle, manifest, "fp32", device, kind="cpu"), None)
 
 
@@ -955,17 +694,17 @@ def test_bench_measures_ort_by_address_too(ort_on_host, little_memory):
 
 
 @pytest.mark.parametrize("failing", ["the run", "the logits"])
-def test_a_step_that_fails_leaves_the_latent_where_it_was(open_fake, device, monkeypatch, failing):
+def test_a_step_that_fails_leaves_the_latent_where_it_was(open_fake, driver, monkeypatch, failing):
     """A step reads one place and writes the other, so nothing is copied aside: the old latent only becomes current."""
     decoder, _ = open_fake()
     state, healthy = (decoder.prefill([PROMPT, PROMPT[:4]], policy="stepwise") for _ in range(2))
     latent = state.latent
     with monkeypatch.context() as patch:
         if failing == "the run":
-            patch.setattr(device, "launch", lambda graph: (_ for _ in ()).throw(BackendError("the device is gone")))
+            driver.fail("cuGraphLaunch", CUresult.CUDA_ERROR_INVALID_VALUE)
         else:
             patch.setattr(state_module, "check_finite", lambda logits, *rest: check_finite(logits * np.nan, *rest))
-        with pytest.raises(BackendError, match=r"the device is gone|not finite"):
+        with pytest.raises(BackendError, match=r"launching a CUDA graph: invalid value|not finite"):
             decoder.step(state, [1, 2])
     assert np.array_equal(state.latent, latent) and state.lengths.tolist() == [len(PROMPT), 4]
     assert np.array_equal(decoder.step(state, [1, 2]), decoder.step(healthy, [1, 2]))
@@ -975,14 +714,16 @@ def test_a_step_that_fails_leaves_the_latent_where_it_was(open_fake, device, mon
 # Embedding tables on the host, handed in as rows
 
 
-def on_fake_tensorrt(bundle, device, monkeypatch, cuda_graph):
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, device))
-    manifest = read_manifest(bundle)
+def on_fake_tensorrt(bundle, monkeypatch, cuda_graph):
+    driver = FakeDriver()
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, driver))
+    manifest, device = read_manifest(bundle), CudaDevice()
     engine, tables = (
         open_engine(bundle, manifest, "tensorrt-rtx", "fp32", GPU),
         HostTables.open(bundle, manifest, "fp32"),
     )
-    return Decoder(manifest, TensorRTBackend(engine, device, manifest, cuda_graph, tables), None)
+    return Decoder(manifest, TensorRTBackend(engine, device, manifest, cuda_graph, tables), None), driver
 
 
 @pytest.fixture(scope="module")
@@ -997,49 +738,49 @@ def host_bundle(host_embeddings_once, tmp_path_factory):
 def test_with_tables_on_the_host_an_engine_gives_the_same_bits(bundle, host_bundle, monkeypatch, policy, cuda_graph):
     found = []
     for folder in (bundle, host_bundle):
-        device = HostDevice()
-        decoder = on_fake_tensorrt(folder, device, monkeypatch, cuda_graph)
+        decoder, driver = on_fake_tensorrt(folder, monkeypatch, cuda_graph)
         found.append(tokens_of(decoder, [PROMPT, PROMPT[3:8]], 12, policy))
-        assert (device.launches > 10) == cuda_graph
+        assert (driver.launches > 10) == cuda_graph
     assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
     assert np.array_equal(found[0][2].latent, found[1][2].latent)
 
 
 def test_rows_that_do_not_arrive_would_show(bundle, host_bundle, monkeypatch):
     """The twin: the tables of another order of tokens."""
-    expected = tokens_of(on_fake_tensorrt(bundle, HostDevice(), monkeypatch, True), [PROMPT], 3)
+    expected = tokens_of(on_fake_tensorrt(bundle, monkeypatch, True)[0], [PROMPT], 3)
     take = HostTables.take
     monkeypatch.setattr(HostTables, "take", lambda self, ids, rows: take(self, ids[::-1] ^ 1, rows))
-    found = tokens_of(on_fake_tensorrt(host_bundle, HostDevice(), monkeypatch, True), [PROMPT], 3)
+    found = tokens_of(on_fake_tensorrt(host_bundle, monkeypatch, True)[0], [PROMPT], 3)
     assert not np.array_equal(found[1], expected[1])
 
 
-def test_ort_by_address_takes_rows(bundle, host_bundle):
+def test_ort_by_address_takes_rows(bundle, host_bundle, on_host):
     found = []
     for folder in (bundle, host_bundle):
         manifest = read_manifest(folder)
-        decoder = Decoder(manifest, OrtCudaBackend(folder, manifest, "fp32", EagerDevice(), kind="cpu"), None)
+        decoder = Decoder(manifest, OrtCudaBackend(folder, manifest, "fp32", on_host(), kind="cpu"), None)
         found.append(tokens_of(decoder, [PROMPT, PROMPT[3:8]], 12, "fixed-point"))
     assert found[0][0] == found[1][0] and np.array_equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_ort_updates_its_caches_in_place(bundle, capfd, monkeypatch, elsewhere):
+def test_ort_updates_its_caches_in_place(bundle, on_host, capfd, monkeypatch, elsewhere):
     """ONNX Runtime warns when TensorScatter has to copy a cache, as it does in the twin."""
     monkeypatch.setattr(ort_cuda, "_LOG_LEVEL", 2)
-    manifest, device = read_manifest(bundle), EagerDevice()
+    manifest, device = read_manifest(bundle), on_host()
     backend = OrtCudaBackend(bundle, manifest, "fp32", device, kind="cpu")
     buffers = backend.allocate(1)
     buffers.decode(np.array([1]), np.array([0]), head=True)
     if elsewhere:
-        buffers._steps[1]._context.bind("present_key_1", device.allocate(backend.setup.cache_row_bytes))
+        step, address = backend.steps.decode(1), device.allocate(backend.setup.cache_row_bytes)
+        monkeypatch.setattr(step, "_bind", lambda *_: step._context.bind("present_key_1", address))
     buffers.decode(np.array([1]), np.array([1]), head=True)
     assert ("in-place optimization not activated" in capfd.readouterr().err) == elsewhere
 
 
-def test_ort_runs_half_precision_states(in_every_precision):
+def test_ort_runs_half_precision_states(in_every_precision, on_host):
     halves = in_every_precision(GOLDEN)
-    manifest, device = read_manifest(halves), EagerDevice()
+    manifest, device = read_manifest(halves), on_host()
     decoder = Decoder(manifest, OrtCudaBackend(halves, manifest, "fp16", device, kind="cpu"), None)
     with lrt_deploy.open_decoder(halves, precision="fp16") as expected:
         found, reference = (tokens_of(d, [PROMPT], 12) for d in (decoder, expected))

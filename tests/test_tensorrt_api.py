@@ -37,7 +37,9 @@ CALLS = {
     "IBuilderConfig.get_timing_cache": [],
     "IBuilderConfig.set_timing_cache": ["cache", "ignore_mismatch"],
     "IConstantLayer.weights": None,
-    "ICudaEngine.create_execution_context": [],
+    "ICudaEngine.create_execution_context": ["runtime_config"],
+    "ICudaEngine.create_runtime_config": [],
+    "ICudaEngine.device_memory_size_v2": None,
     "ICudaEngine.get_aliased_input_tensor": ["name"],
     "ICudaEngine.get_tensor_dtype": ["name"],
     "ICudaEngine.get_tensor_name": ["index"],
@@ -45,8 +47,10 @@ CALLS = {
     "ICudaEngine.get_tensor_shape": ["name"],
     "ICudaEngine.num_io_tensors": None,
     "ICudaEngine.num_optimization_profiles": None,
+    "ExecutionContextAllocationStrategy.USER_MANAGED": None,
     "IExecutionContext.execute_async_v3": ["stream_handle"],
     "IExecutionContext.infer_shapes": [],
+    "IExecutionContext.set_device_memory": ["memory", "size"],
     "IExecutionContext.set_input_shape": ["name", "shape"],
     "IExecutionContext.set_optimization_profile_async": ["profile_index", "stream_handle"],
     "IExecutionContext.set_tensor_address": ["name", "memory"],
@@ -64,6 +68,7 @@ CALLS = {
     "INetworkDefinition.num_inputs": None,
     "INetworkDefinition.num_layers": None,
     "INetworkDefinition.num_outputs": None,
+    "IRuntimeConfig.set_execution_context_allocation_strategy": ["strategy"],
     "IProgressMonitor.phase_finish": ["phase_name"],
     "IProgressMonitor.phase_start": ["phase_name", "parent_phase", "num_steps"],
     "IProgressMonitor.step_complete": ["phase_name", "step"],
@@ -86,8 +91,14 @@ CALLS = {
 # Used where the backend is tensorrt-rtx alone; full TensorRT compiles nothing at run time.
 RTX_ONLY = {
     "DynamicShapesKernelSpecializationStrategy.EAGER": None,
-    "ICudaEngine.create_execution_context": ["runtime_config"],
-    "ICudaEngine.create_runtime_config": [],
+    "BuilderFlag.REQUIRE_USER_ALLOCATION": None,
+    "DynamicShapesKernelSpecializationStrategy.NONE": None,
+    "IBuilderConfig.set_flag": ["flag"],
+    "IExecutionContext.is_stream_capturable": ["stream"],
+    "IRuntimeCache.deserialize": ["blob"],
+    "IRuntimeCache.serialize": [],
+    "IRuntimeConfig.create_runtime_cache": [],
+    "IRuntimeConfig.set_runtime_cache": ["cache"],
     "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy": None,
 }
 # Kinds of layers and types that the proof looks for by name.
@@ -209,20 +220,30 @@ def test_no_other_file_uses_tensorrt():
     assert others <= set(FILES)
 
 
-def test_every_cuda_call_takes_as_many_arguments_as_we_give():
-    cuda = pytest.importorskip("cuda.bindings.runtime")
+@pytest.mark.parametrize(
+    ("module", "path", "prefix", "least"),
+    [
+        ("cuda.bindings.driver", "runtime/backends/cuda.py", "cu", 24),
+        ("cuda.bindings.runtime", "lrt_deploy/machine.py", "cuda", 4),
+    ],
+)
+def test_every_cuda_call_takes_as_many_arguments_as_we_give(module, path, prefix, least):
+    cuda, source = pytest.importorskip(module), (ROOT / path).read_text()
     calls = [
         node
-        for path in ("runtime/backends/cuda.py", "lrt_deploy/machine.py")
-        for node in ast.walk(ast.parse((ROOT / path).read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr.startswith("cuda")
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and re.match(rf"{prefix}[A-Z]", node.func.attr)
     ]
-    assert len(calls) >= 18
+    assert len(calls) >= least
     for call in calls:
         signature = getattr(cuda, call.func.attr).__doc__.strip().splitlines()[0]
         taken = signature.partition("(")[2].rpartition(")")[0]
         assert len(call.args) == len([part for part in taken.split(",") if part.strip()]), signature
-    for name in re.findall(r"_cuda\.(cuda\w+(?:\.\w+)?)", (ROOT / "runtime/backends/cuda.py").read_text()):
+    for name in re.findall(rf"cuda\.({prefix}[A-Z]\w+(?:\.\w+)?|CU\w+(?:\.\w+)?)", source):
         found = cuda
         for part in name.split("."):
             found = getattr(found, part)
+    for name in re.findall(r'"(cu[A-Z]\w+|CUDA_ERROR_\w+)"', source):
+        assert hasattr(cuda.CUresult if name.startswith("CUDA_ERROR") else cuda, name)

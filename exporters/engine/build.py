@@ -25,6 +25,7 @@ from lrt_deploy.bundle.engine_sidecar import (
     ENGINES,
     PLAN,
     PREFILL,
+    RUNTIME_CACHE,
     EngineSidecar,
     Profile,
     cache_capacity,
@@ -165,7 +166,8 @@ def check_replaceable(target: Path) -> None:
     if not os.path.lexists(target):
         return
     plan = target / PLAN
-    ours = re.compile(rf"{PLAN}|{PLAN}\.json|\.{PLAN}\.json\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
+    written = rf"{PLAN}\.json|{RUNTIME_CACHE}"
+    ours = re.compile(rf"{PLAN}|{written}|\.({written})\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
     foreign = [path.name for path in target.iterdir() if not ours.fullmatch(path.name)] if target.is_dir() else []
     if foreign or not target.is_dir():
         raise EngineError(

@@ -245,6 +245,9 @@ def build(
         if cache is not None:  # Polygraphy would leave a lock file beside it
             known = read_bytes(cache, "the timing cache", EngineError, _LARGEST_CACHE) if cache.exists() else b""
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+        if flavour.backend == "tensorrt-rtx":
+            # Without it TensorRT-RTX may allocate while it runs, which a CUDA graph must not.
+            config.set_flag(parsed.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         flags = tuple(sorted(_flags(parsed.trt, config, parsed.network)))
         loader = polygraphy.EngineBytesFromNetwork((parsed.builder, parsed.network, parsed.parser), config)
         plan = Plan(memoryview(run_interruptibly(loader, cancellation)), flags)

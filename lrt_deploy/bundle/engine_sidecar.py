@@ -3,6 +3,7 @@
     bundle/engines/<backend>-<precision>/
       lrt.plan         the engine; only this version of TensorRT, on this kind of GPU, can read it
       lrt.plan.json    the sidecar
+      lrt.runtime-cache  kernels that TensorRT-RTX has compiled from the plan; written when it is first run
 
 A plan does not say what it was made from, and without a GPU not even whether it is whole. Therefore exporters write
 the sidecar, and the runtime refuses a plan whose sidecar does not fit. Knows no TensorRT.
@@ -26,7 +27,7 @@ from lrt_deploy.files import atomic_write, open_regular, read_json
 
 SIDECAR_FORMAT = 1
 _LARGEST_SIDECAR_BYTES = 16 * 2**20  # a model with 100 layers has about 0.1 MB
-ENGINES, PLAN = "engines", "lrt.plan"
+ENGINES, PLAN, RUNTIME_CACHE = "engines", "lrt.plan", "lrt.runtime-cache"
 DECODE, PREFILL = "decode", "prefill"
 
 # A row of a cache must start on TensorRT's boundary of 256 bytes, so that one row can be bound alone. 128 slots of at

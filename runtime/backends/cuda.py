@@ -1,16 +1,25 @@
-"""One GPU as the runtime uses it: memory by address, one stream, copies, and CUDA graphs.
+"""One GPU as the runtime uses it: memory by address, one stream, copies, and CUDA graphs, on CUDA's driver API.
 
-`Device` is the protocol; tests run the same code on one that computes on the host. Everything is enqueued on the one
-stream, in order; nothing has happened before `synchronize`. Addresses are plain integers, as TensorRT takes them.
-Knows neither tensors nor TensorRT.
+`Device` is the protocol. Everything is enqueued on the one stream, in order; nothing has happened before `synchronize`.
+Addresses are plain integers, as TensorRT takes them. Knows neither tensors nor TensorRT.
+
+Several threads may use a device, one at a time: an operation, from its first call to its last `synchronize`, holds
+`lock` and begins with `begin`. An operation that did not end, because of an error or an interrupt between any two
+lines, leaves copies that still run or a stream that still captures; the next `begin` ends them, before memory is
+written that they read. Finalizers run at any moment, also while a graph is captured, where freeing is forbidden: they
+hand memory to `give_back`, which frees it when no operation runs.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
+import os
+import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,17 +29,47 @@ from lrt_deploy.errors import BackendError
 
 Array = NDArray[Any]
 
+_MEMORY, _PINNED, _GRAPH = "cuMemFree", "cuMemFreeHost", "cuGraphExecDestroy"  # what gives each kind of thing back
+# Errors after which CUDA answers every call of the process with the same error.
+_STICKY = (
+    "CUDA_ERROR_ECC_UNCORRECTABLE",
+    "CUDA_ERROR_ILLEGAL_ADDRESS",
+    "CUDA_ERROR_LAUNCH_TIMEOUT",
+    "CUDA_ERROR_CONTEXT_IS_DESTROYED",
+    "CUDA_ERROR_ASSERT",
+    "CUDA_ERROR_HARDWARE_STACK_ERROR",
+    "CUDA_ERROR_ILLEGAL_INSTRUCTION",
+    "CUDA_ERROR_MISALIGNED_ADDRESS",
+    "CUDA_ERROR_INVALID_ADDRESS_SPACE",
+    "CUDA_ERROR_INVALID_PC",
+    "CUDA_ERROR_LAUNCH_FAILED",
+    "CUDA_ERROR_UNKNOWN",
+)
+
 
 class Device(Protocol):
     """Memory and a stream."""
 
     stream: int
 
+    @property
+    def lock(self) -> threading.Lock:
+        """The lock of all operations; raises BackendError in a process that was forked from the one that opened it."""
+
+    def begin(self) -> None:
+        """Begin an operation, with `lock` held: bind the device to this thread, and end what an earlier one left.
+
+        Raises BackendError with the first error where an earlier one has made the device unusable.
+        """
+
+    def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = ()) -> None:
+        """Free memory and graphs as soon as no operation runs; may be called in any thread at any time."""
+
     def allocate(self, count_bytes: int) -> int:
         """Address of zeroed device memory, aligned to 256 bytes."""
 
-    def free(self, address: int) -> None:
-        """Give memory back."""
+    def zero(self, address: int, count_bytes: int) -> None:
+        """Enqueue the zeroing of device memory."""
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A zeroed host array that copies may use while the host goes on; freed with its last view."""
@@ -50,6 +89,9 @@ class Device(Protocol):
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
         """Enqueue a copy from one address on the device to another."""
 
+    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
+        """Enqueue a copy of `rows` rows of `width` bytes, `pitch` bytes apart on both sides."""
+
     def cache_bytes(self) -> int:
         """Size of the last cache before the device's memory; 0 where it does not say."""
 
@@ -62,17 +104,15 @@ class Device(Protocol):
     def launch(self, graph: Any) -> None:  # noqa: ANN401
         """Enqueue a recorded graph."""
 
-    def forget(self, graph: Any) -> None:  # noqa: ANN401
-        """Give a recorded graph back."""
-
 
 class Arena:
-    """Device memory and graphs that belong together, given back at once."""
+    """Device memory and graphs that belong together; given back by `release`, or when the arena is no longer used."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
         self._addresses: list[int] = []
         self._graphs: list[Any] = []
+        weakref.finalize(self, device.give_back, self._addresses, self._graphs).atexit = False
 
     def allocate(self, count_bytes: int) -> int:
         """See `Device`."""
@@ -85,114 +125,233 @@ class Arena:
         return self._graphs[-1]
 
     def release(self) -> None:
-        """Give everything back, graphs first."""
-        while self._graphs:
-            self.device.forget(self._graphs.pop())
-        while self._addresses:
-            self.device.free(self._addresses.pop())
+        """Give everything back."""
+        addresses, graphs = list(self._addresses), list(self._graphs)
+        self._addresses.clear()
+        self._graphs.clear()
+        self.device.give_back(addresses, graphs)
 
 
 class CudaDevice:
-    """The current CUDA device, through `cuda.bindings`; see `Device`."""
+    """The current CUDA device, or the first one, through `cuda.bindings.driver`; see `Device`."""
 
     def __init__(self) -> None:
         try:
-            self._cuda: Any = importlib.import_module("cuda.bindings.runtime")
+            self._cuda: Any = importlib.import_module("cuda.bindings.driver")
         except ModuleNotFoundError as error:
             raise BackendError(f"{error.name} is not installed; pip install cuda-bindings") from error
-        stream = self._ask("creating a stream", self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
-        self.stream = int(stream)
+        cuda, self._process, self._lock = self._cuda, os.getpid(), threading.Lock()
+        self._failure: str | None = None  # the first error after which CUDA fails every call
+        self._enqueued = self._capturing = self._keeps_garbage = False
+        self._returned: deque[tuple[str, Any]] = deque()
+        self._ask("initializing CUDA", cuda.cuInit(0))
+        status, self._number = cuda.cuCtxGetDevice()
+        if status != cuda.CUresult.CUDA_SUCCESS:  # no context is current in this thread
+            self._number = self._ask("finding the device", cuda.cuDeviceGet(0))
+        # The primary context is the one that TensorRT and ONNX Runtime use.
+        self._context = self._ask("opening the device", cuda.cuDevicePrimaryCtxRetain(self._number))
+        self._ask("binding the device to a thread", cuda.cuCtxSetCurrent(self._context))
+        flags = cuda.CUstream_flags.CU_STREAM_NON_BLOCKING
+        self.stream = int(self._ask("creating a stream", cuda.cuStreamCreate(flags)))
+
+    @property
+    def lock(self) -> threading.Lock:
+        """See `Device`."""
+        if os.getpid() != self._process:  # checked before the lock, which another thread may have held at the fork
+            raise BackendError(
+                f"this process ({os.getpid()}) was forked from the one that opened the GPU ({self._process}), and CUDA "
+                "does not work across a fork; open the bundle again in a new process (start method spawn)"
+            )
+        return self._lock
+
+    def begin(self) -> None:
+        """See `Device`."""
+        if self._failure is None:
+            self._ask("binding the device to a thread", self._cuda.cuCtxSetCurrent(self._context))
+            if self._capturing:
+                self._drop_capture()
+            self._collect_garbage(True)
+        if self._failure is not None:
+            raise BackendError(
+                f"the GPU cannot be used any more in this process, because of an earlier error: {self._failure}; "
+                "start the process again"
+            )
+        if self._enqueued:
+            self.synchronize()
+        self._free_returned()
+
+    def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = ()) -> None:
+        """See `Device`."""
+        self._return([(_GRAPH, graph) for graph in graphs] + [(_MEMORY, address) for address in memory])
 
     def allocate(self, count_bytes: int) -> int:
         """See `Device`."""
-        address = int(self._ask(f"allocating {count_bytes} bytes", self._cuda.cudaMalloc(count_bytes)))
-        self._ask("zeroing memory", self._cuda.cudaMemsetAsync(address, 0, count_bytes, self.stream))
+        address = int(self._ask(f"allocating {count_bytes} bytes", self._cuda.cuMemAlloc(count_bytes)))
+        try:
+            self.zero(address, count_bytes)
+        except BaseException:
+            self._returned.append((_MEMORY, address))
+            raise
         return address
 
-    def free(self, address: int) -> None:
+    def zero(self, address: int, count_bytes: int) -> None:
         """See `Device`."""
-        self._ask("freeing memory", self._cuda.cudaFree(address))
+        self._enqueued = True
+        self._ask("zeroing memory", self._cuda.cuMemsetD8Async(address, 0, count_bytes, self.stream))
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """See `Device`."""
-        count_bytes = max(1, int(np.prod(shape)) * dtype.itemsize)
-        flags = self._cuda.cudaHostAllocDefault
-        address = int(self._ask("pinning host memory", self._cuda.cudaHostAlloc(count_bytes, flags)))
-        buffer = (ctypes.c_byte * count_bytes).from_address(address)
-        weakref.finalize(buffer, self._cuda.cudaFreeHost, address).atexit = False  # the array's base keeps it alive
-        array: Array = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)[
-            : int(np.prod(shape)) * dtype.itemsize
-        ].view(dtype)
-        array = array.reshape(shape)
+        size = int(np.prod(shape)) * dtype.itemsize
+        address = int(self._ask("pinning host memory", self._cuda.cuMemHostAlloc(max(1, size), 0)))
+        buffer = (ctypes.c_byte * max(1, size)).from_address(address)
+        # The array's base keeps the buffer alive.
+        weakref.finalize(buffer, self._return, [(_PINNED, address)]).atexit = False
+        array: Array = np.frombuffer(memoryview(buffer).cast("B"), np.uint8)[:size].view(dtype).reshape(shape)
         array[...] = 0
         return array
 
     def copy_in(self, address: int, array: Array) -> None:
         """See `Device`."""
-        self._copy(address, array.ctypes.data, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice)
+        if array.nbytes:
+            self._enqueued = True
+            copied = self._cuda.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self.stream)
+            self._ask(f"copying {array.nbytes} bytes to the GPU", copied)
 
     def copy_out(self, array: Array, address: int) -> None:
         """See `Device`."""
-        self._copy(array.ctypes.data, address, array.nbytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost)
+        if array.nbytes:
+            self._enqueued = True
+            copied = self._cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self.stream)
+            self._ask(f"copying {array.nbytes} bytes from the GPU", copied)
 
     def copy_rows_in(self, address: int, pitch: int, array: Array) -> None:
         """See `Device`."""
         rows, width = array.shape
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        copied = self._cuda.cudaMemcpy2DAsync(address, pitch, array.ctypes.data, width, width, rows, kind, self.stream)
-        self._ask("copying rows to the GPU", copied)
+        self._copy_rows("copying rows to the GPU", (array.ctypes.data, width), (address, pitch), rows, width, "in")
 
     def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
         """See `Device`."""
         rows, width = array.shape
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        copied = self._cuda.cudaMemcpy2DAsync(array.ctypes.data, width, address, pitch, width, rows, kind, self.stream)
-        self._ask("copying rows from the GPU", copied)
+        self._copy_rows("copying rows from the GPU", (address, pitch), (array.ctypes.data, width), rows, width, "out")
 
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
         """See `Device`."""
-        self._copy(target, source, count_bytes, self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice)
+        if count_bytes:
+            self._enqueued = True
+            copied = self._cuda.cuMemcpyDtoDAsync(target, source, count_bytes, self.stream)
+            self._ask(f"copying {count_bytes} bytes", copied)
+
+    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
+        """See `Device`."""
+        self._copy_rows("copying rows", (source, pitch), (target, pitch), rows, width, "within")
 
     def cache_bytes(self) -> int:
         """See `Device`."""
-        device, attribute = self._ask("finding the device", self._cuda.cudaGetDevice()), self._cuda.cudaDeviceAttr
-        answer = self._cuda.cudaDeviceGetAttribute(attribute.cudaDevAttrL2CacheSize, device)
+        attribute = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
+        answer = self._cuda.cuDeviceGetAttribute(attribute, self._number)
         return int(self._ask("asking for the size of its cache", answer))
 
     def synchronize(self) -> None:
         """See `Device`."""
-        self._ask("running on the GPU", self._cuda.cudaStreamSynchronize(self.stream))
+        self._ask("running on the GPU", self._cuda.cuStreamSynchronize(self.stream))
+        self._enqueued = False
 
     def capture(self, enqueue: Callable[[], None]) -> Any:  # noqa: ANN401
         """See `Device`."""
-        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        self._ask("starting a capture", self._cuda.cudaStreamBeginCapture(self.stream, mode))
+        mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
+            self._collect_garbage(False)  # a collected engine would free memory, which breaks a capture
+            self._capturing = True
+            self._ask("starting a capture", self._cuda.cuStreamBeginCapture(self.stream, mode))
             enqueue()
-        finally:  # also after an error: the stream must not stay in capture
-            ended = self._cuda.cudaStreamEndCapture(self.stream)
-        graph = self._ask("capturing a CUDA graph", ended)
-        made = self._ask("instantiating a CUDA graph", self._cuda.cudaGraphInstantiate(graph, 0))
-        self._ask("dropping a template", self._cuda.cudaGraphDestroy(graph))
-        return made
+            graph = self._ask("capturing a CUDA graph", self._cuda.cuStreamEndCapture(self.stream))
+            self._capturing = False
+        except BaseException:
+            self._drop_capture()
+            raise
+        finally:
+            self._collect_garbage(True)
+        try:
+            return self._ask("instantiating a CUDA graph", self._cuda.cuGraphInstantiate(graph, 0))
+        finally:
+            self._cuda.cuGraphDestroy(graph)  # an error of its own would hide the first one
 
     def launch(self, graph: Any) -> None:  # noqa: ANN401
         """See `Device`."""
-        self._ask("launching a CUDA graph", self._cuda.cudaGraphLaunch(graph, self.stream))
+        self._enqueued = True
+        self._ask("launching a CUDA graph", self._cuda.cuGraphLaunch(graph, self.stream))
 
-    def forget(self, graph: Any) -> None:  # noqa: ANN401
-        """See `Device`."""
-        self._ask("dropping a CUDA graph", self._cuda.cudaGraphExecDestroy(graph))
+    def _copy_rows(
+        self, what: str, source: tuple[int, int], target: tuple[int, int], rows: int, width: int, way: str
+    ) -> None:
+        """Enqueue a copy of rows; source and target are (address, bytes from one row to the next)."""
+        if not rows * width:
+            return
+        cuda, copy = self._cuda, self._cuda.CUDA_MEMCPY2D()
+        host, device = cuda.CUmemorytype.CU_MEMORYTYPE_HOST, cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcMemoryType, copy.dstMemoryType = host if way == "in" else device, host if way == "out" else device
+        if way == "in":
+            copy.srcHost = source[0]
+        else:
+            copy.srcDevice = cuda.CUdeviceptr(source[0])
+        if way == "out":
+            copy.dstHost = target[0]
+        else:
+            copy.dstDevice = cuda.CUdeviceptr(target[0])
+        copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height = source[1], target[1], width, rows
+        self._enqueued = True
+        self._ask(what, cuda.cuMemcpy2DAsync(copy, self.stream))
 
-    def _copy(self, target: int, source: int, count_bytes: int, kind: Any) -> None:  # noqa: ANN401
-        if count_bytes:
-            copied = self._cuda.cudaMemcpyAsync(target, source, count_bytes, kind, self.stream)
-            self._ask(f"copying {count_bytes} bytes", copied)
+    def _collect_garbage(self, wanted: bool) -> None:
+        """Switch Python's garbage collector off, or on again where this device has switched it off."""
+        if not wanted and gc.isenabled():
+            self._keeps_garbage = True
+            gc.disable()
+        elif wanted and self._keeps_garbage:
+            gc.enable()
+            self._keeps_garbage = False
+
+    def _drop_capture(self) -> None:
+        """End a capture that did not come to its end. What it recorded is dropped."""
+        cuda = self._cuda
+        error, status = cuda.cuStreamIsCapturing(self.stream)
+        if error != cuda.CUresult.CUDA_SUCCESS:  # an error here would hide the one that is being raised
+            return
+        if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
+            error, graph = cuda.cuStreamEndCapture(self.stream)
+            if error == cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD:
+                self._failure = self._failure or "a capture was interrupted, and its thread has not ended it"
+            if error == cuda.CUresult.CUDA_SUCCESS:
+                cuda.cuGraphDestroy(graph)
+        self._capturing = False
+
+    def _return(self, things: Iterable[tuple[str, Any]]) -> None:
+        """Free things, each named by the call that frees it, now or when the operation that runs has ended."""
+        if os.getpid() != self._process or self._failure is not None:
+            return
+        self._returned.extend(things)
+        # A finalizer must not wait for the lock where its own thread may hold it.
+        if not self._lock.locked():
+            with self._lock:
+                if not self._enqueued and not self._capturing:
+                    self._cuda.cuCtxSetCurrent(self._context)
+                    self._free_returned()
+
+    def _free_returned(self) -> None:
+        while self._returned and self._failure is None:
+            call, handle = self._returned.popleft()
+            try:
+                self._ask("giving memory back", getattr(self._cuda, call)(handle))
+            except BackendError:  # the others are freed all the same; if it is sticky, the next operation reports it
+                continue
 
     def _ask(self, what: str, answer: tuple[Any, ...]) -> Any:  # noqa: ANN401
         """The result of a CUDA call, which comes as (error, result)."""
         error, *results = answer
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            text = self._cuda.cudaGetErrorString(error)[1].decode(errors="replace")
-            raise BackendError(f"CUDA failed while {what}: {text}")
-        return results[0] if results else None
+        if error == self._cuda.CUresult.CUDA_SUCCESS:
+            return results[0] if results else None
+        _, text = self._cuda.cuGetErrorString(error)
+        words = f"CUDA failed while {what}: {text.decode(errors='replace') if text else error}"
+        if error in [getattr(self._cuda.CUresult, name) for name in _STICKY]:
+            self._failure = self._failure or words
+        raise BackendError(words)

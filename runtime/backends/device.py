@@ -45,12 +45,18 @@ class Context(Protocol):
     def enqueue(self, stream: int) -> None:
         """Run once, on the stream."""
 
+    def capturable(self, stream: int) -> bool:
+        """Whether a run may be captured as a CUDA graph, with these shapes and on this stream."""
+
+    def warmed(self) -> None:
+        """Say that a first run has ended."""
+
 
 class Runner(Protocol):
     """Makes contexts for `decode` (one token for each row) or `prefill` (a block of one row)."""
 
     def context(self, profile: str, stream: int) -> Context:
-        """A new one, with working memory of its own."""
+        """A new one. All of them run on one stream, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -124,75 +130,79 @@ class _Inputs:
 
 
 class DecodeStep:
-    """One token for each of the first `rows` rows of a state."""
+    """One token for each of `rows` rows, the first ones of any state: one for a backend and a number of rows.
 
-    def __init__(self, memory: StateMemory, rows: int) -> None:
-        setup, self._arena, self._latents = memory.setup, memory.arena, memory.latents
+    Its context, inputs and outputs are shared by all states; a CUDA graph, which holds the addresses of a state's
+    caches and latents, belongs to the state's memory.
+    """
+
+    def __init__(self, setup: Setup, rows: int) -> None:
         config, device = setup.config, setup.device
         self._setup, self._device, self.rows = setup, device, rows
-        self._inputs = _Inputs.make(setup, memory.arena, rows)
-        self._logits_address = memory.arena.allocate(rows * config.vocab_size * 4)
+        self._arena = arena = Arena(device)
+        self._inputs = _Inputs.make(setup, arena, rows)
+        self._logits_address = arena.allocate(rows * config.vocab_size * 4)
         self._logits: FloatArray = device.pinned((rows, config.vocab_size), np.dtype(np.float32))
-        # The latent that each turn leaves, fetched with the logits: it is as small as they are, and often asked for.
-        self._fetched = [device.pinned((rows, config.n_embd), setup.dtype) for _ in memory.latents]
+        # The new latent, fetched with the logits: it is as small as they are, and often asked for.
+        self._latent: Array = device.pinned((rows, config.n_embd), setup.dtype)
         self._context = setup.runner.context(DECODE, device.stream)
-        self._bind(memory.caches)
+        set_shapes(setup, self._context, rows, 1)
+        self._inputs.bind(self._context)
+        self._context.bind("logits", self._logits_address)
         self._warm = False
-        self._graphs: dict[int, Any] = {}
 
-    def run(self, turn: int, tokens: IntArray, positions: IntArray) -> tuple[FloatArray, Array]:
+    def run(self, memory: StateMemory, turn: int, tokens: IntArray, positions: IntArray) -> tuple[FloatArray, Array]:
         """From the latent `turn` to the other one; logits (n, V) and the new latent (n, C), reused by later calls."""
         self._inputs.host[:3, : self.rows] = tokens, positions, positions
         self._inputs.gather(tokens)
-        if not (self._warm and self._setup.cuda_graph):
-            self._enqueue(turn)
+        key = (self.rows, turn)
+        if key in memory.graphs:
+            self._device.launch(memory.graphs[key])
         else:
-            if turn not in self._graphs:
-                self._graphs[turn] = self._capture(turn)
-            self._device.launch(self._graphs[turn])
+            self._bind(memory, turn)
+            if self._warm and self._setup.cuda_graph and self._context.capturable(self._device.stream):
+                memory.graphs[key] = self._capture(memory, turn)
+                self._device.launch(memory.graphs[key])
+            else:
+                self._enqueue(memory, turn)
         self._device.synchronize()
+        if not self._warm:
+            self._context.warmed()
         self._warm = True
-        return self._logits, self._fetched[1 - turn]
+        return self._logits, self._latent
 
-    def _capture(self, turn: int) -> Any:  # noqa: ANN401 - the device's handle
+    def _capture(self, memory: StateMemory, turn: int) -> Any:  # noqa: ANN401 - the device's handle
         try:
-            return self._arena.capture(lambda: self._enqueue(turn))
+            return memory.arena.capture(lambda: self._enqueue(memory, turn))
         except BackendError as error:
             raise BackendError(f"{error}; open_decoder(..., cuda_graph=False) decodes without a CUDA graph") from error
 
-    def _bind(self, caches: Caches) -> None:
-        setup, context, rows = self._setup, self._context, self.rows
-        set_shapes(setup, context, rows, 1)
-        self._inputs.bind(context)
-        context.bind("logits", self._logits_address)
-        bind_caches(context, caches)
-        self._bind_latents(0)
-        context.ready()
-
-    def _bind_latents(self, turn: int) -> None:
+    def _bind(self, memory: StateMemory, turn: int) -> None:
+        bind_caches(self._context, memory.caches)
         if self._setup.config.memory:
-            self._context.bind("past_latent", self._latents[turn])
-            self._context.bind("present_latent", self._latents[1 - turn])
+            self._context.bind("past_latent", memory.latents[turn])
+            self._context.bind("present_latent", memory.latents[1 - turn])
+        self._context.ready()
 
-    def _enqueue(self, turn: int) -> None:
+    def _enqueue(self, memory: StateMemory, turn: int) -> None:
         self._inputs.send(self.rows)
-        self._bind_latents(turn)
         self._context.enqueue(self._device.stream)
         self._device.copy_out(self._logits, self._logits_address)
         if self._setup.config.memory:
-            self._device.copy_out(self._fetched[1 - turn], self._latents[1 - turn])
+            self._device.copy_out(self._latent, memory.latents[1 - turn])
 
 
 class PrefillStep:
-    """Up to a chunk of tokens of one row of any state; shared by all states of a backend."""
+    """Up to a chunk of tokens of one row of any state; one for a backend."""
 
-    def __init__(self, setup: Setup, arena: Arena) -> None:
+    def __init__(self, setup: Setup) -> None:
         config, device = setup.config, setup.device
         self._setup, self._device = setup, device
+        self._arena = arena = Arena(device)
         self.chunk_tokens = setup.chunk_tokens
         self._inputs = _Inputs.make(setup, arena, self.chunk_tokens)
         self._latents = [arena.allocate(self.chunk_tokens * setup.latent_bytes) for _ in range(2)]
-        self._host_latents = device.pinned((self.chunk_tokens, config.n_embd), setup.dtype)
+        self._given, self._found = (device.pinned((self.chunk_tokens, config.n_embd), setup.dtype) for _ in range(2))
         self._logits_address = arena.allocate(config.vocab_size * 4)
         self._logits: FloatArray = device.pinned((config.vocab_size,), np.dtype(np.float32))
         self._context = setup.runner.context(PREFILL, device.stream)
@@ -201,11 +211,12 @@ class PrefillStep:
         if config.memory:
             self._context.bind("past_latent", self._latents[0])
             self._context.bind("present_latent", self._latents[1])
+        self._warm = False
 
     def run(
         self, caches: Caches, ids: IntArray, positions: IntArray, slot: int, latents: FloatArray
     ) -> tuple[FloatArray, FloatArray]:
-        """Tokens (n) into slots from `slot` on; the latent of each (n, C) and the logits (V) after the last."""
+        """Tokens (n) into slots from `slot` on; the latent of each (n, C) and the logits (V) after the last, copies."""
         count, host = len(ids), self._inputs.host
         host[0, :count], host[1, :count], host[2, 0], host[3, 0] = ids, positions, slot, count - 1
         self._inputs.gather(ids)
@@ -213,42 +224,104 @@ class PrefillStep:
         set_shapes(self._setup, self._context, 1, count)
         bind_caches(self._context, caches)
         self._context.ready()
-        fetched = self._host_latents[:count]
+        found = self._found[:count]
         if self._setup.config.memory:
-            fetched[...] = latents
-            self._device.copy_in(self._latents[0], fetched)
+            self._given[:count] = latents
+            self._device.copy_in(self._latents[0], self._given[:count])
         self._context.enqueue(self._device.stream)
         self._device.copy_out(self._logits, self._logits_address)
         if self._setup.config.memory:
-            self._device.copy_out(fetched, self._latents[1])
+            self._device.copy_out(found, self._latents[1])
         self._device.synchronize()
-        return (fetched.astype(np.float32) if self._setup.config.memory else latents), self._logits
+        if not self._warm:
+            self._context.warmed()
+        self._warm = True
+        return (found.astype(np.float32) if self._setup.config.memory else latents), self._logits.copy()
 
 
 @dataclass
 class StateMemory:
-    """Device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C)."""
+    """Device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C).
+
+    `graphs` holds the decode steps that were captured on it, by the number of rows and the latent they start from.
+    """
 
     setup: Setup
     arena: Arena
+    batch: int
     caches: Caches = field(default_factory=dict)
     latents: tuple[int, int] = (0, 0)
+    graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
 
     @classmethod
     def make(cls, setup: Setup, batch: int) -> StateMemory:
         """All of it zeroed."""
-        memory = cls(setup, Arena(setup.device))
+        memory = cls(setup, Arena(setup.device), batch)
         allocate = memory.arena.allocate
         for pair in setup.state:
             if pair["in_place"]:
-                memory.caches[pair["past"], pair["present"]] = allocate(batch * setup.cache_row_bytes)
-        size = batch * setup.latent_bytes
-        memory.latents = (allocate(size), allocate(size))
+                memory.caches[pair["past"], pair["present"]] = allocate(memory.cache_bytes)
+        memory.latents = (allocate(memory.latents_bytes), allocate(memory.latents_bytes))
         return memory
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one cache."""
+        return self.batch * self.setup.cache_row_bytes
+
+    @property
+    def latents_bytes(self) -> int:
+        """Of the latents of all rows."""
+        return self.batch * self.setup.latent_bytes
+
+    def zero(self) -> None:
+        """Enqueue the zeroing of all of it."""
+        for address in self.caches.values():
+            self.setup.device.zero(address, self.cache_bytes)
+        for address in self.latents:
+            self.setup.device.zero(address, self.latents_bytes)
 
     def row(self, row: int) -> Caches:
         """The caches of one row."""
         return {names: address + row * self.setup.cache_row_bytes for names, address in self.caches.items()}
+
+
+class Steps:
+    """What all states of a backend share: the steps, each made when it is first needed, and the memory of a dead state.
+
+    The memory of the state that died last is kept, with its CUDA graphs, for the next state of as many rows: a server
+    that makes a state for each request captures once. To be used with the device's lock held, apart from `keep`.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self._decode: dict[int, DecodeStep] = {}
+        self._prefill: PrefillStep | None = None
+        self._kept: list[StateMemory] = []
+
+    def decode(self, rows: int) -> DecodeStep:
+        """The step for a number of rows."""
+        if rows not in self._decode:
+            self._decode[rows] = DecodeStep(self.setup, rows)
+        return self._decode[rows]
+
+    def prefill(self) -> PrefillStep:
+        """The step for a block of one row."""
+        if self._prefill is None:
+            self._prefill = PrefillStep(self.setup)
+        return self._prefill
+
+    def memory(self, batch: int) -> StateMemory:
+        """Zeroed memory for a state of `batch` rows."""
+        kept = self._kept.pop() if self._kept else None
+        if kept is not None and kept.batch == batch:
+            kept.zero()
+            return kept
+        return StateMemory.make(self.setup, batch)
+
+    def keep(self, memory: StateMemory) -> None:
+        """Take the memory of a state that is no longer used; may be called at any time."""
+        self._kept = [memory]
 
 
 def set_shapes(setup: Setup, context: Context, rows: int, tokens: int) -> None:
@@ -272,17 +345,20 @@ _COPIES_NOTE = (
 
 
 class DeviceBuffers:
-    """The state of B sequences on the device. See `backend.StateBuffers`."""
+    """The state of B sequences on the device. See `base.StateBuffers`."""
 
-    def __init__(self, setup: Setup, prefill: PrefillStep, batch: int, capacity: int) -> None:
-        self._setup, self._device, self._prefill = setup, setup.device, prefill
+    def __init__(self, steps: Steps, batch: int, capacity: int) -> None:
+        setup = steps.setup
+        self._steps, self._setup, self._device = steps, setup, setup.device
         self.batch, self.capacity, self.layers = batch, capacity, setup.config.n_layer
-        self._memory = StateMemory.make(setup, batch)
-        self._steps: dict[int, DecodeStep] = {}
+        with self._device.lock:
+            self._device.begin()
+            self._memory = steps.memory(batch)
+        weakref.finalize(self, steps.keep, self._memory).atexit = False
         self._turn = 0  # which of the two latents is the current one
         # What the device holds in the two places, known here without asking it.
         self._latents = [np.zeros((batch, setup.config.n_embd), np.float32) for _ in range(2)]
-        weakref.finalize(self, self._memory.arena.release).atexit = False
+        self._logits = np.zeros((batch, setup.config.vocab_size), np.float32)
 
     @property
     def copies_note(self) -> str:
@@ -301,31 +377,37 @@ class DeviceBuffers:
         if not self._setup.config.memory:
             return
         values = np.ascontiguousarray(latent.astype(self._setup.dtype))
-        for row, value in zip(rows, values, strict=True):
-            self._device.copy_in(self._memory.latents[self._turn] + int(row) * self._setup.latent_bytes, value)
-        self._device.synchronize()
+        with self._device.lock:
+            self._device.begin()
+            for row, value in zip(rows, values, strict=True):
+                self._device.copy_in(self._memory.latents[self._turn] + int(row) * self._setup.latent_bytes, value)
+            self._device.synchronize()
         self._latents[self._turn][rows] = values
 
     def expect(self, total: int) -> None:
         """Caches are as long as the capacity from the start."""
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
-        """Run one token for each of the first rows; a step is bound per number of rows. The head always runs."""
+        """Run one token for each of the first rows. The head always runs."""
         rows = len(tokens)
-        if rows not in self._steps:
-            self._steps[rows] = DecodeStep(self._memory, rows)
-        logits, latent = self._steps[rows].run(self._turn, tokens, positions)
-        if self._setup.config.memory:
-            self._turn = 1 - self._turn
-            self._latents[self._turn][:rows] = latent
-        return logits if head else None
+        with self._device.lock:
+            self._device.begin()
+            logits, latent = self._steps.decode(rows).run(self._memory, self._turn, tokens, positions)
+            self._logits[:rows] = logits  # other states use the step's arrays
+            if self._setup.config.memory:
+                self._latents[1 - self._turn][:rows] = latent
+                self._turn = 1 - self._turn
+        return self._logits[:rows] if head else None
 
     def read(self, block: Block, latents: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Run a block of one row, whose slots must be in the order of its positions."""
         if not np.array_equal(block.positions, block.slot + np.arange(len(block.tokens))):
             raise BackendError("this backend keeps cache slots in the order of positions, and a block does not")
         caches = self._memory.row(block.row)
-        found, logits = self._prefill.run(caches, block.tokens, block.positions, block.slot, latents)
+        with self._device.lock:
+            self._device.begin()
+            step = self._steps.prefill()
+            found, logits = step.run(caches, block.tokens, block.positions, block.slot, latents)
         return found, logits if block.head else logits[:0]
 
     def reorder(self, row: int, start: int, order: IntArray, move: bool) -> None:
@@ -346,18 +428,24 @@ class DeviceBuffers:
     def read_slots(self, row: int, start: int, stop: int, layers: tuple[int, ...] | None = None) -> SlotArrays:
         """Copies (G, n, D) of a row's entries in slots start to stop - 1, by the names of the contract."""
         entries = {}
-        for name, address in self._row_caches(row, layers).items():
-            entries[name] = self._empty_slots(stop - start)
-            self._device.copy_rows_out(_as_rows(entries[name]), address + start * self._slot_bytes, self._head_bytes)
-        self._device.synchronize()
+        with self._device.lock:
+            self._device.begin()
+            for name, address in self._row_caches(row, layers).items():
+                entries[name] = self._empty_slots(stop - start)
+                first = address + start * self._slot_bytes
+                self._device.copy_rows_out(_as_rows(entries[name]), first, self._head_bytes)
+            self._device.synchronize()
         return entries
 
     def write_slots(self, row: int, start: int, entries: Mapping[str, Array]) -> None:
         """Put entries into a row's slots from `start` on."""
-        for name, address in self._row_caches(row, None).items():
-            values = np.ascontiguousarray(entries[name].astype(self._setup.dtype, copy=False))
-            self._device.copy_rows_in(address + start * self._slot_bytes, self._head_bytes, _as_rows(values))
-        self._device.synchronize()
+        values = {name: np.ascontiguousarray(a.astype(self._setup.dtype, copy=False)) for name, a in entries.items()}
+        with self._device.lock:
+            self._device.begin()
+            for name, address in self._row_caches(row, None).items():
+                first = address + start * self._slot_bytes
+                self._device.copy_rows_in(first, self._head_bytes, _as_rows(values[name]))
+            self._device.synchronize()
 
     def _row_caches(self, row: int, layers: tuple[int, ...] | None) -> dict[str, int]:
         wanted = range(self.layers) if layers is None else layers

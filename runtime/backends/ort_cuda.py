@@ -7,7 +7,6 @@ silence is refused: a session without the provider, and heavy operators that it 
 
 from __future__ import annotations
 
-import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.machine import find_gpu
 
 from .base import BlockLimits
-from .cuda import Arena, CudaDevice, Device
-from .device import DeviceBuffers, PrefillStep, Setup
+from .cuda import CudaDevice, Device
+from .device import DeviceBuffers, Setup, Steps
 from .host_tables import HostTables
 from .ort_session import ORT_ERRORS, check_session, raise_backend_error
 
@@ -67,9 +66,7 @@ class OrtCudaBackend:
             cuda_graph=False,
             tables=HostTables.open(folder, manifest, precision),
         )
-        arena = Arena(device)
-        weakref.finalize(self, arena.release).atexit = False
-        self.prefill = PrefillStep(self.setup, arena)
+        self.steps = Steps(self.setup)
         self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
         self.detail = f"ONNX Runtime {ort.__version__}, {_PROVIDERS[kind]}"
 
@@ -92,7 +89,7 @@ class OrtCudaBackend:
 
     def allocate(self, batch: int) -> DeviceBuffers:
         """Zeroed device memory for a state of this many sequences."""
-        return DeviceBuffers(self.setup, self.prefill, batch, self.capacity)
+        return DeviceBuffers(self.steps, batch, self.capacity)
 
 
 class OrtRunner:
@@ -144,6 +141,13 @@ class OrtContext:
             self._runner.session.run_with_iobinding(self._bindings[key])
         except ORT_ERRORS as error:
             raise_backend_error(error, f"ONNX Runtime failed on {self._runner.kind}")
+
+    def capturable(self, stream: int) -> bool:
+        """See `device.Context`. ONNX Runtime's own calls during a run are not known to allow it."""
+        return False
+
+    def warmed(self) -> None:
+        """See `device.Context`."""
 
     def _bound(self) -> Any:  # noqa: ANN401 - onnxruntime is untyped
         runner, binding = self._runner, self._runner.session.io_binding()

@@ -8,7 +8,8 @@ builds the engine again.
 
 from __future__ import annotations
 
-import weakref
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lrt_deploy.bundle.engine_sidecar import (
     DECODE,
     PLAN,
     PREFILL,
+    RUNTIME_CACHE,
     EngineSidecar,
     build_command,
     engine_folder,
@@ -32,12 +34,15 @@ from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, TENSORRT_DTYPES, collecting_logger
 from lrt_deploy.errors import BackendError, EngineError
+from lrt_deploy.files import atomic_write, read_bytes
 from lrt_deploy.machine import Gpu, find_gpu
 
 from .base import BlockLimits
 from .cuda import Arena, CudaDevice, Device
-from .device import DeviceBuffers, PrefillStep, Setup
+from .device import DeviceBuffers, Setup, Steps
 from .host_tables import HostTables
+
+_LARGEST_CACHE = 2**30  # bytes of compiled kernels; those of one model take a few MB
 
 
 @dataclass
@@ -66,30 +71,66 @@ class Engine:
     sidecar: EngineSidecar
     errors: Errors
 
+
+class TensorRTRunner:
+    """Contexts of one engine; see `device.Runner`. They share their working memory, and the kernels of TensorRT-RTX.
+
+    One working memory is enough, because all contexts run on one stream. TensorRT-RTX compiles kernels when a shape is
+    first run, and keeps them in `cache`, a file beside the plan.
+    """
+
+    def __init__(self, engine: Engine, device: Device, cache: Path | None = None) -> None:
+        self.engine, self._arena, self._cache = engine, Arena(device), cache
+        self._workspace_bytes = max(1, int(engine.engine.device_memory_size_v2))
+        self._workspace = self._arena.allocate(self._workspace_bytes)
+        self._rtx = engine.sidecar.backend == "tensorrt-rtx"
+        self._kernels = self._read_cache() if self._rtx else None
+        self._kept = b""  # what the cache's file holds, as far as this runner has written it
+
     def context(self, profile: str, stream: int) -> Context:
-        """A new execution context on one of the profiles; each has its own working memory."""
-        index, _ = self.sidecar.profile(profile)
-        if self.sidecar.backend == "tensorrt-rtx" and profile == DECODE:
-            # Compile kernels for the shape when it is first run. By default that happens in the background, and a CUDA
-            # graph would keep the slower kernels that stood in meanwhile. Prompts have many lengths and no graph.
-            config = self.engine.create_runtime_config()
-            config.dynamic_shapes_kernel_specialization_strategy = (
-                self.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            )
-            made = self.engine.create_execution_context(config)
-        else:
-            made = self.engine.create_execution_context()
+        """See `device.Runner`."""
+        engine, trt = self.engine.engine, self.engine.trt
+        index, _ = self.engine.sidecar.profile(profile)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._rtx:
+            # By default kernels for a shape are compiled in the background while slower ones stand in. A CUDA graph
+            # would keep those, and two runs of one prompt could differ. So compile them at once for decoding; prompts
+            # have too many lengths for that, and run kernels for any length.
+            kinds = trt.DynamicShapesKernelSpecializationStrategy
+            config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if profile == DECODE else kinds.NONE
+            config.set_runtime_cache(self._kernels)
+        made = engine.create_execution_context(config)
         context = Context(self, made)
         context.expect(made is not None, "creating an execution context")
         context.expect(made.set_optimization_profile_async(index, stream), f"choosing the profile {profile}")
+        made.set_device_memory(self._workspace, self._workspace_bytes)
         return context
+
+    def keep_kernels(self) -> None:
+        """Write the kernels that have been compiled beside the plan, unless the folder is read-only."""
+        if self._kernels is None or self._cache is None or not os.access(self._cache.parent, os.W_OK):
+            return
+        found = bytes(self._kernels.serialize())
+        if found != self._kept:
+            # It saves time and nothing else, so a full disk must not fail a step.
+            with suppress(OSError), atomic_write(self._cache) as partial:
+                partial.write_bytes(found)
+            self._kept = found
+
+    def _read_cache(self) -> Any:  # noqa: ANN401
+        """The kernels that an earlier process compiled; TensorRT-RTX refuses those of another GPU or version."""
+        kernels = self.engine.engine.create_runtime_config().create_runtime_cache()
+        if self._cache is not None and self._cache.exists():
+            kernels.deserialize(read_bytes(self._cache, "the cache of compiled kernels", EngineError, _LARGEST_CACHE))
+        return kernels
 
 
 @dataclass
 class Context:
     """An execution context whose refusals, which TensorRT gives as False and a log message, become errors."""
 
-    engine: Engine
+    runner: TensorRTRunner
     context: Any
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -109,11 +150,19 @@ class Context:
         """Run once, on the stream."""
         self.expect(self.context.execute_async_v3(stream), "running the engine")
 
+    def capturable(self, stream: int) -> bool:
+        """Ask TensorRT-RTX; full TensorRT has no such question."""
+        return self.runner.engine.sidecar.backend != "tensorrt-rtx" or bool(self.context.is_stream_capturable(stream))
+
+    def warmed(self) -> None:
+        """Keep the kernels that the first run compiled."""
+        self.runner.keep_kernels()
+
     def expect(self, done: object, what: str) -> None:
         """BackendError with TensorRT's last words unless `done`."""
         if not done:
-            words = self.engine.errors.last_words()
-            raise BackendError(f"{self.engine.sidecar.backend} failed while {what}: {words}")
+            engine = self.runner.engine
+            raise BackendError(f"{engine.sidecar.backend} failed while {what}: {engine.errors.last_words()}")
 
 
 def open_engine(bundle: Path, manifest: Manifest, backend: str, precision: str, gpu: Gpu) -> Engine:
@@ -233,14 +282,18 @@ class TensorRTBackend:
         manifest: Manifest,
         cuda_graph: bool = True,
         tables: HostTables | None = None,
+        cache: Path | None = None,
     ) -> None:
         sidecar, base = engine.sidecar, base_dtype(engine.sidecar.precision, "full")
         dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
         self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
         self.state_dtype = dtype.name
         self.device = device
+        with device.lock:
+            device.begin()
+            runner = TensorRTRunner(engine, device, cache)
         self.setup = Setup(
-            runner=engine,
+            runner=runner,
             device=device,
             config=manifest.model,
             dtype=dtype,
@@ -251,9 +304,7 @@ class TensorRTBackend:
             cuda_graph=cuda_graph,
             tables=tables or HostTables({}),
         )
-        arena = Arena(device)
-        weakref.finalize(self, arena.release).atexit = False
-        self.prefill = PrefillStep(self.setup, arena)
+        self.steps = Steps(self.setup)
         self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
         graph = "decoding as a CUDA graph" if cuda_graph else "no CUDA graph"
         self.detail = f"{sidecar.backend} {sidecar.tensorrt_version}, {sidecar.precision} engine, {graph}"
@@ -266,11 +317,14 @@ class TensorRTBackend:
         gpu, reason = find_gpu()
         if gpu is None:
             raise BackendError(f"{backend} needs an NVIDIA GPU: {reason}; take the backend ort-cpu")
+        device = CudaDevice()  # first, so that TensorRT finds its context current
         engine = open_engine(bundle, manifest, backend, precision, gpu)
-        opened = cls(engine, CudaDevice(), manifest, cuda_graph, HostTables.open(bundle, manifest, precision))
+        tables = HostTables.open(bundle, manifest, precision)
+        cache = engine_folder(bundle, backend, precision) / RUNTIME_CACHE
+        opened = cls(engine, device, manifest, cuda_graph, tables, cache)
         opened.detail += f", {gpu.name}"
         return opened
 
     def allocate(self, batch: int) -> DeviceBuffers:
         """Zeroed device memory for a state of this many sequences."""
-        return DeviceBuffers(self.setup, self.prefill, batch, self.capacity)
+        return DeviceBuffers(self.steps, batch, self.capacity)

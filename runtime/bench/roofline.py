@@ -148,9 +148,11 @@ def device_copy_gb_s(device: Device, array_bytes: int | None = None) -> float:
         device.synchronize()
 
     try:
-        source, target = arena.allocate(count), arena.allocate(count)
-        device.synchronize()
-        return 2 * count * _COPIES / _best_seconds(copies) / 1e9
+        with device.lock:
+            device.begin()
+            source, target = arena.allocate(count), arena.allocate(count)
+            device.synchronize()
+            return 2 * count * _COPIES / _best_seconds(copies) / 1e9
     finally:
         arena.release()
 
