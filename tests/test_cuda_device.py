@@ -32,13 +32,16 @@ class FakeRuntime(ModuleType):
 
     def __init__(self):
         super().__init__("cuda.bindings.runtime")
-        self.fails, self.devices = None, 1
+        self.fails, self.devices, self.version = None, 1, 13000
 
     def answer(self, name, *results):
         return (35, *tuple(None for _ in results)) if self.fails == name else (0, *results)
 
     def cudaGetErrorString(self, error):
         return (0, b"out of luck")
+
+    def cudaDriverGetVersion(self):
+        return self.answer("cudaDriverGetVersion", self.version)
 
     def cudaGetDeviceCount(self):
         return self.answer("cudaGetDeviceCount", self.devices)
@@ -201,6 +204,9 @@ def test_a_gpu_is_found_or_its_absence_explained(monkeypatch):
     assert find_gpu() == (None, "no usable GPU: out of luck")
     cuda.fails = "cudaGetDeviceCount"
     assert find_gpu() == (None, "no GPU: out of luck")
+    cuda.version = 0
+    assert find_gpu() == (None, "no GPU: no NVIDIA driver is installed")
+    cuda.version = 13000
     cuda.fails, cuda.devices = None, 0
     assert find_gpu() == (None, "no GPU: CUDA counts 0 devices")
     for name in ("runtime", "driver"):
