@@ -38,8 +38,11 @@ def charts(report: Mapping[str, Any]) -> list[Chart]:
     """The charts of a report's page."""
     found = []
     for title, (note, draw) in _PANELS.items():
-        figure = new_figure(4.8, 2.9, _DPI)
-        names = draw(figure.subplots(), report)
+        figure = new_figure(4.0, 2.8, _DPI)
+        axes = figure.subplots()
+        names = draw(axes, report)
+        if axes.get_legend() is not None:  # above the curves: a chart of the page has its title outside
+            axes.legend(fontsize=7, frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0))
         found.append(Chart(title, note, tuple(names), svg_uri(figure)))
     return found
 
@@ -120,8 +123,8 @@ def _draw_cache(axes: Axes, report: Mapping[str, Any]) -> list[str]:
         extent=(-0.5, count - 0.5, len(errors) - 0.5, -0.5),
     )
     axes.set_yticks(range(0, len(errors), 2), [f"K, V {layer}" for layer in range(len(errors) // 2)])
-    axes.set_xlabel("position", color=INK)
-    axes.figure.colorbar(image, ax=axes)
+    axes.set_xlabel("position", color=INK, fontsize=9)
+    axes.figure.colorbar(image, ax=axes).ax.tick_params(colors=INK, labelsize=8)
     style(axes)
     axes.grid(visible=False)
     return [f"K and V of {len(errors) // 2} layers"]
@@ -179,6 +182,6 @@ def _finish(axes: Axes, report: Mapping[str, Any]) -> list[str]:
     """Add what charts over positions share; returns the names of the curves."""
     axes.set_yscale("log")
     axes.axvline(report["prompt_tokens"] - 0.5, color=_GREY, linewidth=1, linestyle="-.", label="end of the prompt")
-    axes.set_xlabel("position", color=INK)
+    axes.set_xlabel("position", color=INK, fontsize=9)
     style(axes, legend=True)
     return [str(name) for name in axes.get_legend_handles_labels()[1]]
