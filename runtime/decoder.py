@@ -1,6 +1,8 @@
-"""A loaded bundle: reads prompts, advances states, generates tokens. No torch.
+"""A loaded bundle: reads prompts, advances states, generates and scores tokens. No torch.
 
-It checks everything that comes in and every logit that goes out; the arithmetic is the backend's.
+A token goes from `Decoder.step` (checks the ids) to `DecodeState.advance` (state.py: transaction, positions, rows), to
+`decode` of the state's buffers (backends/, for instance ort_cpu.py: runs the graph on caches and latent in place), and
+its logits come back by way of `check_finite` (backends/base.py).
 """
 
 from __future__ import annotations
@@ -22,20 +24,18 @@ from lrt_deploy.runtime.backends.cuda import Device
 from lrt_deploy.runtime.backends.select import choose
 from lrt_deploy.text.prompts import check_ids, check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
-from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
 
 from .generation import Continuation, Event, Generation
-from .identity import Identity, Origin
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
-from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, settle
-from .prefix import reused, shared_tokens
+from .owner import ModelFingerprint, Owner
+from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, resolve, reused, shared_tokens
 from .sampling import SamplingArguments, log_normalizers, log_probabilities
-from .state import DecodeState
-from .state_file import load_state
+from .state import Content, DecodeState, Reading
 
 
 class Decoder:
-    """Stateful decoding of one precision of a bundle on one backend. Use it in a `with` block, or call `close`."""
+    """Stateful decoding with one precision of a bundle on one backend. Use it in a `with` block, or call `close`."""
 
     def __init__(
         self,
@@ -47,7 +47,8 @@ class Decoder:
     ) -> None:
         self.manifest, self.tokenizer = manifest, tokenizer
         self._backend: Backend | None = backend
-        self._origin = Origin.of(backend, manifest, bundle_sha256)
+        fingerprint = ModelFingerprint.of(backend, manifest, bundle_sha256)
+        self._owner = Owner(backend, manifest.model, manifest.max_batch_size, manifest.max_seq_len, fingerprint)
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
         self.backend_reason = "given"  # why this backend runs, for people; `open_decoder` knows
@@ -55,12 +56,12 @@ class Decoder:
 
     @property
     def prefill_options(self) -> PrefillOptions:
-        """How prompts are read, with everything settled."""
+        """How prompts are read, with every default resolved."""
         return self._prefill_options
 
     @prefill_options.setter
     def prefill_options(self, options: PrefillOptions) -> None:
-        self._prefill_options = settle(options.within(self._loaded.blocks), self.config)
+        self._prefill_options = resolve(options.clamp(self._loaded.blocks), self.config)
 
     @property
     def config(self) -> LRTConfig:
@@ -78,9 +79,9 @@ class Decoder:
         return getattr(self._loaded, "threads", None)
 
     @property
-    def identity(self) -> Identity:
+    def fingerprint(self) -> ModelFingerprint:
         """What the numbers of this decoder's states depend on."""
-        return self._origin.identity
+        return self._owner.fingerprint
 
     @property
     def max_seq_len(self) -> int:
@@ -99,7 +100,7 @@ class Decoder:
         """Read one prompt per sequence; rows may differ in length. Starts a state, or continues `state` in place.
 
         With `reuse`, the prompts are whole sequences: `state` is cut to the tokens that it shares with them, and only
-        the rest is read (see `prefix`).
+        the rest is read.
 
         `policy`: `stepwise` is exact; `fixed-point` iterates until every latent's estimated error is within `tolerance`
         of that (max abs; None: the default of `tolerances`), or finishes exactly; `auto` takes one of the two by the
@@ -112,69 +113,72 @@ class Decoder:
         check_flag(reuse, "reuse")
         if state is None:
             self._check_rows(len(rows), "prompts were given")
-            state = DecodeState(self._live_origin, len(rows))
+            state = DecodeState(self._live_owner, len(rows), len(rows))
         elif len(rows) != check_is(state, DecodeState, "state").batch:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
-        self._check(state, [len(row) for row in rows], anew=reuse)
-        return self._read(state, rows, request, shared_tokens(state, rows, request) if reuse else None)
+        self._check(state, [len(row) for row in rows], again=reuse)
+        if not reuse:
+            return state.read(state.row_lengths, rows, lambda now: self._read(state, state.row_lengths, rows, request))
+        past = shared_tokens(state.tokens, rows, state.read_within, request)
+        rest = [row[count:] for row, count in zip(rows, past, strict=True)]
+
+        def read(now: Content) -> tuple[Reading | None, PrefillReport]:
+            if not any(map(len, rest)):
+                return None, reused(dataclasses.replace(now.prefill, passes=0.0, note=None), past, rows)
+            reading, report = self._read(state, past, rest, request)
+            return reading, reused(report, past, rows)
+
+        return state.read(past, rest, read)
 
     def _read(
-        self, state: DecodeState, rows: Sequence[IntArray], request: PrefillRequest, shared: list[int] | None
-    ) -> DecodeState:
-        """Read what follows the first `shared` tokens of each of `rows`; None: all of them, after what is there."""
-        past = state.lengths.tolist() if shared is None else shared
-        rest = rows if shared is None else [row[count:] for row, count in zip(rows, shared, strict=True)]
-        before = state.open(past, [len(row) for row in rest])
-        try:
-            logits, report = None, dataclasses.replace(before.prefill, passes=0.0, note=None)
-            if any(map(len, rest)):
-                place = Place(state.buffers, state.history, past, self.config.memory)
-                logits, report = read_prompts(place, rest, request, self.prefill_options)
-                check_finite(logits, [start + len(row) - 1 for start, row in zip(past, rest, strict=True)], state.owner)
-            state.close(past, rest, logits, report, report if shared is None else reused(report, shared, rows))
-            return state
-        except BaseException:
-            state.restore(before)
-            raise
+        self, state: DecodeState, past: Sequence[int], rows: Sequence[IntArray], request: PrefillRequest
+    ) -> tuple[Reading, PrefillReport]:
+        """Read `rows` after the first `past` (B) tokens of a state, and refuse logits that are not finite."""
+        place = Place(state.buffers, past, self.config.memory)
+        reading = read_prompts(place, rows, request, self.prefill_options)
+        last = [start + len(row) - 1 for start, row in zip(past, rows, strict=True)]
+        check_finite(reading.logits, last, state.owner.backend)
+        return reading, reading.report
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
-        check_is(state, DecodeState, "state")
-        ids = check_tokens(tokens, self.config.vocab_size, state.batch)
-        if state.origin.backend is not self._backend or not state.has_room:
+        if not isinstance(state, DecodeState):
+            check_is(state, DecodeState, "state")  # raises
+        ids = check_tokens(tokens, self.manifest.model.vocab_size, state.batch)
+        if state.owner.backend is not self._backend or not state.has_room:
             self._check(state, [1] * state.batch)  # says what is wrong
         return state.advance(ids, give=True)
 
     def advance(self, state: DecodeState, ids: IntArray) -> None:
-        """`step` for ids (B) that were checked, or chosen by this decoder."""
-        if state.origin.backend is not self._backend or not state.has_room:
+        """Do the same for ids (B) that were checked, or chosen by this decoder."""
+        if state.owner.backend is not self._backend or not state.has_room:
             self._check(state, [1] * state.batch)  # says what is wrong
         state.advance(ids)
 
     def check_own(self, state: DecodeState) -> None:
         """Raise StateError unless the state is of this decoder and has rows."""
-        if state.owner is not self._loaded:
+        if state.owner.backend is not self._loaded:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
 
     def load_state(self, path: str | Path) -> DecodeState:
-        """A state that `DecodeState.save` wrote, here or in another process; continues to the bit where it was left.
+        """Load a state that `DecodeState.save` wrote, here or in another process; it continues to the bit.
 
         Raises StateError for a file that is damaged, of a later format, or of another model or precision.
         """
-        return load_state(check_path(path, "path"), self._live_origin)
+        return DecodeState.load(check_path(path, "path"), self._live_owner)
 
     def adopt(self, state: DecodeState) -> DecodeState:
-        """A copy of another decoder's state, to be continued here: same model and precision, any backend."""
-        return check_is(state, DecodeState, "state").copied_to(self._live_origin, range(state.batch))
+        """Copy another decoder's state, to be continued here: same model and precision, any backend."""
+        return check_is(state, DecodeState, "state").copied_to(self._live_owner, range(state.batch))
 
     def new_state(self, slots: int) -> DecodeState:
-        """A state without rows that has room for some; see `DecodeState.add`."""
+        """Make a state without rows that has room for `slots`; see `DecodeState.add`."""
         self._check_rows(check_whole(slots, "slots"))
-        return DecodeState(self._live_origin, 0, slots)
+        return DecodeState(self._live_owner, slots)
 
     def generate(
         self,
@@ -195,7 +199,7 @@ class Decoder:
         as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
-        Each call starts its random numbers anew: with one seed, two calls draw the same numbers.
+        Random numbers start again with each call: with one seed, two calls draw the same numbers.
         """
         stop_ids = None if stop_ids is None else check_ids(stop_ids, self.config.vocab_size, "stop_ids")
         options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
@@ -224,7 +228,7 @@ class Decoder:
             while reason is None:
                 self.check_own(state)
                 logits = state.row_logits(0)  # (V)
-                full = state.length(0) == state.capacity
+                full = state.row_lengths[0] == state.capacity
                 token = continuation.choose(logits)
                 logprob = logits.item(token) - log_normalizers(logits[None])[0]
                 event = continuation.take(token, logprob, state.prefill, full)
@@ -232,11 +236,11 @@ class Decoder:
                 yield continuation.emit(state, event, full)
         except BaseException:
             if reads and state is not None and not (continuation and continuation.emitted):
-                state.take_back(undo or state.undo)
+                state.roll_back(undo or state.undo)
             raise
 
     def close(self) -> None:
-        """Let go of the weights, which stay in memory as long as a state of this decoder does."""
+        """Release the weights; they stay in memory while a state of this decoder is alive."""
         self._backend = None
 
     def __enter__(self) -> Self:
@@ -286,7 +290,7 @@ class Decoder:
         return [row_scores[: len(row) - 1].copy() for row_scores, row in zip(scores, rows, strict=True)]
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Token ids as given, or those of a text with `<|bos|>` in front."""
+        """Return token ids as given, or those of a text with `<|bos|>` in front."""
         if not isinstance(prompt, str):
             (row,) = check_prompts([prompt], self.config.vocab_size)
             listed: list[int] = row.tolist()
@@ -310,19 +314,19 @@ class Decoder:
         return self._backend
 
     @property
-    def _live_origin(self) -> Origin:
-        assert self._loaded is self._origin.backend
-        return self._origin
+    def _live_owner(self) -> Owner:
+        assert self._loaded is self._owner.backend
+        return self._owner
 
     def _check_rows(self, rows: int, what: str = "slots were asked for") -> None:
         if not 1 <= rows <= self.manifest.max_batch_size:
             limit = self.manifest.max_batch_size
             raise InputError(f"{rows} {what}; expected 1 to {limit}, the max_batch_size of the bundle or its engine")
 
-    def _check(self, state: DecodeState, more: Sequence[int], anew: bool = False) -> None:
-        """The state must be of this decoder, and each row have room for `more` tokens; `anew`: for them alone."""
+    def _check(self, state: DecodeState, more: Sequence[int], again: bool = False) -> None:
+        """Check that the state is of this decoder and each row has room for `more` tokens; `again`: for them alone."""
         self.check_own(state)
-        capacity, lengths = state.capacity, [0] * len(more) if anew else state.row_lengths
+        capacity, lengths = state.capacity, [0] * len(more) if again else state.row_lengths
         for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
             if length + count > capacity:
                 raise StateError(

@@ -1,34 +1,35 @@
-"""Read one prompt by iterating the recurrence to its fixed point, in interleaved sweeps, with an error estimate.
+"""Read one prompt by iterating the recurrence to its fixed point, with an estimate of the remaining error.
 
-h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. Starting from zero memory, a *sweep* computes every
-position of a chunk once, in `stride` blocks: first the positions 0, s, 2s, ..., then 1, s + 1, ..., each with the
-latest latents and caches. stride 1 is the plain iteration (one parallel pass a sweep, m shifted by one); stride T is
-stepwise. In between, information moves `stride` positions a sweep and the blocks stay large enough to multiply at
-full speed: on trained models the error falls 8 to 10 times a sweep, against 3 to 5 times (docs/numerics.md has the
-table).
+h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. From zero memory, a *sweep* computes every position of a
+chunk once, in `stride` blocks: positions 0, s, 2s, ..., then 1, s + 1, ..., each from the latest latents and caches.
+Stride 1 is Jacobi iteration (one parallel pass a sweep, m shifted by one); a larger stride is a block Gauss-Seidel
+iteration, and stride T is stepwise reading. Information moves `stride` positions a sweep, while blocks stay large
+enough to multiply at full speed: on trained models the error falls 8 to 10 times a sweep with the default stride, and
+3 to 5 times with Jacobi iteration (docs/numerics.md).
 
-Exact by construction: with every block one more of the leading positions equals stepwise reading, so a chunk that does
-not contract is finished stepwise from there. After every block `error_estimate` estimates the error from what the
-blocks have changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. Long
-prompts are read chunk by chunk, each to its end: memory stays bounded and little of the attention is computed in vain.
-During sweeps the slots of a chunk hold its tokens block by block, because caches are written in consecutive slots;
-`StateBuffers.reorder` tells the mask, and puts them back at the end.
+Exact by construction: after every block one more of the leading positions equals stepwise reading, so a chunk that does
+not contract is finished stepwise from there. After every block `error_bound` estimates the error from what the blocks
+have changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. The estimate is
+measured and not a guarantee; docs/numerics.md has how often it was too low. Long prompts are read chunk by chunk, which
+bounds memory. During sweeps the slots of a chunk hold its tokens block by block, because caches are written in
+consecutive slots; `StateBuffers.reorder` tells the mask, and puts them back at the end.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrt_deploy.arguments import check_number, check_whole
-from lrt_deploy.runtime.backends.base import Block, SlotArrays, StateBuffers
+from lrt_deploy.runtime.backends.base import Block, StateBuffers
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 from lrt_deploy.types import FloatArray, IntArray
-
-from .error_estimate import FIRST_MARGIN_CACHE, contraction, error_bound, largest_change
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SweepOptions:
     largest_chunk_tokens: int = 512  # far from the start, and where nothing is iterated
     max_sweeps: int = 16
     min_block_tokens: int = 8
-    noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: by how much passes differ at the fixed point
+    noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: how much sweeps differ at the fixed point, max abs
 
     def __post_init__(self) -> None:
         for name in ("stride", "chunk_tokens", "largest_chunk_tokens", "max_sweeps", "min_block_tokens"):
@@ -48,18 +49,23 @@ class SweepOptions:
         check_number(self.noise, "noise", 0)
 
 
-# The plain iteration, to compare with: a sweep is one parallel pass over the chunk.
-PLAIN = SweepOptions(stride=1)
+# To compare with: a sweep is one parallel pass over the chunk.
+JACOBI = SweepOptions(stride=1)
 
-# DESIGN: a tolerance bounds the latent "and the cache with it". Keys are normed and values of order one like the
-# latent, and a token averages over many of them; five times the latent's tolerance is what float32 noise allows at
-# 1e-5.
+# A tolerance bounds the latent, and the caches with it. Keys are normed and values of order one like the latent, and a
+# token averages over many of them; five times the latent's tolerance is what float32 noise allows at 1e-5.
 CACHE_TOLERANCE_RATIO = 5.0
+
+CLEAR_CHANGE = 2.0  # the first change is 5 to 8: it stands above the noise of every precision
+LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
+SWEEPS_OF_RATIOS = 3  # contraction drifts, so that older ratios say less
+# While no block has shown more than one ratio, the margin is the larger one; keys and values vary more than latents.
+FIRST_MARGIN, FIRST_MARGIN_CACHE, MARGIN = 4.0, 6.0, 3.0
 
 
 @dataclass
-class Reading:
-    """One row, read: what follows from it and what it cost."""
+class RowReading:
+    """The result of reading one row."""
 
     latents: FloatArray  # (n, C) after each token
     logits: FloatArray  # (V) after the last token
@@ -70,7 +76,7 @@ class Reading:
 
 def read_row(
     buffers: StateBuffers, row: int, tokens: IntArray, past: int, tolerance: float, options: SweepOptions
-) -> Reading:
+) -> RowReading:
     """Append `tokens` to a row that holds `past` tokens, every latent within `tolerance` of stepwise reading.
 
     Leaves `buffers.latent` to the caller.
@@ -88,15 +94,15 @@ def read_row(
         latents.append(sweeps.latents[1:])
         latent, computed = sweeps.latents[-1], computed + sweeps.computed
         residual, start = max(residual, sweeps.residual), start + len(chunk)
-    return Reading(np.concatenate(latents), sweeps.logits, computed, residual, fallback)
+    return RowReading(np.concatenate(latents), sweeps.logits, computed, residual, fallback)
 
 
 def chunk_size(start: int, end: int, options: SweepOptions) -> int:
-    """How many of the tokens from `start` to `end` to read together.
+    """Return how many of the tokens from `start` to `end` to read together.
 
-    A chunk converges the faster the more exact context it has. So after the start larger ones do in as few sweeps, and
-    their blocks multiply faster: twice the first one, then a quarter of what is before them, up to
-    `largest_chunk_tokens`. What would leave too few for the next one is cut into equal parts.
+    The more exact context a chunk has, the faster it converges. After the start, larger chunks need as few sweeps and
+    multiply faster: twice the first one, then a quarter of the tokens before them, up to `largest_chunk_tokens`. A rest
+    that would be too short for a chunk is divided into equal parts.
     """
     twice = min(2 * min(start, options.chunk_tokens), options.largest_chunk_tokens)
     most = max(options.chunk_tokens, twice, min(start // 4, options.largest_chunk_tokens))
@@ -104,22 +110,22 @@ def chunk_size(start: int, end: int, options: SweepOptions) -> int:
     return most if rest - most >= options.chunk_tokens else -(-rest // -(-rest // most))
 
 
-def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> Reading:
-    """One parallel pass with zero memory: exact for a model without memory, and not the model as trained otherwise."""
+def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> RowReading:
+    """Read a row in one parallel pass with zero memory: exact for a model without memory, else not as trained."""
     computed, start, latents = len(tokens), past, []
     for chunk in np.array_split(tokens, -(-len(tokens) // options.largest_chunk_tokens)):
-        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], PLAIN)
+        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], JACOBI)
         sweeps.sweep()
         latents.append(sweeps.latents[1:])
         start += len(chunk)
-    return Reading(np.concatenate(latents), sweeps.logits, computed, 0.0, None)
+    return RowReading(np.concatenate(latents), sweeps.logits, computed, 0.0, None)
 
 
-def read_row_stepwise(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> Reading:
-    """One row token by token, beside rows that are read otherwise."""
+def read_row_stepwise(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> RowReading:
+    """Read a row token by token, beside rows that are iterated."""
     sweeps = Sweeps(buffers, row, tokens, past, buffers.latent[row], SweepOptions())
     sweeps.finish_stepwise()
-    return Reading(sweeps.latents[1:], sweeps.logits, sweeps.computed, 0.0, None)
+    return RowReading(sweeps.latents[1:], sweeps.logits, sweeps.computed, 0.0, None)
 
 
 class Sweeps:
@@ -156,10 +162,9 @@ class Sweeps:
         return min(self.blocks, len(self.tokens))
 
     def converge(self, tolerance: float) -> bool:
-        """Go on until the bound on the error is within tolerance; False when that is not to be expected.
+        """Iterate until the error bound is within tolerance; return False when that is not to be expected.
 
-        A sweep that has begun need not be finished. After an exception the slots are out of order, see
-        `StateBuffers.reset_order`.
+        The last sweep may be incomplete. After an exception the slots are out of order, see `StateBuffers.reset_order`.
         """
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
@@ -181,33 +186,22 @@ class Sweeps:
         live = self.start + len(self.tokens) if self.done else end
         head = bool(last and self.head)
         block = Block(self.row, self.tokens[members], self.start + members, first, live, self.start, head)
-        before = {k: v.copy() for k, v in self._slots(first, end).items()} if self.done else {}
+        slots = (self.row, first, end)
+        before = {k: v.copy() for k, v in self.buffers.read_slots(*slots).items()} if self.done else {}
         latents, logits = self.buffers.read(block, self.latents[members])
         if self.done:
             self.latent_changes.append(float(np.abs(latents - self.latents[members + 1]).max()))
-            self.cache_changes.append(largest_change(before, self._slots(first, end)))
+            self.cache_changes.append(largest_change(before, self.buffers.read_slots(*slots)))
         self.latents[members + 1] = latents
         if last:
             self.logits = logits.copy()
         self.blocks, self.computed = self.blocks + 1, self.computed + len(members)
 
-    def _slots(self, first: int, end: int) -> SlotArrays:
-        return self.buffers.read_slots(self.row, first, end)
-
     def finish_stepwise(self) -> None:
-        """Read what is not exact yet token by token. The slots are in order again."""
+        """Read the positions that are not exact yet token by token. The slots must be in order."""
         for i in range(self.exact, len(self.tokens)):
-            position = self.start + i
-            last = i == len(self.tokens) - 1
-            block = Block(
-                self.row,
-                self.tokens[i : i + 1],
-                np.array([position]),
-                position,
-                position + 1,
-                position,
-                last and self.head,
-            )
+            at, head = self.start + i, self.head and i == len(self.tokens) - 1
+            block = Block(self.row, self.tokens[i : i + 1], np.array([at]), at, at + 1, at, head)
             latents, logits = self.buffers.read(block, self.latents[i : i + 1])
             self.latents[i + 1] = latents[0]
             self.computed += 1
@@ -223,7 +217,7 @@ class Sweeps:
         return self.residual <= tolerance and cache <= CACHE_TOLERANCE_RATIO * tolerance
 
     def _hopeless(self, tolerance: float) -> bool:
-        """Whether the measured contraction cannot reach the tolerance within the allowed sweeps; judged by sweeps."""
+        """Whether the measured contraction cannot reach the tolerance within the allowed sweeps."""
         changes, stride, noise = self.latent_changes, self.stride, self.options.noise
         if changes and not math.isfinite(changes[-1]):
             self.verdict = "produced numbers that are not finite"
@@ -240,3 +234,58 @@ class Sweeps:
             return False
         self.verdict = f"contracts by {q:.2f} a sweep, too slowly for {tolerance:.0e}"
         return True
+
+
+def ratios(changes: Sequence[float], blocks: int, noise: float) -> list[float]:
+    """Divide each change by that of one sweep before, where the latter is above rounding noise."""
+    pairs = zip(changes, changes[blocks:], strict=False)
+    return [b / a for a, b in pairs if a > min(20 * noise, CLEAR_CHANGE)]
+
+
+def contraction(changes: Sequence[float], blocks: int = 1, noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
+    """Estimate the factor by which a sweep shrinks the error: the largest ratio of the last three sweeps.
+
+    `changes` are those of blocks, `blocks` a sweep. Comparing a block with the same block one sweep before gives
+    `blocks` ratios a sweep. Where all changes before the last sweep are noise, memory is too weak for a ratio, and 1/2
+    is on the safe side.
+    """
+    found = ratios(changes, blocks, noise)[-SWEEPS_OF_RATIOS * blocks :]
+    return max(found, default=0.5 if len(changes) > blocks else math.inf)
+
+
+def error_bound(
+    changes: Sequence[float],
+    blocks: int = 1,
+    noise: float = FLOAT32_RESIDUAL_NOISE,
+    first_margin: float = FIRST_MARGIN,
+) -> float:
+    """Bound the error after the last of several block changes: margin * change * q / (1 - q), plus noise.
+
+    Without a margin this is the geometric series of the changes still to come, where `change` is the largest of the
+    last sweep. The margin is there because q is measured: MARGIN, and `first_margin` while only one sweep has shown q.
+    """
+    q = contraction(changes, blocks, noise)
+    if not q < 1:
+        return math.inf
+    margin = MARGIN if len(ratios(changes, blocks, noise)) > blocks else first_margin
+    return margin * float(np.max(changes[-blocks:])) * q / (1 - q) + noise  # not max, which can lose NaN
+
+
+def largest_change(before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]) -> float:
+    """Return the largest difference over all arrays, max abs; overwrites the arrays of `before`.
+
+    In an array with numbers above LARGE_VALUE it is relative to that, because cached values are not normed.
+    """
+    largest = 0.0
+    for name, old in before.items():
+        new = after[name]
+        change = _largest(np.subtract(new, old, out=old))
+        if not change <= largest:  # also where it is NaN; else no scale can make it the largest
+            scale = max(1.0, _largest(new) / LARGE_VALUE)
+            largest = np.maximum(largest, change / scale)  # unlike max, keeps NaN
+    return float(largest)
+
+
+def _largest(array: NDArray[Any]) -> float:
+    """Return the largest absolute value, without an array of absolute values."""
+    return float(np.maximum(array.max(initial=0), -array.min(initial=0)))

@@ -26,31 +26,30 @@ FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
 class Event:
     """One generated token.
 
-    `text` is what became certain with it: whole UTF-8 characters that cannot be the beginning of a stop string (so it
-    may be empty, and the last event may carry more than its token). `finish_reason` is set on the last event: a stop
-    token (which is the event's token and has no text), a stop string, `max_new_tokens` (length) or a full state
-    (capacity). `logprob` is the natural log-probability of the token under the model's own logits: temperature,
-    penalties and cuts of the sampling do not change it.
+    `text` is the text that is final after this token: whole UTF-8 characters that cannot begin a stop string. It may be
+    empty, and that of the last event may belong to earlier tokens too. `finish_reason` is set on the last event: a stop
+    token (the event's token, without text), a stop string, `max_new_tokens` (length) or a full state (capacity).
+    `logprob` is the natural log-probability of the token under the model's own logits, before temperature, penalty and
+    cuts.
     """
 
     token: int
     text: str
     finish_reason: FinishReason | None
     prefill: PrefillReport
-    logprob: float = field(compare=False)  # its last digits depend on who shares the batch
+    logprob: float = field(compare=False)  # its last digits depend on the other rows of the batch
 
 
 @dataclass(frozen=True)
 class Generation:
-    """Checked options of one generation."""
+    """Checked options of generating one sequence."""
 
     max_new_tokens: int
     stop_ids: frozenset[int]
     stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
     sampler: Sampler
-    choices: int | None = None
-    """Only ids below this are chosen: those that the tokenizer has a text for. None: all."""
+    choices: int | None = None  # only ids below this are chosen, those that the tokenizer has a text for; None: all
 
     @classmethod
     def of(
@@ -61,7 +60,7 @@ class Generation:
         stop_strings: Sequence[str],
         sampling: Mapping[str, object],
     ) -> Generation:
-        """Check and complete what a caller gave."""
+        """Check a caller's options and fill in the defaults."""
         max_new_tokens = check_whole(max_new_tokens, "max_new_tokens", 1)
         if tokenizer is None and check_texts(stop_strings, "stop strings"):
             raise InputError("stop strings need a tokenizer, and this bundle has none; use stop token ids")
@@ -77,27 +76,27 @@ class Generation:
         return cls(max_new_tokens, frozenset(stop_ids), tuple(stop_strings), tokenizer, Sampler(options), choices)
 
     def stream(self) -> TextStream | None:
-        """A new stream for the text of the tokens, where there is a tokenizer."""
+        """Start a stream of text, where there is a tokenizer."""
         return TextStream(self.tokenizer.token_bytes_of, self.stop_strings) if self.tokenizer else None
 
 
 class Continuation:
-    """One sequence that is being continued: chooses its tokens, turns them to text, and knows when it ends.
+    """One sequence that is being continued: chooses tokens, decodes their text, and decides when it ends.
 
-    Knows nothing of where logits come from: a state of its own, or a row in a batch. Choosing a token and taking it may
-    be interrupted and done again, with the same outcome; see `resume`.
+    Logits come from the caller, who has a state or a row of a batch. Choosing and taking a token may be interrupted and
+    done again, with the same outcome; see `resume`.
     """
 
     def __init__(self, options: Generation, tokens: Sequence[int]) -> None:
-        self.options, self.history, self.made = options, list(tokens), 0
+        self.options, self.history, self.made = options, list(tokens), 0  # tokens chosen
         self.emitted = 0
         self.read, self._stream = len(self.history), options.stream()  # tokens that were there before
         sampling = options.sampler.options
-        # Whether `choose` is nothing but the largest logit of the choices, so that a batch may do it for all rows.
+        # Whether `choose` is argmax, which a batch computes for all rows together.
         self.takes_the_largest = sampling.temperature == 0 and sampling.repetition_penalty == 1
 
     def resume(self, made: int) -> None:
-        """Go on after `made` tokens, also where an interrupt came while the next one was being taken."""
+        """Return to the state after `made` tokens, if an interrupt came while the next one was being taken."""
         if self.made == made:
             return
         self.made, stream = -1, self.options.stream()
@@ -108,7 +107,7 @@ class Continuation:
         self._stream, self.made = stream, made
 
     def choose(self, logits: FloatArray) -> int:
-        """The next token, from logits (V), of those that have a text."""
+        """Choose the next token from logits (V), among those that have a text."""
         count = self.options.choices
         if count is None or count >= len(logits):
             return self.options.sampler.choose(logits, self.history, self.made)
@@ -116,7 +115,7 @@ class Continuation:
         return self.options.sampler.choose(logits[:count], history, self.made)
 
     def take(self, token: int, logprob: float, prefill: PrefillReport, full: bool) -> Event:
-        """The event of a chosen token and its log-probability; `full` says that the state has no room for it."""
+        """Append a chosen token and return its event; `full` says that the state has no room for it."""
         options, made = self.options, self.made + 1
         self.made = -1  # until all of it is done
         self.history.append(token)
@@ -131,7 +130,7 @@ class Continuation:
         return Event(token, text, reason, prefill, logprob)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
-        """The event, in one step with appending its token to the state where there is room."""
+        """Return the event, in one step with appending its token to the state where there is room."""
         emitted = self.emitted
         try:
             self.emitted = emitted + 1

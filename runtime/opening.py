@@ -1,4 +1,4 @@
-"""What stands between a bundle and a decoder: the contract that must hold, the capacity, the backend that is loaded."""
+"""Steps of `open_decoder`: check the contract and the threads, limit capacity and batch, load the backend."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MOST_THREADS = 8  # for each core
 
 
 def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
-    """The graphs must have the inputs and outputs that this version binds."""
+    """Raise BundleError unless the graphs have the inputs and outputs that this version binds."""
     for flavour in contract.FLAVOURS:
         expected = contract.describe(manifest.model, flavour, base_dtype(precision, flavour), manifest.host_embeddings)
         if manifest.contracts.get(precision, {}).get(flavour) != expected:
@@ -35,7 +35,7 @@ def check_contract(folder: Path, manifest: Manifest, precision: str) -> None:
 
 
 def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
-    """The manifest with a lower capacity."""
+    """Return the manifest with a lower capacity, in tokens."""
     if max_seq_len is None:
         return manifest
     if not 1 <= check_whole(max_seq_len, "max_seq_len") <= manifest.max_seq_len:
@@ -46,7 +46,7 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
 
 
 def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
-    """The manifest with the batch of the engine that was chosen, which may be smaller than the bundle's."""
+    """Return the manifest with the batch of the selected engine, which may be smaller than the bundle's."""
     plan = engine_folder(folder, choice.backend, choice.precision) / PLAN
     if choice.backend not in FLAVOURS or not plan.exists():  # a missing engine is reported where it is loaded
         return manifest
@@ -56,14 +56,14 @@ def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
 
 
 def check_threads(threads: int | None) -> None:
-    """Few more than the cores are useless; thousands keep ONNX Runtime busy for minutes making them."""
+    """Refuse more threads than are of use: ONNX Runtime takes minutes to start thousands."""
     most = _MOST_THREADS * (os.cpu_count() or 1)
     if threads is not None and not 1 <= check_whole(threads, "threads") <= most:
         raise InputError(f"threads is {threads}, expected 1 to {most} ({_MOST_THREADS} for each core of this machine)")
 
 
 def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
-    """The weights, on the backend that was chosen; embedding tables that it leaves on disk are read ahead."""
+    """Load the weights on the selected backend; embedding tables that it leaves on disk are read ahead."""
     backend = _load(choice, folder, manifest, threads, cuda_graph)
     if manifest.host_embeddings:
         read_ahead(folder / table_path(choice.precision))

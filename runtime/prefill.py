@@ -1,8 +1,11 @@
-"""Read prompts into a state, by policy: stepwise, fixed-point, zero, or auto (one of the first two, by length).
+"""Read prompts by policy: stepwise, fixed-point, zero, or auto (one of the first two, by length).
 
 Stepwise reads a batch together; rows of different length start at different times and end together, so that one last
-step gives all logits. The iterated policies read row by row: a pass over a prompt is bound by arithmetic, so a batch
-would gain nothing, and a row is read the same way whatever stands beside it.
+step gives all logits. The other policies read row by row: a pass over a prompt is bound by arithmetic, so a batch would
+gain nothing, and a row is read the same way whatever shares its batch.
+
+With `reuse`, tokens that a state shares with the prompts are kept and only the rest is read, unless the state was read
+less exactly than the request allows.
 """
 
 from __future__ import annotations
@@ -21,17 +24,17 @@ from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 from lrt_deploy.types import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 
-from .fixed_point import Reading, SweepOptions, read_row, read_row_once, read_row_stepwise
-from .latent_history import LatentHistory
+from .fixed_point import RowReading, SweepOptions, read_row, read_row_once, read_row_stepwise
+from .state import Reading
 
 ZERO_NOTE = "zero memory: this is not the model as trained"
 
 
 @dataclass(frozen=True)
 class PrefillOptions:
-    """Settled once when a decoder is opened. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise.
+    """How a decoder reads prompts. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise.
 
-    `stepwise_below` None: by the size of the model, see `settle`; `LARGEST_COUNT`: `auto` never iterates.
+    `stepwise_below` None: by the size of the model, see `resolve`; `LARGEST_COUNT`: `auto` never iterates.
     """
 
     stepwise_below: int | None = None
@@ -43,8 +46,8 @@ class PrefillOptions:
             check_whole(self.stepwise_below, "stepwise_below")
         check_is(self.sweeps, SweepOptions, "sweeps")
 
-    def within(self, limits: BlockLimits) -> PrefillOptions:
-        """These options as far as a backend can follow them."""
+    def clamp(self, limits: BlockLimits) -> PrefillOptions:
+        """Return these options as far as a backend can follow them."""
         options, sweeps = self, self.sweeps
         if limits.tokens is not None:
             chunk, largest = (min(n, limits.tokens) for n in (sweeps.chunk_tokens, sweeps.largest_chunk_tokens))
@@ -57,16 +60,15 @@ class PrefillOptions:
         return replace(options, sweeps=sweeps)
 
 
-# Where iterating starts to pay, measured with ort-cpu (benchmarks/README.md): weights that must come from memory for
-# every step make steps dear, and 24 tokens are read 1.7 x faster by iteration. Weights that stay in the processor's
-# cache make them cheap: neither way wins by more than a tenth at any length, so that a prompt is read stepwise, which
-# is exact, unless it is long.
+# From which length iteration is faster, measured with ort-cpu (benchmarks/README.md). Steps are expensive where weights
+# come from memory: 24 tokens are read 1.7 x faster by iteration. Where weights stay in the processor's cache, the two
+# differ by a tenth at most at any length, so prompts are read stepwise, which is exact, unless they are long.
 _CACHED_ELEMENTS = 8 * 2**20  # 32 MiB in float32
 _STEPWISE_BELOW_CACHED, _STEPWISE_BELOW = 256, 24
 
 
-def settle(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
-    """Options with a length for `auto`: a rule, no measurement, so that a bundle reads alike wherever it is opened."""
+def resolve(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
+    """Set `stepwise_below` where it is None, by the model's size alone: a bundle reads alike wherever it is opened."""
     if options.stepwise_below is not None:
         return options
     cached = matrix_elements(config) <= _CACHED_ELEMENTS
@@ -75,7 +77,7 @@ def settle(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
 
 @dataclass(frozen=True)
 class PrefillRequest:
-    """What a caller asked for, checked."""
+    """Checked options of one call."""
 
     policy: PrefillPolicy = "auto"
     tolerance: float = DEFAULT_PREFILL_TOLERANCE
@@ -108,44 +110,37 @@ class PrefillRequest:
 
 @dataclass(frozen=True)
 class Place:
-    """Where prompts are read to: the memory of a state that was opened for it, after the first `past` (B) tokens."""
+    """Where prompts are read to: the buffers of a state, after the first `past` (B) tokens of its rows."""
 
     buffers: StateBuffers
-    history: LatentHistory
     past: Sequence[int]
     memory: bool
 
 
-def read_prompts(
-    place: Place, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
-) -> tuple[FloatArray, PrefillReport]:
-    """Append `rows` to the sequences; returns logits (B, V) and the report.
-
-    Whether they count is left to the caller, who commits them when the logits are found good.
-    """
-    ways = [way_of(row, place.memory, request, options) for row in rows]
-    if all(way == "stepwise" for way in ways):
-        logits, report = read_stepwise(place, rows, _stepwise_note(request))
+def read_prompts(place: Place, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions) -> Reading:
+    """Read `rows` (B) of one or more tokens into the buffers; the caller decides whether the result counts."""
+    policies = [policy_of(row, place.memory, request, options) for row in rows]
+    if all(policy == "stepwise" for policy in policies):
+        reading = read_stepwise(place, rows, _stepwise_note(request))
     else:
         place.buffers.expect(max(place.past[i] + len(row) for i, row in enumerate(rows)))
-        numbered = enumerate(zip(rows, ways, strict=True))
-        readings = [_read_row(place, i, row, way, request, options) for i, (row, way) in numbered]
-        for i, reading in enumerate(readings):
-            place.history.write_row(i, place.past[i], reading.latents)
-        place.buffers.set_latent(np.arange(len(rows)), np.stack([reading.latents[-1] for reading in readings]))
-        logits, report = np.stack([reading.logits for reading in readings]), _report(rows, readings, request)
+        numbered = enumerate(zip(rows, policies, strict=True))
+        found = [_read_row(place, i, row, policy, request, options) for i, (row, policy) in numbered]
+        place.buffers.set_latent(np.arange(len(rows)), np.stack([row.latents[-1] for row in found]))
+        report = _report(rows, found, request)
         if report.policy == "fixed-point" and place.memory:
             report = replace(report, note=options.note)
+        reading = Reading(np.stack([row.logits for row in found]), [list(row.latents) for row in found], report)
     if request.policy == "auto":
-        report = replace(report, stepwise_below=options.stepwise_below)
-    return logits, report
+        reading = reading._replace(report=replace(reading.report, stepwise_below=options.stepwise_below))
+    return reading
 
 
-def read_stepwise(place: Place, rows: Sequence[IntArray], note: str | None = None) -> tuple[FloatArray, PrefillReport]:
-    """Append `rows`, one decode step per token, the head in the last one alone.
+def read_stepwise(place: Place, rows: Sequence[IntArray], note: str | None = None) -> Reading:
+    """Read `rows` with one decode step per token, the head in the last one alone.
 
-    Until a row starts, its place in the batch holds a placeholder token whose effects are undone: the cache slot is
-    overwritten by the row's first token, and the latent is put back.
+    Until a row starts, its place in the batch holds a placeholder token without effect: its cache slot is overwritten
+    by the row's first token, and the latent is put back.
     """
     buffers, past = place.buffers, np.array(place.past)
     counts = np.array([len(row) for row in rows])
@@ -155,28 +150,60 @@ def read_stepwise(place: Place, rows: Sequence[IntArray], note: str | None = Non
         [np.concatenate([np.repeat(row[:1], start), row]) for row, start in zip(rows, starts, strict=True)]
     )
     carried = buffers.latent[: len(rows)].copy()
+    latents: list[list[FloatArray]] = [[] for _ in rows]
     logits: FloatArray | None = None
     for t in range(steps):
-        positions = past + np.maximum(0, t - starts)
-        logits = buffers.decode(padded[:, t], positions, head=t == steps - 1)
-        place.history.write_step(positions, buffers.latent[: len(rows)])
+        logits = buffers.decode(padded[:, t], past + np.maximum(0, t - starts), head=t == steps - 1)
+        after = np.array(buffers.latent[: len(rows)])  # (B, C), a copy
         waiting = np.flatnonzero(t < starts)
+        for row in np.flatnonzero(t >= starts).tolist():
+            latents[row].append(after[row])
         if waiting.size:
             buffers.set_latent(waiting, carried[waiting])
     assert logits is not None
-    return logits, PrefillReport("stepwise", passes=steps * len(rows) / int(counts.sum()), note=note)
+    report = PrefillReport("stepwise", passes=steps * len(rows) / int(counts.sum()), note=note)
+    return Reading(logits, latents, report)
 
 
-def way_of(row: IntArray, memory: bool, request: PrefillRequest, options: PrefillOptions) -> str:
-    """How one row is read, by its own length alone."""
+def policy_of(row: IntArray, memory: bool, request: PrefillRequest, options: PrefillOptions) -> str:
+    """Return how one row is read, which depends on nothing but its own length."""
     if request.policy in ("stepwise", "zero"):
         return request.policy
     if not memory:  # without memory one parallel pass is exact
         return "fixed-point"
     if request.tolerance < request.limits.smallest:
         return "stepwise"
-    assert options.stepwise_below is not None  # settled
+    assert options.stepwise_below is not None  # resolved
     return "stepwise" if request.policy == "auto" and len(row) < options.stepwise_below else "fixed-point"
+
+
+def common_prefix(first: IntArray, second: IntArray) -> int:
+    """Count the leading tokens that are the same."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if different.size else length
+
+
+def shared_tokens(
+    tokens: Sequence[Sequence[int]], rows: Sequence[IntArray], read_within: float, request: PrefillRequest
+) -> list[int]:
+    """Count the tokens of each prompt that rows which hold `tokens` have already read, as exactly as is requested.
+
+    A prompt that is wholly there is left one token to read when others have some: all rows are read together.
+    """
+    if read_within > request.allowed_error:
+        return [0] * len(rows)
+    shared = [common_prefix(np.array(held), row) for held, row in zip(tokens, rows, strict=True)]
+    if any(count < len(row) for count, row in zip(shared, rows, strict=True)):
+        shared = [min(count, len(row) - 1) for count, row in zip(shared, rows, strict=True)]
+    return shared
+
+
+def reused(report: PrefillReport, shared: Sequence[int], rows: Sequence[IntArray]) -> PrefillReport:
+    """Return the report of reading what follows `shared` tokens, with passes counted over whole prompts."""
+    total = sum(len(row) for row in rows)
+    passes = report.passes * (total - sum(shared)) / total
+    return replace(report, passes=passes, reused_tokens=sum(shared))
 
 
 def _stepwise_note(request: PrefillRequest) -> str | None:
@@ -189,18 +216,18 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
 
 
 def _read_row(
-    place: Place, index: int, row: IntArray, way: str, request: PrefillRequest, options: PrefillOptions
-) -> Reading:
+    place: Place, index: int, row: IntArray, policy: str, request: PrefillRequest, options: PrefillOptions
+) -> RowReading:
     buffers, past = place.buffers, place.past[index]
-    if way == "zero" or not place.memory:
+    if policy == "zero" or not place.memory:
         return read_row_once(buffers, index, row, past, options.sweeps)
-    if way == "stepwise":
+    if policy == "stepwise":
         return read_row_stepwise(buffers, index, row, past)
     sweeps = replace(options.sweeps, noise=request.limits.noise)
     return read_row(buffers, index, row, past, request.tolerance, sweeps)
 
 
-def _report(rows: Sequence[IntArray], readings: Sequence[Reading], request: PrefillRequest) -> PrefillReport:
+def _report(rows: Sequence[IntArray], readings: Sequence[RowReading], request: PrefillRequest) -> PrefillReport:
     passes = sum(reading.computed for reading in readings) / sum(len(row) for row in rows)
     if request.policy == "zero":
         return PrefillReport("zero", passes, None, ZERO_NOTE)

@@ -1,20 +1,20 @@
 """Prompts that were read before, on disk: a folder of states, shared by any number of processes.
 
 An entry is the state after one prompt. A new prompt takes the entry that shares the most tokens with it, rewinds it to
-those, and reads the rest. Entries serve only requests that would have read them the same way: same bundle, backend,
-precision, policy, tolerance and sweeps, all of which name the entry's folder. So a hit keeps the promise of its
-policy; a prompt that is wholly there gives the stored numbers to the bit.
+those, and reads the rest. Entries serve only requests that would have read them the same way: bundle, backend,
+precision, policy, tolerance and sweeps name the entry's folder. So a shared beginning is as exact as its policy, and a
+prompt that is wholly there gives the stored numbers to the bit.
 
     folder/
       .lrt-deploy-prompt-cache      the marker: this folder is a prompt cache, and entries in it may be removed
       .lock
       <40 hex digits>/<40 hex digits>.state      the key of how prompts were read / the hash of the tokens
 
-Entries appear by renaming a finished file and carry a checksum, so processes need no lock to read or write; an entry
-that is damaged is removed and read anew. Only making room takes a lock, so that two processes do not evict twice as
+Entries appear by renaming a finished file and carry a checksum, so processes read and write without a lock; a damaged
+entry is removed and its prompt read again. Only eviction takes a lock, so that two processes do not evict twice as
 much. Only regular files with the names above are counted, read and removed, and links are not followed. Prompts are
-private: the folders and files that are made here are their owner's alone. The folder is trusted as far as its checksums
-go: whoever can write there can plant a state.
+private: folders and files made here are accessible to their owner alone. Checksums find damage, not forgery: a process
+that can write to the folder can plant a state.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -40,18 +39,15 @@ from lrt_deploy.files import PARTIAL, remove_stale
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.types import IntArray, PrefillPolicy
 
-from .prefill import PrefillRequest
-from .prefix import common_prefix
+from .decoder import Decoder
+from .prefill import PrefillRequest, common_prefix
 from .state import DecodeState
 from .state_file import read_tokens
 
 try:
     import fcntl
-except ImportError:  # Windows: room may be made twice, which costs entries and no correctness
+except ImportError:  # Windows: two processes may evict at once, which costs entries and no correctness
     fcntl = None  # type: ignore[assignment]
-
-if TYPE_CHECKING:
-    from .decoder import Decoder
 
 MARKER, LOCK = ".lrt-deploy-prompt-cache", ".lock"
 SUFFIX = ".state"
@@ -59,21 +55,13 @@ _MARKER_TEXT = "This folder is a prompt cache of lrt-deploy, which removes entri
 _PLACE = re.compile("[0-9a-f]{40}")
 _ENTRY = re.compile(rf"[0-9a-f]{{40}}{re.escape(SUFFIX)}")
 _PARTIAL = re.compile(rf"\.[0-9a-f]{{40}}{re.escape(SUFFIX + PARTIAL)}[0-9a-f]{{16}}")
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 DEFAULT_BYTES = 2**30
 FEWEST_TOKENS = 16  # shorter prompts are read faster than found
 
 
-@dataclass(frozen=True)
-class Found:
-    """The entry to start from, how many tokens of it are shared, and what was wrong with others."""
-
-    state: DecodeState | None
-    shared: int
-    troubles: tuple[str, ...]
-
-
 class PromptCache:
-    """States after prompts, in a folder of at most `max_bytes`; the least recently used go first.
+    """States after prompts, in a folder of at most `max_bytes`; the least recently used are evicted first.
 
     The folder is made if it is missing. Raises InputError for a folder that holds something else, and StateError for
     one that cannot be made.
@@ -82,85 +70,77 @@ class PromptCache:
     def __init__(self, folder: str | Path, max_bytes: int = DEFAULT_BYTES) -> None:
         self.folder = check_path(folder, "folder")
         self.max_bytes = check_whole(max_bytes, "max_bytes", 0, 2**63 - 1)
-        self._known: dict[Path, tuple[int, IntArray]] = {}  # tokens of entries, by path and inode
+        self._known: dict[Path, tuple[int, IntArray]] = {}  # inode and tokens of entries
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StateError(f"the prompt cache {folder} cannot be made: {error.strerror}") from error
         with contextlib.suppress(OSError):  # another user's; `prefill` says so, and reads without it
             _claim(self.folder)
-            for place in _places(self.folder):
-                _sweep(place)
+            _remove_partials(_places(self.folder))
 
     def prefill(
         self, decoder: Decoder, tokens: list[int], policy: PrefillPolicy = "auto", tolerance: float | None = None
     ) -> DecodeState:
-        """A state that has read `tokens`, as `Decoder.prefill` would; its report says what was reused."""
-        from .decoder import Decoder
+        """Read `tokens` as `Decoder.prefill` does; the state's report says how many of them were in the cache.
 
+        A cache that cannot be used costs time and is no error: the report's note says what was wrong.
+        """
         (row,) = check_prompts([tokens], check_is(decoder, Decoder, "decoder").config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
-        place = self.folder / _name(_key(decoder, request))
-        found = self._find(place, decoder, row)
-        reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance}
-        if found.state is None:
-            state = decoder.prefill([tokens], **reading)
-        else:
-            state = decoder.prefill([tokens], state=found.state, reuse=True, **reading)
-        if len(row) - found.shared >= FEWEST_TOKENS:
-            troubles = found.troubles + self._store(place, state, row)
-        else:
-            troubles = found.troubles
-        if troubles:
-            notes = [state.prefill.note] if state.prefill.note else []
-            state.prefill = replace(state.prefill, note="; ".join([*notes, *troubles]))
+        place, notes = self.folder / _name(_key(decoder, request)), list[str]()
+        found, shared = self._find(place, decoder, row, notes)
+        state = decoder.prefill([tokens], state=found, reuse=found is not None, policy=policy, tolerance=tolerance)
+        if len(row) - shared >= FEWEST_TOKENS:
+            notes += self._store(place, state, row)
+        if notes:
+            before = [state.prefill.note] if state.prefill.note else []
+            state.prefill = replace(state.prefill, note="; ".join([*before, *notes]))
         return state
 
-    def _find(self, place: Path, decoder: Decoder, row: IntArray) -> Found:
-        """Load the entry that shares the most; one that turns out damaged is removed, and the next is tried."""
-        troubles: list[str] = []
-        for shared, _, path in sorted(self._shared(place, row, troubles), reverse=True):
+    def _find(self, place: Path, decoder: Decoder, row: IntArray, notes: list[str]) -> tuple[DecodeState | None, int]:
+        """Load the entry that shares the most, and count what it shares; removes entries that are damaged."""
+        for shared, _, path in sorted(self._candidates(place, row, notes), reverse=True):
             try:
                 state = decoder.load_state(path)
                 if state.batch != 1 or common_prefix(np.array(state.tokens[0]), row) != shared:
                     raise StateError(f"{path} holds other tokens than it said")
-                _touch(path)
             except StateError as error:
-                troubles += self._remove_damaged(path, error)
+                notes += self._remove_damaged(path, error)
                 continue
-            return Found(state, shared, tuple(troubles))
-        return Found(None, 0, tuple(troubles))
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return state, shared
+        return None, 0
 
-    def _shared(self, place: Path, row: IntArray, troubles: list[str]) -> Iterator[tuple[int, int, Path]]:
-        """Entries that are worth loading: the tokens that they share, and minus those that must be undone."""
+    def _candidates(self, place: Path, row: IntArray, notes: list[str]) -> Iterator[tuple[int, int, Path]]:
+        """Yield the tokens that an entry shares, minus those to be rewound, and its path, if it is worth loading."""
+        entries: dict[Path, os.stat_result] = {}
         try:
             entries = _files(place, _ENTRY)
         except FileNotFoundError:
-            entries = {}
+            pass
         except OSError as error:
-            troubles.append(_trouble(self.folder, error))
-            entries = {}
+            notes.append(_trouble(self.folder, error))
         for path in [path for path in self._known if path.parent == place and path not in entries]:
             del self._known[path]  # evicted, maybe by another process
         for path, status in sorted(entries.items()):
             if not os.access(path, os.R_OK):
-                if not os.access(path, os.F_OK):  # another process has made room
-                    continue
-                if not troubles:  # one is enough: all are another user's
-                    troubles.append(_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path))))
+                if os.access(path, os.F_OK) and not notes:  # one note is enough: all are another user's
+                    notes.append(_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path))))
                 continue
             try:
                 if path not in self._known or self._known[path][0] != status.st_ino:
                     self._known[path] = (status.st_ino, read_tokens(path))
             except StateError as error:
-                troubles += self._remove_damaged(path, error)
+                notes += self._remove_damaged(path, error)
                 continue
-            shared = common_prefix(self._known[path][1], row)
-            if shared >= FEWEST_TOKENS:
-                yield shared, shared - len(self._known[path][1]), path
+            tokens = self._known[path][1]
+            if (shared := common_prefix(tokens, row)) >= FEWEST_TOKENS:
+                yield shared, shared - len(tokens), path
 
     def _remove_damaged(self, path: Path, error: StateError) -> list[str]:
-        """Remove a damaged entry; no damage is one that is gone (another process made room) or cannot be read."""
+        """Remove a damaged entry; one that is gone (evicted by another process) or cannot be read is not damaged."""
         cause = error.__cause__
         self._known.pop(path, None)
         if isinstance(cause, FileNotFoundError):
@@ -173,14 +153,14 @@ class PromptCache:
             return [f"{_trouble(path, refused)}; it is damaged ({error})"]
         return [f"prompt cache: a damaged entry was removed and its prompt read again ({error})"]
 
-    def _store(self, place: Path, state: DecodeState, row: IntArray) -> tuple[str, ...]:
-        """Make room and save an entry; a cache that cannot be written is no reason to fail.
+    def _store(self, place: Path, state: DecodeState, row: IntArray) -> list[str]:
+        """Save an entry; returns why it could not be saved.
 
         Room is made first, so that processes that are killed right after saving do not let the folder grow.
         """
         path = place / f"{_name(row.tobytes())}{SUFFIX}"
         if state.num_bytes > self.max_bytes or os.path.lexists(path):
-            return ()
+            return []
         try:
             _claim(self.folder)
             place.mkdir(mode=0o700, exist_ok=True)
@@ -189,18 +169,15 @@ class PromptCache:
             self._make_room(state.num_bytes)
             state.save(path)
             self._make_room(0)  # the file is a little larger than the state, and others store too
-        except OSError as error:
-            return (_trouble(self.folder, error),)
-        except (StateError, InputError) as error:
-            cause = error.__cause__
-            return (_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}",)
-        return ()
+        except (OSError, StateError, InputError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            return [_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}"]
+        return []
 
     def _make_room(self, needed: int) -> None:
-        """Remove what killed processes left, then the least recently used entries until `needed` bytes are free."""
+        """Remove files of killed processes, then evict the least recently used entries until `needed` bytes fit."""
         places = _places(self.folder)
-        for place in places:
-            _sweep(place)
+        _remove_partials(places)
         room = self.max_bytes - needed
         if sum(size for _, size, _ in _all_entries(places)) <= room:
             return
@@ -216,13 +193,10 @@ class PromptCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from making room; where the lock cannot be had, some entries may go in vain."""
-        flags = os.O_RDWR | os.O_CREAT
-        for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC"):
-            flags |= getattr(os, name, 0)
+        """Keep other processes from evicting; without the lock, more entries than needed may go."""
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):  # a link, or another user's
-                number = os.open(self.folder / LOCK, flags, 0o600)
+                number = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
                 stack.callback(os.close, number)
                 if fcntl is not None:
                     fcntl.flock(number, fcntl.LOCK_EX)
@@ -252,7 +226,7 @@ def _claim(folder: Path) -> None:
 
 
 def _foreign(folder: Path) -> str | None:
-    """Return the name of something in a folder that is not of a prompt cache, if there is anything."""
+    """Return the name of something in a folder that does not belong to a prompt cache; None if there is nothing."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if entry.name in (MARKER, LOCK) and entry.is_file(follow_symlinks=False):
             continue
@@ -266,10 +240,10 @@ def _foreign(folder: Path) -> str | None:
 
 
 def _key(decoder: Decoder, request: PrefillRequest) -> bytes:
-    """Everything besides the tokens that the numbers depend on."""
-    identity = dataclasses.asdict(decoder.identity) | dataclasses.asdict(request)
+    """Return everything but the tokens that the numbers depend on."""
+    model = dataclasses.asdict(decoder.fingerprint) | dataclasses.asdict(request)
     options = dataclasses.asdict(decoder.prefill_options)
-    return json.dumps([decoder.backend, decoder.max_seq_len, identity, options], sort_keys=True).encode()
+    return json.dumps([decoder.backend, decoder.max_seq_len, model, options], sort_keys=True).encode()
 
 
 def _name(content: bytes) -> str:
@@ -277,7 +251,7 @@ def _name(content: bytes) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the folders of entries; links to folders are none."""
+    """Return the folders of entries, without links."""
     return [
         Path(entry.path)
         for entry in os.scandir(folder)
@@ -286,7 +260,7 @@ def _places(folder: Path) -> list[Path]:
 
 
 def _files(place: Path, names: re.Pattern[str]) -> dict[Path, os.stat_result]:
-    """Return the regular files of a folder whose names match; links are none."""
+    """Return the regular files of a folder whose names match, without links."""
     found: dict[Path, os.stat_result] = {}
     if stat.S_ISLNK(place.lstat().st_mode):
         return found
@@ -301,20 +275,19 @@ def _files(place: Path, names: re.Pattern[str]) -> dict[Path, os.stat_result]:
 
 def _all_entries(places: list[Path]) -> list[tuple[float, int, Path]]:
     """Return when each entry was last used, its bytes, and its path."""
-    found: list[tuple[float, int, Path]] = []
-    for place in places:
-        found += [(status.st_mtime, status.st_size, path) for path, status in _files(place, _ENTRY).items()]
-    return found
+    found = [(path, status) for place in places for path, status in _files(place, _ENTRY).items()]
+    return [(status.st_mtime, status.st_size, path) for path, status in found]
 
 
-def _sweep(place: Path) -> None:
+def _remove_partials(places: list[Path]) -> None:
     """Remove the temporary files of killed processes."""
-    for path in _files(place, _PARTIAL):
-        remove_stale(path)
+    for place in places:
+        for path in _files(place, _PARTIAL):
+            remove_stale(path)
 
 
 def _trouble(path: Path, error: OSError) -> str:
-    """Say why the cache could not be used; permissions are what a cache of two users fails by."""
+    """Return why the cache could not be used. Permission errors name the owner: two users may have shared a folder."""
     if not isinstance(error, PermissionError):
         return f"prompt cache: {error.strerror or error} ({error.filename or path}); it saved no time here"
     owner = ""
@@ -322,8 +295,3 @@ def _trouble(path: Path, error: OSError) -> str:
         if (found := path.stat().st_uid) != os.geteuid():
             owner = f", it belongs to user {found}, and a prompt cache is for one user"
     return f"prompt cache: no permission for {error.filename or path}{owner}; it saved no time here"
-
-
-def _touch(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        os.utime(path)

@@ -1,18 +1,18 @@
 """From one row of logits to one token id, and the log-probabilities of tokens.
 
-A row goes through these steps, each on what the one before left, in the order of Hugging Face's processors:
+A row of logits goes through these steps in turn, in the order of Hugging Face's processors:
 
 1. repetition penalty: logits of tokens in the history are divided by it where positive, multiplied where negative
    (CTRL, arXiv 1909.05858; the rule for negative ones is Hugging Face's);
 2. temperature: logits are divided by it; 0 takes the largest logit and ends here;
 3. top-k: the k largest logits stay (Fan et al., arXiv 1805.04833);
-4. top-p: the smallest set whose probability, among what top-k left, reaches p (nucleus, arXiv 1904.09751);
-5. min-p: what has at least min_p times the largest probability stays (arXiv 2407.01082);
-6. one uniform number picks from what is left, walked through in the order of token ids.
+4. top-p: the smallest set whose probability, relative to the tokens that stayed, reaches p (arXiv 1904.09751);
+5. min-p: tokens with at least min_p times the largest probability stay (arXiv 2407.01082);
+6. a token is drawn by inverting the cumulative distribution, in the order of token ids, at one uniform number.
 
-Equal logits rank by id, lowest first, so k = 1 and greedy agree. Arithmetic is in float64. Walking by id and not by
-rank means that two backends whose logits differ in the last bits draw the same token from the same seed, except where
-the number falls within those bits of a border. Knows no model, tokenizer or batch: one `Sampler` serves one row.
+Equal logits rank by id, lowest first, so k = 1 and greedy agree. Arithmetic is in float64. The order of ids, not of
+ranks, lets two backends whose logits differ in the last bits draw the same token from the same seed, except where the
+number falls within those bits of a border. Knows no model, tokenizer or batch: one `Sampler` serves one row.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _Floats = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen; the defaults are greedy.
+    """Options for choosing the next token; the defaults are greedy.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch a step off.
     `seed` None takes fresh entropy from the operating system.
@@ -78,14 +78,14 @@ class SamplingArguments(TypedDict, total=False):
 
 
 class Distribution(NamedTuple):
-    """What a draw is made from: ids in ascending order, and their probabilities, which sum to 1."""
+    """The distribution of the next token: ids in ascending order, and their probabilities, which sum to 1."""
 
     ids: _Ids
     probabilities: NDArray[np.float64]
 
 
 class _Drawn(NamedTuple):
-    """Random numbers that were drawn together, and how to go on."""
+    """Random numbers that were drawn together."""
 
     first: int  # index of the first of them in the stream
     numbers: list[float]
@@ -107,8 +107,8 @@ class Sampler:
     def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int | None = None) -> int:
         """Pick the next token from logits (V,); `history` is the tokens so far, read only by the repetition penalty.
 
-        `index` is the number of tokens chosen before (default: of calls before). The last one may be chosen again, with
-        the same random number: an interrupt may have come before it was used.
+        `index` is the number of tokens chosen before (default: of calls before). The last token may be chosen again,
+        with the same random number, because an interrupt may have come before it was used.
         """
         scores = self._scores(logits, history)
         if self.options.temperature == 0:
@@ -122,7 +122,7 @@ class Sampler:
         return token
 
     def distribution(self, logits: NDArray[np.float32], history: Sequence[int]) -> Distribution:
-        """What `choose` would draw from; leaves the random stream where it is."""
+        """Return the distribution that `choose` would draw from, without drawing a random number."""
         scores = self._scores(logits, history)
         if self.options.temperature == 0:
             return Distribution(np.array([scores.argmax()]), np.ones(1))
@@ -130,7 +130,7 @@ class Sampler:
         return Distribution(ids, weights / weights.sum())
 
     def _number(self, index: int) -> float:
-        """The random number of this index; all before it that were drawn earlier can no longer be asked for."""
+        """Return the random number of this index; those of earlier draws are no longer available."""
         if index - self._drawn.first == len(self._drawn.numbers):
             self._random.bit_generator.state = self._drawn.state  # also after an interrupt in the next line
             numbers = self._random.random(_DRAWN_AT_ONCE).tolist()
@@ -138,7 +138,7 @@ class Sampler:
         return self._drawn.numbers[index - self._drawn.first]
 
     def _scores(self, logits: NDArray[np.float32], history: Sequence[int]) -> _Floats:
-        """Steps up to the penalty; without one, the logits themselves and not a copy."""
+        """Apply the repetition penalty; without one, return the logits themselves and not a copy."""
         if logits.ndim != 1 or logits.size == 0:
             raise InputError(f"logits have the shape {logits.shape}, expected (V,): one row of the vocabulary's size")
         if not np.isfinite(logits).all():
@@ -148,9 +148,9 @@ class Sampler:
         return _penalized(logits, history, self.options.repetition_penalty)
 
     def _kept(self, scores: _Floats) -> tuple[_Ids, NDArray[np.float64]]:
-        """Temperature, top-k, top-p, min-p: the ids that stay, ascending, and weights of which the largest is 1.
+        """Apply temperature, top-k, top-p and min-p; return the ids that stay, ascending, and weights of largest 1.
 
-        Temperature keeps the order, so that top-k may go first and leave it few numbers to work on.
+        Temperature keeps the order, so top-k is applied first, which leaves few numbers.
         """
         options = self.options
         ids: _Ids = np.arange(scores.size)
@@ -168,7 +168,7 @@ class Sampler:
 
 
 def _penalized(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float64]:
-    """A copy in which tokens of the history cost once, however often they occur."""
+    """Return a copy where each token of the history is penalized once, however often it occurs."""
     seen = np.asarray(history, dtype=np.int64)
     if seen.min() < 0 or seen.max() >= logits.size:
         wrong = int(seen[(seen < 0) | (seen >= logits.size)][0])
@@ -180,7 +180,7 @@ def _penalized(logits: NDArray[np.float32], history: Sequence[int], penalty: flo
 
 
 def _softmax_weights(scores: _Floats, temperature: float) -> NDArray[np.float64]:
-    """exp((score - largest) / temperature): probabilities but for a common factor."""
+    """Compute exp((score - largest) / temperature): probabilities up to a common factor."""
     shifted = scores.astype(np.float64)
     shifted -= shifted.max()
     with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0
@@ -189,7 +189,7 @@ def _softmax_weights(scores: _Floats, temperature: float) -> NDArray[np.float64]
 
 
 def _largest(scores: _Floats, count: int) -> _Ids:
-    """Positions of the `count` largest scores, ascending; of equal scores at the border the lowest positions stay."""
+    """Return positions of the `count` largest scores, ascending; of equal scores at the border the lowest stay."""
     border = np.partition(scores, scores.size - count)[scores.size - count]
     kept = np.flatnonzero(scores >= border)
     surplus = kept.size - count
@@ -200,10 +200,10 @@ def _largest(scores: _Floats, count: int) -> _Ids:
 
 
 def _nucleus(scores: _Floats, weights: NDArray[np.float64], p: float) -> _Ids:
-    """Positions, ascending, of the fewest largest scores whose weights reach the share p of all; at least one.
+    """Return positions, ascending, of the fewest largest scores whose weights reach the share p; at least one.
 
-    Only their number is sought, and only weights of at least the share (1 - p) / V are sorted for it: the others,
-    fewer than V, sum to less than 1 - p, so that what stays reaches p without them.
+    Only weights of at least the share (1 - p) / V are sorted: the others, fewer than V, sum to less than 1 - p, so the
+    sorted ones reach p without them.
     """
     total = weights.sum()
     candidates = np.sort(weights[weights >= (1 - p) * total / weights.size])[::-1]

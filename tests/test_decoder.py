@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -294,6 +298,23 @@ def poison(monkeypatch, method, value, calls_before=0):
     return seen
 
 
+def test_a_token_visits_five_files(decoder):
+    state = decoder.prefill([SHORT, OTHER])
+    decoder.step(state, [1, 2])
+    visited = set()
+
+    def visit(frame, event, argument):
+        visited.add(frame.f_code.co_filename)
+
+    sys.setprofile(visit)
+    try:
+        decoder.step(state, [3, 4])
+    finally:
+        sys.setprofile(None)
+    ours = {Path(name).name for name in visited if f"{os.sep}lrt_deploy{os.sep}" in name or "/runtime/" in name}
+    assert ours == {"decoder.py", "prompts.py", "state.py", "ort_cpu.py", "base.py"}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_a_step_to_numbers_that_are_not_finite_is_refused_and_changes_nothing(fresh, monkeypatch, value, tolerances):
     state, healthy = fresh.prefill([LONG, SHORT]), fresh.prefill([LONG, SHORT])
@@ -313,7 +334,7 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
     state, healthy = fresh.prefill([LONG, SHORT]), fresh.prefill([LONG, SHORT])
     with monkeypatch.context() as patch:
         poison(patch, "decode", float("nan"))
-        patch.setattr(DecodeState, "_set_latents", lambda self, lengths: None)
+        patch.setattr(DecodeState, "_set_latents", lambda self, rows, lengths: None)
         with pytest.raises(BackendError, match="not finite"):
             fresh.step(state, [1, 2])
         assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))
@@ -323,10 +344,10 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
 @pytest.mark.parametrize("at", [(0, 0), (1, 150), (1, VOCAB - 1)])
 def test_a_single_logit_that_is_not_finite_is_seen_wherever_it_is(decoder, value, at):
     logits = RNG.normal(size=(2, VOCAB)).astype(np.float32)
-    check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner)
+    check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner.backend)
     logits[at] = value
     with pytest.raises(NonFiniteError, match=rf"1 logits .* in row {at[0]} after {[7, 10][at[0]]} tokens") as raised:
-        check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner)
+        check_finite(logits, np.array([6, 9]), decoder.prefill([SHORT]).owner.backend)
     assert raised.value.rows == [at[0]]
 
 
@@ -419,7 +440,7 @@ def test_events_come_as_they_are_chosen(decoder, monkeypatch):
     assert len(steps) == 1
     assert len(list(events)) == 3
     assert len(steps) == 4  # the last token is fed when something that follows from it is asked for
-    assert state.length(0) == len(SHORT) + 5 and len(steps) == 4
+    assert state.lengths[0] == len(SHORT) + 5 and len(steps) == 4
     assert state.logits.shape == (1, decoder.config.vocab_size) and len(steps) == 5
 
 

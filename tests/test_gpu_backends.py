@@ -115,7 +115,7 @@ def tokens_of(decoder, prompts, steps, policy="stepwise"):
 @pytest.mark.parametrize("policy", ["stepwise", "fixed-point", "zero"])
 def test_tokens_are_those_of_ort_cpu(open_fake, decoder_of, tolerances, policy):
     decoder, engine = open_fake()
-    plain = PrefillOptions().within(decoder._backend.blocks)
+    plain = PrefillOptions().clamp(decoder._backend.blocks)
     expected = Decoder(decoder.manifest, decoder_of(GOLDEN)._backend, None, plain)
     prompts = [PROMPT, PROMPT[3:8]]
     found, reference = (tokens_of(d, prompts, 20, policy) for d in (decoder, expected))
@@ -675,7 +675,7 @@ def ort_on_host(bundle, on_host):
 
 @pytest.mark.parametrize("policy", ["stepwise", "fixed-point", "zero"])
 def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tolerances, policy):
-    plain = PrefillOptions().within(ort_on_host._backend.blocks)
+    plain = PrefillOptions().clamp(ort_on_host._backend.blocks)
     expected = Decoder(ort_on_host.manifest, decoder_of(GOLDEN)._backend, None, plain)
     found, reference = (tokens_of(d, [PROMPT, PROMPT[3:8]], 20, policy) for d in (ort_on_host, expected))
     assert found[0] == reference[0]

@@ -314,7 +314,7 @@ def test_an_interrupted_generation_leaves_what_was_emitted(decoder, name, prompt
         return make(decoder).rows([0])
 
     options, state = GENERATIONS[name], fresh()
-    start = state.row_tokens(0)
+    start = state.tokens[0]
     whole = [event.token for event in decoder.generate(prompt, state=state, **options)]
 
     def after(count):
@@ -422,16 +422,16 @@ def test_a_batch_is_interrupted_while_a_request_fails(decoder):
     """Rows with unusable numbers leave; the handlers for that are walked too."""
 
     def work(client):
-        lane, calls = client.batch._lanes[0], []
+        shard, calls = client.batch._shards[0], []
 
         def spoiled(tokens, positions, head):
-            logits = OrtCpuBuffers.decode(lane.state.buffers, tokens, positions, head)
+            logits = OrtCpuBuffers.decode(shard.state.buffers, tokens, positions, head)
             calls.extend(positions.tolist())
             if len(tokens) == 2 and int(tokens[1]) == 77:
                 logits[1, 3] = np.nan
             return logits
 
-        vars(lane.state.buffers)["decode"] = spoiled
+        vars(shard.state.buffers)["decode"] = spoiled
         good = client.again(lambda: client.batch.submit(LONG, 3, stop_ids=[]))
         bad = client.again(lambda: client.batch.submit([4, 77, 5], 3, stop_ids=[]))
         client.again(client.drain)
@@ -456,7 +456,7 @@ def test_a_state_that_is_not_put_back_is_found_out(decoder_of, monkeypatch, brok
     expected, found = content(decoder, ragged(decoder)), Counter()
     lines = count_lines(lambda: decoder.step(ragged(decoder), NEXT)) - count_lines(lambda: ragged(decoder))
     if broken == "nothing is undone":
-        monkeypatch.setattr(DecodeState, "_take_back", lambda self, undo: setattr(self, "_undo", None))
+        monkeypatch.setattr(DecodeState, "_roll_back", lambda self, undo: setattr(self, "_undo", None))
     else:
         monkeypatch.setattr(DecodeState, "_now", Sticky(), raising=False)
     for line in range(1, lines + 1):

@@ -19,7 +19,7 @@ from lrt_deploy.evaluation.rollout import kl_divergence
 from lrt_deploy.runtime import fixed_point
 from lrt_deploy.runtime.backends.base import BlockLimits
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
-from lrt_deploy.runtime.prefill import PrefillOptions, settle
+from lrt_deploy.runtime.prefill import PrefillOptions, resolve
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, FP32, SMALLEST_PREFILL_TOLERANCE
 
 slow = pytest.mark.slow
@@ -27,7 +27,7 @@ slow = pytest.mark.slow
 LENGTHS = (16, 64, 200, 256, 700)
 TIGHT = 1e-5
 GREEDY_TOKENS = 64
-PLAIN = PrefillOptions(sweeps=fixed_point.PLAIN)
+PLAIN = PrefillOptions(sweeps=fixed_point.JACOBI)
 BEST = PrefillOptions()
 # What is allowed at TIGHT beside the latent's own tolerance. Values in a cache are not normed: where they pass 32 (the
 # demo's reach 120, where float32 numbers are 8e-6 apart), the error is relative to that.
@@ -302,13 +302,13 @@ def test_auto_goes_by_length_and_records_the_threshold(truths, trained, length, 
 def test_the_threshold_of_auto_goes_by_the_size_of_the_model():
     small = LRTConfig(64, vocab_size=64, n_layer=4, n_head=4, n_kv_head=4, n_embd=256)
     large = dataclasses.replace(small, n_layer=12)
-    assert [settle(PrefillOptions(), config).stepwise_below for config in (small, large)] == [256, 24]
-    assert settle(PrefillOptions(stepwise_below=7), large).stepwise_below == 7
+    assert [resolve(PrefillOptions(), config).stepwise_below for config in (small, large)] == [256, 24]
+    assert resolve(PrefillOptions(stepwise_below=7), large).stepwise_below == 7
 
 
 def test_chunks_grow_with_the_context_and_never_beyond_what_a_backend_reads():
-    options = PrefillOptions().within(BlockLimits(tokens=200)).sweeps
-    for sweeps, most in ((SweepOptions(), 512), (options, 200), (fixed_point.PLAIN, 512)):
+    options = PrefillOptions().clamp(BlockLimits(tokens=200)).sweeps
+    for sweeps, most in ((SweepOptions(), 512), (options, 200), (fixed_point.JACOBI, 512)):
         sizes, start = [], 0
         while start < 6000:
             sizes.append(fixed_point.chunk_size(start, 6000, sweeps))

@@ -20,8 +20,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.error_estimate import contraction, error_bound
-from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
+from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, contraction, error_bound
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLERANCE
 

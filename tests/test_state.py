@@ -440,7 +440,7 @@ def test_taking_back_the_last_token_of_an_answer_computes_nothing(one, monkeypat
     said, steps = emitted(one, state, None, 3), []
     decode = OrtCpuBuffers.decode
     monkeypatch.setattr(OrtCpuBuffers, "decode", lambda self, *a, **k: steps.append(1) or decode(self, *a, **k))
-    assert state.length(0) == len(LONG) + 3 and state.computed_tokens == len(LONG) + 2
+    assert state.lengths[0] == len(LONG) + 3 and state.computed_tokens == len(LONG) + 2
     state.rewind(len(LONG) + 3)
     state.rewind(len(LONG) + 2)
     assert state.tokens == [LONG + said[:2]] and state.latent is not None and steps == []

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import lrt_deploy
 from lrt_deploy.errors import StateError
 from lrt_deploy.runtime import state_file
-from lrt_deploy.runtime.state_file import load_state, read_file
+from lrt_deploy.runtime.state_file import read_file
 
 NAME = "padded_vocab"
 RNG = np.random.default_rng(6)
@@ -90,7 +90,7 @@ def test_a_rewound_state_is_saved_without_its_logits_and_finds_them_again(decode
     decoder.step(state, [2])
     state.rewind(len(LONG) + 1)
     state.save(tmp_path / "one.state")
-    assert "0.logits" not in read_file(tmp_path / "one.state").arrays
+    assert "logits" not in read_file(tmp_path / "one.state").rows[0]
     assert np.array_equal(decoder.load_state(tmp_path / "one.state").logits, expected)
 
 
@@ -234,7 +234,7 @@ def test_every_precision_is_saved_in_its_own_type_and_continues_to_the_bit(
         state = decoder.prefill([LONG, SHORT])
         decoder.step(state, [1, 2])
         state.save(path)
-        assert str(read_file(path).row(0)["past_key_0"].dtype) == decoder.identity.state_dtype
+        assert str(read_file(path).rows[0]["past_key_0"].dtype) == decoder.fingerprint.state_dtype
         loaded, twin, expected = decoder.load_state(path), state.fork(), state.logits
         for tokens in STEPS:
             expected = decoder.step(state, tokens)
@@ -353,7 +353,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_file(decoder, export_once,
             assert process.stdout.readline() == "saved\n"
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
-        assert load_state(path, decoder._origin).tokens[0] in ([1] * 100, [2] * 100)
+        assert decoder.load_state(path).tokens[0] in ([1] * 100, [2] * 100)
 
 
 # What is said of a state that is not of this precision or model
@@ -375,7 +375,7 @@ def test_a_state_of_another_precision_is_called_that(in_every_precision, tmp_pat
 
 def test_a_precision_in_a_bundle_of_its_own_is_told_by_the_checkpoint(decoder, in_every_precision):
     with lrt_deploy.open_decoder(in_every_precision(NAME), precision="int8") as quantized:
-        assert quantized.identity.bundle_sha256 != decoder.identity.bundle_sha256
+        assert quantized.fingerprint.bundle_sha256 != decoder.fingerprint.bundle_sha256
         with pytest.raises(StateError, match="it is of fp32 with float32 caches, expected int8"):
             quantized.adopt(decoder.prefill([SHORT]))
 

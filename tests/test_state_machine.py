@@ -150,9 +150,10 @@ def test_so_does_that_of_another_architecture(export_model, tolerances):
 
 def test_a_state_that_forgets_its_latent_in_a_rewind_is_found_out(decoder_of, tolerances, monkeypatch):
     """The twin: the machine must see the fault that it is here for."""
-    from lrt_deploy.runtime.latent_history import LatentHistory
+    from lrt_deploy.runtime.state import DecodeState
 
-    monkeypatch.setattr(LatentHistory, "after", lambda self, row, length: np.zeros(self._latents.shape[2], np.float32))
+    zeros = lambda self, row, length: np.zeros(self.buffers.latent.shape[1], np.float32)  # noqa: E731
+    monkeypatch.setattr(DecodeState, "_latent_after", zeros)
     fields = {"decoder": decoder_of("mr_gqa_SSSL"), "tolerances": tolerances, "truths": {}}
     with pytest.raises(AssertionError):
         run_state_machine_as_test(type("Batch", (Batch,), fields), settings=settings(BUDGET, print_blob=False))

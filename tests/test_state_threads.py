@@ -34,7 +34,7 @@ def story(decoder, index, begun=None):
         if at % 10 == 4:
             twin = state.fork()
             found.append(decoder.step(twin, [at]).tobytes())
-            state.rewind(state.length(0) - 2)
+            state.rewind(int(state.lengths[0]) - 2)
             found.append(state.logits.tobytes())
     decoder.prefill([PROMPTS[index - 1]], state=state, policy="stepwise")
     found += [event.token for event in decoder.generate(None, 8, state=state, temperature=1.0, seed=index, stop_ids=[])]

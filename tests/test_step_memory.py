@@ -41,14 +41,14 @@ class Writes:
 def count_writes(state, step):
     """Run `step`, which appends one token to each row, and count the poisoned numbers that it overwrites."""
     buffers, rows, lengths = state.buffers, range(state.batch), state.lengths
-    record = [state.history.live(row, length + 1)[length:] for row, length in enumerate(lengths)]
+    recorded = [len(state.export_row(row)["latents"]) for row in rows]
     for row, length in zip(rows, lengths, strict=True):
-        record[row][...] = np.nan
         entries = buffers.read_slots(row, length, length + 1)
         buffers.write_slots(row, length, {name: np.full_like(array, np.nan) for name, array in entries.items()})
     step()
     written = [array for row in rows for array in buffers.read_slots(row, lengths[row], lengths[row] + 1).values()]
-    latent = buffers.latent[: state.batch].size * np.dtype(state.owner.state_dtype).itemsize
+    latent = buffers.latent[: state.batch].size * np.dtype(state.owner.backend.state_dtype).itemsize
+    record = [state.export_row(row)["latents"][start:] for row, start in zip(rows, recorded, strict=True)]
     return Writes(finite_bytes(written), latent, finite_bytes(record))
 
 

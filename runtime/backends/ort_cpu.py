@@ -305,7 +305,8 @@ class OrtCpuBuffers:
                 f"this decoder was opened in the process {self._process} with several threads, which a fork of it does "
                 "not have; open the bundle in each process, or with threads=1 before the fork"
             )
-        self._tables.take(call.ids, call.rows)
+        if call.rows:
+            self._tables.take(call.ids, call.rows)
         try:
             self._session.run_with_iobinding(call.binding)
         except ORT_ERRORS as error:

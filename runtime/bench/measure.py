@@ -19,7 +19,7 @@ import numpy as np
 from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import Progress, distance, kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.fixed_point import PLAIN, SweepOptions, Sweeps
+from lrt_deploy.runtime.fixed_point import JACOBI, SweepOptions, Sweeps
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
@@ -147,7 +147,7 @@ def variants(decoder: Decoder) -> list[Variant]:
     return [
         Variant("stepwise", "stepwise"),
         *(interleaved if default.stride > 1 else []),
-        Variant("fixed-point", "plain", PLAIN),
+        Variant("fixed-point", "plain", JACOBI),
         Variant("zero", "one pass with zero memory"),
     ]
 
@@ -238,13 +238,13 @@ def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progr
     if not decoder.config.memory:
         return []
     state = decoder.prefill([tokens[:1]], policy="stepwise")  # for its buffers, overwritten from slot 0 on
-    ids = np.asarray(tokens, np.int64)[: state.owner.blocks.tokens]
+    ids = np.asarray(tokens, np.int64)[: state.owner.backend.blocks.tokens]
     progress(f"reading {len(ids)} tokens stepwise for their latents", 0, 0)
     exact = _sweeps(state, ids, SweepOptions())
     exact.finish_stepwise()
     points: list[dict[str, Any]] = []
     default = decoder.prefill_options.sweeps
-    for sweeps in (PLAIN, default) if default.stride > 1 else (PLAIN,):
+    for sweeps in (JACOBI, default) if default.stride > 1 else (JACOBI,):
         progress(f"sweeping over {len(ids)} tokens with stride {sweeps.stride}", 0, 0)
         points += _converge(_sweeps(state, ids, sweeps), exact.latents)
     return points
