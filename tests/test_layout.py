@@ -415,3 +415,27 @@ def test_length_limits_can_fail():
     assert too_long("runtime/x.py", function) == ["runtime/x.py:f has 81 lines, the limit is 80"]
     assert too_long("runtime/x.py", "\n" * 601) == ["runtime/x.py has 601 lines, the limit is 600"]
     assert too_long("runtime/x.py", "\n" * 600) == []
+
+
+def walks():
+    """(file, functions) of each step in the two walks of docs/architecture.md, by the heading of the walk."""
+    found = {}
+    for section in re.split(r"^## ", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), flags=re.M):
+        heading, _, text = section.partition("\n")
+        rows = re.findall(r"^\| [^|]+ \| `([^`|]+\.py)` \| ([^|]+) \|$", text, flags=re.M)
+        if rows:
+            found[heading] = [(path, re.findall(r"`(\w+)`", names)) for path, names in rows]
+    return found
+
+
+def test_the_walks_through_the_architecture_name_functions_that_exist():
+    lengths = {heading: len(steps) for heading, steps in walks().items()}
+    assert lengths == {"A checkpoint through `export`": 10, "A token through `Decoder.step`": 5}
+    missing = [
+        f"{path}:{name}"
+        for steps in walks().values()
+        for path, names in steps
+        for name in names
+        if not re.search(rf"^ *def {name}\(", sources().get(path, ""), flags=re.M)
+    ]
+    assert not missing
