@@ -115,7 +115,7 @@ class Shard:
         ]
         if not ready:
             return book
-        logits = np.stack([self.state.row_logits(row) for row in ready])  # (n, V)
+        logits = np.concatenate([self.state.row_logits(row) for row in ready]).reshape(len(ready), -1)  # (n, V)
         tokenizer = self.decoder.tokenizer
         choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
         largest = logits[:, :choices].argmax(axis=1).tolist()
