@@ -25,10 +25,12 @@ from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, choose_flavour
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.build import engine_rows
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import build as build_module
 from lrt_deploy.exporters.engine.build import build_engine as build
 from lrt_deploy.exporters.engine.build import profiles
+from lrt_deploy.exporters.engine.fused_layers import parse_layers, summarize
 from lrt_deploy.exporters.engine.tensorrt import BuildLog, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.verify import Product, expected_network, verify
 
@@ -240,12 +242,16 @@ def test_every_precision_is_built_as_expected(in_every_precision, tmp_path, name
     assert {spec["dtype"] for spec in sidecar.inputs if spec["name"].startswith("past_")} == {base}
     assert sidecar.outputs[0]["dtype"] == "float32"
     assert layers["attention_decomposable"] is False
+    decode, prefill = (layers["kernels"][name] for name in ("decode", "prefill"))
+    assert (decode["attentions"], decode["attentions_on_caches"], prefill["attentions"]) == (count, count, count)
+    assert decode["faults"] == [] and decode["kernels"] <= (12 if precision == "fp16" else 16) * count
+    assert len(sidecar.build["fused_layers"]) > decode["kernels"] + prefill["kernels"]
+    assert f"{decode['kernels']} for decode; {prefill['kernels']} for prefill" in engine_rows(sidecar)["kernels"]
 
 
 @pytest.mark.slow
 def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model, tmp_path, monkeypatch):
     """TensorRT-RTX 1.7.1 has none in float16 for two heads of 64."""
-    from lrt_deploy.config import LRTConfig
     from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
@@ -418,6 +424,39 @@ def test_every_build_of_a_process_hears_its_own_messages(bundle):
         parsed.builder.logger.log(RTX.load().ILogger.ERROR, "listen")
         heard.append(parsed.log.errors)
     assert heard == [["listen"], ["listen"]]
+
+
+LISTED = (
+    "Layers: Name: __mye1_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , "
+    "Name: _gemv_mha_v1_myl0_9, LayerType: kgen, Inputs: [ {KEYS}, {VALUES}, { Name: q, Dimensions: [-1,4,1,16], "
+    "Datatype: Half, Format: x }, { Name: mask, Dimensions: [-1,1,1,128], Datatype: Bool, Format: x }], Constants: [], "
+    "Outputs: [ { Name: OUT, Dimensions: [DIMS], Datatype: Half, Format: x }], TacticName: y, StreamId: 0"
+)
+
+
+def listed(keys="present_key_0", out="attended", dims="-1,1,16"):
+    """What a build says of a model of one layer, with one thing changed."""
+    entry = "{ Name: %s, Dimensions: [-1,2,128,16], Strides: [1], Datatype: Half, Format: x }"
+    text = LISTED.replace("{KEYS}", entry % keys).replace("{VALUES}", entry % "present_value_0")
+    return parse_layers(text.replace("OUT", out).replace("DIMS", dims))
+
+
+@pytest.mark.parametrize(
+    ("change", "on_caches", "fault"),
+    [
+        ({}, 1, None),
+        ({"keys": "present_key_0_transposed"}, 0, None),
+        ({"out": "k", "dims": "-1,2,16,128"}, 1, "_gemv_mha_v1_myl0_9 copies a cache"),
+        ({"out": "w", "dims": "64,256"}, 1, "_gemv_mha_v1_myl0_9 writes a whole weight matrix"),
+    ],
+)
+def test_the_list_of_fused_layers_shows_what_costs_time(change, on_caches, fault):
+    sizes = {"sequence_len": 128, "vocab_size": 64, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
+    found = summarize(listed(**change), LRTConfig(**sizes), ["decode"])["decode"]
+    assert (found["kernels"], found["attentions"]) == (1, 1)  # what runs on the host is no kernel
+    assert found["attentions_on_caches"] == on_caches
+    assert found["faults"] == ([fault] if fault else [])
+    assert summarize([], LRTConfig(**sizes), ["decode"]) == {}
 
 
 # The sidecar

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 WHEEL = json.loads((Path(__file__).parent / "data" / "tensorrt_api" / "tensorrt.json").read_text())
 FILES = (
     "exporters/engine/build.py",
-    "exporters/engine/tensorrt.py",
+    "exporters/engine/fused_layers.py",
     "exporters/engine/tensorrt.py",
     "exporters/engine/verify.py",
     "runtime/backends/tensorrt.py",
@@ -86,6 +86,7 @@ CALLS = {
     "ParserError.node": [],
     "ParserError.node_name": [],
     "ParserError.node_operator": [],
+    "ProfilingVerbosity.DETAILED": None,
     "Runtime.deserialize_cuda_engine": ["serialized_engine"],
 }
 # Used where the backend is tensorrt-rtx alone; full TensorRT compiles nothing at run time.
@@ -115,6 +116,7 @@ OURS = {
     "engine",
     "enqueue",
     "flags",
+    "kind",
     "nbytes",
     "pop",
     "progress_monitor",

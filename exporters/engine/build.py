@@ -41,6 +41,7 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
+from .fused_layers import parse_layers, summarize
 from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
 from .verify import expected_network, verify
 
@@ -184,7 +185,10 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
     progress("verifying", 0, 0)
     layers = verify(parsed.trt, parsed.network, expected)
     decomposable = {"attention_decomposable": decompose or expected.base == "float32"}
-    return parsed, layers | decomposable, build(job.flavour, parsed, job.profiles, job.settings, progress)
+    plan = build(job.flavour, parsed, job.profiles, job.settings, progress)
+    names = [profile.name for profile in job.profiles]
+    kernels = summarize(parse_layers(parsed.log.fused_layers), job.manifest.model, names)
+    return parsed, layers | decomposable | {"kernels": kernels}, plan
 
 
 def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:
@@ -262,6 +266,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
             "seconds": round(seconds, 3),
             "peak_host_bytes": peak_rss_bytes(),
             "memory": parsed.log.memory,
+            "fused_layers": [layer.name for layer in parse_layers(parsed.log.fused_layers)],
             "warnings": parsed.log.warnings,
             "platform": platform.platform(),
         },

@@ -70,6 +70,7 @@ class BuildLog:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)
+    fused_layers: str = ""  # the list of the plan's layers
     listener: Listener | None = None  # called with every message as it comes
 
     def take(self, severity: str, text: str) -> None:
@@ -77,6 +78,8 @@ class BuildLog:
         text = " ".join(text.split())
         if self.listener is not None:
             self.listener(severity, text)
+        if text.startswith("Layers: "):
+            self.fused_layers = text
         if found := _MEMORY.search(text):
             name = f"{found[1].lower().replace(' ', '_')}_bytes"
             self.memory.setdefault(name, []).append(int(found[2]))
@@ -240,6 +243,7 @@ def build(
         config = polygraphy.CreateConfig(
             profiles=shapes,
             memory_pool_limits=limits,
+            profiling_verbosity=parsed.trt.ProfilingVerbosity.DETAILED,  # lists the plan's layers
             progress_monitor=progress_monitor(parsed.trt, progress, cancellation),
         )(parsed.builder, parsed.network)
         if cache is not None:  # Polygraphy would leave a lock file beside it

@@ -63,7 +63,13 @@ class _Pair(Struct):
     in_place: bool
 
 
+class _Kernels(Struct):
+    kernels: Whole
+    faults: list[str] = []
+
+
 class _Layers(Struct):
+    kernels: dict[str, _Kernels] = {}
     matmul: dict[str, Whole] = {}
     norms: dict[str, Whole] = {}
 

@@ -156,6 +156,16 @@ def smoke_text(smoke: dict[str, Any]) -> str:
     return f"{'it passed' if smoke.get('passed') else 'IT FAILED'} the smoke test: {smoke.get('verdict')}"
 
 
+def kernels_text(kernels: dict[str, dict[str, Any]]) -> str:
+    """Kernels of each profile, and what of them costs time."""
+    parts = []
+    for profile, found in kernels.items():
+        faults = found.get("faults", [])
+        more = f" ({faults[0]}{f' and {len(faults) - 1} more' if len(faults) > 1 else ''})" if faults else ""
+        parts.append(f"{found['kernels']} for {profile}{more}")
+    return "; ".join(parts) or "not listed by this build"
+
+
 def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
     """Return the rows of a table on an engine and its verified network."""
     layers, memory = sidecar.layers, sidecar.build.get("memory", {})
@@ -174,6 +184,7 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         ),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
         "memory": ", ".join(f"{name} {max(sizes, default=0)}" for name, sizes in memory.items()),
+        "kernels": kernels_text(layers.get("kernels") or {}),
         "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),
         "smoke test": smoke_text(sidecar.smoke),
     }
