@@ -1,4 +1,4 @@
-# make demo: export the demo checkpoint, prove parity, generate.   make test: everything.   make check: before a commit.
+# make demo: export the demo checkpoint, check parity, generate.   make test: everything.   make check: before a commit.
 # make fuzz: hostile inputs in great number (FUZZ_INPUTS, FUZZ_SEED, FUZZ_WORKERS, FUZZ_KINDS); goes on where it stopped.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -16,7 +16,8 @@ FUZZ_RESULTS ?= build/fuzz
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"{sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed; make PYTHON=python3.11 names another one")'
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
 	@touch $@
 

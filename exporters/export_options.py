@@ -99,9 +99,10 @@ def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool)
         }
         if strict and not names:
             kinds = dict.fromkeys(name.rpartition(".")[2] for name in matrices)
+            layered = next(name for name in matrices if "." in name)
             raise ExportError(
                 f"keep_high names {pattern!r}, and no matrix of this model is called so; its matrices are "
-                f"{', '.join(kinds)}, in a layer as blocks.0.{next(iter(kinds))}"
+                f"{', '.join(kinds)}, in a layer as {layered}"
             )
         found |= names
     return found

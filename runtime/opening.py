@@ -82,6 +82,7 @@ def _load(choice: Choice, folder: Path, manifest: Manifest, threads: int | None,
         from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend.open(folder, manifest, precision)
+    assert name in FLAVOURS, name
     from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

@@ -76,7 +76,7 @@ class Content(NamedTuple):
 
 
 class Undo(NamedTuple):
-    """How to undo an operation for as long as it has not replaced `before`."""
+    """How to undo an operation: what the state was before it, and copies of the cache entries that it may overwrite."""
 
     before: Content
     beyond: int  # slots beyond the length of each row that may have been written

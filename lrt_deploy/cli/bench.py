@@ -22,7 +22,6 @@ from lrt_deploy.machine import cpu_model, peak_rss_bytes
 from . import doctor, options, output
 
 if TYPE_CHECKING:
-    from lrt_deploy.bundle.contract import Flavour
     from lrt_deploy.runtime.bench.measure import DecodeTimes
     from lrt_deploy.runtime.bench.roofline import Bandwidth
     from lrt_deploy.runtime.decoder import Decoder
@@ -223,9 +222,10 @@ class Task:
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """Return the JSON fields of decoding; rates follow from the median time of a step."""
     from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+    from lrt_deploy.runtime.backends.select import BACKENDS
     from lrt_deploy.runtime.bench import roofline
 
-    flavour: Flavour = "windowed" if decoder.backend == "ort-cpu" else "full"
+    flavour = BACKENDS[decoder.backend]
     weights = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
     item = item_bytes(base_dtype(decoder.precision, flavour))
     state = roofline.state_bytes_per_step(decoder.config, times.context, item)

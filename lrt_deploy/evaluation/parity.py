@@ -149,7 +149,9 @@ class Subject:
     @property
     def flavour(self) -> Flavour:
         """The flavour of graph that the backend runs."""
-        return "windowed" if self.backend == "ort-cpu" else "full"
+        from lrt_deploy.runtime.backends.select import BACKENDS
+
+        return BACKENDS[self.backend]
 
     @property
     def graph(self) -> Path:

@@ -1,8 +1,8 @@
-"""The seam between the decoder and whatever computes the graphs: two protocols. Which backend is taken: `choice`.
+"""The protocols between the decoder and what computes the graphs. `select` says which backend is taken.
 
 A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
-two calls: `decode` (one token for every row) and `read` (several tokens of one row, which prefill is made of); and two
-that move cache entries, `read_slots` and `write_slots`, of which saving, forking and moving rows are made.
+two calls that compute: `decode` (one token for every row) and `read` (several tokens of one row, for prefill); and two
+that move cache entries, `read_slots` and `write_slots`, for saving, forking and moving rows.
 """
 
 from __future__ import annotations

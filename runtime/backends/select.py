@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
+from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.engine_sidecar import PLAN, build_command, engine_folder
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, QUANTIZED, not_held
@@ -17,8 +18,8 @@ from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BackendError, BundleError
 from lrt_deploy.machine import find_gpu
 
-# Best first; `auto` takes the first that is present.
-BACKENDS: tuple[str, ...] = (*FLAVOURS, "ort-cuda", "ort-cpu")
+# The flavour of graphs that each backend runs. Best first; `auto` takes the first that is present.
+BACKENDS: dict[str, Flavour] = {**dict.fromkeys(FLAVOURS, "full"), "ort-cuda": "full", "ort-cpu": "windowed"}
 
 
 class Choice(NamedTuple):
