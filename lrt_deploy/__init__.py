@@ -104,6 +104,8 @@ _LAZY = {
 _MOVED = {
     "lrt_deploy.chat_form": "lrt_deploy.text.chat",
     "lrt_deploy.checkpoint": "lrt_deploy.model.checkpoint",
+    "lrt_deploy.contract": "lrt_deploy.bundle.contract",
+    "lrt_deploy.interface": "lrt_deploy.types",
     "lrt_deploy.manifest": "lrt_deploy.bundle.manifest",
     "lrt_deploy.reference": "lrt_deploy.model.reference",
     "lrt_deploy.runtime.batch_decoder": "lrt_deploy.runtime.batch",

@@ -47,6 +47,8 @@ def convert(kind: type[T], value: object, name: str = "") -> T:
         for part in _parts(kind, value, name):
             convert(*part)
         raise ValueError(_message(kind, value, name, str(error))) from error
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name or 'the document'} holds text that is no Unicode: {shown(error.object)}") from error
 
 
 def _parts(kind: Any, value: object, name: str) -> Iterator[tuple[Any, object, str]]:  # noqa: ANN401 - any type

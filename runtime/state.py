@@ -56,9 +56,14 @@ class Row(NamedTuple):
         return self._replace(length=length, logits=None, kept=kept)
 
     def independent(self) -> Row:
-        """Return the same row with lists of its own and without a tag."""
+        """Return the same row with memory of its own and without a tag.
+
+        Latents and logits of a step are views of the arrays of all rows, which one row would keep alive.
+        """
         n = self.length
-        return self._replace(tokens=self.tokens[:n], latents=self.latents[:n], tag=None)
+        latents = list(np.array(self.latents[:n], np.float32)) if n else []
+        logits = None if self.logits is None else self.logits.copy()
+        return self._replace(tokens=self.tokens[:n], latents=latents, logits=logits, tag=None)
 
 
 _EMPTY = Row([], [], 0, None, _NOTHING_KEPT, None)
@@ -154,6 +159,8 @@ class DecodeState:
         Runs the network where it must: after a rewind one decode step of the last tokens gives the logits again, once,
         and so does a token that `Decoder.generate` has emitted and not run. Otherwise nothing is computed.
         """
+        for row, held in enumerate(self.computed().rows):
+            _check_read(row, held)
         found = [self.row_logits(row) for row in range(self.batch)]
         return np.stack(found) if found else np.zeros((0, self.owner.config.vocab_size), np.float32)
 
@@ -161,8 +168,7 @@ class DecodeState:
         """Return the logits (V) of one row, not to be written to; see `logits` for when this runs the network."""
         found = self.computed().rows[row]
         if found.logits is None:
-            if found.length == 0:
-                raise StateError(f"sequence {row} holds no token yet, so no logits follow; read a prompt first")
+            _check_read(row, found)
             found = self._recompute().rows[row]
         assert found.logits is not None
         return found.logits
@@ -526,6 +532,11 @@ class DecodeState:
         state._now = Content(state._now.rows, book.prefill, book.read_within, book.computed_tokens)
         state.extra = book.extra
         return state
+
+
+def _check_read(index: int, row: Row) -> None:
+    if row.length == 0:
+        raise StateError(f"sequence {index} holds no token yet, so no logits follow; read a prompt first")
 
 
 def _longer(row: Row, ids: IntArray, reading: Reading, index: int) -> Row:

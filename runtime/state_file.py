@@ -146,7 +146,10 @@ def read_file(path: Path) -> Snapshot:
             metadata["bundle_sha256"],
             metadata.get("checkpoint_sha256", ""),  # version 0.1.0 did not write it
         )
-        book = convert(Book, json.loads(metadata["book"]))  # with Infinity, where a prompt was read with zero memory
+        fields = json.loads(metadata["book"])  # with Infinity, where a prompt was read with zero memory
+        book = convert(Book, fields)
+        if unknown := sorted(fields["prefill"].keys() - PrefillReport.__dataclass_fields__.keys()):
+            raise ValueError(f"prefill.{shown(unknown[0])[1:-1]} is not a known field")
         rows: list[Arrays] = [{} for _ in book.lengths]
         names = {str(row): row for row in range(len(rows))}
         for name, array in arrays.items():

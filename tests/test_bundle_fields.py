@@ -471,3 +471,8 @@ def test_all_graphs_of_an_export_pass(in_every_precision):
     assert len(graphs) == 24
     for graph in graphs:
         check_graph_file(graph, graph.with_name("weights.bin"))
+
+
+def test_text_that_is_no_unicode_is_refused_with_the_field():
+    with pytest.raises(ValueError, match=r"provenance holds text that is no Unicode: '\\ud800'"):
+        convert(dict[str, int], {"\ud800": 1}, "provenance")

@@ -88,6 +88,7 @@ def test_functions_are_there_where_torch_and_graph_tools_are_not():
     ("line", "new"),
     [
         ("from lrt_deploy.runtime.batch_decoder import BatchDecoder as old", "lrt_deploy.runtime.batch.BatchDecoder"),
+        ("import lrt_deploy.contract; old = lrt_deploy.contract", "lrt_deploy.bundle.contract"),
         ("import lrt_deploy.manifest; old = lrt_deploy.manifest", "lrt_deploy.bundle.manifest"),
         ("from lrt_deploy import chat_form as old", "lrt_deploy.text.chat"),
         ("from lrt_deploy.checkpoint import open_checkpoint as old", "lrt_deploy.model.checkpoint.open_checkpoint"),

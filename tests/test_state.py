@@ -215,6 +215,26 @@ def test_a_rewind_that_cannot_be_is_refused_and_changes_nothing(one, lengths, wo
     assert equal(snapshot(state), before)
 
 
+def test_logits_that_a_row_lacks_are_refused_before_any_are_computed(one):
+    state = one.prefill([LONG, SHORT], policy="stepwise")
+    state.rewind([len(LONG) - 1, 0])
+    computed = state.computed_tokens
+    with pytest.raises(StateError, match="sequence 1 holds no token yet"):
+        _ = state.logits
+    assert state.computed_tokens == computed
+
+
+def test_a_row_that_was_copied_holds_no_memory_of_its_neighbours(one):
+    state = one.prefill([LONG, SHORT, OTHER], policy="stepwise")
+    for tokens in STEPS:
+        one.step(state, [*tokens, 1])
+    row = state.rows([1])._now.rows[0]
+    arrays = [row.logits, *row.latents]
+    assert sum(
+        {id(a if a.base is None else a.base): (a if a.base is None else a.base).nbytes for a in arrays}.values()
+    ) == (sum(array.nbytes for array in arrays))
+
+
 def test_a_state_rewound_to_nothing_has_no_logits_and_begins_anew(one):
     state = one.prefill([LONG])
     state.rewind(0)

@@ -188,6 +188,7 @@ MISFITS = [
     (book(lengths=[41]), "arrays of a row '1', expected 1 row"),
     (book(lengths=[1] * 9), "9 sequence"),
     (book(prefill={"speed": 1}), "is not of the state format 1"),
+    (book(prefill={"policy": "stepwise", "passes": 1.0, "speed": 1}), "prefill.speed is not a known field"),
     (book(read_within="much"), "is not of the state format 1"),
     (lambda m, a: a.pop("0.past_key_0"), "0.past_key_0 is missing"),
     (lambda m, a: a.update({"0.past_key_0": a["0.past_key_0"][:, :-1].copy()}), "0.past_key_0 is"),
