@@ -23,7 +23,7 @@ from lrt_deploy.bundle.engine_sidecar import (
     sidecar_path,
 )
 from lrt_deploy.bundle.graph_file import check_graph_file
-from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, read_manifest
+from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, FileRecord, read_manifest
 from lrt_deploy.errors import BackendError, BundleError, EngineError
 from lrt_deploy.fields import Whole, convert, shown
 
@@ -475,4 +475,4 @@ def test_all_graphs_of_an_export_pass(in_every_precision):
 
 def test_text_that_is_no_unicode_is_refused_with_the_field():
     with pytest.raises(ValueError, match=r"provenance holds text that is no Unicode: '\\ud800'"):
-        convert(dict[str, int], {"\ud800": 1}, "provenance")
+        convert(FileRecord, {"\ud800": 1}, "provenance")
