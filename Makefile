@@ -40,7 +40,7 @@ check: install
 kills: install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py tests/data/golden/padded_vocab --trials 100
 
-# An exception at every line of every operation on states, generations and batches; counts, a line a process. Hours.
+# An exception at every line of every operation on states, generations and batches; counts, a line a process. Half an hour.
 interrupts: install
 	rm -f build/interrupts.jsonl
 	LRT_DEPLOY_ALL_LINES=all OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --timeout 0 --numprocesses 2 tests/test_interrupts.py
