@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,9 +75,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, atomically; InputError for an existing file that is not a PNG."""
     check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Warnings say that a font lacks letters of the title, which are drawn as boxes.
-    with warnings.catch_warnings(), atomic_write(path) as partial:
-        warnings.simplefilter("ignore")
+    with atomic_write(path) as partial, _no_warnings():
         figure.savefig(partial, format="png")
 
 
@@ -85,9 +84,17 @@ def svg_uri(figure: Figure) -> str:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.hashsalt": "lrt-deploy"}):
+    with rc_context({"svg.hashsalt": "lrt-deploy"}), _no_warnings():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    """Ignore warnings: of letters that a font lacks, drawn as boxes, and of numbers beyond what an axis can show."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _set_cache_folder() -> None:
