@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,9 +88,6 @@ class Device(Protocol):
 
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
         """Enqueue a copy from one address on the device to another."""
-
-    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
-        """Enqueue a copy of `rows` rows of `width` bytes, `pitch` bytes apart on both sides."""
 
     def cache_bytes(self) -> int:
         """Size of the last cache before the device's memory; 0 where it does not say."""
@@ -241,10 +238,6 @@ class CudaDevice:
             copied = self._cuda.cuMemcpyDtoDAsync(target, source, count_bytes, self.stream)
             self._ask(f"copying {count_bytes} bytes", copied)
 
-    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
-        """See `Device`."""
-        self._copy_rows("copying rows", (source, pitch), (target, pitch), rows, width, "within")
-
     def cache_bytes(self) -> int:
         """See `Device`."""
         attribute = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
@@ -282,22 +275,24 @@ class CudaDevice:
         self._ask("launching a CUDA graph", self._cuda.cuGraphLaunch(graph, self.stream))
 
     def _copy_rows(
-        self, what: str, source: tuple[int, int], target: tuple[int, int], rows: int, width: int, way: str
+        self,
+        what: str,
+        source: tuple[int, int],
+        target: tuple[int, int],
+        rows: int,
+        width: int,
+        way: Literal["in", "out"],
     ) -> None:
         """Enqueue a copy of rows; source and target are (address, bytes from one row to the next)."""
         if not rows * width:
             return
         cuda, copy = self._cuda, self._cuda.CUDA_MEMCPY2D()
         host, device = cuda.CUmemorytype.CU_MEMORYTYPE_HOST, cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.srcMemoryType, copy.dstMemoryType = host if way == "in" else device, host if way == "out" else device
+        copy.srcMemoryType, copy.dstMemoryType = (host, device) if way == "in" else (device, host)
         if way == "in":
-            copy.srcHost = source[0]
+            copy.srcHost, copy.dstDevice = source[0], cuda.CUdeviceptr(target[0])
         else:
-            copy.srcDevice = cuda.CUdeviceptr(source[0])
-        if way == "out":
-            copy.dstHost = target[0]
-        else:
-            copy.dstDevice = cuda.CUdeviceptr(target[0])
+            copy.srcDevice, copy.dstHost = cuda.CUdeviceptr(source[0]), target[0]
         copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height = source[1], target[1], width, rows
         self._enqueued = True
         self._ask(what, cuda.cuMemcpy2DAsync(copy, self.stream))

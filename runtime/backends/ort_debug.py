@@ -26,20 +26,25 @@ _LOG_ERRORS = 3
 BLOCK_TOKENS = 128
 
 
+def _open(model: bytes, folder: Path, options: ort.SessionOptions, kind: str, fused: bool) -> ort.InferenceSession:
+    """Open a serialized graph whose weights lie in `folder`; without `fused`, each op is computed as it stands."""
+    options.log_severity_level = _LOG_ERRORS
+    if not fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
+    except ORT_ERRORS as error:
+        raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph {kind}")
+
+
 class OrtExact:
     """A float32 graph of either flavour, without optimizations: each op is computed as it stands."""
 
     def __init__(self, model: bytes, folder: Path, config: LRTConfig, tables: HostTables | None = None) -> None:
         self._config, self._tables = config, tables or HostTables({})
         self._rows = RowArrays(self._tables)
-        options = ort.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-        except ORT_ERRORS as error:
-            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph in float32")
+        self._session = _open(model, folder, ort.SessionOptions(), "in float32", fused=False)
         self._inputs = {value.name for value in self._session.get_inputs()}
         state = [pair.present for pair in contract.state_pairs(config) if pair.in_place]
         self._outputs = ["logits", *(["present_latent"] if config.memory else []), *state]
@@ -97,7 +102,7 @@ _DTYPES: dict[str, Any] = {
 
 
 class OrtProbe:
-    """Shows the stages of single steps; see `stages.Observer`. `model` is a serialized graph of either flavour.
+    """Shows the activations of single steps; see `activations.Observer`. `model` is a serialized graph of a flavour.
 
     `fused` False computes each op as it stands: quantized products as float32 ones.
     """
@@ -108,16 +113,9 @@ class OrtProbe:
         self._config, self._tables = config, tables or HostTables({})
         self._rows = RowArrays(self._tables).of(1, 1)
         options = ort.SessionOptions()
-        options.log_severity_level = _LOG_ERRORS
         options.intra_op_num_threads = 1
         options.enable_mem_pattern = False
-        if not fused:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        try:
-            self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
-        except ORT_ERRORS as error:
-            raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph with probes")
+        self._session = _open(model, folder, options, "with probes", fused)
         self._inputs = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
         wanted = {*activations.in_order(config)}
         self._outputs = [value.name for value in self._session.get_outputs() if value.name in wanted]
