@@ -135,6 +135,7 @@ def test_the_stages_around_the_fault_are_shown():
     assert "blocks.17.mlp" not in shown and "blocks.36.mlp" not in shown
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # of ticks beyond what matplotlib can place
 @pytest.mark.parametrize(
     "values", [[None], [None, None], [0.0, 0.0], [1.0], [1e-300, 1e300], [None, 1e-3, None, 1e-5, 2e-5, None]]
 )
