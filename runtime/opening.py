@@ -10,10 +10,10 @@ import msgspec
 
 from lrt_deploy.arguments import check_whole
 from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.backends import PLAN_BACKENDS
 from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.bundle.manifest import Manifest, table_path, weights_path
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BundleError, InputError
 from lrt_deploy.runtime.backends.base import Backend
 from lrt_deploy.runtime.backends.memory_pages import read_ahead
@@ -48,7 +48,7 @@ def limit_capacity(manifest: Manifest, max_seq_len: int | None) -> Manifest:
 def limit_batch(folder: Path, manifest: Manifest, choice: Choice) -> Manifest:
     """Return the manifest with the batch of the selected engine, which may be smaller than the bundle's."""
     plan = engine_folder(folder, choice.backend, choice.precision) / PLAN
-    if choice.backend not in FLAVOURS or not plan.exists():  # a missing engine is reported where it is loaded
+    if choice.backend not in PLAN_BACKENDS or not plan.exists():  # a missing engine is reported where it is loaded
         return manifest
     return msgspec.structs.replace(
         manifest, max_batch_size=min(manifest.max_batch_size, read_sidecar(plan).max_batch_size)
@@ -82,7 +82,7 @@ def _load(choice: Choice, folder: Path, manifest: Manifest, threads: int | None,
         from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 
         return OrtCudaBackend.open(folder, manifest, precision)
-    assert name in FLAVOURS, name
+    assert name in PLAN_BACKENDS, name
     from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 
     return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy import machine
+from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
 from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.cli import bench, build, export, options, output, parity, summary
@@ -25,7 +26,6 @@ from lrt_deploy.cli.bench import percentiles
 from lrt_deploy.cli.output import WordWrapper, columns, table_lines
 from lrt_deploy.cli.summary import product_words
 from lrt_deploy.evaluation import checks
-from lrt_deploy.runtime.backends.select import BACKENDS
 from lrt_deploy.types import PREFILL_POLICIES
 
 COMMAND = [sys.executable, "-m", "lrt_deploy"]
@@ -34,7 +34,7 @@ GROUP = typer.main.get_command(app)
 VALUES = [
     ("export", ["a", "b"], "--precision", PRECISIONS),
     ("export", ["a", "b"], "--int4-block", [str(block) for block in INT4_BLOCKS]),
-    ("build", ["a"], "--backend", ["auto", *FLAVOURS]),
+    ("build", ["a"], "--backend", ["auto", *PLAN_BACKENDS]),
     ("build", ["a"], "--precision", PRECISIONS),
     ("generate", ["a", "--prompt", "x"], "--backend", ["auto", *BACKENDS]),
     ("generate", ["a", "--prompt", "x"], "--precision", PRECISIONS),
@@ -48,10 +48,8 @@ def run(*args):
 
 
 def test_the_lists_of_values_are_the_library_s():
-    assert set(get_args(options.BackendName)) == {"auto", *BACKENDS}
-    assert get_args(options.PrecisionName) == PRECISIONS
     assert get_args(options.PolicyName) == PREFILL_POLICIES
-    assert set(get_args(options.EngineName)) == {"auto", *FLAVOURS}
+    assert tuple(FLAVOURS) == PLAN_BACKENDS
     assert set(get_args(parity.CheckName)) == {*checks.CHECKS, "all"}
 
 

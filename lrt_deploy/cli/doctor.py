@@ -10,13 +10,13 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from lrt_deploy import machine
+from lrt_deploy.bundle.backends import BACKENDS, BackendInfo
 
 from . import options, output
 
@@ -49,7 +49,8 @@ def doctor(json: options.Json = False) -> None:
 
     gpu = find_gpu()
     backends = [
-        report_backend(name, attempt(), None if name == "ort-cpu" else gpu) for name, attempt in LIBRARIES.items()
+        report_backend(name, try_library(info), gpu if info.needs_gpu else None)
+        for name, info in sorted(BACKENDS.items())
     ]
     here = environment()
     usable = [backend.name for backend in backends if backend.available]
@@ -72,22 +73,20 @@ def report_backend(name: str, library: Library, gpu: tuple[Gpu | None, str] | No
     return BackendReport(name, works, library.version, f"{library.text}; {reason}")
 
 
-def try_ort(provider: str) -> Library:
-    """Import ONNX Runtime and look for a provider in its build; the device is not tried."""
-    return _try("onnxruntime", lambda ort: _provider(ort, provider))
-
-
-def try_module(module: str, package: str) -> Library:
-    """Import the Python module of a TensorRT flavour."""
-    return _try(module, lambda library: (True, f"{package} {getattr(library, '__version__', '')} can be imported"))
-
-
-LIBRARIES: dict[str, Callable[[], Library]] = {
-    "ort-cpu": lambda: try_ort("CPUExecutionProvider"),
-    "ort-cuda": lambda: try_ort("CUDAExecutionProvider"),
-    "tensorrt": lambda: try_module("tensorrt", "tensorrt"),
-    "tensorrt-rtx": lambda: try_module("tensorrt_rtx", "tensorrt-rtx"),
-}
+def try_library(info: BackendInfo) -> Library:
+    """Import the library of a backend, and look for its execution provider; the device is not tried."""
+    try:
+        library: Any = importlib.import_module(info.module)
+        version = getattr(library, "__version__", None)
+        if info.provider is None:
+            return Library(version, True, f"{info.module} {version} can be imported")
+        works = info.provider in library.get_available_providers()
+        text = f"ONNX Runtime {version} {'offers' if works else 'was built without'} {info.provider}"
+        return Library(version, works, text)
+    except ModuleNotFoundError as error:
+        return Library(None, False, f"{error.name} is not installed")
+    except Exception as error:  # a broken installation may raise anything
+        return Library(None, False, f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}")
 
 
 def environment() -> dict[str, Any]:
@@ -120,19 +119,3 @@ def gpus() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [line.strip() for line in found.stdout.splitlines() if line.strip()]
-
-
-def _try(module: str, look: Callable[[Any], tuple[bool, str]]) -> Library:
-    try:
-        library = importlib.import_module(module)
-        works, text = look(library)
-    except ModuleNotFoundError as error:
-        return Library(None, False, f"{error.name} is not installed")
-    except Exception as error:  # a broken installation may raise anything
-        return Library(None, False, f"{module} is installed but fails: {' '.join(str(error).split())[:200]}")
-    return Library(getattr(library, "__version__", None), works, text)
-
-
-def _provider(ort: Any, provider: str) -> tuple[bool, str]:  # noqa: ANN401 - onnxruntime is untyped
-    has = provider in ort.get_available_providers()
-    return has, f"ONNX Runtime {ort.__version__} {'offers' if has else 'was built without'} {provider}"

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 import typer
 
 from lrt_deploy import files
+from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
+from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import InputError
 
 from . import output
@@ -27,11 +29,16 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.prompt_cache import PromptCache
 
-# The library's names; a test holds these lists against its own.
-BackendName = Literal["auto", "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"]
-EngineName = Literal["auto", "tensorrt", "tensorrt-rtx"]
-PrecisionName = Literal["fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only"]
-PolicyName = Literal["auto", "stepwise", "fixed-point", "zero"]
+# Names that the library owns, as types that typer lists and completes.
+if TYPE_CHECKING:
+    BackendName: TypeAlias = str
+    EngineName: TypeAlias = str
+    PrecisionName: TypeAlias = str
+else:
+    BackendName = Literal[("auto", *sorted(BACKENDS))]
+    EngineName = Literal[("auto", *PLAN_BACKENDS)]
+    PrecisionName = Literal[PRECISIONS]
+PolicyName = Literal["auto", "stepwise", "fixed-point", "zero"]  # `types.PrefillPolicy`, without its import of numpy
 
 
 def listed(names: Any) -> str:  # noqa: ANN401 - a literal type

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lrt_deploy.bundle.backends import PLAN_BACKENDS
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.text.prompts import check_prompts
@@ -32,8 +33,6 @@ from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, StatefulDecode
 from .arrays import read_arrays
 from .report import as_json
 from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
-
-CUDA_GRAPH_BACKENDS = ("tensorrt", "tensorrt-rtx")
 
 
 class FullDecoder(StatefulDecoder, Protocol):
@@ -136,10 +135,10 @@ def restored_vs_straight(decoder: FullDecoder, setting: Setting) -> MutualCheck:
 
 def cuda_graph(decoder: FullDecoder, setting: Setting) -> MutualCheck:
     """Replaying a CUDA graph against launching every kernel."""
-    if decoder.backend not in CUDA_GRAPH_BACKENDS or setting.partner is None:
+    if decoder.backend not in PLAN_BACKENDS or setting.partner is None:
         raise ParityError(
             f"backend {decoder.backend} runs no CUDA graph, so there is nothing to compare; this check is for "
-            f"{' and '.join(CUDA_GRAPH_BACKENDS)}"
+            f"{' and '.join(PLAN_BACKENDS)}"
         )
     partner = setting.partner()
     replayed = decoder.prefill([setting.prompt], policy="stepwise")
@@ -162,7 +161,7 @@ def select_checks(names: Sequence[str], backend: str) -> list[str]:
         raise InputError(f"there is no check {unknown[0]!r}; known are {', '.join(CHECKS)} and all")
     if "all" not in names:
         return list(dict.fromkeys(names))
-    return [name for name in CHECKS if name != "cuda-graph" or backend in CUDA_GRAPH_BACKENDS]
+    return [name for name in CHECKS if name != "cuda-graph" or backend in PLAN_BACKENDS]
 
 
 _Side = tuple[FullDecoder, Any]  # a decoder and its state, whose last row is compared

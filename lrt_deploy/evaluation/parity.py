@@ -26,6 +26,7 @@ import numpy as np
 from lrt_deploy import activations
 from lrt_deploy.arguments import check_path
 from lrt_deploy.bundle import manifest
+from lrt_deploy.bundle.backends import BACKENDS
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.machine import cpu_model, versions
@@ -149,9 +150,7 @@ class Subject:
     @property
     def flavour(self) -> Flavour:
         """The flavour of graph that the backend runs."""
-        from lrt_deploy.runtime.backends.select import BACKENDS
-
-        return BACKENDS[self.backend]
+        return BACKENDS[self.backend].flavour
 
     @property
     def graph(self) -> Path:

@@ -10,16 +10,12 @@ import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
-from lrt_deploy.bundle.contract import Flavour
+from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
 from lrt_deploy.bundle.engine_sidecar import PLAN, build_command, engine_folder
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, QUANTIZED, not_held
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
 from lrt_deploy.errors import BackendError, BundleError
 from lrt_deploy.machine import find_gpu
-
-# The flavour of graphs that each backend runs. Best first; `auto` takes the first that is present.
-BACKENDS: dict[str, Flavour] = {**dict.fromkeys(FLAVOURS, "full"), "ort-cuda": "full", "ort-cpu": "windowed"}
 
 
 class Choice(NamedTuple):
@@ -68,15 +64,15 @@ def find_reference(folder: Path, manifest: Manifest) -> Choice:
 
 def missing(folder: Path, backend: str, precision: str) -> str | None:
     """What a backend lacks to run a precision of this bundle here; None if nothing."""
-    if backend == "ort-cpu":
-        return "ONNX Runtime has no bfloat16 on a CPU" if precision == "bf16" else None
-    if backend in FLAVOURS and not FLAVOURS[backend].installed:
-        return f"{FLAVOURS[backend].module} is not installed"
-    if backend == "ort-cuda" and importlib.util.find_spec("onnxruntime") is None:
-        return "onnxruntime is not installed"
-    gpu, reason = find_gpu()
-    if gpu is None:
-        return reason
-    if backend in FLAVOURS and not (engine_folder(folder, backend, precision) / PLAN).exists():
+    info = BACKENDS[backend]
+    if importlib.util.find_spec(info.module) is None:
+        return f"{info.module} is not installed"
+    if backend == "ort-cpu" and precision == "bf16":
+        return "ONNX Runtime has no bfloat16 on a CPU"
+    if info.needs_gpu:
+        gpu, reason = find_gpu()
+        if gpu is None:
+            return reason
+    if backend in PLAN_BACKENDS and not (engine_folder(folder, backend, precision) / PLAN).exists():
         return f"no engine is built for it (`{build_command(folder, backend, precision)}`)"
     return None
