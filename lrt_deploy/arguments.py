@@ -89,7 +89,7 @@ def check_texts(value: object, name: str) -> tuple[str, ...]:
 
 
 def check_path(value: object, name: str) -> Path:
-    """Return a path."""
+    """Return a path, whose name is UTF-8: onnxruntime opens no other file."""
     if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
         refuse(value, name, "a path")
     path = os.fspath(value)
@@ -102,6 +102,8 @@ def check_path(value: object, name: str) -> Path:
     except OSError as error:
         if error.errno in _UNREACHABLE:  # `Path.exists` and `Path.is_dir` would raise it
             raise InputError(f"{name} is {shown(path)}, which cannot be looked up: {error.strerror}") from error
+    if any("\udc80" <= char <= "\udcff" for char in path):  # bytes that Python could not decode
+        raise InputError(f"{name} is {shown(path)}, a name that is not UTF-8, which onnxruntime cannot open; rename it")
     return Path(path)
 
 

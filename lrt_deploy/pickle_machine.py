@@ -58,7 +58,7 @@ class Machine:
         """Interpret to STOP; return the one object left on the stack."""
         try:
             self._interpret()
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # the opcode reader raises many types on damaged files; all mean the same here
             raise self._error(f"is cut off or damaged, not a readable pickle ({ascii(str(error))[:200]})") from error

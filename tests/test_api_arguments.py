@@ -372,7 +372,7 @@ def test_true_is_no_token(env, row):
         env.decoder.step(env.pair() if len(row) == 2 else env.state(), row)
 
 
-@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "\ud800", "\0", "", None, 5])
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 3000, "\ud800", "latin\udcff", "\0", "", None, 5])
 def test_a_path_that_no_file_can_have_is_an_input_error_of_every_function(tmp_path, path):
     good = str(tmp_path)
     for call in (

@@ -36,7 +36,7 @@ def graph_fields(path: Path) -> dict[str, Any]:
     proto = read_graph(path)
     try:
         return model_fields(path, ir.serde.deserialize_model(proto))
-    except LRTDeployError:
+    except (LRTDeployError, MemoryError):
         raise
     except Exception as error:  # of many types, each for another contradiction in a graph
         reason = _first_line(error.__cause__ or error)
