@@ -30,7 +30,7 @@ import lrt_deploy
 from lrt_deploy.arguments import LARGEST_COUNT
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
 from lrt_deploy.cli.app import app
-from lrt_deploy.cli.bench import Task
+from lrt_deploy.cli.bench import BenchOptions, measure
 from lrt_deploy.cli.build import smoke_test
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.machine import Gpu, find_gpu
@@ -684,8 +684,8 @@ def test_ort_by_address_gives_the_tokens_of_ort_cpu(ort_on_host, decoder_of, tol
 
 
 def test_bench_measures_ort_by_address_too(ort_on_host, little_memory):
-    task = Task(ort_on_host, random_tokens(64, 320, seed=0), 8, 6, 1, None)
-    fields = task.run([16], lambda what, done, total: None)
+    asked = BenchOptions(prompt_tokens=8, new_tokens=6, repeats=1, prefill_lengths="16")
+    fields = measure(ort_on_host, random_tokens(64, 320, seed=0), asked, lambda what, done, total: None)
     assert fields["backend"] == "ort-cuda" and fields["state_bytes_copied_per_step"] is None
     assert fields["state_bytes_copied_note"] and fields["state_bytes_written_per_step"] == 4 * (4 * 2 * 32 + 64)
     assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)

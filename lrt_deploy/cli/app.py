@@ -31,7 +31,18 @@ _reported = False  # this command's error has been reported
 _UsageError: Any = typer.BadParameter.__base__
 
 
-class Commands(TyperGroup):
+class _PlainFlags:
+    """The help shows no type beside flags."""
+
+    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 - typer has its own copy of Click
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False):
+                parameter.metavar = ""
+        return parameters
+
+
+class Commands(_PlainFlags, TyperGroup):
     """All verbs. Reports errors that belong to no verb: wrong usage, and a full disk under the help."""
 
     def main(
@@ -74,7 +85,7 @@ class Commands(TyperGroup):
         return code if isinstance(code, int) else 0
 
 
-class Verb(TyperCommand):
+class Verb(_PlainFlags, TyperCommand):
     """One verb. Refuses empty paths: they would name the current folder, and come from unset shell variables."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer has its own copy of Click
@@ -89,14 +100,6 @@ class Verb(TyperCommand):
                     "it is empty; expected a path (is a shell variable unset?)", ctx=ctx, param=parameter
                 )
         return super().parse_args(ctx, args)
-
-    def get_params(self, ctx: Any) -> list[Any]:  # noqa: ANN401 - typer has its own copy of Click
-        """Return all parameters; the help shows no type beside flags."""
-        parameters: list[Any] = super().get_params(ctx)
-        for parameter in parameters:
-            if getattr(parameter, "is_flag", False):
-                parameter.metavar = ""
-        return parameters
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:  # noqa: ANN401 - typer has its own copy of Click
         """Return the pieces of the usage line, arguments without braces."""
@@ -125,14 +128,16 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
     the object.
     """
     parameters, groups = [], dict[str, Any]()
-    for parameter in inspect.signature(verb, eval_str=True).parameters.values():
-        if not dataclasses.is_dataclass(parameter.annotation):
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY))
-            continue
-        groups[parameter.name] = group = parameter.annotation
-        kinds = get_type_hints(group, include_extras=True)
-        parameters += [_option(field.name, kinds[field.name], field.default) for field in dataclasses.fields(group)]
-    parameters.append(_option("debug", options.Debug, False))
+    for name, taken in inspect.signature(verb, eval_str=True).parameters.items():
+        group = taken.annotation
+        if dataclasses.is_dataclass(group):
+            groups[name] = group
+            kinds = get_type_hints(group, include_extras=True)
+            fields = dataclasses.fields(group)
+            parameters += [options.parameter(field.name, kinds[field.name], field.default) for field in fields]
+        else:
+            parameters.append(options.parameter(name, group, taken.default))
+    parameters.append(options.parameter("debug", options.Debug, False))
 
     def run(**given: Any) -> None:  # noqa: ANN401 - the values of all options
         debug, json = given.pop("debug"), bool(given.get("json"))
@@ -149,10 +154,6 @@ def command(verb: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
-
-
-def _option(name: str, annotation: Any, default: object) -> inspect.Parameter:  # noqa: ANN401 - a type
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 def report(error: BaseException, *, json: bool, debug: bool = False, verb: str = "") -> int:
@@ -214,7 +215,8 @@ def _version(asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit."),
     ] = False,
 ) -> None:
     """Latent Recurrent Transformers, from checkpoint to running deployment."""

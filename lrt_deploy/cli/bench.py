@@ -20,6 +20,7 @@ from lrt_deploy.files import check_writable
 from lrt_deploy.machine import cpu_model, peak_rss_bytes
 
 from . import doctor, options, output
+from .options import option
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.bench.measure import DecodeTimes
@@ -88,52 +89,62 @@ def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
     return rows | ({"plot": fields["plot"]} if fields["plot"] else {})
 
 
-LENGTHS = "32,64,128,256,512,1024,2048"
 _LONGEST_CONVERGENCE = 512
 _P99_SAMPLES = 100
 
 
-def bench(
-    bundle: options.BundlePath,
-    *,
-    prompt_tokens: Annotated[int, typer.Option(help="Prompt length where decoding is measured.")] = 64,
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 64,
-    repeats: Annotated[int, typer.Option(help="Repeats of decoding, and rounds over the prefill policies.")] = 3,
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and where it is plotted."""
+
+    prompt_tokens: Annotated[int, option("Prompt length where decoding is measured.")] = 64
+    new_tokens: Annotated[int, option("Tokens decoded after it.")] = 64
+    repeats: Annotated[int, option("Repeats of decoding, and rounds over the prefill policies.")] = 3
     prefill_lengths: Annotated[
-        str,
-        typer.Option(metavar="T,T,...", help="Prompt lengths for the policies; those that do not fit are left out."),
-    ] = LENGTHS,
-    text: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Take the prompts from this text; default: random token ids.")
-    ] = None,
-    tolerance: Annotated[
-        float | None, typer.Option(help="Largest error of the latent that fixed-point prefill may leave.")
-    ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Where to plot; default: BUNDLE/reports/prefill.png.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the random token ids.")] = 0,
-    opening: options.DecoderOptions,
-    json: options.Json = False,
+        str, option("Prompt lengths for the policies; those that do not fit are left out.", "T,T,...")
+    ] = "32,64,128,256,512,1024,2048"
+    text: Annotated[str | None, option("Take the prompts from this text; default: random token ids.", "FILE")] = None
+    tolerance: Annotated[float | None, option("Largest error of the latent that fixed-point prefill may leave.")] = None
+    plot: Annotated[Path | None, option("Where to plot; default: BUNDLE/reports/prefill.png.", "FILE.png")] = None
+    seed: Annotated[int, option("Of the random token ids.")] = 0
+
+    @property
+    def lengths(self) -> list[int]:
+        """The prompt lengths, sorted; an empty text is none."""
+        parts = [part.strip() for part in self.prefill_lengths.split(",") if part.strip()]
+        for part in parts:
+            if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
+                raise typer.BadParameter(f"--prefill-lengths has {part[:40]!r} where a length is expected, as in 32,64")
+        return sorted({int(part) for part in parts})
+
+    def tokens(self, decoder: Decoder) -> list[int]:
+        """Return as many ids as the capacity holds: of the text, or random ones."""
+        from lrt_deploy.runtime.bench.measure import random_tokens
+
+        if self.text is None:
+            return random_tokens(decoder.max_seq_len, decoder.config.vocab_size, self.seed)
+        return options.prompt_ids(decoder, options.read_text(self.text))[: decoder.max_seq_len]
+
+
+def bench(
+    bundle: options.BundlePath, *, asked: BenchOptions, opening: options.DecoderOptions, json: options.Json = False
 ) -> None:
     """Measure decoding and reading prompts: times, bytes, and the share of the memory bandwidth."""
     from lrt_deploy import figures
 
-    lengths = parse_lengths(prefill_lengths)
-    if plot is not None:
+    _ = asked.lengths  # before anything is opened
+    if asked.plot is not None:
         figures.require("bench", "a plot", "--plot")
-        figures.check_target(plot)
-        check_writable(plot, InputError)
-    options.check_file(None if text in (None, "-") else Path(text), "the text")
-    options.check_tolerance(tolerance)
+        figures.check_target(asked.plot)
+        check_writable(asked.plot, InputError)
+    options.check_file(None if asked.text in (None, "-") else Path(asked.text), "the text")
+    options.check_tolerance(asked.tolerance)
     started = time.perf_counter()
     with opening.open(bundle) as decoder:
         opened_ms = (time.perf_counter() - started) * 1e3
-        task = Task(decoder, tokens(decoder, text, seed), prompt_tokens, new_tokens, repeats, tolerance)
-        fields = {"open_ms": opened_ms} | task.run(
-            lengths, output.lines(quiet=json)
-        )  # no bar: its thread would run within what is timed
-    fields["plot"] = draw(fields, bundle, plot)
+        # No bar: its thread would run within what is timed.
+        fields = {"open_ms": opened_ms} | measure(decoder, asked.tokens(decoder), asked, output.lines(quiet=json))
+    fields["plot"] = draw(fields, bundle, asked.plot)
     if json:
         output.document(fields)
     else:
@@ -142,81 +153,32 @@ def bench(
         output.table(prefill_rows(fields))
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Parse lengths, as `32,64`, and sort them; an empty text is none."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
-            raise typer.BadParameter(f"--prefill-lengths has {part[:40]!r} where a length is expected, as in 32,64")
-    return sorted({int(part) for part in parts})
+def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: output.Progress) -> dict[str, Any]:
+    """Measure everything; return the JSON fields."""
+    from lrt_deploy.runtime.bench import measure, roofline
 
-
-def tokens(decoder: Decoder, text: str | None, seed: int) -> list[int]:
-    """Return as many ids as the capacity holds: of a text, or random ones."""
-    from lrt_deploy.runtime.bench.measure import random_tokens
-
-    if text is None:
-        return random_tokens(decoder.max_seq_len, decoder.config.vocab_size, seed)
-    return options.prompt_ids(decoder, options.read_text(text))[: decoder.max_seq_len]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A decoder, and the settings of its measurement."""
-
-    decoder: Decoder
-    tokens: list[int]
-    prompt_tokens: int
-    new_tokens: int
-    repeats: int
-    tolerance: float | None
-
-    def run(self, lengths: list[int], progress: output.Progress) -> dict[str, Any]:
-        """Measure everything; return the JSON fields."""
-        if self.prompt_tokens > len(self.tokens):
-            raise InputError(
-                f"--prompt-tokens is {self.prompt_tokens}; the text and the capacity give {len(self.tokens)}"
-            )
-        fits = [length for length in lengths if length <= len(self.tokens)]
-        fields = {"backend": self.decoder.backend, "precision": self.decoder.precision} | self.decode(progress)
-        fields |= {"prefill": self.prefill(fits, progress), "convergence": self.convergence(fits, progress)}
-        return fields | {
-            "prefill_lengths_left_out": [length for length in lengths if length not in fits],
-            "environment": environment(self.decoder),
-        }
-
-    def decode(self, progress: output.Progress) -> dict[str, Any]:
-        """Measure decoding, then the bandwidth, whose arrays would count into the peak memory of decoding."""
-        from lrt_deploy.runtime.bench import measure, roofline
-
-        prompt = self.tokens[: self.prompt_tokens]
-        times = measure.measure_decode(self.decoder, prompt, self.new_tokens, self.repeats, self.tolerance, progress)
-        peak = peak_rss_bytes()
-        progress("memory bandwidth", 0, 0)
-        memory = roofline.measure(self.decoder.device, thread_count(self.decoder) or 1)
-        return decode_fields(self.decoder, times, memory) | {
-            "peak_rss_bytes": peak,
-            "prompt_tokens": self.prompt_tokens,
-            "new_tokens": self.new_tokens,
-            "repeats": self.repeats,
-        }
-
-    def prefill(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
-        """Measure every policy at every length."""
-        from lrt_deploy.runtime.bench.measure import compare_prefill
-
-        return [
+    if asked.prompt_tokens > len(tokens):
+        raise InputError(f"--prompt-tokens is {asked.prompt_tokens}; the text and the capacity give {len(tokens)}")
+    prompt, tolerance = tokens[: asked.prompt_tokens], asked.tolerance
+    times = measure.measure_decode(decoder, prompt, asked.new_tokens, asked.repeats, tolerance, progress)
+    peak = peak_rss_bytes()
+    progress("memory bandwidth", 0, 0)  # after decoding: its arrays would count into the peak memory
+    memory = roofline.measure(decoder.device, thread_count(decoder) or 1)
+    fields = {"backend": decoder.backend, "precision": decoder.precision} | decode_fields(decoder, times, memory)
+    fields |= {"peak_rss_bytes": peak}
+    fields |= {name: getattr(asked, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
+    fits = [length for length in asked.lengths if length <= len(tokens)]
+    short = [length for length in fits if 1 < length <= _LONGEST_CONVERGENCE]
+    return fields | {
+        "prefill": [
             row
-            for length in lengths
-            for row in compare_prefill(self.decoder, self.tokens[:length], self.repeats, self.tolerance, progress)
-        ]
-
-    def convergence(self, lengths: list[int], progress: output.Progress) -> list[dict[str, Any]]:
-        """Measure the error after each sweep at one length."""
-        from lrt_deploy.runtime.bench.measure import measure_convergence
-
-        short = [length for length in lengths if 1 < length <= _LONGEST_CONVERGENCE]
-        return measure_convergence(self.decoder, self.tokens[: max(short)], progress) if short else []
+            for length in fits
+            for row in measure.compare_prefill(decoder, tokens[:length], asked.repeats, tolerance, progress)
+        ],
+        "convergence": measure.measure_convergence(decoder, tokens[: max(short)], progress) if short else [],
+        "prefill_lengths_left_out": [length for length in asked.lengths if length not in fits],
+        "environment": environment(decoder),
+    }
 
 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import typer
 from lrt_deploy.errors import LRTDeployError, ParityError
 
 from . import options, output
+from .options import option
 from .output import Progress
 from .summary import product_words
 
@@ -32,53 +33,50 @@ class BuildOptions:
 
     backend: Annotated[
         options.EngineName,
-        typer.Option(
-            metavar="NAME",
-            help=f"Which TensorRT: {options.listed(options.EngineName)}; auto: tensorrt where it is installed.",
-        ),
+        option(f"Which TensorRT: {options.listed(options.EngineName)}; auto: tensorrt where it is installed.", "NAME"),
     ] = "auto"
     precision: Annotated[
         options.PrecisionName | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Precision to build: {options.listed(options.PrecisionName)}; default: the only one in it.",
-        ),
+        option(f"Precision to build: {options.listed(options.PrecisionName)}; default: the only one in it.", "NAME"),
     ] = None
     chunk_tokens: Annotated[
-        int | None,
-        typer.Option(help="Most prompt tokens that the engine takes at once; default: 512, or the bundle's capacity."),
+        int | None, option("Most prompt tokens that the engine takes at once; default: 512, or the bundle's capacity.")
     ] = None
     max_batch_size: Annotated[
-        int | None,
-        typer.Option(help="Most sequences that the engine decodes together; default and limit: the bundle's."),
+        int | None, option("Most sequences that the engine decodes together; default and limit: the bundle's.")
     ] = None
     timing_cache: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Measured kernel times, read and replaced; default: beside the engines."),
+        Path | None, option("Measured kernel times, read and replaced; default: beside the engines.", "FILE")
     ] = None
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing engine.")] = False
+    force: Annotated[bool, option("Replace an existing engine.")] = False
+
+
+@dataclass(frozen=True)
+class BuilderOptions:
+    """Options that become arguments of `lrt_deploy.build_engine` under other names, or settings of the process."""
+
+    workspace: Annotated[
+        str | None, option("Most scratch memory of a layer, in bytes or as 512MiB or 4GiB.", "SIZE")
+    ] = None
+    device: Annotated[int | None, option("GPU to build on, by CUDA's number; default: the first.")] = None
+    verbose: Annotated[bool, option("Print all messages of TensorRT on stderr.")] = False
 
 
 def build(
     bundle: options.BundlePath,
     *,
     chosen: BuildOptions,
-    workspace: Annotated[
-        str | None,
-        typer.Option(metavar="SIZE", help="Most scratch memory of a layer, in bytes or as 512MiB or 4GiB."),
-    ] = None,
-    device: Annotated[int | None, typer.Option(help="GPU to build on, by CUDA's number; default: the first.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Print all messages of TensorRT on stderr.")] = False,
+    builder: BuilderOptions,
     json: options.Json = False,
 ) -> None:
     """Build a TensorRT engine from a bundle, after verifying that its network is what the precision expects."""
     from lrt_deploy import build_engine
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
 
-    arguments = dataclasses.asdict(chosen) | {"on_message": print_message if verbose else None}
-    arguments["workspace_bytes"] = None if workspace is None else parse_bytes(workspace)
-    if device is not None:
-        use_device(device)
+    arguments = dataclasses.asdict(chosen) | {"on_message": print_message if builder.verbose else None}
+    arguments["workspace_bytes"] = None if builder.workspace is None else parse_bytes(builder.workspace)
+    if builder.device is not None:
+        use_device(builder.device)
     with output.progress(quiet=json) as progress:
         sidecar = build_engine(bundle, **arguments, progress=progress)
         plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN

@@ -34,7 +34,7 @@ _HELP = """\
 class ChatOptions(options.GenerationOptions):
     """Options of the answers; they may be longer than those of `generate`."""
 
-    max_new_tokens: Annotated[int, options.sampling_option(help="Stop after this many tokens.")] = 256
+    max_new_tokens: Annotated[int, options.option("Stop after this many tokens.", panel=options.SAMPLING)] = 256
 
 
 def chat(
@@ -42,7 +42,7 @@ def chat(
     *,
     system: Annotated[str | None, typer.Option(help="System message, joined to the first message.")] = None,
     generation: ChatOptions,
-    reading: options.PrefillOptions,
+    reading: options.PromptOptions,
     opening: options.DecoderOptions,
     json: options.Json = False,
 ) -> None:

@@ -36,7 +36,7 @@ class Conversation:
     tokenizer: Tokenizer
     system: str | None
     generation: options.GenerationOptions
-    reading: options.PrefillOptions
+    reading: options.PromptOptions
     history: list[int] = field(default_factory=list)
     state: DecodeState | None = None
     turns: list[int] = field(default_factory=list)  # tokens of the history before each turn

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from . import options, output, summary
+from .options import option
 
 
 @dataclass(frozen=True)
@@ -19,41 +20,27 @@ class ExportOptions:
 
     tokenizer: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="Tokenizer folder, or its tokenizer.pkl or .json; none: without; default: the checkpoint's.",
-        ),
+        option("Tokenizer folder, or its tokenizer.pkl or .json; none: without; default: the checkpoint's.", "PATH"),
     ] = None
-    step: Annotated[int | None, typer.Option(help="Which saved step; default: the last.")] = None
+    step: Annotated[int | None, option("Which saved step; default: the last.")] = None
     precision: Annotated[
-        list[options.PrecisionItem] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.",
-        ),
+        list[options.PrecisionName] | None,
+        option(f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.", "NAME"),
     ] = None
-    max_seq_len: Annotated[
-        int | None, typer.Option(help="Tokens a sequence can hold; default: the model's sequence_len.")
-    ] = None
-    max_batch_size: Annotated[int, typer.Option(help="Sequences that can run together.")] = 8
+    max_seq_len: Annotated[int | None, option("Tokens a sequence can hold; default: the model's sequence_len.")] = None
+    max_batch_size: Annotated[int, option("Sequences that can run together.")] = 8
     calibration: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Text on which ranges and int8 activations are measured; default: our own."),
+        Path | None, option("Text on which ranges and int8 activations are measured; default: our own.", "FILE")
     ] = None
     keep_high: Annotated[
-        list[str] | None,
-        typer.Option(help="Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all."),
+        list[str] | None, option("Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all.")
     ] = None
-    compensate: Annotated[
-        bool, typer.Option("--compensate", help="Round int4 weights so that errors make up for each other.")
-    ] = False
+    compensate: Annotated[bool, option("Round int4 weights so that errors make up for each other.")] = False
     int4_block: Annotated[
-        Literal["32", "64", "128"] | None, typer.Option(help="Rows of a matrix that share an int4 scale; default: 32.")
+        Literal["32", "64", "128"] | None, option("Rows of a matrix that share an int4 scale; default: 32.")
     ] = None
-    host_embeddings: Annotated[
-        bool, typer.Option("--host-embeddings", help="Keep embedding tables out of graphs, engines and GPU memory.")
-    ] = False
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False
+    host_embeddings: Annotated[bool, option("Keep embedding tables out of graphs, engines and GPU memory.")] = False
+    force: Annotated[bool, option("Replace an existing bundle.")] = False
 
     def arguments(self) -> dict[str, Any]:
         """Return keyword arguments for `export_bundle`: plain types, and `--keep-high none` as an empty list."""

@@ -27,7 +27,7 @@ def generate(
     ] = None,
     tokens: options.Tokens = None,
     generation: options.GenerationOptions,
-    reading: options.PrefillOptions,
+    reading: options.PromptOptions,
     opening: options.DecoderOptions,
     json: options.Json = False,
 ) -> None:
@@ -56,7 +56,7 @@ def events(
     decoder: Decoder,
     ids: list[int],
     cache: PromptCache | None,
-    reading: options.PrefillOptions,
+    reading: options.PromptOptions,
     generation: options.GenerationOptions,
 ) -> Iterator[Event]:
     """Read the prompt, through the cache if there is one, and generate."""

@@ -113,7 +113,7 @@ _KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help=f"{_KNOWN[0].upper()}{_KNOWN[1:]}.")],
-    verify: options.Verify = False,
+    verify: Annotated[bool, options.option(options.VERIFY)] = False,
     json: options.Json = False,
 ) -> None:
     """Tell what a bundle, checkpoint, graph or engine holds."""

@@ -1,6 +1,6 @@
 """The options that several verbs share, each declared once, and the objects that they become.
 
-A dataclass among the parameters of a verb stands for its fields (see `app.command`). Names of backends, precisions and
+A dataclass among the parameters of a verb stands for its fields (see `parameters`). Names of backends, precisions and
 prefill policies are spelled out here, so that `--help` and completion list them and a wrong one is a usage error.
 Whether a number is in its range is checked by the library.
 """
@@ -8,13 +8,14 @@ Whether a number is in its range is checked by the library.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import sys
 from dataclasses import dataclass
 from enum import StrEnum
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, get_origin
 
 import typer
 
@@ -40,6 +41,8 @@ else:
     PrecisionName = Literal[PRECISIONS]
 PolicyName = Literal["auto", "stepwise", "fixed-point", "zero"]  # `types.PrefillPolicy`, without its import of numpy
 
+SAMPLING, RUNNING = "How tokens are chosen", "What runs it"  # groups of options in the help
+
 
 def listed(names: Any) -> str:  # noqa: ANN401 - a literal type
     """Join the values of a literal type for a help text."""
@@ -47,31 +50,33 @@ def listed(names: Any) -> str:  # noqa: ANN401 - a literal type
     return f"{', '.join(others)} or {last}"
 
 
-# Typer takes literal types for single values and enums for lists of them.
-if TYPE_CHECKING:
-    PrecisionItem = str
-else:
-    PrecisionItem = StrEnum("PrecisionItem", [(name, name) for name in get_args(PrecisionName)])
+def option(help: str, metavar: str | None = None, panel: str | None = None) -> Any:  # noqa: ANN401 - typer's type
+    """Declare an option: its help, the word for its value, and its group in the help."""
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=panel)
+
+
+def parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:  # noqa: ANN401 - a type
+    """Return a parameter as typer takes it: flags have no `--no-` form, and lists of literals hold enums."""
+    kind, *declared = get_args(annotation)
+    if kind is bool:
+        declared[0].param_decls = (f"--{name.replace('_', '-')}",)
+    item = next(iter(get_args(next(iter(get_args(kind)), None))), None)  # of `list[item] | None`
+    if get_origin(item) is Literal:
+        kind = list[StrEnum("Item", [(value, value) for value in get_args(item)])] | None  # type: ignore[misc]
+    annotation = Annotated[kind, declared[0]]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by `lrt-deploy export`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout and nothing else.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Print the traceback of an error.")]
-Prompt = Annotated[str | None, typer.Option(help="Prompt text; <|bos|> is put in front.")]
-Tokens = Annotated[str | None, typer.Option(metavar="1,2,3", help="Prompt as token ids, taken as they are.")]
-
-
-def sampling_option(*names: str, help: str, **settings: Any) -> Any:  # noqa: ANN401 - as typer calls it
-    """Declare an option on the choice of tokens."""
-    return typer.Option(*names, help=help, rich_help_panel="How tokens are chosen", **settings)
-
-
-def _running(*names: str, help: str, **settings: Any) -> Any:  # noqa: ANN401 - as typer calls it
-    return typer.Option(*names, help=help, rich_help_panel="What runs it", **settings)
-
-
-Verify = Annotated[bool, _running("--verify", help="Hash all files again, also those found intact before.")]
-Prefill = Annotated[PolicyName, _running(metavar="NAME", help=f"How prompts are read: {listed(PolicyName)}.")]
-Tolerance = Annotated[float | None, _running(help="Largest error of the latent that an iterated prefill may leave.")]
+Json = Annotated[bool, option("Print exactly one JSON document on stdout and nothing else.")]
+Debug = Annotated[bool, option("Print the traceback of an error.")]
+Prompt = Annotated[str | None, option("Prompt text; <|bos|> is put in front.")]
+Tokens = Annotated[str | None, option("Prompt as token ids, taken as they are.", "1,2,3")]
+Prefill = Annotated[PolicyName, option(f"How prompts are read: {listed(PolicyName)}.", "NAME", RUNNING)]
+Tolerance = Annotated[
+    float | None, option("Largest error of the latent that an iterated prefill may leave.", panel=RUNNING)
+]
+VERIFY = "Hash all files again, also those found intact before."
 
 
 @dataclass(frozen=True)
@@ -80,21 +85,19 @@ class DecoderOptions:
 
     backend: Annotated[
         BackendName,
-        _running(
-            metavar="NAME",
-            help=f"What runs the model: {listed(BackendName)}; `lrt-deploy doctor` says which can run here.",
+        option(
+            f"What runs the model: {listed(BackendName)}; `lrt-deploy doctor` says which can run here.", "NAME", RUNNING
         ),
     ] = "ort-cpu"
     precision: Annotated[
         PrecisionName | None,
-        _running(
-            metavar="NAME",
-            help=f"Precision to run: {listed(PrecisionName)}; default: the most precise in the bundle.",
-        ),
+        option(f"Precision to run: {listed(PrecisionName)}; default: the most precise in the bundle.", "NAME", RUNNING),
     ] = None
-    max_seq_len: Annotated[int | None, _running(help="Lower the capacity of a sequence, and its memory.")] = None
-    threads: Annotated[int | None, _running(help="CPU threads.")] = None
-    verify: Verify = False
+    max_seq_len: Annotated[int | None, option("Lower the capacity of a sequence, and its memory.", panel=RUNNING)] = (
+        None
+    )
+    threads: Annotated[int | None, option("CPU threads.", panel=RUNNING)] = None
+    verify: Annotated[bool, option(VERIFY, panel=RUNNING)] = False
 
     def open(self, bundle: Path, cuda_graph: bool = True) -> Decoder:
         """Open the decoder; with `auto`, print which backend was taken and why."""
@@ -107,16 +110,15 @@ class DecoderOptions:
 
 
 @dataclass(frozen=True)
-class PrefillOptions:
+class PromptOptions:
     """Options of the verbs that read prompts to go on from them."""
 
     prefill: Prefill = "auto"
     tolerance: Tolerance = None
     prompt_cache: Annotated[
         Path | None,
-        _running(
-            metavar="DIR",
-            help="Keep what was read of prompts in this folder, and reuse it; other processes may share it.",
+        option(
+            "Keep what was read of prompts in this folder, and reuse it; other processes may share it.", "DIR", RUNNING
         ),
     ] = None
 
@@ -141,17 +143,17 @@ class PrefillOptions:
 class GenerationOptions:
     """Options of the verbs that generate. Values out of range raise InputError."""
 
-    max_new_tokens: Annotated[int, sampling_option(help="Stop after this many tokens.")] = 64
-    temperature: Annotated[float, sampling_option(help="0 is greedy.")] = 0.0
-    top_k: Annotated[int, sampling_option(help="Keep the k most likely tokens; 0 is off.")] = 0
-    top_p: Annotated[float, sampling_option(help="Keep the smallest set of this probability.")] = 1.0
-    min_p: Annotated[float, sampling_option(help="Keep what has this share of the most likely token's.")] = 0.0
-    repetition_penalty: Annotated[float, sampling_option(help="Above 1 discourages tokens that occurred.")] = 1.0
-    seed: Annotated[int | None, sampling_option(help="Makes sampling repeatable.")] = None
-    stop: Annotated[list[str] | None, sampling_option(help="Stop at this text, which is left out; repeatable.")] = None
-    ignore_stop_tokens: Annotated[
-        bool, sampling_option("--ignore-stop-tokens", help="Go on after <|assistant_end|> and <|bos|>.")
-    ] = False
+    max_new_tokens: Annotated[int, option("Stop after this many tokens.", panel=SAMPLING)] = 64
+    temperature: Annotated[float, option("0 is greedy.", panel=SAMPLING)] = 0.0
+    top_k: Annotated[int, option("Keep the k most likely tokens; 0 is off.", panel=SAMPLING)] = 0
+    top_p: Annotated[float, option("Keep the smallest set of this probability.", panel=SAMPLING)] = 1.0
+    min_p: Annotated[float, option("Keep what has this share of the most likely token's.", panel=SAMPLING)] = 0.0
+    repetition_penalty: Annotated[float, option("Above 1 discourages tokens that occurred.", panel=SAMPLING)] = 1.0
+    seed: Annotated[int | None, option("Makes sampling repeatable.", panel=SAMPLING)] = None
+    stop: Annotated[list[str] | None, option("Stop at this text, which is left out; repeatable.", panel=SAMPLING)] = (
+        None
+    )
+    ignore_stop_tokens: Annotated[bool, option("Go on after <|assistant_end|> and <|bos|>.", panel=SAMPLING)] = False
 
     def __post_init__(self) -> None:
         from lrt_deploy.runtime.sampling import SamplingOptions

@@ -217,22 +217,26 @@ def for_people() -> bool:
 
 
 def lines(quiet: bool = False) -> Progress:
-    """Return a progress function that prints a line for each new `what`, and its share every ten seconds.
+    """Return a progress function that prints a line for each new `what`, its share every ten seconds, and its end.
 
     Nothing is printed if `quiet`; a signal whose exception got lost is raised all the same.
     """
-    seen: dict[str, float] = {}  # the time of each one's last line
+    times: dict[str, float] = {}  # of each one's last line
+    shares: dict[str, str] = {}  # each one's last share, where one was printed
 
     def show(what: str, done: int, total: int) -> None:
         signals.check()
         now = time.monotonic()
-        if quiet or now - seen.get(what, -math.inf) < _EVERY_S:
+        due = now - times.get(what, -math.inf) >= _EVERY_S or (what in shares and done == total)
+        share = f"{done / total:.0%}" if total else ""
+        if quiet or not due or share == shares.get(what):
             return
-        if what not in seen:
+        if what not in times:
             say(what)
-        elif total:
-            say(f"{what}: {done / total:.0%}")
-        seen[what] = now
+        elif share:
+            say(f"{what}: {share}")
+            shares[what] = share
+        times[what] = now
 
     return show
 

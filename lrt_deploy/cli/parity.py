@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lrt_deploy import figures
+from lrt_deploy import figures, tolerances
+from lrt_deploy.bundle import kinds
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import CheckpointError, LRTDeployError
 
 from . import options, output
+from .options import option
 
 if TYPE_CHECKING:
     from lrt_deploy.evaluation.report import ParityReport
@@ -31,48 +33,65 @@ if TYPE_CHECKING:
 CheckName = Literal[
     "fixed-point-vs-stepwise", "chunked-vs-whole", "batch-vs-alone", "restored-vs-straight", "cuda-graph", "all"
 ]
-if TYPE_CHECKING:
-    _CheckItem = str
-else:
-    _CheckItem = StrEnum("_CheckItem", [(name, name) for name in get_args(CheckName)])
 
 
 @dataclass(frozen=True)
 class ComparisonOptions:
     """Options of `lrt_deploy.parity` beside the prompt, by the same names."""
 
-    step: Annotated[int | None, typer.Option(help="Which saved step of the checkpoint; default: the last.")] = None
+    step: Annotated[int | None, option("Which saved step of the checkpoint; default: the last.")] = None
     steps: Annotated[
-        int | None, typer.Option(help="Decode steps after the prompt; default: 128, or what the capacity leaves.")
+        int | None, option("Decode steps after the prompt; default: 128, or what the capacity leaves.")
     ] = None
-    bisect: Annotated[
-        bool, typer.Option("--bisect", help="Name the first position, layer, tensor and op that differ.")
-    ] = False
-    max_kl: Annotated[
-        float | None,
-        typer.Option(metavar="KL", help="Largest mean KL in nats, in precisions judged by quality."),
-    ] = None
+    bisect: Annotated[bool, option("Name the first position, layer, tensor and op that differ.")] = False
+    max_kl: Annotated[float | None, option("Largest mean KL in nats, in precisions judged by quality.", "KL")] = None
     min_agreement: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Smallest share of equal first choices, 0 to 1, likewise."),
+        float | None, option("Smallest share of equal first choices, 0 to 1, likewise.", "SHARE")
     ] = None
-    float64: Annotated[
-        bool, typer.Option("--float64", help="Run the reference in float64, to see its own rounding drop out.")
-    ] = False
+    float64: Annotated[bool, option("Run the reference in float64, to see its own rounding drop out.")] = False
     prefill: options.Prefill = "fixed-point"
     tolerance: options.Tolerance = None
 
 
-def write_reports(bundle: Path, folder: Path, fields: dict[str, Any]) -> None:
-    """Write the report and put the path of its page, or what went wrong, into `fields`."""
-    try:
-        fields["report"] = str(write_page(folder, bundle.resolve().name, fields))
-    except (OSError, LRTDeployError) as error:
-        fields["report"] = None
-        fields["report_error"] = (
-            f"the report could not be written to {folder}: {getattr(error, 'strerror', None) or error}; give a folder "
-            "that can be written with --report-dir"
-        )
+@dataclass(frozen=True)
+class CheckOptions:
+    """Comparisons that need no checkpoint."""
+
+    check: Annotated[
+        list[CheckName] | None,
+        option(
+            f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.", "NAME"
+        ),
+    ] = None
+    golden: Annotated[
+        Path | None, option("Compare with recorded logits and latents; needs no checkpoint.", "FILE.npz")
+    ] = None
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Where the report goes; nowhere by default."""
+
+    report: Annotated[bool, option("Write a page and pictures to BUNDLE/reports.")] = False
+    report_dir: Annotated[Path | None, option("Write them there instead.", "DIR")] = None
+
+    def __post_init__(self) -> None:
+        if self.report or self.report_dir:
+            figures.require("report", "a report", "--report")
+
+    def write(self, bundle: Path, fields: dict[str, Any]) -> None:
+        """Write the report, if asked for, and put the path of its page, or what went wrong, into `fields`."""
+        if not (self.report or self.report_dir):
+            return
+        folder = self.report_dir or bundle / "reports"
+        try:
+            fields["report"] = str(write_page(folder, bundle.resolve().name, fields))
+        except (OSError, LRTDeployError) as error:
+            fields["report"] = None
+            fields["report_error"] = (
+                f"the report could not be written to {folder}: {getattr(error, 'strerror', None) or error}; give a "
+                "folder that can be written with --report-dir"
+            )
 
 
 def write_page(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
@@ -117,37 +136,36 @@ _CHECK_STEPS = 16
 
 
 def run_checks(
-    bundle: Path,
     decoder: Decoder,
-    opening: options.DecoderOptions,
-    names: Sequence[str],
+    reopen: Callable[[], Decoder],
+    asked: CheckOptions,
     prompt: list[int],
     tolerance: float | None,
+    quiet: bool,
 ) -> list[dict[str, Any]]:
-    """Run the named checks of a decoder against itself; return their JSON fields."""
-    from lrt_deploy.evaluation.checks import CHECKS, Setting, select_checks
-    from lrt_deploy.tolerances import limits
+    """Run the checks that need no checkpoint, on a prompt; return the JSON fields of each.
 
-    with contextlib.ExitStack() as opened:
-        setting = Setting(
-            prompt,
-            max(1, min(_CHECK_STEPS, decoder.max_seq_len - len(prompt))),
-            limits(decoder.precision),
-            tolerance,
-            decoder.manifest.max_batch_size,
-            lambda: opened.enter_context(opening.open(bundle, cuda_graph=False)),
-        )
-        return [CHECKS[name](decoder, setting).to_dict() for name in select_checks(names, decoder.backend)]
+    `reopen` opens the same bundle without CUDA graphs.
+    """
+    from lrt_deploy.evaluation.checks import CHECKS, Setting, compare_with_recording, read_recording, select_checks
 
-
-def against_golden(decoder: Decoder, golden: Path, quiet: bool) -> dict[str, Any]:
-    """Compare a decoder with recorded arrays; return the JSON fields."""
-    from lrt_deploy.evaluation.checks import compare_with_recording, read_recording
-    from lrt_deploy.tolerances import limits
-
-    recording = read_recording(golden, decoder.config)
-    with output.progress(quiet) as progress:
-        return compare_with_recording(decoder, recording, limits(decoder.precision), progress).to_dict()
+    found: list[Any] = []
+    limits = tolerances.limits(decoder.precision)
+    with contextlib.ExitStack() as opened, output.progress(quiet) as progress:
+        if asked.check:
+            setting = Setting(
+                prompt,
+                max(1, min(_CHECK_STEPS, decoder.max_seq_len - len(prompt))),
+                limits,
+                tolerance,
+                decoder.manifest.max_batch_size,
+                lambda: opened.enter_context(reopen()),
+            )
+            found += [CHECKS[name](decoder, setting) for name in select_checks(asked.check, decoder.backend)]
+        if asked.golden:
+            recording = read_recording(asked.golden, decoder.config)
+            found.append(compare_with_recording(decoder, recording, limits, progress))
+    return [check.to_dict() for check in found]
 
 
 def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -170,79 +188,52 @@ def parity(
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
     comparison: ComparisonOptions,
-    check: Annotated[
-        list[_CheckItem] | None,
-        typer.Option(
-            metavar="NAME",
-            help=f"Check the decoder against itself: {options.listed(CheckName)}; repeatable, needs no checkpoint.",
-        ),
-    ] = None,
-    golden: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.npz", help="Compare with recorded logits and latents; needs no checkpoint."),
-    ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Write a page and pictures to BUNDLE/reports.")] = False,
-    report_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Write them there instead.")] = None,
+    own: CheckOptions,
+    reporting: ReportOptions,
     opening: options.DecoderOptions,
     json: options.Json = False,
 ) -> None:
     """Compare a bundle with its checkpoint: weights, arithmetic, quality. Exits with 1 if one of them fails."""
     chosen = options.one_prompt(prompt, tokens)
-    if checkpoint is None and not (check or golden):
+    alone = not (own.check or own.golden)
+    if checkpoint is None and alone:
         raise typer.BadParameter(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
-    check_inputs(checkpoint, golden, comparison.tolerance)
-    if report or report_dir is not None:
-        figures.require("report", "a report", "--report")
-    from lrt_deploy.evaluation.parity import (
-        ParityOptions,
-        default_prompt,
-        parity_of,
-        parity_of_stored,
-        stored_only_precision,
-    )
+    if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
+        raise CheckpointError(mistaken)
+    options.check_file(checkpoint, "the checkpoint")
+    options.check_file(own.golden, "the recording")
+    options.check_tolerance(comparison.tolerance)
+    from lrt_deploy.evaluation import parity as library
 
-    asked = ParityOptions(chosen, **dataclasses.asdict(comparison))
+    asked = library.ParityOptions(chosen, **dataclasses.asdict(comparison))
     checked: list[dict[str, Any]] = []
-    stored_only = None if check or golden else stored_only_precision(bundle, opening.backend, opening.precision)
-    if stored_only is not None and checkpoint is not None:
+    stored = library.stored_only_precision(bundle, opening.backend, opening.precision) if alone else None
+    if stored is not None and checkpoint is not None:
         with output.progress(json) as progress:
-            fields = document(parity_of_stored(bundle, checkpoint, stored_only, asked, opening.verify, progress))
+            fields = document(library.parity_of_stored(bundle, checkpoint, stored, asked, opening.verify, progress))
     else:
         with opening.open(bundle) as decoder:
-            ids = default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
-            checked += (
-                run_checks(bundle, decoder, opening, list(map(str, check)), ids, asked.tolerance) if check else []
-            )
-            checked += [against_golden(decoder, golden, json)] if golden else []
+            ids = library.default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
+            reopen = functools.partial(opening.open, bundle, cuda_graph=False)
+            checked = run_checks(decoder, reopen, own, ids, asked.tolerance, json)
             if checkpoint is None:
                 fields = checks_document(decoder, checked)
             else:
                 with output.progress(json) as progress:
-                    fields = document(parity_of(bundle, decoder, checkpoint, asked, progress))
+                    fields = document(library.parity_of(bundle, decoder, checkpoint, asked, progress))
     fields["checks"] = checked
     fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checked)
-    if checkpoint and (report or report_dir is not None):
-        write_reports(bundle, report_dir or bundle / "reports", fields)
+    if checkpoint:
+        reporting.write(bundle, fields)
     show(fields, json)
     if not fields["passed"]:
         raise typer.Exit(1)
 
 
-def check_inputs(checkpoint: Path | None, golden: Path | None, tolerance: float | None) -> None:
-    """Raise CheckpointError or InputError for files that do not exist or are something else."""
-    from lrt_deploy.bundle import kinds
-
-    if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
-        raise CheckpointError(mistaken)
-    options.check_file(checkpoint, "the checkpoint")
-    options.check_file(golden, "the recording")
-    options.check_tolerance(tolerance)
-
-
 def document(report: ParityReport) -> dict[str, Any]:
-    """Return the JSON fields of a report."""
+    """Return the JSON fields of a report, the bisection's in their own form."""
     from lrt_deploy.evaluation.report import as_json
 
     fields = report.to_dict()
@@ -282,5 +273,5 @@ def rows(fields: dict[str, Any]) -> dict[str, object]:
     for part in ("weights", "arithmetic", "quality"):
         if fields.get(part):
             shown[part] = "passed" if fields[part]["passed"] else "failed"
-    hidden = ("passed", "verdict", "report_error", *(name for name, value in shown.items() if value is None))
-    return {name.replace("_", " "): value for name, value in shown.items() if name not in hidden}
+    hidden = ("passed", "verdict", "report_error")
+    return {name.replace("_", " "): value for name, value in shown.items() if value is not None and name not in hidden}

@@ -120,9 +120,9 @@ def check_weights(
     checks: list[MatrixCheck] = []
     names = [name for name, source in sources.items() if source.transposed or name in TABLES]
     for matrix in stored:
-        progress("comparing the stored weights", len(checks), len(names))
         expected = expected_matrix(sources[matrix.name], tensors)
         checks.append(check_matrix(matrix, expected, precision, compensated))
+        progress("comparing the stored weights", len(checks), len(names))
     worst = max(checks, key=lambda check: check.badness, default=None)
     failed = tuple(check for check in checks if not check.passed)
     return WeightsPart(not failed, worst, len(checks), failed)

@@ -84,8 +84,8 @@ def measure_decode(
     first: list[float] = []
     following: list[float] = []
     for repeat in range(repeats):
-        progress("decoding", repeat, repeats)
         times = _decode_once(decoder, prompt, new_tokens, tolerance)
+        progress("decoding", repeat + 1, repeats)
         first.append(times[0] * 1e3)
         following += [seconds * 1e3 for seconds in times[1:]]
     state = decoder.prefill([prompt], tolerance=tolerance)
@@ -202,8 +202,8 @@ def compare_prefill(
     reference: DecodeState | None = None
     for number in range(rounds):
         for index, measured in enumerate(found):
-            progress(f"reading {len(tokens)} tokens", number * len(found) + index, rounds * len(found))
             state = _prefill(decoder, tokens, measured, tolerance)
+            progress(f"reading {len(tokens)} tokens", number * len(found) + index + 1, rounds * len(found))
             reference = reference or state
             if number == 0:
                 measured.report = state.prefill
