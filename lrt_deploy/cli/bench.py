@@ -145,12 +145,7 @@ def bench(
         # No bar: its thread would run within what is timed.
         fields = {"open_ms": opened_ms} | measure(decoder, asked.tokens(decoder), asked, output.lines(quiet=json))
     fields["plot"] = draw(fields, bundle, asked.plot)
-    if json:
-        output.document(fields)
-    else:
-        output.answer(summary(fields, _LONGEST_CONVERGENCE))
-        output.table(decode_rows(fields))
-        output.table(prefill_rows(fields))
+    output.result(json, fields, summary(fields, _LONGEST_CONVERGENCE), decode_rows(fields), prefill_rows(fields))
 
 
 def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: output.Progress) -> dict[str, Any]:

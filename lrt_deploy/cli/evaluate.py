@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -16,17 +16,13 @@ from lrt_deploy.errors import InputError
 
 from . import options, output
 
-if TYPE_CHECKING:
-    from lrt_deploy.evaluation.bits_per_byte import Rows
-    from lrt_deploy.text.tokenizer import Tokenizer
-
 
 def evaluate(
     bundle: options.BundlePath,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="UTF-8 text, or .npz with token rows x and y.")],
     *,
     batch_size: Annotated[
-        int | None, typer.Option(help="Rows that run together; default: as many as the bundle allows.")
+        int | None, options.option("Rows that run together; default: as many as the bundle allows.")
     ] = None,
     opening: options.DecoderOptions,
     json: options.Json = False,
@@ -43,17 +39,18 @@ def evaluate(
         largest = decoder.manifest.max_batch_size
         if batch_size is not None and not 1 <= batch_size <= largest:
             raise InputError(f"--batch-size is {batch_size}; this bundle was exported for 1 to {largest} sequences")
-        x, y = rows(file, decoder.tokenizer, decoder.max_seq_len)
+        x: bits_per_byte.Rows
+        y: bits_per_byte.Rows
+        if file.suffix == ".npz":
+            x, y = bits_per_byte.rows_from_npz(file)
+        else:
+            text = options.read_text(str(file))
+            x, y = bits_per_byte.rows_from_text(text, decoder.tokenizer, decoder.max_seq_len)
         started = time.perf_counter()
         with output.progress(quiet=json) as progress:
-            result = bits_per_byte.evaluate(
-                decoder,
-                x,
-                y,
-                decoder.tokenizer.byte_lengths,
-                largest if batch_size is None else batch_size,
-                progress,
-            )
+            rows_at_once = largest if batch_size is None else batch_size
+            lengths = decoder.tokenizer.byte_lengths
+            result = bits_per_byte.evaluate(decoder, x, y, lengths, rows_at_once, progress)
         seconds = time.perf_counter() - started
     fields = {
         "bits_per_byte": result.bits_per_byte,
@@ -64,24 +61,10 @@ def evaluate(
         "precision": decoder.precision,
         "buckets": [dataclasses.asdict(bucket) for bucket in result.buckets],
     }
-    if json:
-        output.document(fields)
-    else:
-        output.answer(f"{result.bits_per_byte:.6f} bits per byte")
-        output.table({name: str(value) for name, value in fields.items() if name not in ("bits_per_byte", "buckets")})
-        output.table(
-            {
-                f"positions {bucket.first} to {bucket.last}": f"{bucket.bits_per_byte:.4f} bits per byte "
-                f"({bucket.tokens} tokens)"
-                for bucket in result.buckets
-            }
-        )
-
-
-def rows(file: Path, tokenizer: Tokenizer, max_seq_len: int) -> tuple[Rows, Rows]:
-    """Return inputs and targets: the arrays of an .npz, or the rows that a text is cut into."""
-    from lrt_deploy.evaluation.bits_per_byte import rows_from_npz, rows_from_text
-
-    if file.suffix == ".npz":
-        return rows_from_npz(file)
-    return rows_from_text(options.read_text(str(file)), tokenizer, max_seq_len)
+    shown = {name: str(value) for name, value in fields.items() if name not in ("bits_per_byte", "buckets")}
+    buckets = {
+        f"positions {bucket.first} to {bucket.last}": f"{bucket.bits_per_byte:.4f} bits per byte "
+        f"({bucket.tokens} tokens)"
+        for bucket in result.buckets
+    }
+    output.result(json, fields, f"{result.bits_per_byte:.6f} bits per byte", shown, buckets)

@@ -68,8 +68,6 @@ def export(
     with output.progress(quiet=json) as progress:
         manifest = export_bundle(checkpoint, bundle, **chosen.arguments(), progress=progress)
     seconds = time.perf_counter() - started
-    if json:
-        output.document(manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)})
-        return
-    output.answer(f"exported {bundle} ({summary.disk_text(bundle)}) in {seconds:.1f} s")
-    output.table(summary.bundle_rows(manifest))
+    fields = manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)}
+    size = output.bytes_text(sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()))
+    output.result(json, fields, f"exported {bundle} ({size}) in {seconds:.1f} s", summary.bundle_rows(manifest))

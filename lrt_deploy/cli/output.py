@@ -157,6 +157,16 @@ def document(fields: Mapping[str, Any]) -> None:
     _document(fields)
 
 
+def result(json: bool, fields: Mapping[str, Any], line: str, *tables: Mapping[str, object]) -> None:
+    """Print the result of a verb: with `json` the document, else a line on stdout and tables on stderr."""
+    if json:
+        document(fields)
+    else:
+        answer(line)
+        for rows in tables:
+            table(rows)
+
+
 def failure(kind: str, message: str) -> None:
     """Print an error as the one JSON document on stdout, unless a document stands there already."""
     with contextlib.suppress(OSError):  # a full disk under stdout: the message stands on stderr too

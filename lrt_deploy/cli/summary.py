@@ -5,8 +5,8 @@ Counts follow from the configuration alone, so no weights are read and no torch 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .output import bytes_text, count_text
@@ -18,26 +18,22 @@ if TYPE_CHECKING:
 TABLES = ("wte", "value_embeds")
 
 
-def kinds_of_tensors(config: LRTConfig) -> dict[str, str]:
-    """Map the name of each tensor in the checkpoint to `tables` (a token reads one row), `matrices` or `other`."""
+def parameter_counts(config: LRTConfig, elements: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Count parameters by kind: `tables` (a token reads one row), `matrices`, `other`.
+
+    `elements` maps the tensors of a checkpoint to their sizes; one that the config does not name counts as other.
+    None: all tensors of the config, with the rows that pad the vocabulary.
+    """
     from lrt_deploy.bundle.weights import weight_sources
 
-    kinds: dict[str, str] = {}
+    kinds, expected = dict[str, str](), dict[str, int]()
     for name, source in weight_sources(config).items():
         flat = all(len(shape) == 1 for shape in source.shapes)
-        kind = "tables" if name in TABLES else "other" if flat else "matrices"
-        kinds |= dict.fromkeys(source.names, kind)
-    return kinds
-
-
-def parameter_counts(config: LRTConfig) -> dict[str, int]:
-    """Count parameters by kind, rows that pad the vocabulary included."""
-    from lrt_deploy.bundle.weights import weight_sources
-
-    kinds, counts = kinds_of_tensors(config), {"matrices": 0, "tables": 0, "other": 0}
-    for source in weight_sources(config).values():
-        for name, shape in zip(source.names, source.shapes, strict=True):
-            counts[kinds[name]] += prod(shape)
+        kinds |= dict.fromkeys(source.names, "tables" if name in TABLES else "other" if flat else "matrices")
+        expected |= dict(zip(source.names, map(prod, source.shapes), strict=True))
+    counts = {"matrices": 0, "tables": 0, "other": 0}
+    for name, size in (expected if elements is None else elements).items():
+        counts[kinds.get(name, "other")] += size
     return counts
 
 
@@ -63,15 +59,13 @@ def tokenizer_line(tokens: int | None, vocab_size: int) -> str:
     )
 
 
-def disk_text(folder: Path) -> str:
-    """Format the size of all files in a folder."""
-    return bytes_text(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
-
-
 def bundle_rows(manifest: Manifest) -> dict[str, str]:
     """Return the rows of a table on a bundle."""
+    from lrt_deploy.bundle.manifest import table_path
+
     origin = manifest.provenance.get("checkpoint") or {}
     chosen = {"checkpoint": str(origin["chosen"])} if origin.get("chosen") else {}
+    sizes = ", ".join(f"{p} {bytes_text(manifest.files[table_path(p)].bytes)}" for p in manifest.tables)
     return {
         "model": model_line(manifest.model),
         **chosen,
@@ -79,18 +73,9 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
         **precision_rows(manifest),
         "capacity": f"{manifest.max_seq_len} tokens, {manifest.max_batch_size} sequences",
         "prefill": ", ".join(manifest.prefill_policies),
-        **table_rows(manifest),
+        **({"tables": f"on the host, not in graphs and engines: {sizes}"} if sizes else {}),
         "tokenizer": tokenizer_line(manifest.tokenizer_tokens, manifest.model.vocab_size),
     }
-
-
-def table_rows(manifest: Manifest) -> dict[str, str]:
-    """Return a row on embedding tables that are not in the graphs, if there are any."""
-    from lrt_deploy.bundle.manifest import table_path
-
-    sizes = {p: bytes_text(manifest.files[table_path(p)].bytes) for p in manifest.tables}
-    text = ", ".join(f"{precision} {size}" for precision, size in sizes.items())
-    return {"tables": f"on the host, not in graphs and engines: {text}"} if sizes else {}
 
 
 def product_words(kind: str) -> str:
