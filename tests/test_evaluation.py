@@ -126,13 +126,13 @@ def test_progress_counts_every_token():
         ([], [], "x has 0 rows"),
         ([[1]], [[1], [1]], "x has 1 rows and y has 2"),
         ([[1, 2]], [[1]], "x row 0 has 2 tokens and y row 0 has 1"),
-        ([[1], []], [[1], []], "x row 1 is .* of shape"),
-        ([[1.5]], [[1]], "x row 0 is float64"),
-        ([[[1]]], [[1]], "x row 0 is int64 of shape"),
-        ([[4]], [[1]], "x row 0 holds 4 at index 0; expected token ids 0 to 3"),
-        ([[1, -1]], [[1, 1]], "x row 0 holds -1 at index 1"),
-        ([[1]], [[4]], "y row 0 holds 4 at index 0; expected token ids -1 to 3"),
-        ([[1]], [[-2]], "y row 0 holds -2"),
+        ([[1], []], [[1], []], "x row 1 has 0 tokens and y row 1 has 0; expected as many, at least one"),
+        ([[1.5]], [[1]], r"x row 0 has 1 dimension\(s\) of float64"),
+        ([[[1]]], [[1]], r"x row 0 has 2 dimension\(s\) of int64"),
+        ([[4]], [[1]], "x row 0 holds the token id 4 at index 0; expected token ids 0 to 3"),
+        ([[1, -1]], [[1, 1]], "x row 0 holds the token id -1 at index 1"),
+        ([[1]], [[4]], "y row 0 holds the token id 4 at index 0; expected token ids -1 to 3"),
+        ([[1]], [[-2]], "y row 0 holds the token id -2"),
         ([[1] * 17], [[1] * 17], "17 tokens, and the decoder holds 16"),
         ([[1, 1]], [[0, -1]], "no target has bytes"),
     ],
@@ -145,7 +145,7 @@ def test_rows_that_cannot_be_evaluated_are_refused_before_any_work(x, y, named):
 
 
 def test_a_target_without_an_entry_in_token_bytes_is_refused():
-    with pytest.raises(InputError, match="y row 0 holds 3 at index 0; expected token ids -1 to 2"):
+    with pytest.raises(InputError, match="y row 0 holds the token id 3 at index 0; expected token ids -1 to 2"):
         evaluate(Fake(), [[3]], [[3]], BYTES[:3], 1)
 
 

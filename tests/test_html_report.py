@@ -129,7 +129,7 @@ def test_precisions_stand_side_by_side_and_a_lone_one_does_not():
 def test_the_stages_around_the_fault_are_shown():
     stages = tuple(StageError(f"blocks.{i}.mlp", 1e-7 if i < 30 else 0.5, 2.0) for i in range(60))
     found = Bisection("stage", "begins at position 4", 4, 30, "blocks.30.mlp", "MatMul", None, stages)
-    shown = text(page("A title", fields() | {"bisect": as_json(found.to_dict())}))
+    shown = text(page("A title", fields() | {"bisect": as_json(found)}))
     assert "begins at position 4" in shown
     assert "blocks.30.mlp 0.5 2" in shown and "blocks.18.mlp" in shown
     assert "blocks.17.mlp" not in shown and "blocks.36.mlp" not in shown

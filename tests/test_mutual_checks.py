@@ -14,6 +14,7 @@ from lrt_deploy import open_decoder
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.evaluation.checks import CHECKS, Setting, select_checks
+from lrt_deploy.evaluation.report import as_json
 from lrt_deploy.tolerances import FP32
 
 pytestmark = pytest.mark.slow  # for the export
@@ -47,7 +48,7 @@ def test_every_check_passes_on_a_right_decoder(name, decoder):
     assert "\n" not in check.line
     assert check.latent <= check.bound
     assert check.logits_after < 1e-2
-    json.dumps(check.to_dict(), allow_nan=False)
+    json.dumps(as_json(check), allow_nan=False)
 
 
 def test_a_restored_state_is_equal_to_the_bit(decoder):

@@ -26,7 +26,6 @@ from . import options, output
 from .options import option
 
 if TYPE_CHECKING:
-    from lrt_deploy.evaluation.report import ParityReport
     from lrt_deploy.runtime.decoder import Decoder
 
 # The names of `lrt_deploy.evaluation.checks`; a test holds them against it.
@@ -148,6 +147,7 @@ def run_checks(
     `reopen` opens the same bundle without CUDA graphs.
     """
     from lrt_deploy.evaluation.checks import CHECKS, Setting, compare_with_recording, read_recording, select_checks
+    from lrt_deploy.evaluation.report import as_json
 
     found: list[Any] = []
     limits = tolerances.limits(decoder.precision)
@@ -165,7 +165,7 @@ def run_checks(
         if asked.golden:
             recording = read_recording(asked.golden, decoder.config)
             found.append(compare_with_recording(decoder, recording, limits, progress))
-    return [check.to_dict() for check in found]
+    return [as_json(check) for check in found]
 
 
 def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,7 +212,7 @@ def parity(
     stored = library.stored_only_precision(bundle, opening.backend, opening.precision) if alone else None
     if stored is not None and checkpoint is not None:
         with output.progress(json) as progress:
-            fields = document(library.parity_of_stored(bundle, checkpoint, stored, asked, opening.verify, progress))
+            fields = library.parity_of_stored(bundle, checkpoint, stored, asked, opening.verify, progress).to_dict()
     else:
         with opening.open(bundle) as decoder:
             ids = library.default_prompt(decoder) if chosen is None else options.prompt_ids(decoder, chosen)
@@ -222,7 +222,7 @@ def parity(
                 fields = checks_document(decoder, checked)
             else:
                 with output.progress(json) as progress:
-                    fields = document(library.parity_of(bundle, decoder, checkpoint, asked, progress))
+                    fields = library.parity_of(bundle, decoder, checkpoint, asked, progress).to_dict()
     fields["checks"] = checked
     fields["passed"] = bool(fields["passed"]) and all(check["passed"] for check in checked)
     if checkpoint:
@@ -230,16 +230,6 @@ def parity(
     show(fields, json)
     if not fields["passed"]:
         raise typer.Exit(1)
-
-
-def document(report: ParityReport) -> dict[str, Any]:
-    """Return the JSON fields of a report, the bisection's in their own form."""
-    from lrt_deploy.evaluation.report import as_json
-
-    fields = report.to_dict()
-    if report.bisect is not None:
-        fields["bisect"] = as_json(report.bisect.to_dict())
-    return fields
 
 
 def show(fields: dict[str, Any], json: bool) -> None:

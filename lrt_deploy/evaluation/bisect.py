@@ -12,10 +12,8 @@ Written against `activations.Observer`: imports no torch, no graphs and no backe
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -68,10 +66,6 @@ class Bisection:
     op: str | None = None
     state: StateFault | None = None
     stages: tuple[StageError, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return dataclasses.asdict(self)
 
 
 def bisect(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.errors import BackendError, InputError
+from lrt_deploy.text.prompts import check_row
 from lrt_deploy.types import IntArray, StatefulDecoder
 
 from .arrays import read_arrays
@@ -55,12 +56,7 @@ class Evaluation:
     buckets: tuple[Bucket, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Row:
-    """Inputs (T) and targets (T) of one sequence."""
-
-    x: IntArray
-    y: IntArray
+_Row = tuple[IntArray, IntArray]  # inputs (T) and targets (T) of one sequence
 
 
 def evaluate(
@@ -81,15 +77,15 @@ def evaluate(
     rows = _checked_rows(decoder, x, y, min(decoder.config.vocab_size, sizes.size))
     if batch_size < 1:
         raise InputError(f"the batch size is {batch_size}, expected at least 1")
-    tally = np.zeros((max(len(row.x) for row in rows), 3))  # (T, 3): nats, tokens, bytes by position
-    for row in rows:
-        counted_bytes = np.where(row.y != IGNORED, sizes[row.y], 0)
-        tally[: len(row.x), 1:] += np.stack([counted_bytes > 0, counted_bytes], axis=1)
+    tally = np.zeros((max(len(tokens) for tokens, _ in rows), 3))  # (T, 3): nats, tokens, bytes by position
+    for _, targets in rows:
+        counted_bytes = np.where(targets != IGNORED, sizes[targets], 0)
+        tally[: len(targets), 1:] += np.stack([counted_bytes > 0, counted_bytes], axis=1)
     if not tally[:, 2].any():
         raise InputError("no target has bytes: all are special tokens or ignored (-1), so there is nothing to count")
-    total, done = sum(len(row.x) for row in rows), 0
+    total, done = sum(len(tokens) for tokens, _ in rows), 0
     for batch in _batches(rows, batch_size):
-        x_batch, y_batch = np.stack([row.x for row in batch]), np.stack([row.y for row in batch])  # (B, T)
+        x_batch, y_batch = map(np.stack, zip(*batch, strict=True))  # (B, T)
         counted = (y_batch != IGNORED) & (sizes[y_batch] > 0)
         for t, (_, logits) in enumerate(rollout(decoder, x_batch.T)):
             step_nats = nats(logits, y_batch[:, t])  # (B); those of ignored targets are not used
@@ -98,7 +94,7 @@ def evaluate(
                     f"the decoder's logits at position {t} are not finite; nothing was counted from them"
                 )
             tally[t, 0] += float(step_nats[counted[:, t]].sum())
-            done += len(batch)
+            done += len(x_batch)
             progress("evaluating", done, total)
     return Evaluation(*_rate(tally), buckets=tuple(_buckets(tally)))
 
@@ -139,9 +135,7 @@ def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
     """Read the arrays `x` and `y` of an `.npz` file, (N, T) whole numbers each, without pickles."""
     x, y = read_arrays(path, ("x", "y"), "token rows x and their targets y", InputError)
     for name, array in (("x", x), ("y", y)):
-        if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
-            raise InputError(f"{path}: {name} holds the token id {array.max()}, which no vocabulary has")
-        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu":
+        if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "iu" or array.max() > np.iinfo(np.int64).max:
             raise InputError(
                 f"{path}: {name} is {array.dtype} of shape {array.shape}, expected token ids (rows, tokens), not empty"
             )
@@ -152,38 +146,29 @@ def rows_from_npz(path: str | Path) -> tuple[IntArray, IntArray]:
 
 def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[_Row]:
     """Check and convert rows; token ids lie below the vocabulary size, targets below `ids` too."""
-    vocab_size = decoder.config.vocab_size
     capacity = capacity_of(decoder)
     if len(x) != len(y) or len(x) == 0:
         raise InputError(f"x has {len(x)} rows and y has {len(y)}; expected a row of targets for each, at least one")
     rows = []
-    for i, (tokens, targets) in enumerate(zip(x, y, strict=True)):
-        row = _Row(_as_ids(tokens, f"x row {i}", 0, vocab_size), _as_ids(targets, f"y row {i}", IGNORED, ids))
-        if len(row.x) != len(row.y):
-            raise InputError(f"x row {i} has {len(row.x)} tokens and y row {i} has {len(row.y)}; expected as many")
-        if len(row.x) > capacity:
+    for i in range(len(x)):
+        tokens = check_row(x[i], decoder.config.vocab_size, f"x row {i}")
+        targets = check_row(y[i], ids, f"y row {i}", IGNORED)
+        if len(tokens) != len(targets) or not len(tokens):
             raise InputError(
-                f"x row {i} has {len(row.x)} tokens, and the decoder holds {capacity}; cut the rows shorter, or export "
-                "with a larger --max-seq-len"
+                f"x row {i} has {len(tokens)} tokens and y row {i} has {len(targets)}; expected as many, at least one"
             )
-        rows.append(row)
+        if len(tokens) > capacity:
+            raise InputError(
+                f"x row {i} has {len(tokens)} tokens, and the decoder holds {capacity}; cut the rows shorter, or "
+                "export with a larger --max-seq-len"
+            )
+        rows.append((tokens, targets))
     return rows
-
-
-def _as_ids(values: Sequence[int] | IntArray, name: str, lowest: int, end: int) -> IntArray:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise InputError(f"{name} is {array.dtype} of shape {array.shape}, expected a flat row of whole numbers")
-    outside = np.flatnonzero((array < lowest) | (array >= end))
-    if outside.size:
-        where = int(outside[0])
-        raise InputError(f"{name} holds {array[where]} at index {where}; expected token ids {lowest} to {end - 1}")
-    return array.astype(np.int64)
 
 
 def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
     """Rows of one length together, `batch_size` at a time."""
-    for _, group in groupby(sorted(rows, key=lambda row: len(row.x)), key=lambda row: len(row.x)):
-        same = list(group)
-        for start in range(0, len(same), batch_size):
-            yield same[start : start + batch_size]
+    rows = sorted(rows, key=lambda row: len(row[0]))
+    for _, same in groupby(rows, key=lambda row: len(row[0])):
+        while batch := list(islice(same, batch_size)):
+            yield batch

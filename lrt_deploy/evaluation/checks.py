@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,6 @@ from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, StatefulDecoder
 
 from .arrays import read_arrays
-from .report import as_json
 from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
 
 
@@ -73,11 +72,6 @@ class Check:
     name: str
     passed: bool
     line: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        result: dict[str, Any] = as_json(asdict(self))
-        return result
 
 
 @dataclass(frozen=True)

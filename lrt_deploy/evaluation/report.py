@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, State
 
@@ -230,24 +232,17 @@ class ParityReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON fields; points become columns under `positions`, numbers that are not finite null."""
-        fields = dataclasses.asdict(self)
-        fields["weights"] = None if self.weights is None else self.weights.to_dict()
+        fields: dict[str, Any] = as_json(self)
+        if self.weights is not None:
+            fields["weights"] = as_json(self.weights.to_dict())
         if self.bisect is None:
             del fields["bisect"]
-        fields["positions"] = _columns(fields.pop("points"))
-        fields["free_running"]["positions"] = _columns(fields["free_running"].pop("points"))
-        result: dict[str, Any] = as_json(fields)
-        return result
+        for run in (fields, fields["free_running"]):
+            points = run.pop("points")
+            run["positions"] = {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
+        return fields
 
 
-def _columns(points: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    return {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
-
-
-def as_json(value: Any) -> Any:  # noqa: ANN401 - any JSON type
-    """Replace numbers that are not finite by None: JSON has none for them."""
-    if isinstance(value, dict):
-        return {key: as_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [as_json(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def as_json(value: object) -> Any:  # noqa: ANN401 - any JSON type
+    """Convert dataclasses to JSON types. Numbers that are not finite become None: JSON has none for them."""
+    return msgspec.json.decode(msgspec.json.encode(value))

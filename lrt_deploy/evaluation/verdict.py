@@ -53,10 +53,9 @@ def compare(
 ) -> ParityReport:
     """Roll both decoders out over `prompt` and `steps` greedy tokens, and judge by the limits of `precision`.
 
-    A difference is a result, and so is a decoder that fails on the way. `prefill` and `tolerance` say how the decoder
-    reads the prompt where its prefill is checked. Stored weights and arithmetic are not measured: the whole verdict is
-    that of `lrt_deploy.parity`. Raises ParityError for decoders that cannot be compared, InputError for a prompt that
-    cannot be read.
+    A difference is a result, and so is a decoder that fails on the way. Stored weights and arithmetic are not measured:
+    see `lrt_deploy.parity`. `prefill` and `tolerance` as in `ParityOptions`. Raises ParityError for decoders that
+    cannot be compared, InputError for a prompt that cannot be read.
     """
     evidence = Evidence(precision, backend, checkpoint_matches, limits(precision))
     request = PrefillRequest(prefill, tolerance)
@@ -125,7 +124,11 @@ def _judge_function(run: Comparison, limits: ParityLimits) -> tuple[bool, str]:
     """Judge whether the decoder computes the same function, up to rounding."""
     points = [point for point in run.points if point.finite]
     divergence = run.first_divergence(limits)
-    numbers = _number_fault(points, limits)
+    numbers = (
+        _excess("logits differ", points, lambda point: point.logit_error, limits.max_abs_logit_error)
+        or _excess("latents differ", points, lambda point: point.latent_error or 0.0, limits.max_abs_latent_error)
+        or _mean_kl_fault(points, limits)
+    )
     faults = [fault for fault in (run.stopped, numbers, _prefill_fault(run.prefill, limits)) if fault]
     if divergence and (faults or not divergence.near_tie):
         faults.insert(0, f"greedy tokens part at step {_describe(divergence, run, limits)}")
@@ -148,14 +151,12 @@ def judge_quality(run: Comparison, limits: ParityLimits, bits_per_byte: tuple[fl
     same = sum(point.same_top1 for point in points) / max(1, len(points))
     mean = _mean_kl(points)
     margin = median([point.margin for point in points]) if points else math.nan
-    faults = [fault for fault in (run.stopped, _mean_kl_fault(points, limits)) if fault]
-    if same < limits.top1_agreement:
-        faults.append(f"the first choice is the same at {same:.1%} of positions (limit {limits.top1_agreement:.1%})")
-    if prefill := _prefill_fault(run.prefill, limits):
-        faults.append(prefill)
-    passed = not faults
+    first = f"the first choice is the same at {same:.1%} of positions (limit {limits.top1_agreement:.1%})"
+    choices = first if same < limits.top1_agreement else None
+    possible = (run.stopped, _mean_kl_fault(points, limits), choices, _prefill_fault(run.prefill, limits))
+    faults = [fault for fault in possible if fault]
     right = f"mean KL {mean:.1e} (limit {limits.mean_kl:.1e}), first choice the same at {same:.1%} of positions"
-    lines = faults or [right]
+    lines = list(faults or [right])
     if divergence := run.first_divergence(limits):
         lines.append(f"greedy tokens part at step {_describe(divergence, run, limits)}")
         equal = FreeRun.of(run).token_agreement
@@ -169,16 +170,10 @@ def judge_quality(run: Comparison, limits: ParityLimits, bits_per_byte: tuple[fl
         )
     if bits_per_byte is not None:
         lines.append(f"bits per byte of the prompt {bits_per_byte[1]:.4f}, in float32 {bits_per_byte[0]:.4f}")
+    expected, found = bits_per_byte or (None, None)
+    largest = max((point.kl for point in points), default=math.inf)
     return QualityPart(
-        passed=passed,
-        line="; ".join(lines),
-        mean_kl=mean,
-        max_kl=max((point.kl for point in points), default=math.inf),
-        top1_agreement=same,
-        median_margin=margin,
-        level=margin < LEVEL_MARGIN,
-        bits_per_byte=None if bits_per_byte is None else bits_per_byte[1],
-        reference_bits_per_byte=None if bits_per_byte is None else bits_per_byte[0],
+        not faults, "; ".join(lines), mean, largest, same, margin, margin < LEVEL_MARGIN, found, expected
     )
 
 
@@ -188,15 +183,6 @@ def _describe(divergence: Divergence, run: Comparison, limits: ParityLimits) -> 
         f"{divergence.step} of {run.steps} (position {divergence.position}: {divergence.reference_token} in the "
         f"reference, {divergence.decoder_token} in the decoder), where the reference's best two logits are "
         f"{divergence.margin:.1e} apart ({kind} {limits.near_tie_margin:.1e})"
-    )
-
-
-def _number_fault(points: list[Point], limits: ParityLimits) -> str | None:
-    """The first of logits, latent and KL that is beyond its limit."""
-    return (
-        _excess("logits differ", points, lambda point: point.logit_error, limits.max_abs_logit_error)
-        or _excess("latents differ", points, lambda point: point.latent_error or 0.0, limits.max_abs_latent_error)
-        or _mean_kl_fault(points, limits)
     )
 
 

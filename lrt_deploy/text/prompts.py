@@ -20,32 +20,28 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> list[Int
     is_list = (isinstance(prompts, np.ndarray) and prompts.ndim > 0) or isinstance(prompts, Sequence)
     if isinstance(prompts, (str, bytes)) or not is_list or not len(prompts):
         raise InputError(f"prompts is {shown(prompts)}, expected a list with one list of token ids per sequence")
-    rows = [_as_ids(row, f"prompt {i}") for i, row in enumerate(prompts)]
-    for i, row in enumerate(rows):
-        if row.size == 0:
-            raise InputError(f"prompt {i} is empty; a sequence starts with at least one token, usually <|bos|>")
-        _check_range(row, vocab_size, f"prompt {i}")
+    rows = [check_row(row, vocab_size, f"prompt {i}") for i, row in enumerate(prompts)]
+    if empty := [i for i, row in enumerate(rows) if row.size == 0]:
+        raise InputError(f"prompt {empty[0]} is empty; a sequence starts with at least one token, usually <|bos|>")
     return rows
 
 
 def check_tokens(tokens: Sequence[int] | IntArray, vocab_size: int, batch: int) -> IntArray:
     """Return one token id per sequence, (B) int64."""
-    ids = _as_ids(tokens, "tokens")
+    ids = check_row(tokens, vocab_size, "tokens")
     if ids.shape != (batch,):
         raise InputError(f"step was given {ids.size} token(s) for a state of {batch} sequence(s); expected one each")
-    _check_range(ids, vocab_size, "tokens")
     return ids
 
 
 def check_ids(ids: object, vocab_size: int, name: str) -> list[int]:
     """Return token ids in any number and order (also from a set) as a list."""
-    found = _as_ids(list(ids) if isinstance(ids, (set, frozenset)) else ids, name)
-    _check_range(found, vocab_size, name)
-    listed: list[int] = found.tolist()
+    listed: list[int] = check_row(list(ids) if isinstance(ids, (set, frozenset)) else ids, vocab_size, name).tolist()
     return listed
 
 
-def _as_ids(row: object, name: str) -> IntArray:
+def check_row(row: object, vocab_size: int, name: str, least: int = 0) -> IntArray:
+    """Return a flat list, which may be empty, of ids from `least` to `vocab_size` - 1 as an int64 array."""
     if isinstance(row, (str, bytes)) or not isinstance(row, (Sequence, np.ndarray)):
         raise InputError(f"{name} is {shown(row)}, expected a flat list of token ids")
     if not isinstance(row, np.ndarray):  # NumPy would make numbers of bools
@@ -62,16 +58,11 @@ def _as_ids(row: object, name: str) -> IntArray:
         raise InputError(
             f"{name} has {array.ndim} dimension(s) of {array.dtype}, expected a flat list of whole numbers"
         )
-    if array.dtype == np.uint64 and array.max() > np.iinfo(np.int64).max:
-        raise InputError(f"{name} holds the token id {array.max()}, which no vocabulary has")
+    outside = np.flatnonzero((array < least) | (array >= vocab_size))
+    if outside.size:
+        where = int(outside[0])
+        raise InputError(
+            f"{name} holds the token id {array[where]} at index {where}; expected token ids {least} to "
+            f"{vocab_size - 1}, those of the vocabulary"
+        )
     return array.astype(np.int64)
-
-
-def _check_range(ids: IntArray, vocab_size: int, name: str) -> None:
-    if ids.size == 0 or (ids.min() >= 0 and ids.max() < vocab_size):
-        return
-    where = int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
-    raise InputError(
-        f"{name} holds the token id {int(ids[where])} at index {where}; "
-        f"this model's vocabulary has the ids 0 to {vocab_size - 1}"
-    )

@@ -8,7 +8,6 @@ search is Knuth, Morris and Pratt's). Knows neither tokenizers nor models: it ge
 from __future__ import annotations
 
 import codecs
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from lrt_deploy.arguments import check_texts
@@ -30,8 +29,6 @@ class TextStream:
         self._token_bytes = token_bytes
         self._searches = [_Search(stop) for stop in dict.fromkeys(stop_strings)]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held: deque[str] = deque()
-        self._held_chars = 0
         self.stopped: str | None = None
         """The stop string that ended the text, if one has."""
 
@@ -41,38 +38,27 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the text that was held back, with U+FFFD for an unfinished character; nothing more follows."""
-        return self._advance(self._decoder.decode(b"", final=True)) + self._release(self._held_chars)
+        last = self._advance(self._decoder.decode(b"", final=True))
+        held, stop = self._held_back()
+        self._searches.clear()
+        return last if self.stopped is not None else last + stop[:held]
+
+    def _held_back(self) -> tuple[int, str]:
+        """Number of characters that are held back, and a stop string that begins with them."""
+        return max(((search.matched, search.stop) for search in self._searches), default=(0, ""))
 
     def _advance(self, text: str) -> str:
         if self.stopped is not None or not text:
             return ""
-        if not self._searches:
-            return text
-        before = self._held_chars
-        self._held.append(text)
-        self._held_chars += len(text)
+        held, stop = self._held_back()
         for position, char in enumerate(text, start=1):
             if found := [search.stop for search in self._searches if search.advance(char)]:
                 self.stopped = max(found, key=len)
-                certain = self._release(before + position - len(self.stopped))
-                self._held.clear()
-                self._held_chars = 0
-                return certain
-        undecided = max(search.matched for search in self._searches)
-        return self._release(self._held_chars - undecided)
-
-    def _release(self, count: int) -> str:
-        """Take the first `count` of the held characters."""
-        self._held_chars -= count
-        parts = []
-        while count:
-            part = self._held.popleft()
-            if len(part) > count:
-                self._held.appendleft(part[count:])
-                part = part[:count]
-            parts.append(part)
-            count -= len(part)
-        return "".join(parts)
+                certain = held + position - len(self.stopped)
+                break
+        else:
+            certain = held + len(text) - self._held_back()[0]
+        return stop[: min(certain, held)] + text[: max(0, certain - held)]
 
 
 class _Search:

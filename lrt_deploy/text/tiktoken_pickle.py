@@ -43,9 +43,8 @@ class _Object:
     state: object = None
 
 
-def read_encoding(path: Path, limit: int | None = None) -> EncodingData:
-    """Read the tiktoken `Encoding` pickled in a file of at most `limit` bytes (None: `MAX_FILE_BYTES`); run nothing."""
-    limit = MAX_FILE_BYTES if limit is None else limit
+def read_encoding(path: Path, limit: int = MAX_FILE_BYTES) -> EncodingData:
+    """Read the tiktoken `Encoding` pickled in a file of at most `limit` bytes; run nothing."""
     return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit), str(path))
 
 
@@ -112,20 +111,20 @@ def _validated(result: object, source: str) -> EncodingData:
 
 def _problems(state: dict[str, Any]) -> Iterator[str]:
     for key in ("name", "pat_str"):
-        if not _is_text(state[key]):
+        if not is_text(state[key]):
             yield f"{key} is a {type_name(state[key])}, expected valid Unicode text"
     for key, kind in (("mergeable_ranks", bytes), ("special_tokens", str)):
         if type(table := state[key]) is not dict:
             yield f"{key} is a {type_name(table)}, expected a dict"
         for token, rank in table.items():
-            if type(token) is not kind or (kind is str and not _is_text(token)):
+            if type(token) is not kind or (kind is str and not is_text(token)):
                 yield f"{key} has the token {token[:100]!a}, expected {kind.__name__}"
             if type(rank) is not int or not 0 <= rank < 2**31:
                 shown = str(rank) if type(rank) is int else f"of type {type_name(rank)}"
                 yield f"{key}[{token[:100]!a}] is {shown}, expected a whole number from 0 to 2**31 - 1"
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Return whether it is a str without lone surrogates, which pickle can carry and Unicode cannot."""
     try:
         return type(value) is str and value.encode("utf-8") is not None

@@ -1,10 +1,9 @@
 """The tokenizer: read a checkpoint's, write and open a bundle's, encode and decode text.
 
-Knows byte-level byte-pair encoding, the authors' special tokens and their chat form. The bundle's tokenizer encodes
-exactly as the tiktoken `Encoding` that the model was trained with, or the conversion is refused. Decoding works on
-bytes, because a token may be a part of a character. See `tokenizer_file` for the files, `split_patterns` for cutting
-text into pieces, `byte_pairs` for merging. Imports neither torch nor tiktoken and verifies no hashes. The authors'
-`token_bytes.pt` is not read, since the byte lengths follow from the tokens.
+The bundle's tokenizer encodes exactly as the tiktoken `Encoding` that the model was trained with, or the conversion is
+refused. See `tokenizer_file` for the files, `split_patterns` for cutting text into pieces, `byte_pairs` for merging,
+`chat` for the special tokens. Imports neither torch nor tiktoken and verifies no hashes. The authors' `token_bytes.pt`
+is not read, since the byte lengths follow from the tokens.
 """
 
 from __future__ import annotations
@@ -121,10 +120,11 @@ class Tokenizer:
         `tokens` is the number of tokens that the manifest states (None: any number). Raises BundleError.
         """
         path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
-        limit = MAX_FILE_BYTES if tokens is None else _size_limit(tokens)
+        most = MAX_FILE_BYTES if tokens is None else tokens
+        limit = _size_limit(most)
         try:
             text = read_text(path, "the tokenizer", CheckpointError, limit)
-            vocabulary = tokenizer_file.from_json(text, str(path), limit if tokens is None else tokens)
+            vocabulary = tokenizer_file.from_json(text, str(path), most)
             lengths = read_json(lengths_path, "the table of byte lengths", CheckpointError, limit)
         except CheckpointError as error:
             raise BundleError(f"the tokenizer of the bundle is damaged: {error}; export the bundle again") from error
@@ -173,18 +173,15 @@ class Tokenizer:
         more bytes than so many of the longest token.
         """
         if capacity is not None:
-            self.check_fits(text, capacity)
+            longest, least = self.longest_token_bytes, len(text)  # a character has one byte or more
+            if least <= capacity * longest:
+                least = len(text.encode("utf-8", "replace"))
+            if least > capacity * longest:
+                raise InputError(
+                    f"the text has at least {least} bytes, which are {least // longest} tokens or more; "
+                    f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
+                )
         return [self.bos_id, *self.encode(text)]
-
-    def check_fits(self, text: str, capacity: int) -> None:
-        """Raise InputError if a text has more bytes than `capacity` tokens can stand for."""
-        # A character has one byte or more, so the bytes of a long text need not be counted.
-        least = len(text) if len(text) > capacity * self.longest_token_bytes else len(text.encode("utf-8", "replace"))
-        if least > capacity * self.longest_token_bytes:
-            raise InputError(
-                f"the text has at least {least} bytes, which are {least // self.longest_token_bytes} tokens or more; "
-                f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
-            )
 
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._pairs.encode(as_chars(piece.encode()))
@@ -213,10 +210,9 @@ class Tokenizer:
         return self._tokens[token]
 
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the tokens of a conversation up to where the assistant answers.
+        """Return the tokens of a conversation, messages `{"role": …, "content": …}`, up to where the assistant answers.
 
-        Messages are `{"role": …, "content": …}`: an optional system message, then user and assistant in turns, a user
-        last. The system message is joined to the first user message by a blank line.
+        An optional system message comes first, then user and assistant in turns, a user last.
         """
         tokens = [self.bos_id]
         for role, content in turns(messages):

@@ -15,12 +15,13 @@ module. `truncation` and `padding` are ignored: no text is cut or padded here. E
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import tokenizers
 from msgspec import Struct
+from tokenizers import decoders, models, pre_tokenizers
 
 from lrt_deploy.errors import CheckpointError
 from lrt_deploy.fields import Whole, convert, shown
@@ -29,9 +30,8 @@ from lrt_deploy.files import parse_json
 from .byte_pairs import BYTE_OF, MAX_TOKEN_BYTES, Merge, as_chars, merges_of, size_problem
 from .chat import CONTROL_TOKENS
 from .split_patterns import GPT2, PATTERNS, SplitPattern, known_pattern
-from .tiktoken_pickle import EncodingData
+from .tiktoken_pickle import EncodingData, is_text
 
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 # Parts of a pre-tokenizer, without trim_offsets, which changes no piece. Both splits are equal in meaning, because the
 # known patterns match all of a text.
 _PLAIN = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": None}
@@ -144,32 +144,18 @@ def from_json(text: str, source: str, vocab_size: int) -> Vocabulary:
 
 def to_json(vocabulary: Vocabulary) -> str:
     """Return the text of a `tokenizer.json` that tokenizers reads as the same tokenizer."""
-    split = {"type": "Split", "pattern": {"Regex": vocabulary.pattern.text}, "behavior": "Isolated", "invert": False}
     special = sorted(vocabulary.special.items(), key=lambda item: item[1])
     vocab = vocabulary.ids
     if any(token < len(vocab) for _, token in special):  # else the library gives them other ids: the next free ones
-        vocab = dict(sorted({**vocab, **vocabulary.special}.items(), key=lambda item: item[1]))
-    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    fields = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": token, "content": name, **off, "special": True} for name, token in special],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, _BYTE_LEVEL]},
-        "post_processor": None,
-        "decoder": {**_BYTE_LEVEL, "add_prefix_space": True, "use_regex": True},
-        "model": {
-            "type": "BPE",
-            **dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")),
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": vocabulary.whole,
-            "vocab": vocab,
-            "merges": vocabulary.merges,
-        },
-    }
-    return json.dumps(fields, ensure_ascii=False)
+        vocab |= vocabulary.special
+    model = models.BPE(vocab=vocab, merges=vocabulary.merges, ignore_merges=vocabulary.whole)
+    made = tokenizers.Tokenizer(model)
+    split = pre_tokenizers.Split(tokenizers.Regex(vocabulary.pattern.text), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
+    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name, _ in special])
+    return made.to_str()
 
 
 def _check_forms(file: _File, source: str) -> None:
@@ -185,7 +171,6 @@ def _check_forms(file: _File, source: str) -> None:
 
 
 def _kind(part: object) -> object:
-    """Return the type of a part of a tokenizer; None for a part that is not there."""
     return part.get("type") if isinstance(part, dict) else part
 
 
@@ -222,7 +207,7 @@ def _special_tokens(entries: Sequence[_AddedToken], source: str) -> dict[str, in
     found: dict[str, int] = {}
     for entry in entries:
         name = entry.content
-        if not _encodable(name):
+        if not is_text(name):
             raise CheckpointError(
                 f"{source} has the added token {name[:100]!a}, expected its content to be Unicode text"
             )
@@ -285,11 +270,3 @@ def _as_bytes(name: str, source: str) -> bytes:
             f"{source}: the token {name[:100]!a} has the character {error.args[0]!a}, which stands for no byte in "
             "byte-level BPE"
         ) from error
-
-
-def _encodable(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

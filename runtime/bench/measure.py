@@ -86,12 +86,12 @@ def measure_decode(
     for repeat in range(repeats):
         times = _decode_once(decoder, prompt, new_tokens, tolerance)
         progress("decoding", repeat + 1, repeats)
-        first.append(times[0] * 1e3)
-        following += [seconds * 1e3 for seconds in times[1:]]
+        first.append(times[0])
+        following += times[1:]
     state = decoder.prefill([prompt], tolerance=tolerance)
     outside = outside_backend(decoder, state, min(new_tokens, _WATCHED_STEPS))
     context = len(prompt) + new_tokens // 2
-    return DecodeTimes(warm_up[0] * 1e3, first, following, context, outside, state.buffers.copies_note)
+    return DecodeTimes(warm_up[0], first, following, context, outside, state.buffers.copies_note)
 
 
 def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
@@ -118,7 +118,7 @@ def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
 
 
 def _decode_once(decoder: Decoder, prompt: Sequence[int], new_tokens: int, tolerance: float | None) -> list[float]:
-    """Seconds until the first token and for each following one, the choice of the token included."""
+    """Milliseconds until the first token and for each following one, the choice of the token included."""
     seconds: list[float] = []
     with timed(seconds):
         state = decoder.prefill([prompt], tolerance=tolerance)
@@ -126,114 +126,103 @@ def _decode_once(decoder: Decoder, prompt: Sequence[int], new_tokens: int, toler
     for _ in range(new_tokens - 1):
         with timed(seconds):
             token = int(decoder.step(state, [token])[0].argmax())
-    return seconds
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A way to prefill: the policy, and the options of its sweeps."""
-
-    policy: PrefillPolicy
-    algorithm: str
-    sweeps: SweepOptions | None = None
-
-
-def variants(decoder: Decoder) -> list[Variant]:
-    """The ways to compare, stepwise first. A model without memory needs no iteration: one pass is exact."""
-    default = decoder.prefill_options.sweeps
-    if not decoder.config.memory:
-        return [Variant("stepwise", "stepwise"), Variant("fixed-point", "one pass")]
-    interleaved = [Variant("fixed-point", f"interleaved, stride {default.stride}", default)]
-    return [
-        Variant("stepwise", "stepwise"),
-        *(interleaved if default.stride > 1 else []),
-        Variant("fixed-point", "plain", JACOBI),
-        Variant("zero", "one pass with zero memory"),
-    ]
+    return [each * 1e3 for each in seconds]
 
 
 @dataclass
 class PrefillTiming:
-    """One variant at one prompt length over all rounds; errors after the last token, against the stepwise state.
+    """One way to prefill, over all rounds; errors after the last token, against the stepwise state.
 
-    `max_abs_latent_error` is None for a model without memory.
+    `sweeps` are the options of an iteration; `max_abs_latent_error` is None for a model without memory.
     """
 
-    tokens: int
-    variant: Variant
+    policy: PrefillPolicy
+    algorithm: str
+    sweeps: SweepOptions | None = None
     seconds: list[float] = field(default_factory=list)
     report: PrefillReport | None = None
-    max_abs_latent_error: float | None = 0.0
+    max_abs_latent_error: float | None = None
     kl: float = 0.0
 
-    @property
-    def median(self) -> float:
-        """Median of the seconds."""
-        return float(np.median(self.seconds))
+    def run(self, decoder: Decoder, tokens: Sequence[int], tolerance: float | None) -> DecodeState:
+        """Time one prefill; a tolerance applies to iterations only."""
+        kept = decoder.prefill_options
+        if self.sweeps is not None:
+            decoder.prefill_options = dataclasses.replace(kept, sweeps=self.sweeps)
+        try:
+            with timed(self.seconds):
+                return decoder.prefill(
+                    [tokens], policy=self.policy, tolerance=tolerance if self.policy == "fixed-point" else None
+                )
+        finally:
+            decoder.prefill_options = kept
 
-    def fields(self, stepwise: PrefillTiming) -> dict[str, Any]:
+    def fields(self, tokens: int, stepwise: PrefillTiming) -> dict[str, Any]:
         """The JSON fields; `policy` is the requested one, `ran` differs from it where prefill fell back."""
         assert self.report is not None
+        median, of_stepwise = (float(np.median(timing.seconds)) for timing in (self, stepwise))
         return {
-            "tokens": self.tokens,
-            "policy": self.variant.policy,
-            "algorithm": self.variant.algorithm,
-            "stride": None if self.variant.sweeps is None else self.variant.sweeps.stride,
+            "tokens": tokens,
+            "policy": self.policy,
+            "algorithm": self.algorithm,
+            "stride": None if self.sweeps is None else self.sweeps.stride,
             "ran": self.report.policy,
-            "seconds": self.median,
+            "seconds": median,
             "min_seconds": min(self.seconds),
             "passes": self.report.passes,
             "residual": self.report.residual,
             "max_abs_latent_error": self.max_abs_latent_error,
             "kl": self.kl,
-            "speedup": stepwise.median / self.median,
+            "speedup": of_stepwise / median,
             "note": self.report.note,
         }
+
+
+def _iterations(decoder: Decoder) -> list[SweepOptions]:
+    """Jacobi iteration, and the decoder's own where the backend allows another."""
+    default = decoder.prefill_options.sweeps
+    return [JACOBI, default] if default.stride > 1 else [JACOBI]
+
+
+def _algorithm(stride: int) -> str:
+    return "plain" if stride == 1 else f"interleaved, stride {stride}"
 
 
 def compare_prefill(
     decoder: Decoder, tokens: Sequence[int], rounds: int, tolerance: float | None, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Prefill the same prompt in every way, in alternating rounds; returns the JSON fields of each, stepwise first."""
-    found = [PrefillTiming(len(tokens), variant) for variant in variants(decoder)]
+    """Prefill the same prompt in every way, in alternating rounds; returns the JSON fields of each, stepwise first.
+
+    A model without memory needs no iteration: one pass is exact.
+    """
+    memory = decoder.config.memory
+    ways = [PrefillTiming("stepwise", "stepwise")]
+    if memory:
+        iterations = _iterations(decoder)[::-1]
+        ways += [PrefillTiming("fixed-point", _algorithm(sweeps.stride), sweeps) for sweeps in iterations]
+        ways.append(PrefillTiming("zero", "one pass with zero memory"))
+    else:
+        ways.append(PrefillTiming("fixed-point", "one pass"))
     # Memory is committed and kernels have run before anything is timed.
-    decoder.prefill([tokens], policy="zero" if decoder.config.memory else "fixed-point")
+    decoder.prefill([tokens], policy=ways[-1].policy)
     decoder.prefill([tokens[:_WARM_UP_TOKENS]], policy="stepwise")
     reference: DecodeState | None = None
     for number in range(rounds):
-        for index, measured in enumerate(found):
-            state = _prefill(decoder, tokens, measured, tolerance)
-            progress(f"reading {len(tokens)} tokens", number * len(found) + index + 1, rounds * len(found))
+        for index, way in enumerate(ways):
+            state = way.run(decoder, tokens, tolerance)
+            progress(f"reading {len(tokens)} tokens", number * len(ways) + index + 1, rounds * len(ways))
             reference = reference or state
             if number == 0:
-                measured.report = state.prefill
-                measured.kl = kl_divergence(reference.logits[0], state.logits[0])
-                if decoder.config.memory:
-                    measured.max_abs_latent_error = distance(reference.latent, state.latent)
-                else:
-                    measured.max_abs_latent_error = None
-    return [measured.fields(found[0]) for measured in found]
-
-
-def _prefill(decoder: Decoder, tokens: Sequence[int], measured: PrefillTiming, tolerance: float | None) -> DecodeState:
-    """One timed prefill; a tolerance applies to iterations only."""
-    variant, kept = measured.variant, decoder.prefill_options
-    if variant.sweeps is not None:
-        decoder.prefill_options = dataclasses.replace(kept, sweeps=variant.sweeps)
-    if variant.policy != "fixed-point":
-        tolerance = None
-    try:
-        with timed(measured.seconds):
-            return decoder.prefill([tokens], policy=variant.policy, tolerance=tolerance)
-    finally:
-        decoder.prefill_options = kept
+                way.report = state.prefill
+                way.kl = kl_divergence(reference.logits[0], state.logits[0])
+                way.max_abs_latent_error = distance(reference.latent, state.latent) if memory else None
+    return [way.fields(len(tokens), ways[0]) for way in ways]
 
 
 def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progress) -> list[dict[str, Any]]:
-    """Error over all positions and seconds so far after every sweep of Jacobi and of Gauss-Seidel iteration.
+    """Error over all positions and seconds so far after every sweep of each iteration.
 
-    Ends at the smallest error that float32 can estimate. Takes as many tokens as the backend reads in one block; only
-    Jacobi iteration where the backend allows no other.
+    Ends at the smallest error that float32 can estimate. Takes as many tokens as the backend reads in one block.
     """
     if not decoder.config.memory:
         return []
@@ -243,8 +232,7 @@ def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progr
     exact = _sweeps(state, ids, SweepOptions())
     exact.finish_stepwise()
     points: list[dict[str, Any]] = []
-    default = decoder.prefill_options.sweeps
-    for sweeps in (JACOBI, default) if default.stride > 1 else (JACOBI,):
+    for sweeps in _iterations(decoder):
         progress(f"sweeping over {len(ids)} tokens with stride {sweeps.stride}", 0, 0)
         points += _converge(_sweeps(state, ids, sweeps), exact.latents)
     return points
@@ -267,7 +255,7 @@ def _converge(sweeps: Sweeps, exact: FloatArray) -> list[dict[str, Any]]:
         points.append(
             {
                 "tokens": len(sweeps.tokens),
-                "algorithm": "plain" if sweeps.stride == 1 else f"interleaved, stride {sweeps.stride}",
+                "algorithm": _algorithm(sweeps.stride),
                 "passes": sweeps.computed / len(sweeps.tokens),
                 "seconds": sum(seconds),
                 "max_abs_latent_error": error,
