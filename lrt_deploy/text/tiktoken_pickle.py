@@ -43,9 +43,9 @@ class _Object:
     state: object = None
 
 
-def read_encoding(path: Path, limit: int = MAX_FILE_BYTES) -> EncodingData:
-    """Read the tiktoken `Encoding` pickled in a file of at most `limit` bytes; run nothing."""
-    return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit), str(path))
+def read_encoding(path: Path, limit: int | None = None) -> EncodingData:
+    """Read the tiktoken `Encoding` pickled in a file of at most `limit` bytes (None: `MAX_FILE_BYTES`); run nothing."""
+    return parse_encoding(read_bytes(path, "the tokenizer", CheckpointError, limit or MAX_FILE_BYTES), str(path))
 
 
 def parse_encoding(data: bytes, source: str) -> EncodingData:
