@@ -29,9 +29,9 @@ PROMPT_TOKENS, PARITY_STEPS, GRAPH_STEPS = 16, 64, 32
 def candidates(bundle: Path, precisions: list[str]) -> Iterator[tuple[str, str]]:
     """Backend and precision of all that could run here."""
     from lrt_deploy.bundle.precisions import QUANTIZED
-    from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
+    from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 
-    for name, flavour in FLAVOURS.items():
+    for name, flavour in LIBRARIES.items():
         if flavour.installed:
             yield from ((name, precision) for precision in precisions)
     yield from (("ort-cuda", precision) for precision in precisions if precision not in QUANTIZED)

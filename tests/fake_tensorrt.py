@@ -28,7 +28,7 @@ from lrt_deploy.bundle.engine_sidecar import (
 )
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES
+from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES
 from lrt_deploy.machine import Gpu
 
 GPU = Gpu("Fake 8000", (8, 9))

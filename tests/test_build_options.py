@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from lrt_deploy.bundle.engine_sidecar import PLAN, read_sidecar
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
+from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 from lrt_deploy.cli import build
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import EngineError
@@ -117,7 +117,7 @@ def test_sizes_are_read(text, size):
 def test_workspace_and_timing_cache_reach_the_builder(built, bundle, tmp_path, monkeypatch):
     """TensorRT-RTX has no use for a timing cache, but its builder makes one, as full TensorRT's does."""
     graph = bundle / graph_path("fp32", "prefill", "full")
-    parsed = parse(FLAVOURS["tensorrt-rtx"], tensorrt_copy(graph, 128, True), graph)
+    parsed = parse(LIBRARIES["tensorrt-rtx"], tensorrt_copy(graph, 128, True), graph)
     sidecar = read_sidecar(bundle / "engines" / "tensorrt-rtx-fp32" / PLAN)
     limits = {}
     from polygraphy.backend import trt as polygraphy
@@ -132,6 +132,6 @@ def test_workspace_and_timing_cache_reach_the_builder(built, bundle, tmp_path, m
     cache = tmp_path / "kernels.timing"
     cache.write_bytes(b"")
     settings = Settings(workspace_bytes=2**26, timing_cache=cache)
-    build_plan(FLAVOURS["tensorrt-rtx"], parsed, sidecar.profiles, settings, lambda *step: None)
+    build_plan(LIBRARIES["tensorrt-rtx"], parsed, sidecar.profiles, settings, lambda *step: None)
     assert list(limits.values()) == [2**26]
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.timing"]

@@ -19,7 +19,7 @@ import lrt_deploy
 from lrt_deploy import machine
 from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
 from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS
+from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 from lrt_deploy.cli import bench, build, export, options, output, parity, summary
 from lrt_deploy.cli.app import app, describe
 from lrt_deploy.cli.bench import percentiles
@@ -49,7 +49,7 @@ def run(*args):
 
 def test_the_lists_of_values_are_the_library_s():
     assert get_args(options.PolicyName) == PREFILL_POLICIES
-    assert tuple(FLAVOURS) == PLAN_BACKENDS
+    assert tuple(LIBRARIES) == PLAN_BACKENDS
     assert set(get_args(parity.CheckName)) == {*checks.CHECKS, "all"}
 
 

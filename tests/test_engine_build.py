@@ -22,7 +22,7 @@ from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
 from lrt_deploy.bundle.manifest import graph_path, read_manifest, write_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, choose_flavour
+from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES, choose_library
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.build import engine_rows
 from lrt_deploy.config import LRTConfig
@@ -36,7 +36,7 @@ from lrt_deploy.exporters.engine.verify import Product, expected_network, verify
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 
-RTX = FLAVOURS["tensorrt-rtx"]
+RTX = LIBRARIES["tensorrt-rtx"]
 GOLDEN = "mr_gqa_SSSL"  # grouped heads, two windows
 
 
@@ -198,13 +198,13 @@ def test_full_tensorrt_takes_its_own_way_through_the_builder(bundle):
 def test_auto_takes_full_tensorrt_where_it_is_installed(monkeypatch):
     have = {"tensorrt", "tensorrt_rtx"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name in have else None)
-    assert choose_flavour("auto")[0].backend == "tensorrt"
+    assert choose_library("auto")[0].backend == "tensorrt"
     have.remove("tensorrt")
-    flavour, why = choose_flavour("auto")
+    flavour, why = choose_library("auto")
     assert flavour.backend == "tensorrt-rtx" and "tensorrt is not installed" in why
     have.clear()
     with pytest.raises(EngineError, match="neither tensorrt nor tensorrt_rtx is installed"):
-        choose_flavour("auto")
+        choose_library("auto")
 
 
 def test_profiles_follow_the_bundle():

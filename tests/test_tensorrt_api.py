@@ -25,7 +25,7 @@ FILES = (
     "exporters/engine/tensorrt.py",
     "exporters/engine/verify.py",
     "runtime/backends/tensorrt.py",
-    "lrt_deploy/bundle/tensorrt_flavours.py",
+    "lrt_deploy/bundle/tensorrt_libraries.py",
 )
 
 # Arguments by class and method, None for an attribute or a member of an enumeration.

@@ -35,7 +35,7 @@ from lrt_deploy.bundle.engine_sidecar import (
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.bundle.precisions import not_held
-from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES, TensorRTFlavour, choose_flavour
+from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES, TensorRTLibrary, choose_library
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.files import check_writable
@@ -57,7 +57,7 @@ class _Job:
 
     bundle: Path
     manifest: Manifest
-    flavour: TensorRTFlavour
+    flavour: TensorRTLibrary
     precision: str
     capacity: int
     profiles: tuple[Profile, ...]
@@ -115,7 +115,7 @@ def build_engine(
     check_flag(force, "force")
     check_callable(progress, "progress")
     manifest = read_manifest(folder)
-    flavour, _ = choose_flavour(backend)
+    flavour, _ = choose_library(backend)
     flavour.load()  # raises before anything is hashed if it is not installed
     chunk = _checked_size("chunk_tokens", chunk, manifest.max_seq_len, CHUNK_TOKENS)
     batch = _checked_size("max_batch_size", batch, manifest.max_batch_size, manifest.max_batch_size)
@@ -223,7 +223,7 @@ def _precision(manifest: Manifest, requested: str | None) -> str:
     return requested
 
 
-def _timing_cache(bundle: Path, flavour: TensorRTFlavour, asked: Path | None) -> Path | None:
+def _timing_cache(bundle: Path, flavour: TensorRTLibrary, asked: Path | None) -> Path | None:
     """Return the file of measured kernel times; None for TensorRT-RTX, which measures none when it builds."""
     if flavour.backend == "tensorrt-rtx":
         if asked is not None:
@@ -274,7 +274,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
     )
 
 
-def _compute_capabilities(flavour: TensorRTFlavour) -> tuple[str, ...]:
+def _compute_capabilities(flavour: TensorRTLibrary) -> tuple[str, ...]:
     """Return the GPUs that the plan is for: those documented for RTX, otherwise the one that it is built on."""
     if flavour.backend == "tensorrt-rtx":
         return _RTX_CAPABILITIES

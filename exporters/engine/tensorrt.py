@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lrt_deploy.bundle.engine_sidecar import Profile, Range
-from lrt_deploy.bundle.tensorrt_flavours import TensorRTFlavour, collecting_logger
+from lrt_deploy.bundle.tensorrt_libraries import TensorRTLibrary, collecting_logger
 from lrt_deploy.errors import EngineError
 from lrt_deploy.files import atomic_write, read_bytes
 
@@ -206,7 +206,7 @@ class Settings:
     timing_cache: Path | None = None
 
 
-def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
+def parse(flavour: TensorRTLibrary, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network.
 
     `listener` is called with severity and text of every message of TensorRT, during the build as well.
@@ -224,7 +224,7 @@ def parse(flavour: TensorRTFlavour, model: bytes, weights_beside: Path, listener
 
 
 def build(
-    flavour: TensorRTFlavour,
+    flavour: TensorRTLibrary,
     parsed: Parsed,
     profiles: Sequence[Profile],
     settings: Settings,
@@ -287,7 +287,7 @@ def polygraphy_profile(polygraphy: Any, network: Any, profile: Profile) -> Any: 
     return result
 
 
-def _polygraphy(flavour: TensorRTFlavour) -> Any:  # noqa: ANN401
+def _polygraphy(flavour: TensorRTLibrary) -> Any:  # noqa: ANN401
     """Import Polygraphy's loaders, which drive one of the two libraries for the whole process."""
     settings: Any = importlib.import_module("polygraphy.config")
     rtx = flavour.backend == "tensorrt-rtx"
@@ -310,7 +310,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_named(flavour: TensorRTFlavour, parsed: Parsed) -> Iterator[None]:
+def _errors_named(flavour: TensorRTLibrary, parsed: Parsed) -> Iterator[None]:
     refused = importlib.import_module("polygraphy.exception").PolygraphyException
     try:
         yield

@@ -18,7 +18,7 @@ from typing import Any
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import TENSORRT_DTYPES
+from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError

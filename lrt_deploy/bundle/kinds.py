@@ -32,21 +32,22 @@ def kind_of(path: Path) -> Kind | None:
 
 def instead_of_bundle(path: Path) -> str | None:
     """Return the message for another thing at a path where a bundle was expected; None for an unknown kind."""
-    kind = kind_of(path)
-    if kind == "checkpoint":
-        return f"{path} is a checkpoint, not a bundle; export it: lrt-deploy export {path} BUNDLE"
-    if kind in ("engine", "plan"):
-        return f"{path} is an engine, not a bundle; name the bundle that it was built in"
-    if kind == "graph":
-        return f"{path} is a graph, not a bundle; name the folder that `lrt-deploy export` made"
-    return None
+    engine = f"{path} is an engine, not a bundle; name the bundle that it was built in"
+    messages: dict[Kind | None, str] = {
+        "checkpoint": f"{path} is a checkpoint, not a bundle; export it: lrt-deploy export {path} BUNDLE",
+        "engine": engine,
+        "plan": engine,
+        "graph": f"{path} is a graph, not a bundle; name the folder that `lrt-deploy export` made",
+    }
+    return messages.get(kind_of(path))
 
 
 def instead_of_checkpoint(path: Path) -> str | None:
     """Return the message for another thing at a path where a checkpoint was expected; None for an unknown kind."""
-    kind = kind_of(path)
-    if kind == "bundle":
-        return f"{path} is a bundle, not a checkpoint; name the checkpoint that it was exported from"
-    if kind in ("engine", "plan", "graph"):
-        return f"{path} is {'a graph' if kind == 'graph' else 'an engine'}, not a checkpoint"
-    return None
+    messages: dict[Kind | None, str] = {
+        "bundle": f"{path} is a bundle, not a checkpoint; name the checkpoint that it was exported from",
+        "engine": f"{path} is an engine, not a checkpoint",
+        "plan": f"{path} is an engine, not a checkpoint",
+        "graph": f"{path} is a graph, not a checkpoint",
+    }
+    return messages.get(kind_of(path))

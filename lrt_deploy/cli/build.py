@@ -134,7 +134,7 @@ def plain_commands(plan: Path, sidecar: EngineSidecar) -> dict[str, str]:
 
 def show(plan: Path, sidecar: EngineSidecar, chosen: bool, json: bool) -> None:
     """Print the document, or the answer and a table; `chosen`: the backend was not named, so say why it was taken."""
-    from lrt_deploy.bundle.tensorrt_flavours import choose_flavour
+    from lrt_deploy.bundle.tensorrt_libraries import choose_library
 
     commands = plain_commands(plan, sidecar)
     if json:
@@ -142,7 +142,7 @@ def show(plan: Path, sidecar: EngineSidecar, chosen: bool, json: bool) -> None:
         return
     size = output.bytes_text(sidecar.plan_bytes)
     output.answer(f"built {plan} ({size}) in {sidecar.build['seconds']:.1f} s; {smoke_text(sidecar.smoke)}")
-    output.table(engine_rows(sidecar) | ({"chosen": choose_flavour("auto")[1]} if chosen else {}))
+    output.table(engine_rows(sidecar) | ({"chosen": choose_library("auto")[1]} if chosen else {}))
     for command in commands.values():  # one line each, to be copied
         output.say(command)
 

@@ -32,7 +32,7 @@ from lrt_deploy.bundle.engine_sidecar import (
 )
 from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.tensorrt_flavours import FLAVOURS, TENSORRT_DTYPES, collecting_logger
+from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES, TENSORRT_DTYPES, collecting_logger
 from lrt_deploy.errors import BackendError, EngineError
 from lrt_deploy.files import atomic_write, read_bytes
 from lrt_deploy.machine import Gpu, find_gpu
@@ -170,7 +170,7 @@ def open_engine(bundle: Path, manifest: Manifest, backend: str, precision: str, 
     plan, command = engine_folder(bundle, backend, precision) / PLAN, build_command(bundle, backend, precision)
     if not plan.exists():
         raise EngineError(f"{bundle} has no engine for {backend} in {precision}; build it with `{command}`")
-    trt = FLAVOURS[backend].load()
+    trt = LIBRARIES[backend].load()
     try:
         sidecar = read_sidecar(plan)
         if misfit := find_misfit(sidecar, manifest, (backend, precision), str(trt.__version__), gpu):

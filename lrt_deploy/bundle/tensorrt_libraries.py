@@ -18,12 +18,11 @@ from lrt_deploy.errors import EngineError
 
 
 @dataclass(frozen=True)
-class TensorRTFlavour:
-    """One library: the name of its backend, its module, and the extra that installs it."""
+class TensorRTLibrary:
+    """One library: the name of its backend, which is that of the extra that installs it, and its module."""
 
-    backend: str
+    backend: machine.Extra
     module: str
-    extra: machine.Extra
 
     @property
     def installed(self) -> bool:
@@ -37,7 +36,7 @@ class TensorRTFlavour:
         except ModuleNotFoundError as error:
             raise EngineError(
                 f"the backend {self.backend} needs the Python module {error.name}, which is not installed; "
-                f"{machine.install(self.extra)}"
+                f"{machine.install(self.backend)}"
             ) from error
         except Exception as error:  # a broken installation may raise anything
             raise EngineError(
@@ -56,28 +55,26 @@ TENSORRT_DTYPES = {
 }
 
 # `auto` takes the first one that is installed.
-FLAVOURS: dict[str, TensorRTFlavour] = {
-    "tensorrt": TensorRTFlavour("tensorrt", "tensorrt", "tensorrt"),
-    "tensorrt-rtx": TensorRTFlavour("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx"),
+LIBRARIES: dict[str, TensorRTLibrary] = {
+    "tensorrt": TensorRTLibrary("tensorrt", "tensorrt"),
+    "tensorrt-rtx": TensorRTLibrary("tensorrt-rtx", "tensorrt_rtx"),
 }
 
 
-def choose_flavour(requested: str) -> tuple[TensorRTFlavour, str]:
-    """Return the requested flavour, or for `auto` the best that is installed, and the reason as a clause."""
-    if requested in FLAVOURS:
-        return FLAVOURS[requested], "as asked for"
+def choose_library(requested: str) -> tuple[TensorRTLibrary, str]:
+    """Return the requested library, or for `auto` the best that is installed, and the reason as a clause."""
+    if requested in LIBRARIES:
+        return LIBRARIES[requested], "as asked for"
     if requested != "auto":
-        raise EngineError(f"engines are built for {' or '.join(FLAVOURS)}, or auto; {requested!r} is none of them")
-    found = [flavour for flavour in FLAVOURS.values() if flavour.installed]
+        raise EngineError(f"engines are built for {' or '.join(LIBRARIES)}, or auto; {requested!r} is none of them")
+    found = [library for library in LIBRARIES.values() if library.installed]
     if not found:
-        modules = " nor ".join(flavour.module for flavour in FLAVOURS.values())
+        modules = " nor ".join(library.module for library in LIBRARIES.values())
         raise EngineError(
             f"neither {modules} is installed here; {machine.install('tensorrt-rtx')} (the extra 'tensorrt' is for GPUs "
             "in data centres)"
         )
-    if found[0].backend == "tensorrt":
-        return found[0], "because it is installed"
-    return found[0], "because tensorrt is not installed"
+    return found[0], f"because {'it is' if found[0].backend == 'tensorrt' else 'tensorrt is not'} installed"
 
 
 _LOGGERS: dict[Any, Any] = {}  # by the library's base class
