@@ -152,8 +152,8 @@ def to_json(vocabulary: Vocabulary) -> str:
     made = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(tokenizers.Regex(vocabulary.pattern.text), "isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])  # type: ignore[assignment]
-    made.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    made.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    made.decoder = decoders.ByteLevel()
     made.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name, _ in special])
     return made.to_str()
 
