@@ -21,7 +21,6 @@ import lrt_deploy
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import PLAN, cache_capacity, engine_folder, read_sidecar, sidecar_path
 from lrt_deploy.bundle.manifest import graph_path, read_manifest, write_manifest
-from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES, choose_library
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.build import engine_rows
@@ -30,7 +29,6 @@ from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import build as build_module
 from lrt_deploy.exporters.engine.build import build_engine as build
 from lrt_deploy.exporters.engine.build import profiles
-from lrt_deploy.exporters.engine.fused_layers import parse_layers, summarize
 from lrt_deploy.exporters.engine.tensorrt import BuildLog, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.verify import Product, expected_network, verify
 
@@ -216,40 +214,6 @@ def test_profiles_follow_the_bundle():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [precision for precision in PRECISIONS if precision != "fp32"])
-@pytest.mark.parametrize("name", ["demo", GOLDEN])
-def test_every_precision_is_built_as_expected(in_every_precision, tmp_path, name, precision):
-    """The demo checkpoint (windows, heads without groups) and a golden with grouped heads, without a GPU."""
-    folder = tmp_path / "bundle"
-    shutil.copytree(in_every_precision(name), folder)
-    sidecar = lrt_deploy.build_engine(folder, backend="tensorrt-rtx", precision=precision)
-    manifest, plan = read_manifest(folder), engine_folder(folder, "tensorrt-rtx", precision) / PLAN
-    layers, count, base = sidecar.layers, manifest.model.n_layer, base_dtype(precision, "full")
-    assert read_sidecar(plan) == sidecar and plan.stat().st_size == sidecar.plan_bytes
-    assert (layers["kv_cache_update"], layers["attention"], layers["attention_masks"]) == (2 * count, count, 2)
-    assert [profile.name for profile in sidecar.profiles] == ["decode", "prefill"]
-    total = 6 + 5 * (count - 1) + 1  # qkv, gate, output and two of the MLP in each layer; memory and head once
-    weights = {
-        "int8": "float16 with int8 weights and int8 activations",
-        "int8-weight-only": "float16 with int8 weights",
-        "int4-weight-only": "float16 with int4 weights",
-    }
-    kept = count if precision in weights else 0  # the gates
-    expected = {base: kept, weights[precision]: total - kept} if precision in weights else {base: total}
-    assert layers["matmul"] == expected
-    assert layers["quantized_matmul"] == (total - kept if precision in weights else 0)
-    assert set(layers["norms"]) == {"float32"}
-    assert {spec["dtype"] for spec in sidecar.inputs if spec["name"].startswith("past_")} == {base}
-    assert sidecar.outputs[0]["dtype"] == "float32"
-    assert layers["attention_decomposable"] is False
-    decode, prefill = (layers["kernels"][name] for name in ("decode", "prefill"))
-    assert (decode["attentions"], decode["attentions_on_caches"], prefill["attentions"]) == (count, count, count)
-    assert decode["faults"] == [] and decode["kernels"] <= (12 if precision == "fp16" else 16) * count
-    assert len(sidecar.build["fused_layers"]) > decode["kernels"] + prefill["kernels"]
-    assert f"{decode['kernels']} for decode; {prefill['kernels']} for prefill" in engine_rows(sidecar)["kernels"]
-
-
-@pytest.mark.slow
 def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model, tmp_path, monkeypatch):
     """TensorRT-RTX 1.7.1 has none in float16 for two heads of 64."""
     from lrt_deploy.model.random_weights import random_model
@@ -424,39 +388,6 @@ def test_every_build_of_a_process_hears_its_own_messages(bundle):
         parsed.builder.logger.log(RTX.load().ILogger.ERROR, "listen")
         heard.append(parsed.log.errors)
     assert heard == [["listen"], ["listen"]]
-
-
-LISTED = (
-    "Layers: Name: __mye1_0_myl0_0, LayerType: shape_call, Inputs: [], Constants: [], Outputs: [], TacticName: , "
-    "Name: _gemv_mha_v1_myl0_9, LayerType: kgen, Inputs: [ {KEYS}, {VALUES}, { Name: q, Dimensions: [-1,4,1,16], "
-    "Datatype: Half, Format: x }, { Name: mask, Dimensions: [-1,1,1,128], Datatype: Bool, Format: x }], Constants: [], "
-    "Outputs: [ { Name: OUT, Dimensions: [DIMS], Datatype: Half, Format: x }], TacticName: y, StreamId: 0"
-)
-
-
-def listed(keys="present_key_0", out="attended", dims="-1,1,16"):
-    """What a build says of a model of one layer, with one thing changed."""
-    entry = "{ Name: %s, Dimensions: [-1,2,128,16], Strides: [1], Datatype: Half, Format: x }"
-    text = LISTED.replace("{KEYS}", entry % keys).replace("{VALUES}", entry % "present_value_0")
-    return parse_layers(text.replace("OUT", out).replace("DIMS", dims))
-
-
-@pytest.mark.parametrize(
-    ("change", "on_caches", "fault"),
-    [
-        ({}, 1, None),
-        ({"keys": "present_key_0_transposed"}, 0, None),
-        ({"out": "k", "dims": "-1,2,16,128"}, 1, "_gemv_mha_v1_myl0_9 copies a cache"),
-        ({"out": "w", "dims": "64,256"}, 1, "_gemv_mha_v1_myl0_9 writes a whole weight matrix"),
-    ],
-)
-def test_the_list_of_fused_layers_shows_what_costs_time(change, on_caches, fault):
-    sizes = {"sequence_len": 128, "vocab_size": 64, "n_layer": 1, "n_head": 4, "n_kv_head": 2, "n_embd": 64}
-    found = summarize(listed(**change), LRTConfig(**sizes), ["decode"])["decode"]
-    assert (found["kernels"], found["attentions"]) == (1, 1)  # what runs on the host is no kernel
-    assert found["attentions_on_caches"] == on_caches
-    assert found["faults"] == ([fault] if fault else [])
-    assert summarize([], LRTConfig(**sizes), ["decode"]) == {}
 
 
 # The sidecar

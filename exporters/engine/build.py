@@ -41,7 +41,7 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
-from .fused_layers import parse_layers, summarize
+from .fused_layers import find_slow_decoding, parse_layers, summarize
 from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
 from .verify import expected_network, verify
 
@@ -184,11 +184,20 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
     parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
     progress("verifying", 0, 0)
     layers = verify(parsed.trt, parsed.network, expected)
-    decomposable = {"attention_decomposable": decompose or expected.base == "float32"}
+    decomposable = decompose or expected.base == "float32"
     plan = build(job.flavour, parsed, job.profiles, job.settings, progress)
     names = [profile.name for profile in job.profiles]
-    kernels = summarize(parse_layers(parsed.log.fused_layers), job.manifest.model, names)
-    return parsed, layers | decomposable | {"kernels": kernels}, plan
+    fused = parse_layers(parsed.log.fused_layers)
+    slow = find_slow_decoding(fused, expected, job.capacity, names, decomposable)
+    if slow and job.flavour.backend == "tensorrt-rtx":  # what full TensorRT lists has not been seen
+        raise EngineError(
+            f"the plan that {job.flavour.backend} {parsed.trt.__version__} built for {job.precision} would decode "
+            f"slowly, so it was not kept: {'; '.join(slow[:4])}; expected are attentions in one kernel each that reads "
+            "the caches themselves, and quantized weights dequantized inside their products; build another precision "
+            "of the bundle, or with the version in constraints.txt"
+        )
+    kernels = summarize(fused, expected, job.capacity, names)
+    return parsed, layers | {"attention_decomposable": decomposable, "kernels": kernels}, plan
 
 
 def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[Profile, ...]:

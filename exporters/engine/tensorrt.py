@@ -30,23 +30,16 @@ from lrt_deploy.files import atomic_write, read_bytes
 
 
 def tensorrt_copy(graph: Path, capacity: int, decompose: bool = False) -> bytes:
-    """Return the edited graph as ONNX bytes; it names its weights file as the original does.
-
-    Attention in float32 is marked as decomposable, and with `decompose` all attention: TensorRT has fused kernels for
-    some shapes and 16-bit types only.
-    """
+    """Return the graph as `variants.for_tensorrt` edits it, as ONNX bytes that name its weights file as it does."""
     import onnx_ir as ir
 
-    from lrt_deploy.exporters.graph.variants import fix_dims
+    from lrt_deploy.exporters.graph.variants import for_tensorrt
 
     try:
         model = ir.load(graph)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read the graph {graph}: {error}; export the bundle again") from error
-    fix_dims(model, {"capacity": capacity, "rows": 1})
-    for node in model.graph:
-        if node.op_type == "Attention" and (decompose or node.outputs[0].dtype == ir.DataType.FLOAT):
-            node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+    for_tensorrt(model, capacity, decompose)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
 
@@ -70,16 +63,16 @@ class BuildLog:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory: dict[str, list[int]] = field(default_factory=dict)
-    fused_layers: str = ""  # the list of the plan's layers
+    fused_layers: str = ""  # the list of the plan's layers, one a line
     listener: Listener | None = None  # called with every message as it comes
 
     def take(self, severity: str, text: str) -> None:
         """Record one message."""
+        if text.startswith("Layers:"):
+            self.fused_layers = text
         text = " ".join(text.split())
         if self.listener is not None:
             self.listener(severity, text)
-        if text.startswith("Layers: "):
-            self.fused_layers = text
         if found := _MEMORY.search(text):
             name = f"{found[1].lower().replace(' ', '_')}_bytes"
             self.memory.setdefault(name, []).append(int(found[2]))

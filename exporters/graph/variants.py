@@ -1,4 +1,4 @@
-"""Derive the other graphs from the traced one: the windowed flavour, and the decode step (T = 1).
+"""Derive the other graphs from the traced one: the windowed flavour, the decode step (T = 1), and TensorRT's copy.
 
 Deriving instead of tracing again makes all of them the same computation on the same weights by construction.
 """
@@ -17,7 +17,7 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
-from .passes import constant, fewer_ops
+from .passes import constant, fewer_ops, rotate_together
 
 
 def decode_step(model: ir.Model) -> ir.Model:
@@ -33,6 +33,21 @@ def fix_dims(model: ir.Model, sizes: dict[str, int]) -> None:
         if value.shape is not None:
             names = [str(dim.value) if isinstance(dim, ir.SymbolicDim) else "" for dim in value.shape]
             value.shape = ir.Shape([sizes.get(name, dim) for name, dim in zip(names, value.shape, strict=True)])
+
+
+def for_tensorrt(model: ir.Model, capacity: int, decompose: bool) -> None:
+    """Edit a `full` graph in place as TensorRT wants it: `capacity` cache slots, one row of logits, fewer kernels.
+
+    Attention in float32 is marked as decomposable, and with `decompose` all attention: TensorRT has fused kernels for
+    some shapes and 16-bit types only.
+    """
+    fix_dims(model, {"capacity": capacity, "rows": 1})
+    for node in model.graph:
+        if node.op_type == "Attention" and (decompose or node.outputs[0].dtype == ir.DataType.FLOAT):
+            node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+    rotate_together(model.graph)
+    common.RemoveUnusedNodesPass()(model)
+    common.TopologicalSortPass()(model)
 
 
 # ORT's Slice copies, on one thread: with Attention 14 us a slot over 12 layers of width 768, without it 5 us.
