@@ -6,6 +6,7 @@ ONNX Runtime, to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -216,21 +217,21 @@ Name: _gemv_mha_v1_myl0_9, LayerType: kgen, Inputs: [ {KEYS}, {VALUES}, { Name: 
 Datatype: Half, Format: x }, { Name: mask, Dimensions: [-1,1,1,128], Datatype: Bool, Format: x }], Constants: [], \
 Outputs: [ { Name: OUT, Dimensions: [DIMS], Datatype: Half, Format: x }], TacticName: y, StreamId: 0, Metadata:
 Name: blocks.0.heads [profile 1]+gate [profile 1]_myl0_10, LayerType: gemm, Inputs: [], Constants: [ { Name: w, \
-Dimensions: [1,64,128], Datatype: HELD, Format: x }], Outputs: [ { Name: n, Dimensions: [-1,128], Datatype: Half, \
+Dimensions: [1,256,512], Datatype: HELD, Format: x }], Outputs: [ { Name: n, Dimensions: [-1,512], Datatype: Half, \
 Format: x }], TacticName: y, StreamId: 0, Metadata: [ONNX Layer: blocks.0.heads] [ONNX Layer: blocks.0.qkv.dequantized]
 Bindings:
 """
 EXPECTED = ExpectedNetwork(
     "int8",
-    LRTConfig(sequence_len=128, vocab_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=64),
+    LRTConfig(sequence_len=128, vocab_size=64, n_layer=1, n_head=4, n_kv_head=2, n_embd=256),
     "float16",
-    {"blocks.0.qkv": Product("float16", "int8"), "blocks.0.gate": Product("float16")},
+    {"blocks.0.qkv": Product("float16", "int8"), "blocks.0.mlp_in": Product("float16")},
 )
 
 
 def listed(keys="present_key_0", out="attended", dims="-1,1,16", held="Int8", more=""):
     """What a build says of a model of one layer, with one thing changed."""
-    entry = "{ Name: %s, Dimensions: [-1,2,128,16], Strides: [1], Datatype: Half, Format: x }"
+    entry = "{ Name: %s, Dimensions: [-1,2,128,64], Strides: [1], Datatype: Half, Format: x }"
     text = LISTED.replace("{KEYS}", entry % keys).replace("{VALUES}", entry % "present_value_0" + more)
     return parse_layers(text.replace("OUT", out).replace("DIMS", dims).replace("HELD", held))
 
@@ -241,8 +242,13 @@ def listed(keys="present_key_0", out="attended", dims="-1,1,16", held="Int8", mo
         ({}, 1, 1, None),
         ({"keys": "scaled"}, 0, 1, "0 of 1 attentions read their caches, queries and a mask, and nothing else"),
         ({"more": ", { Name: lengths, Dimensions: [-1], Datatype: Int32, Format: x }"}, 0, 1, "0 of 1 attentions"),
-        ({"out": "k", "dims": "-1,2,16,128"}, 1, 1, "_gemv_mha_v1_myl0_9 copies present_key_0"),
-        ({"out": "w", "dims": "1,64,256"}, 1, 1, "_gemv_mha_v1_myl0_9 writes a matrix like blocks.0.mlp_in into memor"),
+        ({"out": "k", "dims": "-1,2,64,128"}, 1, 1, "_gemv_mha_v1_myl0_9 copies present_key_0"),
+        (
+            {"out": "w", "dims": "1,256,1024"},
+            1,
+            1,
+            "_gemv_mha_v1_myl0_9 writes a matrix like blocks.0.mlp_in into memor",
+        ),
         ({"held": "Half"}, 1, 0, "0 kernels read blocks.0.qkv in int8, expected is one"),
     ],
 )
@@ -258,6 +264,14 @@ def test_the_list_of_fused_layers_shows_what_costs_time(change, on_caches, weigh
     # Attention that has no kernel of its own is no reason to have no plan; weights are.
     forgiven = find_slow_decoding(layers, EXPECTED, 128, ["decode"], decomposable=True)
     assert forgiven == [text for text in slow if " read blocks" in text or " writes " in text]
+
+
+def test_small_matrices_that_are_dequantized_into_memory_are_named_and_not_refused():
+    """TensorRT-RTX 1.7.1 does so where a column is one block, which has at most 128 rows."""
+    small = dataclasses.replace(EXPECTED, config=dataclasses.replace(EXPECTED.config, n_embd=64))
+    layers = listed(held="Half")
+    assert summarize(layers, small, 128, ["decode"])["decode"]["faults"]
+    assert find_slow_decoding(layers, small, 128, ["decode"], decomposable=True) == []
 
 
 def test_a_build_that_lists_nothing_is_no_fault():

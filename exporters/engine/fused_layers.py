@@ -8,6 +8,7 @@ weights are dequantized inside their product. TensorRT-RTX 1.7.1 prints the list
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -32,6 +33,8 @@ _PROFILE = re.compile(r"_myl(\d+)_\d+$")
 _NO_KERNELS = {"shape_call", "signal", "wait"}  # computed on the host; events between streams
 _ATTENTION = "_mha_"  # in the name of a fused attention
 _FLOATS = {"Float", "Half", "BFloat16"}
+# TensorRT-RTX 1.7.1 dequantizes an int4 matrix into memory where each column is one block, of 128 rows at most.
+_SMALL_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -117,13 +120,18 @@ def summarize(
 def find_slow_decoding(
     layers: Sequence[FusedLayer], expected: ExpectedNetwork, capacity: int, profiles: Sequence[str], decomposable: bool
 ) -> list[str]:
-    """Return what makes decoding slower than it need be: no reason for it is known, so the plan should not be kept.
+    """Return the faults of decoding for which a plan should not be kept; none where the build listed no layers.
 
-    With `decomposable`, attention may take several kernels: none fits its shape or type, and a plan is wanted still.
+    Matrices of at most 128 rows are not among them, and with `decomposable` attention is not: there is no kernel for
+    its shape or type, and a slower plan is wanted still.
     """
     kernels = _kernels(layers, list(profiles).index(DECODE))
-    faults = [] if decomposable or not kernels else list(_attention_faults(kernels, expected, capacity))
-    return faults + (list(_weight_faults(kernels, expected)) if kernels else [])
+    if not kernels:
+        return []
+    shapes = matrix_shapes(expected.config)
+    large = {name: product for name, product in expected.products.items() if shapes[name][0] > _SMALL_ROWS}
+    weights = _weight_faults(kernels, dataclasses.replace(expected, products=large))
+    return [*([] if decomposable else _attention_faults(kernels, expected, capacity)), *weights]
 
 
 def _kernels(layers: Sequence[FusedLayer], profile: int) -> list[FusedLayer]:
@@ -186,7 +194,7 @@ def _readers(kernels: Sequence[FusedLayer], name: str, expected: ExpectedNetwork
 
 def _written_matrices(kernel: FusedLayer, expected: ExpectedNetwork) -> list[str]:
     """Return the matrices that a kernel writes as floats: those that it dequantizes, or any of an output's shape."""
-    shapes, written = matrix_shapes(expected.config), []
+    shapes, written = {n: s for n, s in matrix_shapes(expected.config).items() if n in expected.products}, []
     for out in kernel.outputs:
         if out.dtype in _FLOATS and out.elements:
             shape = tuple(size for size in out.shape if size != 1)
