@@ -73,6 +73,7 @@ class Fake:
             latent=self.latents[at : at + 1] + np.float32(wrong.get("latent", 0.0)),
             prefill=self.report,
             count=count,
+            lengths=np.array([len(tokens)]),
             cache=lambda layer: tuple(caches[layer][:, :, :, : count.tokens]),
         )
 
@@ -82,6 +83,7 @@ class Fake:
             raise BackendError("fake produced 3 logits that are not finite")
         state.logits, state.latent = self.logits[at : at + 1], self.latents[at : at + 1]
         state.count.tokens += 1
+        state.lengths += 1
 
 
 def run(decoder, reference=None, prompt=PROMPT, steps=STEPS, **options):

@@ -31,7 +31,7 @@ from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, StatefulDecoder
 
 from .arrays import read_arrays
-from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent
+from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent, state_errors
 
 
 class FullDecoder(StatefulDecoder, Protocol):
@@ -96,7 +96,7 @@ def fixed_point_vs_stepwise(decoder: FullDecoder, setting: Setting) -> MutualChe
 
 def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
     """Prefill in two turns against in one, both by iteration."""
-    _at_least(setting, 2)
+    _two_tokens(setting)
     cut = len(setting.prompt) // 3 + 1  # not the half, where a prompt of two chunks is cut anyway
     whole = decoder.prefill([setting.prompt], policy="fixed-point", tolerance=setting.tolerance)
     turns = decoder.prefill([setting.prompt[:cut]], policy="fixed-point", tolerance=setting.tolerance)
@@ -107,7 +107,7 @@ def chunked_vs_whole(decoder: FullDecoder, setting: Setting) -> MutualCheck:
 
 def batch_vs_alone(decoder: FullDecoder, setting: Setting) -> MutualCheck:
     """The prompt as one row of a batch with other prompts and tokens, against alone."""
-    _at_least(setting, 2)
+    _two_tokens(setting)
     rows = min(setting.max_batch_size, 3)
     if rows < 2:
         raise ParityError("batch-vs-alone needs a bundle for 2 rows or more; this one was exported for 1")
@@ -180,10 +180,10 @@ def _meet(name: str, one: _Side, other: _Side, setting: Setting, slack: float | 
         if not errors[part] <= bound
     ]
     verdict = f"FAIL: {name}: the two differ in {', '.join(beyond)}" if beyond else f"PASS: {name}: the two agree"
+    found = {part: f"{error:.1e}" for part, error in errors.items()}
     line = (
-        f"{verdict}; latent within {errors['latent']:.1e} (limit {bounds['latent']:.1e}), logits "
-        f"{errors['logits']:.1e}, cache {errors['cache']:.1e}; over {setting.steps} further steps logits "
-        f"{errors['logits_after']:.1e}, KL {errors['kl_after']:.1e}"
+        f"{verdict}; latent within {found['latent']} (limit {bounds['latent']:.1e}), logits {found['logits']}, cache "
+        f"{found['cache']}; over {setting.steps} further steps logits {found['logits_after']}, KL {found['kl_after']}"
     )
     return MutualCheck(name, not beyond, line, **errors, bound=bounds["latent"], steps=setting.steps)
 
@@ -192,13 +192,8 @@ def _measure(one: _Side, other: _Side, steps: int) -> dict[str, float]:
     """The errors of a `MutualCheck`: of the states, and over the greedy tokens of the second one, fed to both."""
     (decoder, state), (partner, straight) = one, other
     config, beside = decoder.config, len(state.logits) - 1
-    errors = {
-        "logits": distance(state.logits[-1], straight.logits[-1]),
-        "latent": distance(state.latent[-1], straight.latent[-1]) if config.memory else 0.0,
-        "cache": max(_cache_distance(state, straight, layer) for layer in range(config.n_layer)),
-        "logits_after": 0.0,
-        "kl_after": 0.0,
-    }
+    logits, latent, cache = state_errors(state, straight, config)
+    errors = {"logits": logits, "latent": latent or 0.0, "cache": cache, "logits_after": 0.0, "kl_after": 0.0}
     tokens = [int(straight.logits[-1].argmax())]
     # The rows beside the compared one read other tokens.
     batch = (
@@ -213,21 +208,14 @@ def _measure(one: _Side, other: _Side, steps: int) -> dict[str, float]:
     return errors
 
 
-def _cache_distance(state: Any, straight: Any, layer: int) -> float:  # noqa: ANN401 - states of the decoders
-    """Largest difference of keys and values of the last rows; a batch's cache is as long as its longest row."""
-    length = int(straight.lengths[-1])
-    pairs = zip(state.cache(layer), straight.cache(layer), strict=True)
-    return max(distance(found[-1, :, :length], expected[-1, :, :length]) for found, expected in pairs)
-
-
 def _residual(state: Any) -> float:  # noqa: ANN401 - the decoder's own state
     """The residual that the last prefill stated; 0 where it was exact."""
     return float(state.prefill.residual or 0.0)
 
 
-def _at_least(setting: Setting, tokens: int) -> None:
-    if len(setting.prompt) < tokens:
-        raise InputError(f"the prompt has {len(setting.prompt)} token(s); this check needs {tokens} or more")
+def _two_tokens(setting: Setting) -> None:
+    if len(setting.prompt) < 2:
+        raise InputError(f"the prompt has {len(setting.prompt)} token(s); this check needs 2 or more")
 
 
 @dataclass(frozen=True)
@@ -269,24 +257,24 @@ def compare_with_recording(
     rows, length = recording.ids.shape
     if length > (capacity := capacity_of(decoder)):
         raise ParityError(f"the recorded rows have {length} tokens and the decoder holds {capacity}")
-    logit_error, latent_error, kl, same = 0.0, 0.0, 0.0, 0
+    logit_error, kl, same = 0.0, 0.0, 0
+    latent = None if recording.latents is None else 0.0
     first = length - recording.logits.shape[1]
     for row, ids in enumerate(recording.ids):
         for t, (state, logits) in enumerate(rollout(decoder, ids[:, None])):
             progress("golden", row * length + t + 1, rows * length)
             if recording.latents is not None:
-                latent_error = max(latent_error, distance(recording.latents[row, t], state.latent[0]))
+                latent = max(latent or 0.0, distance(recording.latents[row, t], state.latent[0]))
             if t >= first:
                 expected, found = recording.logits[row, t - first], logits[0]
                 logit_error = max(logit_error, distance(expected, found))
                 kl += kl_divergence(expected, found)
                 same += int(expected.argmax() == found.argmax())
     positions = rows * (length - first)
-    latent = latent_error if recording.latents is not None else None
     kl, agreement = kl / positions, same / positions
     # By errors where the function is the same, by quality where the precision makes it another.
     if limits.top1_agreement is None:
-        passed = logit_error <= limits.max_abs_logit_error and latent_error <= limits.max_abs_latent_error
+        passed = logit_error <= limits.max_abs_logit_error and (latent or 0.0) <= limits.max_abs_latent_error
         limit = f"limits {limits.max_abs_logit_error:.0e} and {limits.max_abs_latent_error:.0e}"
     else:
         passed = kl <= limits.mean_kl and agreement >= limits.top1_agreement and math.isfinite(logit_error)

@@ -81,7 +81,8 @@ class ParityOptions:
     def limits(self, precision: str) -> ParityLimits:
         """The limits of a precision with these options applied; InputError where it is not judged by quality."""
         bounds = limits(precision)
-        for name, value, largest in (("max_kl", self.max_kl, math.inf), ("min_agreement", self.min_agreement, 1.0)):
+        for name, limit, largest in (("max_kl", "mean_kl", math.inf), ("min_agreement", "top1_agreement", 1.0)):
+            value = getattr(self, name)
             if value is None:
                 continue
             if bounds.top1_agreement is None:
@@ -91,11 +92,8 @@ class ParityOptions:
                 )
             if not 0 <= value <= largest or math.isinf(value):
                 raise InputError(f"{name} is {value}, expected a number from 0" + (" to 1" if largest == 1 else " on"))
-        return dataclasses.replace(
-            bounds,
-            mean_kl=bounds.mean_kl if self.max_kl is None else self.max_kl,
-            top1_agreement=bounds.top1_agreement if self.min_agreement is None else self.min_agreement,
-        )
+            bounds = dataclasses.replace(bounds, **{limit: value})
+        return bounds
 
 
 def parity(
@@ -206,11 +204,10 @@ def parity_of(
         return dataclasses.replace(report, bisect=_bisect_weights(weights)) if options.bisect else report
     progress("loading the checkpoint", 0, 0)
     model = opened.model(decoder.max_seq_len)
-    make = ReferenceDecoder.in_float64 if options.float64 else ReferenceDecoder
-    reference = make(model, decoder.max_seq_len)
+    reference = ReferenceDecoder(model, decoder.max_seq_len, options.float64)
     request = PrefillRequest(options.prefill, options.tolerance)
     run = compare_rollouts(reference, decoder, prompt, steps, request, progress)
-    quantized = evidence.limits.top1_agreement is not None and bool(run.points)
+    quantized = evidence.limits.top1_agreement is not None and any(point.finite for point in run.points)
     if quantized:
         progress("comparing with PyTorch on the stored weights", 0, 0)
         arithmetic = _arithmetic(subject, model, run)  # from here on the model has the stored weights
@@ -315,11 +312,8 @@ def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart
 
 def _latents_before(latents: Sequence[FloatArray | None], width: int) -> FloatArray:
     """(T, C) the latent that each token is read with: zeros, then the latent after the token before it."""
-    before = np.zeros((len(latents), width), np.float32)
-    for t, latent in enumerate(latents[:-1]):
-        if latent is not None:
-            before[t + 1] = latent
-    return before
+    zeros = np.zeros(width, np.float32)
+    return np.stack([zeros, *(zeros if latent is None else latent for latent in latents[:-1])])
 
 
 def _computed(logits: Sequence[FloatArray], latents: Sequence[FloatArray | None]) -> Computed:

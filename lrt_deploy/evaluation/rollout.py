@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, ParityError
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport, State, StatefulDecoder
@@ -106,9 +107,8 @@ def compare_rollouts(
     The result ends early where logits or latents are not finite or the decoder fails. Raises ParityError for models
     or lengths that cannot be compared, InputError for a prompt that cannot be read.
     """
-    _check_comparable(reference, decoder)
     tokens = check_prompts([prompt], reference.config.vocab_size)[0].tolist()
-    _check_length(reference, decoder, len(tokens), steps)
+    _check_comparable(reference, decoder, len(tokens), steps)
     memory = reference.config.memory
     run = Comparison(len(tokens), steps, tokens=tokens, reference=Trace(memory), decoder=Trace(memory))
     try:
@@ -119,8 +119,8 @@ def compare_rollouts(
     return run
 
 
-def _check_comparable(reference: StatefulDecoder, decoder: StatefulDecoder) -> None:
-    """Refuse models whose logits, latents or caches differ in shape."""
+def _check_comparable(reference: StatefulDecoder, decoder: StatefulDecoder, prompt_tokens: int, steps: int) -> None:
+    """Refuse models whose logits, latents or caches differ in shape, and rollouts that they cannot hold."""
     for name in ("vocab_size", "memory", "n_embd", "n_layer"):
         expected, found = getattr(reference.config, name), getattr(decoder.config, name)
         if found != expected:
@@ -128,9 +128,6 @@ def _check_comparable(reference: StatefulDecoder, decoder: StatefulDecoder) -> N
                 f"the decoder's model has {name} {found}, the reference's has {expected}, so there is nothing to "
                 "compare; give the checkpoint that the bundle was exported from"
             )
-
-
-def _check_length(reference: StatefulDecoder, decoder: StatefulDecoder, prompt_tokens: int, steps: int) -> None:
     if steps < 1:
         raise ParityError(f"steps is {steps}, expected at least 1: parity is a rollout")
     total = prompt_tokens + steps
@@ -208,28 +205,20 @@ def _measure(position: int, reference: Trace, found: State) -> Point:
 def _with_cache_errors(
     points: Sequence[Point], expected: State | None, found: State | None, layers: int
 ) -> list[Point]:
-    """The points with each layer's errors of K and V, read once at the end: a cache entry is written once."""
+    """The points with each layer's errors of K and V, read once at the end: a cache entry is written once.
+
+    They are inf where an entry is missing or not finite.
+    """
     if expected is None or found is None:
         return list(points)
-    errors = [_cache_errors(expected.cache(i), found.cache(i), len(points)) for i in range(layers)]
-    return [
-        replace(point, key_errors=tuple(k[t] for k, _ in errors), value_errors=tuple(v[t] for _, v in errors))
-        for t, point in enumerate(points)
-    ]
-
-
-def _cache_errors(
-    expected: tuple[FloatArray, FloatArray], found: tuple[FloatArray, FloatArray], positions: int
-) -> list[list[float]]:
-    """Largest error of K and of V at each position; inf where an entry is missing or not finite."""
-    result = []
-    for one, other in zip(expected, found, strict=True):  # (1, G, S, D)
-        count = min(one.shape[2], other.shape[2], positions)
-        errors = np.full(positions, math.inf)
-        difference = np.abs(one[:, :, :count].astype(np.float64) - other[:, :, :count])
-        errors[:count] = np.nan_to_num(difference.max(axis=(0, 1, 3)), nan=math.inf)
-        result.append(errors.tolist())
-    return result
+    errors = np.full((2, len(points), layers), math.inf)
+    for layer in range(layers):
+        for kind, (one, other) in enumerate(zip(expected.cache(layer), found.cache(layer), strict=True)):
+            count = min(one.shape[2], other.shape[2], len(points))  # (1, G, S, D)
+            difference = np.abs(one[:, :, :count].astype(np.float64) - other[:, :, :count])
+            errors[kind, :count, layer] = np.nan_to_num(difference.max(axis=(0, 1, 3)), nan=math.inf)
+    keys, values = errors.tolist()
+    return [replace(point, key_errors=tuple(keys[t]), value_errors=tuple(values[t])) for t, point in enumerate(points)]
 
 
 def check_prefill(
@@ -241,20 +230,20 @@ def check_prefill(
     except BackendError as error:
         return PrefillCheck(error=str(error))
     report = getattr(state, "prefill", PrefillReport(policy="stepwise", passes=1.0))
+    logits, latent, cache = state_errors(state, stepwise, decoder.config)
+    return PrefillCheck(report.policy, report.passes, report.residual, latent, logits, cache, report.note)
+
+
+def state_errors(found: State, expected: State, config: LRTConfig) -> tuple[float, float | None, float]:
+    """Largest differences of logits, latent (None without memory) and caches between the last rows of two states."""
+    length = int(expected.lengths[-1])  # a batch's cache is as long as its longest row
     caches = [
-        distance(one, other)
-        for layer in range(decoder.config.n_layer)
-        for one, other in zip(stepwise.cache(layer), state.cache(layer), strict=True)
+        distance(one[-1, :, :length], other[-1, :, :length])
+        for layer in range(config.n_layer)
+        for one, other in zip(found.cache(layer), expected.cache(layer), strict=True)
     ]
-    return PrefillCheck(
-        policy=report.policy,
-        passes=report.passes,
-        residual=report.residual,
-        max_abs_latent_error=distance(stepwise.latent, state.latent) if decoder.config.memory else None,
-        max_abs_logit_error=distance(stepwise.logits, state.logits),
-        max_abs_cache_error=max(caches),
-        note=report.note,
-    )
+    latents = [None if state.latent is None else state.latent[-1] for state in (found, expected)]
+    return distance(found.logits[-1], expected.logits[-1]), distance(*latents) if config.memory else None, max(caches)
 
 
 def _not_finite(name: str, state: State) -> str | None:

@@ -70,25 +70,22 @@ class ReferenceState:
 
     def cache(self, layer: int) -> tuple[FloatArray, FloatArray]:
         """Live keys and values (B, G, length, D) of a layer."""
-        return (
-            self.keys[layer][:, :, : self.length].float().numpy(),
-            self.values[layer][:, :, : self.length].float().numpy(),
-        )
+        keys, values = (cache[layer][:, :, : self.length].float().numpy() for cache in (self.keys, self.values))
+        return keys, values
 
 
 class ReferenceDecoder:
     """Decodes with `model` on the CPU; in float64 it shows how much of a difference is float32 noise."""
 
-    def __init__(self, model: LRT, max_seq_len: int | None = None, dtype: torch.dtype = torch.float32) -> None:
-        self._model = model if dtype == torch.float32 else _as_dtype(model, dtype)
+    def __init__(self, model: LRT, max_seq_len: int | None = None, float64: bool = False) -> None:
+        self._dtype = torch.float64 if float64 else torch.float32
+        if float64:
+            copy = LRT(model.config)
+            copy.load_state_dict(model.state_dict(), assign=True)
+            model = copy.double().eval().requires_grad_(False)
+        self._model = model
         self._model.ops = InPlaceCacheOps()
-        self._dtype = dtype
         self.max_seq_len = max_seq_len or model.config.max_positions
-
-    @classmethod
-    def in_float64(cls, model: LRT, max_seq_len: int | None = None) -> ReferenceDecoder:
-        """The same model without float32's noise."""
-        return cls(model, max_seq_len, torch.float64)
 
     @property
     def config(self) -> LRTConfig:
@@ -149,9 +146,3 @@ class ReferenceDecoder:
         keys, values = ([torch.zeros(shape, dtype=self._dtype) for _ in range(config.n_layer)] for _ in range(2))
         carried = torch.zeros(batch, 1, config.n_embd, dtype=self._dtype)
         return ReferenceState(keys, values, carried, torch.zeros(batch, config.vocab_size))
-
-
-def _as_dtype(model: LRT, dtype: torch.dtype) -> LRT:
-    copy = LRT(model.config)
-    copy.load_state_dict(model.state_dict(), assign=True)
-    return copy.to(dtype).eval().requires_grad_(False)
