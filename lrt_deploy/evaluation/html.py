@@ -34,16 +34,14 @@ def page(title: str, report: Mapping[str, Any], others: Sequence[Mapping[str, An
     bisect = dict.fromkeys(("line", "position", "tensor")) | (report.get("bisect") or {})
     return environment.get_template(_TEMPLATE.name).render(
         title=title,
-        passed=report["passed"],
         verdict_word=word.rstrip(":"),
         verdict_rest=rest,
+        report=report,
+        ran=ran,
         bisect=bisect,
         parts=_parts(report),
-        summary=_summary(report) if ran else {},
         charts=charts(report) if ran else [],
-        runs=[{"cells": _cells(run), "here": run["precision"] == report["precision"]} for run in others]
-        if ran and len(others) > 1
-        else [],
+        runs=others if ran and len(others) > 1 else [],
         stages=_stages(bisect),
         provenance={name: _words(value) for name, value in (report.get("provenance") or {}).items()},
     )
@@ -64,45 +62,6 @@ def _words(value: object) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {_words(item)}" for name, item in value.items() if item is not None)
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _summary(report: Mapping[str, Any]) -> dict[str, str]:
-    """The measured numbers."""
-    divergence, prefill = report.get("first_divergence"), report.get("prefill") or {}
-    parts = "none"
-    if divergence:
-        tie = "a near tie" if divergence["near_tie"] else "not a tie"
-        parts = f"step {divergence['step']}, margin {number(divergence['margin'])}: {tie}"
-    free, drift = report.get("free_running") or {}, report.get("drift") or {}
-    return {
-        "backend, precision": f"{report['backend']}, {report['precision']}",
-        "rollout": f"{report['prompt_tokens']} prompt tokens, {report['steps']} greedy steps",
-        "logits, largest error": number(report["max_abs_logit_error"]),
-        "latent, largest error": number(report["max_abs_latent_error"]),
-        "K and V, largest error": f"{number(report['max_abs_key_error'])}, {number(report['max_abs_value_error'])}",
-        "KL, mean and largest": f"{number(report['mean_kl'])}, {number(report['max_kl'])}",
-        "same first choice": f"{report['top1_agreement']:.2%} of positions",
-        "tokens part": parts,
-        "free-running": f"{free.get('token_agreement') or 0:.2%} of tokens equal (reported, not judged)",
-        "drift of the latent": f"× {number(drift['growth'])} from first to last quarter" if drift else "no memory",
-        "prefill": f"{prefill.get('policy')}, {number(prefill.get('passes'))} passes",
-        "checkpoint": {True: "the one exported", False: "another file", None: "unknown"}[report["checkpoint_matches"]],
-    }
-
-
-def _cells(report: Mapping[str, Any]) -> dict[str, str]:
-    """A row of the table of precisions."""
-    divergence, free = report.get("first_divergence"), report.get("free_running") or {}
-    return {
-        "precision": f"{report['precision']} ({report['backend']})",
-        "verdict": "PASS" if report["passed"] else "FAIL",
-        "mean KL": number(report["mean_kl"]),
-        "largest KL": number(report["max_kl"]),
-        "same first choice": f"{report['top1_agreement']:.1%}",
-        "first divergence": "none" if not divergence else f"step {divergence['step']}",
-        "free-running": f"{free.get('token_agreement') or 0:.1%}",
-        "latent error": number(report["max_abs_latent_error"]),
-    }
 
 
 def _stages(bisect: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

@@ -32,12 +32,8 @@ from lrt_deploy.errors import CheckpointError, ConfigError
 from lrt_deploy.fields import shown
 
 # Fields of the authors' GPTConfig that say how the model was trained; decoding does not depend on them.
-TRAINING_FIELDS = frozenset(
-    (
-        *("interleaved_num_passes", "interleaved_kv_refresh"),
-        *("multi_refine_num_passes", "multi_refine_detach", "multi_refine_loss_weights"),
-    )
-)
+TRAINING_FIELDS = {"interleaved_num_passes", "interleaved_kv_refresh"}
+TRAINING_FIELDS |= {"multi_refine_num_passes", "multi_refine_detach", "multi_refine_loss_weights"}
 _MEMORY_FLAGS = ("use_interleaved", "use_multi_refine")
 _SWITCHES = (*_MEMORY_FLAGS, "use_value_embeds", "ve_every_layer", "use_x0_residual", "use_resid_lambdas")
 # Fields that only the authors' fork writes; it has had softcap 15 and rotary base 10,000 throughout.
@@ -56,14 +52,6 @@ _OTHER_ARITHMETIC = {
 _MARCH_GATE_CHANNELS, _JANUARY_GATE_CHANNELS = 12, 32
 
 Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Described:
-    """The configuration, and a text that names the code that writes such checkpoints."""
-
-    config: LRTConfig
-    known_as: str
 
 
 @dataclass(frozen=True)
@@ -95,11 +83,12 @@ class _Evidence:
         )
 
 
-def describe(fields: Mapping[str, Any], shapes: Shapes, meta: str, weights: str) -> Described:
+def describe(fields: Mapping[str, Any], shapes: Shapes, meta: str, weights: str) -> tuple[LRTConfig, str]:
     """Read the authors' `model_config`, completed and checked by the tensors' names and shapes.
 
-    `meta` and `weights` name the files in errors. Raises ConfigError for fields that are unknown, missing or out of
-    bounds, and CheckpointError where fields and tensors contradict each other or the arithmetic is not known.
+    Returns the configuration, and a text that names the code that writes such checkpoints. `meta` and `weights` name
+    the files in errors. Raises ConfigError for fields that are unknown, missing or out of bounds, and CheckpointError
+    where fields and tensors contradict each other or the arithmetic is not known.
     """
     if unknown := ", ".join(sorted(set(fields) - KNOWN_FIELDS)):
         raise ConfigError(
@@ -123,7 +112,7 @@ def describe(fields: Mapping[str, Any], shapes: Shapes, meta: str, weights: str)
     tables, every_layer = _value_embeddings(evidence, config)
     config = dataclasses.replace(config, use_value_embeds=tables, ve_every_layer=every_layer)
     config = dataclasses.replace(config, ve_gate_channels=_gate_channels(evidence, config))
-    return Described(config, _known_as(evidence, config))
+    return config, _known_as(evidence, config)
 
 
 def _refuse_other_arithmetic(evidence: _Evidence) -> None:

@@ -4,9 +4,6 @@ Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (i
 `config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the
 authors' format cannot (shared projections, another source layer). Files come from strangers: no unpickler runs, only
 regular files are opened, and everything is checked against the config before anything of its size is made.
-
-Elsewhere: finding the files of a path (`checkpoint_folder`), reading `.pt` files (`pt_file`), the authors' meta
-(`authors_config`), the names of tensors (`bundle.weights`), tokenizers (`text.tokenizer`).
 """
 
 from __future__ import annotations
@@ -89,27 +86,27 @@ class Checkpoint:
         tensor is missing, unknown, of another shape, not floating point, or not finite.
         """
         self.check_tensors()  # before anything of the config's size is allocated
-        model = LRT(self.config, max_positions)
-        with torch.no_grad():
-            for name, source in weight_sources(self.config).items():
-                self._fill(model, name, source)
-        return model.eval().requires_grad_(False)
+        model = LRT(self.config, max_positions).requires_grad_(False)
+        for name, source in weight_sources(self.config).items():
+            stored = {self.tensors[key].dtype for key in source.names if key in self.tensors}
+            if name in _TABLES and stored == {"bfloat16"}:
+                table = torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)
+                setattr(model, name, nn.Parameter(table, requires_grad=False))
+            for part, key, shape in zip(_parts(model, name, source), source.names, source.shapes, strict=True):
+                part.copy_(self._read(key, shape, source.default))
+        return model.eval()
 
     def check_tensors(self) -> None:
         """Check names, shapes and types of all tensors against the config; read none. Raises CheckpointError."""
-        sources = weight_sources(self.config)
-        self._refuse_unknown({name for source in sources.values() for name in source.names})
-        for source in sources.values():
+        sources = weight_sources(self.config).values()
+        if unknown := sorted(set(self.tensors) - {name for source in sources for name in source.names}):
+            raise CheckpointError(
+                f"{self.model_file} holds {len(unknown)} tensor(s) that this model has no place for, "
+                f"such as {unknown[0]!r}; leaving them out would silently run another model"
+            )
+        for source in sources:
             for key, shape in zip(source.names, source.shapes, strict=True):
                 self._check(key, shape, source.default is not None)
-
-    def _fill(self, model: LRT, name: str, source: Source) -> None:
-        """Copy the parts of one parameter, reading one part at a time."""
-        stored = [self.tensors[key].dtype for key in source.names if key in self.tensors]
-        if name in _TABLES and set(stored) == {"bfloat16"}:
-            setattr(model, name, nn.Parameter(torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)))
-        for part, key, shape in zip(_parts(model, name, source), source.names, source.shapes, strict=True):
-            part.copy_(self._read(key, shape, source))
 
     def _check(self, key: str, shape: tuple[int, ...], optional: bool) -> None:
         """Check a tensor's shape and type without reading it."""
@@ -128,10 +125,10 @@ class Checkpoint:
         if tensor.dtype not in _DTYPES:
             raise CheckpointError(f"{self.model_file}: {key!r} holds {tensor.dtype}, expected floats of 16 to 64 bits")
 
-    def _read(self, key: str, shape: tuple[int, ...], source: Source) -> Tensor:
+    def _read(self, key: str, shape: tuple[int, ...], default: float | None) -> Tensor:
         if key not in self.tensors:
-            assert source.default is not None
-            return torch.full(shape, source.default)
+            assert default is not None
+            return torch.full(shape, default)
         tensor = self.tensors[key].load()
         if tensor.dtype == torch.float64:  # what float32 cannot hold becomes infinite here and is refused
             tensor = tensor.float()
@@ -140,13 +137,6 @@ class Checkpoint:
                 f"{self.model_file}: {key!r} holds {count} numbers that are not finite in float32; it cannot be run"
             )
         return tensor
-
-    def _refuse_unknown(self, known: set[str]) -> None:
-        if unknown := sorted(set(self.tensors) - known):
-            raise CheckpointError(
-                f"{self.model_file} holds {len(unknown)} tensor(s) that this model has no place for, "
-                f"such as {unknown[0]!r}; leaving them out would silently run another model"
-            )
 
 
 def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
@@ -198,22 +188,18 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
             raise CheckpointError(f"{file} is damaged: its header claims {header} bytes; at most {_HEADER_BYTES} do it")
     try:
         reader: Any = safetensors.safe_open(file, framework="pt")
-        slices = {key: reader.get_slice(key) for key in reader.keys()}  # noqa: SIM118 - it is no dict
-        return {
-            key: LazyTensor(
-                _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype()),
-                tuple(view.get_shape()),
-                partial(reader.get_tensor, key),
-            )
-            for key, view in slices.items()
-        }
+        found = {}
+        for key in reader.keys():  # noqa: SIM118 - it is no dict
+            view = reader.get_slice(key)
+            dtype = _SAFETENSORS_DTYPES.get(view.get_dtype(), view.get_dtype())
+            found[key] = LazyTensor(dtype, tuple(view.get_shape()), partial(reader.get_tensor, key))
+        return found
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}; it is damaged or not a safetensors file") from error
 
 
 def _open_authors(found: CheckpointFiles) -> Checkpoint:
-    meta = _read_object(found.config, "the checkpoint's meta file", _META_BYTES)
-    fields = meta.get("model_config")
+    fields = _read_object(found.config, "the checkpoint's meta file", _META_BYTES).get("model_config")
     if not isinstance(fields, dict):
         raise CheckpointError(
             f"{found.config} has no 'model_config' object; the authors' training code always writes one"
@@ -222,19 +208,12 @@ def _open_authors(found: CheckpointFiles) -> Checkpoint:
     stored = _without_prefixes(state.tensors, found.weights)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
     try:
-        described = authors_config.describe(fields, shapes, str(found.config), str(found.weights))
+        config, known_as = authors_config.describe(fields, shapes, str(found.config), str(found.weights))
     except ConfigError as error:
         raise ConfigError(f"{found.config}: {error}") from error
-    return Checkpoint(
-        found.weights.parent,
-        found.weights,
-        found.step,
-        described.config,
-        {name: LazyTensor(tensor.dtype, tensor.shape, partial(as_torch, tensor)) for name, tensor in stored.items()},
-        described.known_as,
-        found.chosen,
-        state.sha256,
-    )
+    tensors = {name: LazyTensor(each.dtype, each.shape, partial(as_torch, each)) for name, each in stored.items()}
+    folder, weights = found.weights.parent, found.weights
+    return Checkpoint(folder, weights, found.step, config, tensors, known_as, found.chosen, state.sha256)
 
 
 def as_torch(stored: StoredTensor) -> Tensor:
@@ -248,17 +227,15 @@ def as_torch(stored: StoredTensor) -> Tensor:
 
 def _without_prefixes(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:
     """Drop the prefixes that wrappers of a model add; raises CheckpointError for two tensors that get one name."""
-    found: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        plain = _PREFIXES.sub("", name)
-        if plain in found:
-            first = next(other for other in tensors if _PREFIXES.sub("", other) == plain)
+    names: dict[str, str] = {}
+    for name in tensors:
+        first = names.setdefault(_PREFIXES.sub("", name), name)
+        if first != name:
             raise CheckpointError(
                 f"{file} holds {first!r} and {name!r}, which are one tensor's name with and without the prefix that "
                 "torch.compile or DistributedDataParallel adds; which of them was trained is not known"
             )
-        found[plain] = tensor
-    return found
+    return {plain: tensors[name] for plain, name in names.items()}
 
 
 def _read_object(file: Path, what: str, limit: int) -> dict[str, object]:

@@ -80,12 +80,11 @@ def _file(path: Path, step: int | None) -> CheckpointFiles:
         )
     if step not in (None, int(match[1])):
         raise CheckpointError(f"{path} is not of step {step}; name its folder to choose a step")
-    return _step_file(path, int(match[1]), None)
+    return CheckpointFiles(path, _meta_of(path), int(match[1]))
 
 
-def _step_file(weights: Path, step: int, chosen: str | None) -> CheckpointFiles:
-    meta = weights.with_name(weights.name.replace("model_", "meta_", 1)).with_suffix(".json")
-    return CheckpointFiles(weights, meta, step, chosen)
+def _meta_of(weights: Path) -> Path:
+    return weights.with_name(weights.name.replace("model_", "meta_", 1)).with_suffix(".json")
 
 
 def _in_folder(path: Path, step: int | None) -> CheckpointFiles:
@@ -110,7 +109,7 @@ def _in_folder(path: Path, step: int | None) -> CheckpointFiles:
     taken = last if step is None else step
     if taken not in steps:
         raise CheckpointError(f"{folder} has no step {step}; it has step {', '.join(map(str, sorted(steps)))}")
-    return _step_file(steps[taken], taken, _said(path, folder, taken, choices))
+    return CheckpointFiles(steps[taken], _meta_of(steps[taken]), taken, _said(path, folder, taken, choices))
 
 
 def _choice(taken: Path, found: list[Path], why: str) -> list[str]:

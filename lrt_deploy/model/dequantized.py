@@ -55,13 +55,13 @@ def run_forced(
     try:
         with _RoundedInputs(model, activation_scales or {}):
             for start in range(0, count, BLOCK_TOKENS):
-                end = min(start + BLOCK_TOKENS, count)
-                ids, positions = torch.tensor([tokens[start:end]]), torch.arange(start, end)[None]
-                given = torch.from_numpy(np.ascontiguousarray(latents[None, start:end])).to(dtype)
+                block = slice(start, min(start + BLOCK_TOKENS, count))
+                ids, positions = torch.tensor([tokens[block]]), torch.arange(count)[None, block]
+                given = torch.from_numpy(np.ascontiguousarray(latents[None, block])).to(dtype)
                 step = model(ids, positions, given, keys, values, positions[:, 0])
-                logits[start:end] = model.logits(step.hidden)[0].float().numpy()
+                logits[block] = model.logits(step.hidden)[0].float().numpy()
                 if config.memory:
-                    after[start:end] = step.latent[0].float().numpy()
+                    after[block] = step.latent[0].float().numpy()
     finally:
         model.ops = ops
     return logits, after
