@@ -54,10 +54,12 @@ def new_figure(width: float, height: float, dpi: int, title: str = "") -> Figure
     return figure
 
 
-def style(axes: Axes, title: str = "", legend: bool = False) -> None:
-    """Apply the style of all charts: a light grid, no box, and a legend if asked for."""
+def style(axes: Axes, title: str = "", across: str = "", up: str = "", legend: bool = False) -> None:
+    """Apply the style of all charts: a light grid, no box, and title, labels of both axes and legend where given."""
     if title:
         axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_xlabel(across, color=INK, fontsize=9)
+    axes.set_ylabel(up, color=INK, fontsize=9)
     axes.grid(visible=True, which="major", color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -26,7 +26,7 @@ from lrt_deploy.types import FloatArray, StatefulDecoder
 from .report import ParityReport
 from .rollout import rollout
 
-LATENT = "past_latent"
+LATENT = "past_latent"  # in the contract
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,14 @@ def bisect_parts(
     if arithmetic is not None and not arithmetic.passed:
         compared: tuple[StageError, ...] = ()
         graph = arithmetic.graph
-        for position in () if graph.passed else (graph.first_exceeded, graph.worst_position):
-            if position is not None:
-                compared, off = _first_off(reference, observer, report, position)
-                if off is not None:
-                    return _at_stage(off, position, compared, producers)
         if not graph.passed:
-            line = (
-                f"{arithmetic.fault}; one step by itself computes every value right, so it reads several tokens wrong"
-            )
-            return Bisection("graph", line, graph.first_exceeded, stages=compared)
+            for position in (graph.first_exceeded, graph.worst_position):
+                if position is not None:
+                    compared, off = _first_off(reference, observer, report, position)
+                    if off is not None:
+                        return _at_stage(off, position, compared, producers)
+            reads = "one step by itself computes every value right, so it reads several tokens wrong"
+            return Bisection("graph", f"{arithmetic.fault}; {reads}", graph.first_exceeded, stages=compared)
         line = f"{arithmetic.fault}; the graph itself computes every value right"
         if arithmetic.kernels is None or arithmetic.kernels.passed:
             return Bisection("graph", line)
@@ -154,11 +152,7 @@ def compare_stages(reference: Observer, observer: Observer, step: StepInput) -> 
     expected, found = reference.observe(step), observer.observe(step)
     # Layouts agree but for axes of size 1, so the numbers are compared in order.
     return tuple(
-        StageError(
-            name,
-            relative_error(value.reshape(-1), found[name].reshape(-1)),
-            float(np.abs(value).max(initial=0.0)),
-        )
+        StageError(name, relative_error(value.ravel(), found[name].ravel()), float(np.abs(value).max(initial=0.0)))
         for name, value in expected.items()
         if name in found
     )
@@ -168,11 +162,10 @@ def _first_off(
     reference: ObservedDecoder, observer: Observer, report: ParityReport, position: int
 ) -> tuple[tuple[StageError, ...], StageError | None]:
     """All activations of the step at `position` from the reference's state, and the first that differs."""
-    config = reference.config
-    step = StepInput.first(report.tokens[position], config)
+    step = StepInput.first(report.tokens[position], reference.config)
     if position:
         state = reference.prefill([report.tokens[:position]], policy="stepwise")
-        step = StepInput.after(state, report.tokens[position], config)
+        step = StepInput.after(state, report.tokens[position], reference.config)
     compared = compare_stages(reference, observer, step)
     return compared, next((stage for stage in compared if not stage.error <= STAGE_ERROR), None)
 
@@ -184,9 +177,8 @@ def _at_stage(
     line = (
         f"begins at position {position} in {off.name} ({activations.meaning(off.name)}), which is off by "
         f"{off.error:.1e} of its largest number (limit {STAGE_ERROR:.0e}) though everything before it is right"
+        + (f"; it is computed by {op}" if op else "")
     )
-    if op:
-        line += f"; it is computed by {op}"
     return Bisection("stage", line, position, layer, off.name, op, None, compared)
 
 
@@ -214,24 +206,20 @@ def _find_state_fault(
 def _held(expected: StepInput, found: StepInput) -> StateFault | None:
     """The first part of the state before the step that differs from the reference's."""
     if relative_error(expected.latent, found.latent) > STAGE_ERROR:
-        return StateFault(
-            "the latent that the decoder holds before this position is not the one of the token before", LATENT
-        )
+        what = "the latent that the decoder holds before this position is not the one of the token before"
+        return StateFault(what, LATENT)
     for layer in range(len(expected.keys)):
         for name, one, other in (
             (contract.past_key(layer), expected.keys[layer], found.keys[layer]),
             (contract.past_value(layer), expected.values[layer], found.values[layer]),
         ):
+            slots = one.shape[1]
             if one.shape != other.shape:
-                return StateFault(f"{name} holds {other.shape[1]} tokens, expected {one.shape[1]}", name, layer)
-            off = [slot for slot in range(one.shape[1]) if relative_error(one[:, slot], other[:, slot]) > STAGE_ERROR]
+                return StateFault(f"{name} holds {other.shape[1]} tokens, expected {slots}", name, layer)
+            off = [slot for slot in range(slots) if relative_error(one[:, slot], other[:, slot]) > STAGE_ERROR]
             if off:
-                return StateFault(
-                    f"{name} is off in slot {off[0]} ({len(off)} of {one.shape[1]} slots), before any other layer's",
-                    name,
-                    layer,
-                    off[0],
-                )
+                what = f"{name} is off in slot {off[0]} ({len(off)} of {slots} slots), before any other layer's"
+                return StateFault(what, name, layer, off[0])
     return None
 
 

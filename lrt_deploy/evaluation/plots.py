@@ -123,9 +123,8 @@ def _draw_cache(axes: Axes, report: Mapping[str, Any]) -> list[str]:
         extent=(-0.5, count - 0.5, len(errors) - 0.5, -0.5),
     )
     axes.set_yticks(range(0, len(errors), 2), [f"K, V {layer}" for layer in range(len(errors) // 2)])
-    axes.set_xlabel("position", color=INK, fontsize=9)
     axes.figure.colorbar(image, ax=axes).ax.tick_params(colors=INK, labelsize=8)
-    style(axes)
+    style(axes, across="position")
     axes.grid(visible=False)
     return [f"K and V of {len(errors) // 2} layers"]
 
@@ -157,15 +156,10 @@ def cache_errors(positions: Mapping[str, Any]) -> FloatArray:
 
 
 def curve(
-    axes: Axes,
-    values: Sequence[float | None],
-    name: str,
-    color: str,
-    begins: int = 0,
-    linestyle: str = "-",
+    axes: Axes, values: Sequence[float | None], name: str, color: str, begins: int = 0, linestyle: str = "-"
 ) -> None:
     """Draw values over positions from `begins` on, with gaps for None; draws nothing where all are None."""
-    numbers = np.array([np.nan if value is None else max(value, _FLOOR) for value in values], float)
+    numbers = np.maximum(np.array(values, float), _FLOOR)
     if np.isfinite(numbers).any():
         places = np.arange(begins, begins + len(numbers))
         axes.plot(places, numbers, color=color, linewidth=1.3, linestyle=linestyle, label=name)
@@ -182,6 +176,5 @@ def _finish(axes: Axes, report: Mapping[str, Any]) -> list[str]:
     """Add what charts over positions share; returns the names of the curves."""
     axes.set_yscale("log")
     axes.axvline(report["prompt_tokens"] - 0.5, color=_GREY, linewidth=1, linestyle="-.", label="end of the prompt")
-    axes.set_xlabel("position", color=INK, fontsize=9)
-    style(axes, legend=True)
+    style(axes, across="position", legend=True)
     return [str(name) for name in axes.get_legend_handles_labels()[1]]

@@ -130,15 +130,13 @@ def check_weights(
 
 def expected_matrix(source: Source, tensors: Mapping[str, Any]) -> Floats:
     """The float32 matrix (K, N) of the checkpoint, in the orientation of the graphs."""
-    parts = [to_float32(tensors[name]) for name in source.names]
-    return np.concatenate([part.T if source.transposed else part for part in parts], axis=-1)
-
-
-def to_float32(tensor: Any) -> Floats:  # noqa: ANN401 - a numpy, torch or lazily read tensor
-    """Convert a tensor to a float32 array."""
-    read = tensor.load() if hasattr(tensor, "load") else tensor
-    # numpy does not know torch's bfloat16.
-    return np.asarray(read if isinstance(read, np.ndarray) else read.float(), np.float32)
+    parts = []
+    for name in source.names:
+        read = tensors[name].load() if hasattr(tensors[name], "load") else tensors[name]
+        # numpy does not know torch's bfloat16.
+        part = np.asarray(read if isinstance(read, np.ndarray) else read.float(), np.float32)
+        parts.append(part.T if source.transposed else part)
+    return np.concatenate(parts, axis=-1)
 
 
 def check_matrix(stored: StoredMatrix, expected: Floats, precision: str, compensated: bool = False) -> MatrixCheck:
@@ -176,17 +174,10 @@ def _check_nearest(stored: StoredMatrix, expected: Floats) -> MatrixCheck:
     """Check rounding to nearest: the scales, then every integer in steps of its own scale."""
     rows = "a column" if stored.block is None else f"{stored.block} rows of a column"
     kind = f"{stored.dtype}, a scale for {rows}, rounded to nearest"
-    if fault := _scale_fault(stored, expected):
-        return MatrixCheck(stored.name, kind, *fault)
-    return _check_nearest_integers(stored, expected, kind)
+    return _check_scales(stored, expected, kind) or _check_integers(stored, expected, kind)
 
 
-def _largest(stored: StoredMatrix) -> int:
-    """The largest integer of the grid."""
-    return 7 if stored.dtype == "int4" else 127
-
-
-def _check_nearest_integers(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck:
+def _check_integers(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck:
     """Check every integer against its weight in steps of its own scale."""
     largest = _largest(stored)
     steps = stored.steps().astype(np.float64)
@@ -205,8 +196,13 @@ def _check_nearest_integers(stored: StoredMatrix, expected: Floats, kind: str) -
     return MatrixCheck(stored.name, kind, found, limit, "steps", int(clipped.sum()), fault)
 
 
-def _scale_fault(stored: StoredMatrix, expected: Floats) -> tuple[float, float, str, int, str] | None:
-    """(found, allowed, unit, clipped, fault) of the first scale that the weights do not imply; None without one."""
+def _largest(stored: StoredMatrix) -> int:
+    """The largest integer of the grid."""
+    return 7 if stored.dtype == "int4" else 127
+
+
+def _check_scales(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck | None:
+    """Find the first scale that the weights do not imply; None without one."""
     assert stored.scales is not None
     largest = _largest(stored)
     blocks = _in_blocks(expected, stored.block)  # (blocks, rows, N)
@@ -214,7 +210,7 @@ def _scale_fault(stored: StoredMatrix, expected: Floats) -> tuple[float, float, 
     if scales.shape[1] != expected.shape[1] or not np.isfinite(scales).all() or (scales <= 0).any():
         shape = f"{len(blocks)} x {expected.shape[1]}"
         fault = f"its scales, of shape {stored.scales.shape}, are not {shape} positive numbers"
-        return math.inf, 0.0, "", 0, fault
+        return MatrixCheck(stored.name, kind, math.inf, 0.0, "", fault=fault)
     ends = np.abs(blocks).max(axis=1).astype(np.float64)  # (blocks, N)
     shares = INT4_SHARES if largest == 7 else (1.0,)
     least, used = np.full(scales.shape, np.inf), np.full(scales.shape, np.nan)
@@ -235,7 +231,7 @@ def _scale_fault(stored: StoredMatrix, expected: Floats) -> tuple[float, float, 
             f"{float(np.float16(implied)):.6g}{between} ({int(off.sum())} of {off.size} scales are off)"
         )
         found = min(abs(float(scales[at]) / (implied * share) - 1) for share in shares)
-        return found, float(np.finfo(np.float16).eps) / 2, "of the scale", 0, fault
+        return MatrixCheck(stored.name, kind, found, float(np.finfo(np.float16).eps) / 2, "of the scale", fault=fault)
     worse = ~zero & (used > least * STORED.share_error + np.finfo(np.float32).tiny)
     if worse.any():
         at = _place(worse)
@@ -243,7 +239,8 @@ def _scale_fault(stored: StoredMatrix, expected: Floats) -> tuple[float, float, 
             f"the scale of column {at[1]}, block {at[0]}, is {float(scales[at]):.6g}, where another share of its "
             f"largest weight has less squared error ({int(worse.sum())} of {worse.size} scales)"
         )
-        return float(used[at] / least[at]), STORED.share_error, "of the least squared error", 0, fault
+        found = float(used[at] / least[at])
+        return MatrixCheck(stored.name, kind, found, STORED.share_error, "of the least squared error", fault=fault)
     return None
 
 
@@ -273,17 +270,18 @@ def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> M
     assert stored.block is not None and stored.scales is not None
     kind = f"{stored.dtype}, a scale for {stored.block} rows of a column, rounded by GPTQ"
     first = StoredMatrix(stored.name, stored.dtype, stored.values[: stored.block], stored.scales[:1], stored.block)
-    if off := _scale_fault(first, expected[: stored.block]):
-        return MatrixCheck(stored.name, kind, *off)
-    row = _check_nearest_integers(dataclasses.replace(first, values=first.values[:1]), expected[:1], kind)
+    if off := _check_scales(first, expected[: stored.block], kind):
+        return off
+    row = _check_integers(dataclasses.replace(first, values=first.values[:1]), expected[:1], kind)
     if not row.passed:
         return row
     found, w = stored.dequantized().astype(np.float64), expected.astype(np.float64)
+    slope = float((found * w).sum() / max((w**2).sum(), 1e-300))  # the least-squares factor from w to found
     errors = {
         "the matrix": (_relative(found, w, None), limits.matrix),
         "row": (_relative(found, w, 1), limits.row),
         "column": (_relative(found, w, 0), limits.column),
-        "the size of the whole": (np.array([abs(_slope(found, w) - limits.shrunk)]), limits.slope_of(w.size)),
+        "the size of the whole": (np.array([abs(slope - limits.shrunk)]), limits.slope_of(w.size)),
     }
     name, (values, limit) = max(errors.items(), key=lambda item: float(item[1][0].max()) / item[1][1])
     at = int(values.argmax())
@@ -301,11 +299,6 @@ def _relative(
     typical = math.sqrt(float((expected**2).mean()) * expected.size / size.size) or 1.0
     error: npt.NDArray[np.float64] = np.sqrt(((found - expected) ** 2).sum(axis=axis)) / np.maximum(size, typical)
     return np.atleast_1d(error)
-
-
-def _slope(found: npt.NDArray[np.float64], expected: npt.NDArray[np.float64]) -> float:
-    """The least-squares factor from `expected` to `found`."""
-    return float((found * expected).sum() / max((expected**2).sum(), 1e-300))
 
 
 def _in_blocks(weight: Floats, block: int | None) -> Floats:

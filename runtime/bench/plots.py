@@ -5,7 +5,7 @@ Drawn from the JSON fields of `lrt-deploy bench`. Needs matplotlib (the extra `b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,21 +36,18 @@ def plot_prefill(
 
 
 def _draw_times(axes: Axes, prefill: Sequence[dict[str, Any]]) -> None:
-    for algorithm in _in_order(point["algorithm"] for point in prefill):
-        points = [point for point in prefill if point["algorithm"] == algorithm]
-        _line(axes, algorithm, [p["tokens"] for p in points], [p["seconds"] for p in points])
-    lengths = _in_order(point["tokens"] for point in prefill)
+    _draw_lines(axes, prefill, "tokens", "seconds")
+    lengths = list(dict.fromkeys(point["tokens"] for point in prefill))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(lengths, [str(length) for length in lengths])
-    _dress(axes, "Time to read a prompt", "prompt length, tokens", "seconds")
+    axes.minorticks_off()
+    style(axes, "Time to read a prompt", "prompt length, tokens", "seconds", legend=True)
 
 
 def _draw_errors(axes: Axes, convergence: Sequence[dict[str, Any]]) -> None:
-    for algorithm in _in_order(point["algorithm"] for point in convergence):
-        points = [point for point in convergence if point["algorithm"] == algorithm]
-        _line(axes, algorithm, [p["passes"] for p in points], [p["max_abs_latent_error"] for p in points])
+    _draw_lines(axes, convergence, "passes", "max_abs_latent_error")
     if not convergence:
         axes.text(0.5, 0.5, "nothing was iterated", ha="center", va="center", transform=axes.transAxes, color=INK)
         axes.set_axis_off()
@@ -59,22 +56,14 @@ def _draw_errors(axes: Axes, convergence: Sequence[dict[str, Any]]) -> None:
     axes.axhline(DEFAULT_PREFILL_TOLERANCE, color=INK, linewidth=1, linestyle=(0, (4, 3)), label="tolerance by default")
     most = max(int(point["passes"]) for point in convergence)
     axes.set_xticks(range(1, most + 1, 1 if most <= 12 else 2))
-    tokens = convergence[0]["tokens"]
-    _dress(axes, f"Error against stepwise, {tokens} tokens", "passes over the prompt", "latent, max abs error")
-
-
-def _line(axes: Axes, algorithm: str, x: Sequence[float], y: Sequence[float]) -> None:
-    color, marker = next((style for name, style in _STYLES.items() if algorithm.startswith(name)), (INK, "o"))
-    axes.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.6, label=algorithm)
-
-
-def _dress(axes: Axes, title: str, across: str, up: str) -> None:
-    """Apply the style of all charts, with labels of both axes."""
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
     axes.minorticks_off()
-    style(axes, title, legend=True)
+    title = f"Error against stepwise, {convergence[0]['tokens']} tokens"
+    style(axes, title, "passes over the prompt", "latent, max abs error", legend=True)
 
 
-def _in_order(values: Iterable[Any]) -> list[Any]:
-    return list(dict.fromkeys(values))
+def _draw_lines(axes: Axes, points: Sequence[dict[str, Any]], x: str, y: str) -> None:
+    """Draw a line for each algorithm, through the fields `x` and `y` of its points."""
+    for algorithm in dict.fromkeys(point["algorithm"] for point in points):
+        color, marker = next((style for name, style in _STYLES.items() if algorithm.startswith(name)), (INK, "o"))
+        pairs = [(point[x], point[y]) for point in points if point["algorithm"] == algorithm]
+        axes.plot(*zip(*pairs, strict=True), color=color, marker=marker, markersize=4.5, linewidth=1.6, label=algorithm)
