@@ -125,7 +125,7 @@ def greedy(decoder: Any, steps: int) -> dict[str, Any]:  # noqa: ANN401
 
 def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa: ANN401
     """Median time of a decode step at batch 1, and the share of the copy bandwidth that its bytes stand for."""
-    from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+    from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
     from lrt_deploy.runtime.bench import roofline
 
     steps = min(steps, decoder.max_seq_len - PROMPT_TOKENS - 8)
@@ -139,7 +139,7 @@ def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa
         times.append(time.perf_counter() - start)
     step = float(np.median(times))
     read = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision)
-    item = item_bytes(base_dtype(decoder.precision, "full"))
+    item = ITEM_BYTES[base_dtype(decoder.precision, "full")]
     read += roofline.state_bytes_per_step(decoder.config, int(state.lengths[0]) - steps // 2, item)
     return {
         "steps": steps,

@@ -126,19 +126,17 @@ def graph_inputs(
     tokens: tuple[Dim, ...] = ("batch", "tokens")
     ids = TensorSpec("input_ids", "int64", tokens, "token ids, 0 to vocab_size - 1")
     first, *last = embedding_inputs(config) if host_embeddings else [ids]
-    kept = "which of the T tokens get logits; rows = 0 skips the head"
-    specs = [
-        first,
-        TensorSpec("position_ids", "int64", tokens, "position of each token in its sequence"),
-        TensorSpec("write_index", "int64", ("batch",), "cache slot of the first token; the others follow it"),
-        TensorSpec("last_index", "int64", ("batch", "rows"), kept),
+    indices: list[tuple[str, tuple[Dim, ...], str]] = [
+        ("position_ids", tokens, "position of each token in its sequence"),
+        ("write_index", ("batch",), "cache slot of the first token; the others follow it"),
+        ("last_index", ("batch", "rows"), "which of the T tokens get logits; rows = 0 skips the head"),
     ]
     if flavour == "windowed":
         start = "first live slot: max(0, oldest position - window), or less"
-        order = "position held by each slot: 0, 1, 2, ... in order"
-        specs += [TensorSpec(window_start(w), "int64", (1,), start) for w in distinct_windows(config)]
-        specs.append(TensorSpec(WINDOW_END, "int64", (1,), "one past the last live slot"))
-        specs.append(TensorSpec(SLOT_POSITIONS, "int64", ("capacity",), order))
+        indices += [(window_start(window), (1,), start) for window in distinct_windows(config)]
+        indices.append((WINDOW_END, (1,), "one past the last live slot"))
+        indices.append((SLOT_POSITIONS, ("capacity",), "position held by each slot: 0, 1, 2, ... in order"))
+    specs = [first, *(TensorSpec(name, "int64", shape, meaning) for name, shape, meaning in indices)]
     for pair in state_pairs(config, dtype):
         meaning = "cache, updated in place" if pair.in_place else "latent m for each token"
         specs.append(TensorSpec(pair.past, pair.dtype, pair.shape, meaning))

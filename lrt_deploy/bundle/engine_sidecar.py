@@ -115,10 +115,10 @@ class EngineSidecar(Struct, frozen=True, forbid_unknown_fields=True):
 
     def profile(self, name: str) -> tuple[int, Profile]:
         """Return index and shapes of a profile."""
-        for index, profile in enumerate(self.profiles):
-            if profile.name == name:
-                return index, profile
-        raise EngineError(f"the engine has no profile {name!r}; it has {', '.join(p.name for p in self.profiles)}")
+        names = [profile.name for profile in self.profiles]
+        if name not in names:
+            raise EngineError(f"the engine has no profile {name!r}; it has {', '.join(names)}")
+        return names.index(name), self.profiles[names.index(name)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
@@ -148,9 +148,8 @@ def build_command(bundle: Path, backend: str, precision: str) -> str:
 
 def write_sidecar(plan: Path, sidecar: EngineSidecar) -> None:
     """Write the sidecar of a plan; an interrupted write leaves the old one."""
-    text = json.dumps(sidecar.to_dict(), indent=2, ensure_ascii=False) + "\n"
     with atomic_write(sidecar_path(plan)) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(json.dumps(sidecar.to_dict(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_sidecar(plan: Path) -> EngineSidecar:

@@ -26,6 +26,7 @@ _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _NESTED = {5: "a tensor", 6: "a graph", 10: "tensors", 11: "graphs", 22: "a sparse tensor", 23: "sparse tensors"}
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _KEY, _VALUE = 1, 2
+_BROKEN = "it is no protobuf message, or was cut"
 
 Field = tuple[int, "int | memoryview"]
 
@@ -117,7 +118,7 @@ def _fields(data: memoryview) -> Iterator[Field]:
             continue
         length, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, -1), at)
         if length < 0 or at + length > len(data):
-            raise _broken()
+            raise ValueError(_BROKEN)
         yield number, data[at : at + length]
         at += length
 
@@ -141,16 +142,12 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             value &= 2**64 - 1
             return (value if value < 2**63 else value - 2**64), at
-    raise _broken()
-
-
-def _broken() -> ValueError:
-    return ValueError("it is no protobuf message, or was cut")
+    raise ValueError(_BROKEN)
 
 
 def _message(value: int | memoryview) -> memoryview:
     if isinstance(value, int):
-        raise _broken()
+        raise ValueError(_BROKEN)
     return value
 
 

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any, BinaryIO
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta, Struct
@@ -163,7 +163,15 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(
             f"{folder} has the bundle format {shown(version)}, this lrt-deploy reads {FORMAT_VERSION}; export it again"
         )
-    return _parse(folder, fields)
+    try:
+        fields["model"] = LRTConfig.from_dict(fields.get("model"))
+        manifest = convert(Manifest, fields)
+        _check(manifest)
+    except (ValueError, ConfigError) as error:
+        raise BundleError(
+            f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}; export the bundle again"
+        ) from error
+    return manifest
 
 
 def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress: Progress = lambda d, t: None) -> None:
@@ -174,8 +182,12 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
     verified, new = load_verified(), {}
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
-        path = folder / name
-        with _open(folder, name) as file:
+        path = folder / name  # it may be a link to a regular file anywhere, since its hash is checked
+        if not os.path.lexists(path):
+            raise BundleError(
+                f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again"
+            )
+        with open_regular(path, f"{name} of the bundle", BundleError) as file:
             stat = os.fstat(file.fileno())
         if stat.st_size != record.bytes:
             raise BundleError(
@@ -194,35 +206,14 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
         save_verified(verified | new)
 
 
-def _open(folder: Path, name: str) -> BinaryIO:
-    """Open a file of the bundle; it may be a link to a regular file anywhere, since its hash is checked."""
-    path = folder / name
-    if not os.path.lexists(path):
-        raise BundleError(f"{folder} lacks {name}, which its manifest lists; copy the whole folder or export it again")
-    return open_regular(path, f"{name} of the bundle", BundleError)
-
-
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a regular file, hex."""
     with open_regular(path, path.name, BundleError) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _parse(folder: Path, fields: dict[str, Any]) -> Manifest:
-    """Check the types of all fields, then the relations that later code relies on."""
-    try:
-        fields["model"] = LRTConfig.from_dict(fields.get("model"))
-        manifest = convert(Manifest, fields)
-        _check(manifest)
-    except (ValueError, ConfigError) as error:
-        raise BundleError(
-            f"{folder / MANIFEST} is not of format {FORMAT_VERSION}: {error}; export the bundle again"
-        ) from error
-    return manifest
-
-
 def _check(manifest: Manifest) -> None:
-    """Raise ValueError for values that contradict each other."""
+    """Raise ValueError for values that contradict each other, on which later code relies."""
     tokens, precisions = manifest.tokenizer_tokens, manifest.precisions
     rules = {
         "max_seq_len": manifest.max_seq_len <= manifest.model.max_positions,
@@ -232,7 +223,10 @@ def _check(manifest: Manifest) -> None:
     if broken := [name for name, holds in rules.items() if not holds]:
         raise ValueError(f"{broken[0]} is {shown(getattr(manifest, broken[0]))}")
     for name in manifest.files:
-        _check_name(name)
+        if not _is_inside(name):
+            raise ValueError(
+                f"files lists {shown(name)}, which lies outside the bundle or is no plain relative path with /"
+            )
     convert(_Provenance, manifest.provenance, "provenance")
     convert(dict[str, Any], manifest.precision_details.get("calibration", {}), "precision_details.calibration")
     for precision in precisions:
@@ -289,10 +283,7 @@ def required_files(manifest: Manifest) -> set[str]:
     return graphs | weights | tables | (tokenizer if manifest.tokenizer_tokens else set())
 
 
-def _check_name(name: str) -> None:
-    """Raise ValueError for a path that reaches outside of the bundle on any system, or that has two spellings."""
-    parts = name.split("/")
-    if "\\" in name or "\0" in name or PureWindowsPath(name).drive or any(part in ("", ".", "..") for part in parts):
-        raise ValueError(
-            f"files lists {shown(name)}, which lies outside the bundle or is no plain relative path with /"
-        )
+def _is_inside(name: str) -> bool:
+    """Return whether a path stays in the bundle on any system, and has one spelling."""
+    plain = not any(part in ("", ".", "..") for part in name.split("/"))
+    return plain and "\\" not in name and "\0" not in name and not PureWindowsPath(name).drive

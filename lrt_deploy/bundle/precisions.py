@@ -28,6 +28,7 @@ QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
 INT4_BLOCKS: tuple[int, ...] = (32, 64, 128)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
+ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 _PLAIN: dict[str, Dtype] = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
@@ -43,11 +44,3 @@ def not_held(held: Sequence[str], requested: str) -> str:
 def base_dtype(precision: str, flavour: Flavour) -> Dtype:
     """Return the type of a flavour's state and of its products that are not quantized."""
     return _PLAIN.get(precision) or _QUANTIZED[flavour]
-
-
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-def item_bytes(dtype: str) -> int:
-    """Return the bytes of one element of a base type."""
-    return ITEM_BYTES[dtype]

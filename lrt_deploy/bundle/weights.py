@@ -69,16 +69,19 @@ def matrix_elements(config: LRTConfig) -> int:
 
 def _block_sources(config: LRTConfig, i: int) -> dict[str, Source]:
     width, kv = config.n_embd, config.kv_dim
-    attention, mlp = f"transformer.h.{i}.attn", f"transformer.h.{i}.mlp"
-    qkv = (f"{attention}.c_q.weight", f"{attention}.c_k.weight", f"{attention}.c_v.weight")
-    sources = {f"blocks.{i}.qkv": Source(qkv, ((width, width), (kv, width), (kv, width)), transposed=True)}
-    if config.memory:
-        gate, count = f"{attention}.triple_gate.weight", 3 * config.n_kv_head
-    else:
-        gate, count = f"{attention}.ve_gate.weight", config.n_kv_head
-    if config.memory or i in config.value_embed_layers:
-        sources[f"blocks.{i}.gate"] = Source((gate,), ((count, config.gate_channels),), transposed=True)
-    sources[f"blocks.{i}.attention_out"] = Source((f"{attention}.c_proj.weight",), ((width, width),), transposed=True)
-    sources[f"blocks.{i}.mlp_in"] = Source((f"{mlp}.c_fc.weight",), ((4 * width, width),), transposed=True)
-    sources[f"blocks.{i}.mlp_out"] = Source((f"{mlp}.c_proj.weight",), ((width, 4 * width),), transposed=True)
-    return sources
+    gate, gates = ("triple_gate", 3) if config.memory else ("ve_gate", 1)
+    parts: dict[str, dict[str, tuple[int, int]]] = {
+        "qkv": {"attn.c_q": (width, width), "attn.c_k": (kv, width), "attn.c_v": (kv, width)},
+        "gate": {f"attn.{gate}": (gates * config.n_kv_head, config.gate_channels)},
+        "attention_out": {"attn.c_proj": (width, width)},
+        "mlp_in": {"mlp.c_fc": (4 * width, width)},
+        "mlp_out": {"mlp.c_proj": (width, 4 * width)},
+    }
+    if not config.memory and i not in config.value_embed_layers:
+        del parts["gate"]
+    return {
+        f"blocks.{i}.{part}": Source(
+            tuple(f"transformer.h.{i}.{name}.weight" for name in shapes), tuple(shapes.values()), transposed=True
+        )
+        for part, shapes in parts.items()
+    }

@@ -179,12 +179,12 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """Return the JSON fields of decoding; rates follow from the median time of a step."""
     from lrt_deploy.bundle.backends import BACKENDS
-    from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+    from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
     from lrt_deploy.runtime.bench import roofline
 
     flavour = BACKENDS[decoder.backend].flavour
     weights = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
-    item = item_bytes(base_dtype(decoder.precision, flavour))
+    item = ITEM_BYTES[base_dtype(decoder.precision, flavour)]
     state = roofline.state_bytes_per_step(decoder.config, times.context, item)
     copied = roofline.state_bytes_copied_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, weights_path
-from lrt_deploy.bundle.precisions import base_dtype, item_bytes
+from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.runtime.backends.cuda import Arena, Device
@@ -48,7 +48,7 @@ def matrix_bytes(manifest: Manifest, precision: str, flavour: Flavour) -> int:
     """
     details = manifest.precision_details.get(precision, {})
     wide, kept = details.get("multiplied_in_float32", ()), details.get("keep_high", ())
-    base, bits, block = item_bytes(base_dtype(precision, flavour)), details.get("bits"), details.get("block")
+    base, bits, block = ITEM_BYTES[base_dtype(precision, flavour)], details.get("bits"), details.get("block")
     total = 0
     for name, (rows, columns) in matrix_shapes(manifest.model).items():
         if bits is None or name in kept:
@@ -64,7 +64,7 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
     if precision != "fp32":
         return 2
     if manifest.host_embeddings:
-        return max(item_bytes(table.dtype) for table in manifest.tables[precision].values())
+        return max(ITEM_BYTES[table.dtype] for table in manifest.tables[precision].values())
     sources = weight_sources(manifest.model)
     elements = sum(math.prod(shape) for name in TABLES if name in sources for shape in sources[name].shapes)
     stored = manifest.files[weights_path(precision)].bytes
