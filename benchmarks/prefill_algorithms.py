@@ -29,7 +29,7 @@ from lrt_deploy.evaluation.rollout import kl_divergence
 from lrt_deploy.runtime.backends.base import Block
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend, OrtCpuBuffers
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
+from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, finish
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, SMALLEST_PREFILL_TOLERANCE
 from lrt_deploy.types import FloatArray, IntArray
 
@@ -53,7 +53,7 @@ class Lab:
 
     def __post_init__(self) -> None:
         truth = self.part(Sweeps, self.ids, 0, self.zeros, SweepOptions())
-        truth.finish_stepwise()
+        finish(truth.finish_stepwise())
         self.latents, self.logits = truth.latents[1:], truth.logits
 
     @property

@@ -24,7 +24,7 @@ import numpy as np
 
 from lrt_deploy.arguments import check_is, check_whole
 from lrt_deploy.errors import InputError, LRTDeployError, NonFiniteError, StateError
-from lrt_deploy.text.prompts import check_ids, check_prompts
+from lrt_deploy.text.prompts import check_ids
 from lrt_deploy.types import IntArray, PrefillPolicy, PrefillReport
 
 from .decoder import Decoder
@@ -375,13 +375,12 @@ class BatchDecoder:
     def _start(self, state: DecodeState) -> DecodeState:
         if state.batch != 1 or state.lengths[0] == 0:
             raise InputError(f"the state has {state.batch} sequence(s), expected one that holds tokens")
-        self._shards[0].state.owner.check_same(state.owner)
+        self.decoder.fingerprint.check_same(state.owner.fingerprint)
         return state.fork()
 
     def _prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
         assert prompt is not None
         ids = self.decoder.prompt_ids(prompt)
-        check_prompts([ids], self.decoder.config.vocab_size)
         if len(ids) > self.decoder.max_seq_len:
             raise StateError(f"the prompt has {len(ids)} tokens and a slot holds {self.decoder.max_seq_len}")
         return ids

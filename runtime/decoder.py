@@ -11,27 +11,27 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 
 from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
-from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import Device
 from lrt_deploy.runtime.backends.select import choose
 from lrt_deploy.text.prompts import check_ids, check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
-from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
+from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
+from .fixed_point import InBlocks, finish
 from .generation import Continuation, Event, Generation
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
 from .owner import ModelFingerprint, Owner
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, resolve, reused, shared_tokens
-from .sampling import SamplingArguments, log_normalizers, log_probabilities
-from .state import Content, DecodeState, Reading
+from .sampling import SamplingArguments, log_normalizers
+from .state import DecodeState, Reading
 
 
 class Decoder:
@@ -45,13 +45,19 @@ class Decoder:
         prefill_options: PrefillOptions | None = None,
         bundle_sha256: str = "",
     ) -> None:
-        self.manifest, self.tokenizer = manifest, tokenizer
+        self.manifest, self.tokenizer, self.config = manifest, tokenizer, manifest.model
+        self.max_seq_len = manifest.max_seq_len  # tokens that a sequence can hold
         self._backend: Backend | None = backend
-        fingerprint = ModelFingerprint.of(backend, manifest, bundle_sha256)
-        self._owner = Owner(backend, manifest.model, manifest.max_batch_size, manifest.max_seq_len, fingerprint)
+        self.fingerprint = ModelFingerprint.of(backend, manifest, bundle_sha256)
+        self._owner: Owner | None = Owner(
+            backend, self.config, manifest.max_batch_size, self.max_seq_len, self.fingerprint
+        )
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
         self.backend_reason = "given"  # why this backend runs, for people; `open_decoder` knows
+        self.device: Device | None = backend.device  # the GPU that holds the weights; None: they are in host memory
+        # The CPU threads that the backend was given; None where it decides itself, or runs on a GPU.
+        self.threads: int | None = getattr(backend, "threads", None)
         self.prefill_options = prefill_options or PrefillOptions()
 
     @property
@@ -61,32 +67,7 @@ class Decoder:
 
     @prefill_options.setter
     def prefill_options(self, options: PrefillOptions) -> None:
-        self._prefill_options = resolve(options.clamp(self._loaded.blocks), self.config)
-
-    @property
-    def config(self) -> LRTConfig:
-        """The model that is run."""
-        return self.manifest.model
-
-    @property
-    def device(self) -> Device | None:
-        """The GPU that holds the weights; None where they are in the host's memory."""
-        return self._loaded.device
-
-    @property
-    def threads(self) -> int | None:
-        """The CPU threads that the backend was given; None where it decides itself, or runs on a GPU."""
-        return getattr(self._loaded, "threads", None)
-
-    @property
-    def fingerprint(self) -> ModelFingerprint:
-        """What the numbers of this decoder's states depend on."""
-        return self._owner.fingerprint
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens a sequence can hold."""
-        return self.manifest.max_seq_len
+        self._prefill_options = resolve(options.clamp(self._live.backend.blocks), self.config)
 
     def prefill(
         self,
@@ -108,58 +89,58 @@ class Decoder:
         reports. Raises InputError for an empty prompt, ids outside the vocabulary, an unknown policy or tolerance,
         StateError for a prompt beyond the capacity.
         """
-        rows = check_prompts(prompts, self.config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)
         check_flag(reuse, "reuse")
+        return finish(self.prefill_in_blocks(prompts, state, request, reuse))
+
+    def prefill_in_blocks(
+        self, prompts: Sequence[Sequence[int]], state: DecodeState | None, request: PrefillRequest, reuse: bool
+    ) -> InBlocks[DecodeState]:
+        """Do the same with options that were checked, and yield after each block of a prompt that is iterated."""
+        rows = check_prompts(prompts, self.config.vocab_size)
         if state is None:
             self._check_rows(len(rows), "prompts were given")
-            state = DecodeState(self._live_owner, len(rows), len(rows))
+            state = DecodeState(self._live, len(rows), len(rows))
         elif len(rows) != check_is(state, DecodeState, "state").batch:
             raise InputError(
                 f"{len(rows)} prompt(s) were given for a state of {state.batch} sequence(s); expected one each"
             )
         self._check(state, [len(row) for row in rows], again=reuse)
         if not reuse:
-            return state.read(state.row_lengths, rows, lambda now: self._read(state, state.row_lengths, rows, request))
-        past = shared_tokens(state.tokens, rows, state.read_within, request)
-        rest = [row[count:] for row, count in zip(rows, past, strict=True)]
-
-        def read(now: Content) -> tuple[Reading | None, PrefillReport]:
-            if not any(map(len, rest)):
-                return None, reused(dataclasses.replace(now.prefill, passes=0.0, note=None), past, rows)
-            reading, report = self._read(state, past, rest, request)
-            return reading, reused(report, past, rows)
-
-        return state.read(past, rest, read)
+            past = state.row_lengths
+            return state.read(past, rows, lambda: self._read(state, past, rows, request))
+        shared = shared_tokens(state.tokens, rows, state.read_within, request)
+        rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
+        if any(map(len, rest)):
+            run = lambda: self._read(state, shared, rest, request)  # noqa: E731
+            return state.read(shared, rest, run, lambda report: reused(report, shared, rows))
+        found = dataclasses.replace(state.prefill, passes=0.0, note=None)
+        return state.read(shared, rest, None, lambda _: reused(found, shared, rows))
 
     def _read(
         self, state: DecodeState, past: Sequence[int], rows: Sequence[IntArray], request: PrefillRequest
-    ) -> tuple[Reading, PrefillReport]:
+    ) -> InBlocks[Reading]:
         """Read `rows` after the first `past` (B) tokens of a state, and refuse logits that are not finite."""
         place = Place(state.buffers, past, self.config.memory)
-        reading = read_prompts(place, rows, request, self.prefill_options)
+        reading = yield from read_prompts(place, rows, request, self.prefill_options)
         last = [start + len(row) - 1 for start, row in zip(past, rows, strict=True)]
         check_finite(reading.logits, last, state.owner.backend)
-        return reading, reading.report
+        return reading
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
-        if not isinstance(state, DecodeState):
-            check_is(state, DecodeState, "state")  # raises
-        ids = check_tokens(tokens, self.manifest.model.vocab_size, state.batch)
-        if state.owner.backend is not self._backend or not state.has_room:
-            self._check(state, [1] * state.batch)  # says what is wrong
-        return state.advance(ids, give=True)
+        ids = check_tokens(tokens, self.config.vocab_size, check_is(state, DecodeState, "state").batch)
+        return self.advance(state, ids, give=True)
 
-    def advance(self, state: DecodeState, ids: IntArray) -> None:
-        """Do the same for ids (B) that were checked, or chosen by this decoder."""
+    def advance(self, state: DecodeState, ids: IntArray, give: bool = False) -> FloatArray:
+        """Do the same for ids (B) that were checked; unless `give`, the logits belong to the state."""
         if state.owner.backend is not self._backend or not state.has_room:
             self._check(state, [1] * state.batch)  # says what is wrong
-        state.advance(ids)
+        return state.advance(ids, give)
 
     def check_own(self, state: DecodeState) -> None:
         """Raise StateError unless the state is of this decoder and has rows."""
-        if state.owner.backend is not self._loaded:
+        if state.owner.backend is not self._live.backend:
             raise StateError("this state was made by another decoder; a state belongs to the decoder that made it")
         if state.batch == 0:
             raise StateError("this state has no rows; add one first")
@@ -169,16 +150,16 @@ class Decoder:
 
         Raises StateError for a file that is damaged, of a later format, or of another model or precision.
         """
-        return DecodeState.load(check_path(path, "path"), self._live_owner)
+        return DecodeState.load(check_path(path, "path"), self._live)
 
     def adopt(self, state: DecodeState) -> DecodeState:
         """Copy another decoder's state, to be continued here: same model and precision, any backend."""
-        return check_is(state, DecodeState, "state").copied_to(self._live_owner, range(state.batch))
+        return check_is(state, DecodeState, "state").rows(range(state.batch), self._live)
 
     def new_state(self, slots: int) -> DecodeState:
         """Make a state without rows that has room for `slots`; see `DecodeState.add`."""
         self._check_rows(check_whole(slots, "slots"))
-        return DecodeState(self._live_owner, slots)
+        return DecodeState(self._live, slots)
 
     def generate(
         self,
@@ -207,21 +188,26 @@ class Decoder:
         if state is not None:
             check_is(state, DecodeState, "state")
         PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)  # checks them before the first event
-        if prompt is None:
-            return self._generate(options, lambda: self._standing(state), reads=False)
-        ids = self.prompt_ids(prompt)
-        check_prompts([ids], self.config.vocab_size)
-        reading: dict[str, Any] = {"policy": policy, "tolerance": tolerance, "reuse": reuse and state is not None}
-        return self._generate(options, lambda: self.prefill([ids], state=state, **reading))
+        ids = None if prompt is None else self.prompt_ids(prompt)
 
-    def _generate(self, options: Generation, read: Callable[[], DecodeState], reads: bool = True) -> Iterator[Event]:
-        """Get the state from `read`, then yield events until something stops it.
+        def start() -> DecodeState:
+            if ids is not None:
+                again = reuse and state is not None
+                return self.prefill([ids], state=state, policy=policy, tolerance=tolerance, reuse=again)
+            if state is None or state.batch != 1:
+                raise InputError("without a prompt there must be a state of one sequence to continue")
+            return state
 
-        After an exception before the first event, a prompt that `read` has read (`reads`) is taken back.
+        return self._generate(options, start, reads=ids is not None)
+
+    def _generate(self, options: Generation, start: Callable[[], DecodeState], reads: bool) -> Iterator[Event]:
+        """Get the state from `start`, then yield events until something stops it.
+
+        After an exception before the first event, a prompt that `start` has read (`reads`) is taken back.
         """
         state = undo = continuation = None
         try:
-            state = read()
+            state = start()
             undo = state.undo
             continuation = Continuation(options, state.tokens[0])
             reason = None
@@ -241,7 +227,7 @@ class Decoder:
 
     def close(self) -> None:
         """Release the weights; they stay in memory while a state of this decoder is alive."""
-        self._backend = None
+        self._backend = self._owner = None
 
     def __enter__(self) -> Self:
         return self
@@ -284,38 +270,26 @@ class Decoder:
         logits = state.logits  # (B, V)
         for step in range(1, steps + 1):
             tokens = np.array([row[min(step, len(row) - 1)] for row in rows], np.int64)  # (B)
-            scores[:, step - 1] = log_probabilities(logits, tokens)
+            scores[:, step - 1] = logits[range(len(rows)), tokens] - log_normalizers(logits)
             if step < steps:
                 logits = self.step(state, tokens)
         return [row_scores[: len(row) - 1].copy() for row_scores, row in zip(scores, rows, strict=True)]
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return token ids as given, or those of a text with `<|bos|>` in front."""
-        if not isinstance(prompt, str):
-            (row,) = check_prompts([prompt], self.config.vocab_size)
-            listed: list[int] = row.tolist()
-            return listed
-        if self.tokenizer is None:
-            raise InputError(
-                "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
-            )
-        return self.tokenizer.encode_prompt(prompt, self.max_seq_len)
-
-    def _standing(self, state: DecodeState | None) -> DecodeState:
-        if state is None or state.batch != 1:
-            raise InputError("without a prompt there must be a state of one sequence to continue")
-        self.check_own(state)
-        return state
+        """Return token ids as given, or those of a text with `<|bos|>` in front, checked."""
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError(
+                    "this bundle has no tokenizer, so the prompt must be token ids; export with --tokenizer to add one"
+                )
+            prompt = self.tokenizer.encode_prompt(prompt, self.max_seq_len)
+        ids: list[int] = check_prompts([prompt], self.config.vocab_size)[0].tolist()
+        return ids
 
     @property
-    def _loaded(self) -> Backend:
-        if self._backend is None:
+    def _live(self) -> Owner:
+        if self._owner is None:
             raise BackendError("this decoder is closed; open the bundle again")
-        return self._backend
-
-    @property
-    def _live_owner(self) -> Owner:
-        assert self._loaded is self._owner.backend
         return self._owner
 
     def _check_rows(self, rows: int, what: str = "slots were asked for") -> None:
@@ -326,9 +300,9 @@ class Decoder:
     def _check(self, state: DecodeState, more: Sequence[int], again: bool = False) -> None:
         """Check that the state is of this decoder and each row has room for `more` tokens; `again`: for them alone."""
         self.check_own(state)
-        capacity, lengths = state.capacity, [0] * len(more) if again else state.row_lengths
+        lengths = [0] * len(more) if again else state.row_lengths
         for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
-            if length + count > capacity:
+            if length + count > state.capacity:
                 raise StateError(
                     f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
                     f"{state.capacity}; export with a larger --max-seq-len, or start a new state"

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,20 @@ SWEEPS_OF_RATIOS = 3  # contraction drifts, so that older ratios say less
 FIRST_MARGIN, FIRST_MARGIN_CACHE, MARGIN = 4.0, 6.0, 3.0
 
 
+T = TypeVar("T")
+InBlocks = Generator[None, None, T]  # reads something, yields after each block, and returns a result
+
+
+def finish(reading: InBlocks[T]) -> T:
+    """Run a reading to its end, and return its result."""
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
 @dataclass
 class RowReading:
     """The result of reading one row."""
@@ -75,11 +89,11 @@ class RowReading:
 
 
 def read_row(
-    buffers: StateBuffers, row: int, tokens: IntArray, past: int, tolerance: float, options: SweepOptions
-) -> RowReading:
+    buffers: StateBuffers, row: int, tokens: IntArray, past: int, tolerance: float | None, options: SweepOptions
+) -> InBlocks[RowReading]:
     """Append `tokens` to a row that holds `past` tokens, every latent within `tolerance` of stepwise reading.
 
-    Leaves `buffers.latent` to the caller.
+    With `tolerance` None they are read stepwise. Leaves `buffers.latent` to the caller.
     """
     latent, computed, residual, fallback = buffers.latent[row].copy(), 0, 0.0, None
     latents: list[FloatArray] = []
@@ -88,9 +102,11 @@ def read_row(
         chunk = tokens[start - past :][: chunk_size(start, end, options)]
         sweeps = Sweeps(buffers, row, chunk, start, latent, options)
         sweeps.head = start + len(chunk) == end
-        if not sweeps.converge(tolerance):
+        if tolerance is None:
+            yield from sweeps.finish_stepwise()
+        elif not (yield from sweeps.converge(tolerance)):
             fallback = fallback or f"at token {start + sweeps.exact}: the iteration {sweeps.verdict}"
-            sweeps.finish_stepwise()
+            yield from sweeps.finish_stepwise()
         latents.append(sweeps.latents[1:])
         latent, computed = sweeps.latents[-1], computed + sweeps.computed
         residual, start = max(residual, sweeps.residual), start + len(chunk)
@@ -110,22 +126,18 @@ def chunk_size(start: int, end: int, options: SweepOptions) -> int:
     return most if rest - most >= options.chunk_tokens else -(-rest // -(-rest // most))
 
 
-def read_row_once(buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions) -> RowReading:
+def read_row_once(
+    buffers: StateBuffers, row: int, tokens: IntArray, past: int, options: SweepOptions
+) -> InBlocks[RowReading]:
     """Read a row in one parallel pass with zero memory: exact for a model without memory, else not as trained."""
     computed, start, latents = len(tokens), past, []
     for chunk in np.array_split(tokens, -(-len(tokens) // options.largest_chunk_tokens)):
         sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], JACOBI)
         sweeps.sweep()
+        yield
         latents.append(sweeps.latents[1:])
         start += len(chunk)
     return RowReading(np.concatenate(latents), sweeps.logits, computed, 0.0, None)
-
-
-def read_row_stepwise(buffers: StateBuffers, row: int, tokens: IntArray, past: int) -> RowReading:
-    """Read a row token by token, beside rows that are iterated."""
-    sweeps = Sweeps(buffers, row, tokens, past, buffers.latent[row], SweepOptions())
-    sweeps.finish_stepwise()
-    return RowReading(sweeps.latents[1:], sweeps.logits, sweeps.computed, 0.0, None)
 
 
 class Sweeps:
@@ -161,7 +173,7 @@ class Sweeps:
         """Leading tokens of the chunk that equal stepwise reading by construction: one more with every block."""
         return min(self.blocks, len(self.tokens))
 
-    def converge(self, tolerance: float) -> bool:
+    def converge(self, tolerance: float) -> InBlocks[bool]:
         """Iterate until the error bound is within tolerance; return False when that is not to be expected.
 
         The last sweep may be incomplete. After an exception the slots are out of order, see `StateBuffers.reset_order`.
@@ -170,6 +182,7 @@ class Sweeps:
         self.buffers.reorder(self.row, self.start, order, move=False)
         while not (finished := self._within(tolerance)) and not self._hopeless(tolerance):
             self.read_block()
+            yield
         self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
 
@@ -197,14 +210,15 @@ class Sweeps:
             self.logits = logits.copy()
         self.blocks, self.computed = self.blocks + 1, self.computed + len(members)
 
-    def finish_stepwise(self) -> None:
-        """Read the positions that are not exact yet token by token. The slots must be in order."""
+    def finish_stepwise(self) -> InBlocks[None]:
+        """Read the positions that are not exact yet token by token, and yield after each. Slots must be in order."""
         for i in range(self.exact, len(self.tokens)):
             at, head = self.start + i, self.head and i == len(self.tokens) - 1
             block = Block(self.row, self.tokens[i : i + 1], np.array([at]), at, at + 1, at, head)
             latents, logits = self.buffers.read(block, self.latents[i : i + 1])
             self.latents[i + 1] = latents[0]
             self.computed += 1
+            yield
         self.logits, self.residual = logits.copy(), 0.0
 
     def _within(self, tolerance: float) -> bool:

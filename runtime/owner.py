@@ -24,7 +24,8 @@ class ModelFingerprint:
     precision: str
     state_dtype: str  # of the caches
     bundle_sha256: str = dataclasses.field(compare=False)
-    checkpoint_sha256: str = dataclasses.field(default="", compare=False)  # empty where it is not known
+    # Empty where it is not known; version 0.1.0 did not write it to state files.
+    checkpoint_sha256: str = dataclasses.field(default="", compare=False)
 
     @classmethod
     def of(cls, backend: Backend, manifest: Manifest, bundle_sha256: str) -> ModelFingerprint:
@@ -40,27 +41,24 @@ class ModelFingerprint:
         source = str(checkpoint.get("sha256", "")) if isinstance(checkpoint, dict) else ""
         return cls(model, backend.precision, backend.state_dtype, bundle_sha256, source)
 
-    def why_not(self, other: ModelFingerprint) -> str | None:
-        """Return why a state of `other` must not be used here; None if it may."""
+    def check_same(self, other: ModelFingerprint, what: object = "this state") -> None:
+        """Raise StateError, which says why, where `what` of the fingerprint `other` must not be continued here."""
         if self == other:
-            return None
+            return
         found, here = f"{other.precision} with {other.state_dtype} caches", f"{self.precision} with {self.state_dtype}"
         same_kind = (other.precision, other.state_dtype) == (self.precision, self.state_dtype)
-        # Weights are stored in each precision, so their hash differs between precisions of one model too.
-        if self.model_sha256 == other.model_sha256 or (not same_kind and self._same_source(other)):
-            return (
-                f"it is of {found}, expected {here}; open that precision, or read its tokens with this decoder instead"
-            )
-        precisions = "" if same_kind else f", and of {found} instead of {here}"
-        return (
-            f"it is of another model (configuration and weights hash to {other.model_sha256[:12]}, here to "
-            f"{self.model_sha256[:12]}){precisions}; read its tokens with this decoder instead"
-        )
-
-    def _same_source(self, other: ModelFingerprint) -> bool:
-        """Whether both come from one bundle, or from one checkpoint."""
         checkpoint = self.checkpoint_sha256
-        return self.bundle_sha256 == other.bundle_sha256 or (checkpoint != "" and checkpoint == other.checkpoint_sha256)
+        same_source = self.bundle_sha256 == other.bundle_sha256 or checkpoint == other.checkpoint_sha256 != ""
+        # Weights are stored in each precision, so their hash differs between precisions of one model too.
+        if self.model_sha256 == other.model_sha256 or (not same_kind and same_source):
+            why = f"it is of {found}, expected {here}; open that precision, or"
+        else:
+            precisions = "" if same_kind else f", and of {found} instead of {here}"
+            why = (
+                f"it is of another model (configuration and weights hash to {other.model_sha256[:12]}, here to "
+                f"{self.model_sha256[:12]}){precisions};"
+            )
+        raise StateError(f"{what} cannot be used here: {why} read its tokens with this decoder instead")
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +70,3 @@ class Owner:
     max_batch_size: int
     capacity: int  # tokens of a row
     fingerprint: ModelFingerprint
-
-    def check_same(self, other: Owner) -> None:
-        """Raise StateError for a state of another model or precision."""
-        if why := self.fingerprint.why_not(other.fingerprint):
-            raise StateError(f"this state cannot be taken over: {why}")

@@ -24,7 +24,7 @@ from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 from lrt_deploy.types import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport
 
-from .fixed_point import RowReading, SweepOptions, read_row, read_row_once, read_row_stepwise
+from .fixed_point import InBlocks, RowReading, SweepOptions, read_row, read_row_once
 from .state import Reading
 
 ZERO_NOTE = "zero memory: this is not the model as trained"
@@ -117,15 +117,18 @@ class Place:
     memory: bool
 
 
-def read_prompts(place: Place, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions) -> Reading:
+def read_prompts(
+    place: Place, rows: Sequence[IntArray], request: PrefillRequest, options: PrefillOptions
+) -> InBlocks[Reading]:
     """Read `rows` (B) of one or more tokens into the buffers; the caller decides whether the result counts."""
     policies = [policy_of(row, place.memory, request, options) for row in rows]
     if all(policy == "stepwise" for policy in policies):
         reading = read_stepwise(place, rows, _stepwise_note(request))
     else:
         place.buffers.expect(max(place.past[i] + len(row) for i, row in enumerate(rows)))
-        numbered = enumerate(zip(rows, policies, strict=True))
-        found = [_read_row(place, i, row, policy, request, options) for i, (row, policy) in numbered]
+        found = []
+        for i, (row, policy) in enumerate(zip(rows, policies, strict=True)):
+            found.append((yield from _read_row(place, i, row, policy, request, options)))
         place.buffers.set_latent(np.arange(len(rows)), np.stack([row.latents[-1] for row in found]))
         report = _report(rows, found, request)
         if report.policy == "fixed-point" and place.memory:
@@ -217,14 +220,12 @@ def _stepwise_note(request: PrefillRequest) -> str | None:
 
 def _read_row(
     place: Place, index: int, row: IntArray, policy: str, request: PrefillRequest, options: PrefillOptions
-) -> RowReading:
+) -> InBlocks[RowReading]:
     buffers, past = place.buffers, place.past[index]
     if policy == "zero" or not place.memory:
         return read_row_once(buffers, index, row, past, options.sweeps)
-    if policy == "stepwise":
-        return read_row_stepwise(buffers, index, row, past)
     sweeps = replace(options.sweeps, noise=request.limits.noise)
-    return read_row(buffers, index, row, past, request.tolerance, sweeps)
+    return read_row(buffers, index, row, past, None if policy == "stepwise" else request.tolerance, sweeps)
 
 
 def _report(rows: Sequence[IntArray], readings: Sequence[RowReading], request: PrefillRequest) -> PrefillReport:

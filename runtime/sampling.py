@@ -19,19 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.errors import BackendError, InputError
-from lrt_deploy.fields import shown
+from lrt_deploy.arguments import check_number, check_whole, refuse
 
 # Both far beyond any use (CTRL's penalty: 1.2), and small enough that no float32 logit leaves float64's range.
 MAX_TEMPERATURE = 1e4
 MAX_REPETITION_PENALTY = 1e6
 
 _DRAWN_AT_ONCE = 32
+_LARGEST_SEED = 2**128 - 1  # as many bits as the generator's state has
 
 _Ids = NDArray[np.intp]
 _Floats = NDArray[np.floating[Any]]
@@ -53,17 +53,16 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        t, p, penalty = self.temperature, self.top_p, self.repetition_penalty
-        expected = f"a number from 0 (greedy) to {MAX_TEMPERATURE:g}"
-        _require(_is_real(t) and 0 <= t <= MAX_TEMPERATURE, "temperature", t, expected)
-        _require(_is_whole(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "a whole number, 0 (off) or more")
-        _require(_is_real(p) and 0 < p <= 1, "top_p", p, "a number above 0 and up to 1 (off)")
-        _require(_is_real(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "a number from 0 (off) to 1")
+        name = "sampling option "
+        check_number(self.temperature, f"{name}temperature", 0, MAX_TEMPERATURE)
+        check_whole(self.top_k, f"{name}top_k")
+        if check_number(self.top_p, f"{name}top_p", 0, 1) == 0:
+            refuse(self.top_p, f"{name}top_p", "a number above 0 and up to 1 (off)")
+        check_number(self.min_p, f"{name}min_p", 0, 1)
         low, high = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
-        expected = f"a number from {low:g} to {high:g}, where 1 is off and more discourages repetition"
-        _require(_is_real(penalty) and low <= penalty <= high, "repetition_penalty", penalty, expected)
-        seed = self.seed
-        _require(seed is None or (_is_whole(seed) and seed >= 0), "seed", seed, "a whole number, 0 or more, or None")
+        check_number(self.repetition_penalty, f"{name}repetition_penalty", low, high)
+        if self.seed is not None:
+            check_whole(self.seed, f"{name}seed", 0, _LARGEST_SEED)
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -77,75 +76,47 @@ class SamplingArguments(TypedDict, total=False):
     seed: int | None
 
 
-class Distribution(NamedTuple):
-    """The distribution of the next token: ids in ascending order, and their probabilities, which sum to 1."""
-
-    ids: _Ids
-    probabilities: NDArray[np.float64]
-
-
-class _Drawn(NamedTuple):
-    """Random numbers that were drawn together."""
-
-    first: int  # index of the first of them in the stream
-    numbers: list[float]
-    state: Any  # of the generator after them
-
-
 class Sampler:
     """Chooses tokens for one sequence from its own stream of random numbers.
 
-    Greedy draws no number, sampling exactly one a token; so a seed gives one stream whatever else runs in the batch.
+    The i-th token takes the i-th number of the seed's stream, whatever else runs in the batch; greedy takes none.
     """
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._random = np.random.Generator(np.random.PCG64(options.seed))
-        self._drawn = _Drawn(0, [], self._random.bit_generator.state)
-        self._next = 0
+        self._start = np.random.PCG64(options.seed).state
+        self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
 
-    def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int | None = None) -> int:
-        """Pick the next token from logits (V,); `history` is the tokens so far, read only by the repetition penalty.
-
-        `index` is the number of tokens chosen before (default: of calls before). The last token may be chosen again,
-        with the same random number, because an interrupt may have come before it was used.
-        """
-        scores = self._scores(logits, history)
+    def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int) -> int:
+        """Choose token number `index` from finite logits (V); `history` is the tokens so far, for the penalty."""
+        scores = self._penalized(logits, history)
         if self.options.temperature == 0:
             return int(scores.argmax())
         ids, weights = self._kept(scores)
         reached = weights.cumsum()
-        index = self._next if index is None else index
         # A number is at most 1 - 2**-53, so the product rounds below the total and the search stays inside.
-        token = int(ids[reached.searchsorted(self._number(index) * reached[-1], side="right")])
-        self._next = index + 1
-        return token
-
-    def distribution(self, logits: NDArray[np.float32], history: Sequence[int]) -> Distribution:
-        """Return the distribution that `choose` would draw from, without drawing a random number."""
-        scores = self._scores(logits, history)
-        if self.options.temperature == 0:
-            return Distribution(np.array([scores.argmax()]), np.ones(1))
-        ids, weights = self._kept(scores)
-        return Distribution(ids, weights / weights.sum())
+        return int(ids[reached.searchsorted(self._number(index) * reached[-1], side="right")])
 
     def _number(self, index: int) -> float:
-        """Return the random number of this index; those of earlier draws are no longer available."""
-        if index - self._drawn.first == len(self._drawn.numbers):
-            self._random.bit_generator.state = self._drawn.state  # also after an interrupt in the next line
-            numbers = self._random.random(_DRAWN_AT_ONCE).tolist()
-            self._drawn = _Drawn(index, numbers, self._random.bit_generator.state)
-        return self._drawn.numbers[index - self._drawn.first]
+        """Return one number of the stream, from 0 to below 1."""
+        part, place = divmod(index, _DRAWN_AT_ONCE)
+        if part != self._drawn[0]:
+            bits = np.random.PCG64(0)
+            bits.state = self._start
+            bits.advance(part * _DRAWN_AT_ONCE)
+            self._drawn = part, np.random.Generator(bits).random(_DRAWN_AT_ONCE).tolist()
+        return self._drawn[1][place]
 
-    def _scores(self, logits: NDArray[np.float32], history: Sequence[int]) -> _Floats:
-        """Apply the repetition penalty; without one, return the logits themselves and not a copy."""
-        if logits.ndim != 1 or logits.size == 0:
-            raise InputError(f"logits have the shape {logits.shape}, expected (V,): one row of the vocabulary's size")
-        if not np.isfinite(logits).all():
-            raise BackendError(_describe_non_finite(logits))
-        if self.options.repetition_penalty == 1 or len(history) == 0:
+    def _penalized(self, logits: NDArray[np.float32], history: Sequence[int]) -> _Floats:
+        """Penalize each token of the history once, however often it occurs; without a penalty, copy nothing."""
+        penalty = self.options.repetition_penalty
+        if penalty == 1 or len(history) == 0:
             return logits
-        return _penalized(logits, history, self.options.repetition_penalty)
+        seen = np.asarray(history, dtype=np.int64)
+        scores = logits.astype(np.float64)
+        before = scores[seen]
+        scores[seen] = np.where(before > 0, before / penalty, before * penalty)
+        return scores
 
     def _kept(self, scores: _Floats) -> tuple[_Ids, NDArray[np.float64]]:
         """Apply temperature, top-k, top-p and min-p; return the ids that stay, ascending, and weights of largest 1.
@@ -165,18 +136,6 @@ class Sampler:
             kept = np.flatnonzero(weights >= options.min_p)
             ids, weights = ids[kept], weights[kept]
         return ids, weights
-
-
-def _penalized(logits: NDArray[np.float32], history: Sequence[int], penalty: float) -> NDArray[np.float64]:
-    """Return a copy where each token of the history is penalized once, however often it occurs."""
-    seen = np.asarray(history, dtype=np.int64)
-    if seen.min() < 0 or seen.max() >= logits.size:
-        wrong = int(seen[(seen < 0) | (seen >= logits.size)][0])
-        raise InputError(f"history holds the token id {wrong}, expected ids from 0 to {logits.size - 1}")
-    scores = logits.astype(np.float64)
-    before = scores[seen]
-    scores[seen] = np.where(before > 0, before / penalty, before * penalty)
-    return scores
 
 
 def _softmax_weights(scores: _Floats, temperature: float) -> NDArray[np.float64]:
@@ -211,43 +170,12 @@ def _nucleus(scores: _Floats, weights: NDArray[np.float64], p: float) -> _Ids:
     return _largest(scores, min(count, candidates.size))
 
 
-def _describe_non_finite(logits: _Floats) -> str:
-    wrong = np.flatnonzero(~np.isfinite(logits))
-    shown = ", ".join(f"{logits[i]} for token {i}" for i in wrong[:5])
-    more = f" and {wrong.size - 5} more" if wrong.size > 5 else ""
-    return (
-        f"{wrong.size} of {logits.size} logits are not finite: {shown}{more}; no token can be chosen from them. "
-        "Half precision overflows first: try fp32, and compare the two with `lrt-deploy parity`"
-    )
-
-
-def log_probabilities(logits: NDArray[np.float32], tokens: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Compute the log-probability of one token (B) in each row of logits (B, V), in float64."""
-    wide = logits.astype(np.float64)
-    largest = wide.max(axis=-1, keepdims=True)
-    total = np.log(np.exp(wide - largest).sum(axis=-1)) + largest[:, 0]
-    chosen: NDArray[np.float64] = np.take_along_axis(wide, tokens[:, None], axis=-1)[:, 0] - total
-    return chosen
-
-
 def log_normalizers(logits: NDArray[np.float32]) -> list[float]:
     """Compute log-sum-exp (B) of logits (B, V) in float32; a token's logit minus it is its log-probability.
 
-    Faster than `log_probabilities`, because every generated token waits for it. Graphs cap their logits at
-    `LOGIT_SOFTCAP`, so exponentials neither overflow nor vanish, and the largest logit need not be subtracted.
+    In float32 because every generated token waits for it: the sums are within 1e-5 of those in float64. Graphs cap
+    their logits at `LOGIT_SOFTCAP`, so exponentials neither overflow nor vanish, and the largest logit need not be
+    subtracted.
     """
     normalizers: list[float] = np.log(np.exp(logits).sum(axis=-1)).tolist()
     return normalizers
-
-
-def _is_real(value: object) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _require(holds: bool, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise InputError(f"sampling option {name} is {shown(found)}, expected {expected}")

@@ -30,9 +30,9 @@ from lrt_deploy.runtime.backends.base import SlotArrays, StateBuffers, check_fin
 from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 
 from . import state_file
+from .fixed_point import InBlocks, finish
 from .owner import Owner
 
-_ID_BYTES = np.dtype(np.int64).itemsize
 _new = tuple.__new__  # of a named tuple, several times quicker than its own constructor, for steps
 _NOTHING_KEPT: Mapping[int, FloatArray] = MappingProxyType({})
 _Result = TypeVar("_Result")
@@ -103,26 +103,17 @@ class DecodeState:
     """
 
     def __init__(self, owner: Owner, slots: int, rows: int = 0) -> None:
-        self.owner = owner
+        self.owner, self.slots = owner, slots  # sequences that there is room for
         self.buffers: StateBuffers = owner.backend.allocate(slots)
+        self.capacity = self.buffers.capacity  # tokens that each sequence can hold
         self._now = Content(tuple(_EMPTY.independent() for _ in range(rows)))
-        self._undo: Undo | None = None
+        self.undo: Undo | None = None  # what undoes the last operation; see `roll_back`
         self.extra: dict[str, Any] = {}  # the caller's own, JSON types; saved and forked with the state
 
     @property
     def batch(self) -> int:
         """Number of sequences, B."""
         return len(self._now.rows)
-
-    @property
-    def slots(self) -> int:
-        """Number of sequences that there is room for."""
-        return self.buffers.batch
-
-    @property
-    def capacity(self) -> int:
-        """Number of tokens that each sequence can hold."""
-        return self.buffers.capacity
 
     @property
     def lengths(self) -> IntArray:
@@ -159,19 +150,19 @@ class DecodeState:
         Runs the network where it must: after a rewind one decode step of the last tokens gives the logits again, once,
         and so does a token that `Decoder.generate` has emitted and not run. Otherwise nothing is computed.
         """
-        for row, held in enumerate(self.computed().rows):
-            _check_read(row, held)
+        if 0 in (lengths := self.row_lengths):
+            self.row_logits(lengths.index(0))  # raises, before any are computed
         found = [self.row_logits(row) for row in range(self.batch)]
         return np.stack(found) if found else np.zeros((0, self.owner.config.vocab_size), np.float32)
 
     def row_logits(self, row: int) -> FloatArray:
         """Return the logits (V) of one row, not to be written to; see `logits` for when this runs the network."""
         found = self.computed().rows[row]
-        if found.logits is None:
-            _check_read(row, found)
-            found = self._recompute().rows[row]
-        assert found.logits is not None
-        return found.logits
+        if found.length == 0:
+            raise StateError(f"sequence {row} holds no token yet, so no logits follow; read a prompt first")
+        logits = found.logits if found.logits is not None else self._recompute().rows[row].logits
+        assert logits is not None
+        return logits
 
     @property
     def latent(self) -> FloatArray | None:
@@ -210,23 +201,18 @@ class DecodeState:
     @property
     def num_bytes(self) -> int:
         """Live bytes: cache entries, latents and tokens of the lengths so far, and the logits that are held."""
-        rows = self._now.rows
+        rows, ids = self._now.rows, np.zeros(1, np.int64)
         logits = len(rows) + sum(len(row.kept) for row in rows)
-        return sum(self.row_lengths) * self.bytes_per_token + logits * 4 * self.owner.config.vocab_size
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes that one token of one row adds: an entry in every cache, its latent, its id."""
-        caches: int = sum(array.nbytes for array in self.buffers.read_slots(0, 0, 1).values())
-        width: int = self.buffers.latent.shape[1]
-        return caches + 4 * width + _ID_BYTES
+        each: int = sum(array.nbytes for array in self.buffers.read_slots(0, 0, 1).values())
+        each += self.buffers.latent[:1].nbytes + ids.nbytes  # bytes of one token of one row
+        return sum(self.row_lengths) * each + logits * 4 * self.owner.config.vocab_size
 
     # Transactions
 
     def ready(self) -> Content:
         """Undo an operation that did not end, write a row that is due, and return what this state is."""
-        if self._undo is not None and self._undo.before is self._now:
-            self._roll_back(self._undo)
+        if self.undo is not None and self.undo.before is self._now:
+            self._restore(self.undo)
         if self._now.due is not None:
             row, entries = self._now.due
             self._write(row, self._now.rows[row], entries)
@@ -247,21 +233,26 @@ class DecodeState:
             if start < stop:
                 entries = self.buffers.read_slots(row, start, stop).items()
                 saved.append((row, start, {name: array.copy() for name, array in entries}))
-        self._undo = undo = Undo(before, beyond, tuple(saved))
+        self.undo = undo = Undo(before, beyond, tuple(saved))
         return undo
-
-    @property
-    def undo(self) -> Undo | None:
-        """What undoes the last operation; see `roll_back`."""
-        return self._undo
 
     def roll_back(self, undo: Undo | None) -> None:
         """Undo an operation that has ended, and since which only logits were computed."""
         if undo is not None:
-            self._undo = undo
+            self.undo = undo
             self._now = undo.before
 
-    def _roll_back(self, undo: Undo) -> None:
+    def _commit(self, content: Content, result: _Result) -> _Result:
+        """Make `content` what this state is and return `result`, both or neither."""
+        before = self._now
+        try:
+            self._now = content
+            return result
+        except BaseException:
+            self._now = before
+            raise
+
+    def _restore(self, undo: Undo) -> None:
         """Put back what an operation overwrote: may be interrupted and done again.
 
         Slots beyond each row's length are zeroed. They do not count, but NaN in them would: a row beside a longer one
@@ -274,17 +265,14 @@ class DecodeState:
         for index, start, saved in undo.saved:
             self.buffers.write_slots(index, start, saved)
         self._set_latents(undo.before.rows, [row.length for row in undo.before.rows])
-        self._undo = None
+        self.undo = None
 
-    def _latent_after(self, row: Row, length: int) -> FloatArray:
-        """Return the latent (C) that a row carries on after `length` tokens: zeros after none."""
-        return row.latents[length - 1] if length else np.zeros(self.buffers.latent.shape[1], np.float32)
-
-    def _set_latents(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
-        """Make the current latents those after the first `lengths` (B) tokens."""
+    def _set_latents(self, rows: Sequence[Row], lengths: Sequence[int], first: int = 0) -> None:
+        """Make the current latents of rows from `first` on those after `lengths` tokens: zeros after none."""
         if rows:
-            latents = [self._latent_after(row, length) for row, length in zip(rows, lengths, strict=True)]
-            self.buffers.set_latent(np.arange(len(rows)), np.stack(latents))
+            none = np.zeros(self.buffers.latent.shape[1], np.float32)
+            latents = [row.latents[n - 1] if n else none for row, n in zip(rows, lengths, strict=True)]
+            self.buffers.set_latent(np.arange(first, first + len(rows)), np.stack(latents))
 
     # More tokens
 
@@ -293,60 +281,49 @@ class DecodeState:
 
         Returns the logits (B, V), a copy if `give`, otherwise an array that must not be written to.
         """
-        now = self._now
-        if now.unfed or now.due is not None or (self._undo is not None and self._undo.before is now):
-            now = self.computed()
-        return self._run(now, ids, give)
+        return self._run(self.computed(), ids, give)
 
     def defer(self, ids: Sequence[int], result: _Result) -> _Result:
         """Append one token to each row (B), which is run when something that depends on it is asked for.
 
         Returns `result`: a caller that hands something out with the token does both in one step.
         """
-        before = self.computed()
-        try:
-            self._now = before._replace(unfed=tuple(ids))
-            return result
-        except BaseException:
-            self._now = before
-            raise
+        return self._commit(self.computed()._replace(unfed=tuple(ids)), result)
 
     def _run(self, before: Content, ids: IntArray, give: bool = False) -> FloatArray:
         """Run one token of each row in the backend, and append it, its latent and its logits."""
-        self._undo = _new(Undo, (before, 1, ()))
-        try:
-            positions = np.array([row.length for row in before.rows])  # (B)
-            found = self.buffers.decode(ids, positions, head=True)
-            assert found is not None
-            check_finite(found, positions, self.owner.backend)
-            # Copies, since the backend uses both arrays again. Rows share them and never write to them.
-            logits, latents = found.copy(), np.array(self.buffers.latent[: len(ids)])  # (B, V), (B, C)
-            rows = []
-            for row, token, latent, after in zip(before.rows, ids.tolist(), latents, logits, strict=True):
-                # Lists are shared with the row before, unless they already go on otherwise.
-                tokens, past, length, _, kept, tag = row
-                tokens = tokens if len(tokens) == length else tokens[:length]
-                past = past if len(past) == length else past[:length]
-                tokens.append(token)
-                past.append(latent)
-                rows.append(_new(Row, (tokens, past, length + 1, after, kept, tag)))
-            _, prefill, within, computed, _, _ = before
-            self._now = _new(Content, (tuple(rows), prefill, within, computed + len(rows), (), None))
-            return logits.copy() if give else logits
-        except BaseException:
-            self._now = before
-            raise
+        self.undo = _new(Undo, (before, 1, ()))
+        positions = np.array([row.length for row in before.rows])  # (B)
+        found = self.buffers.decode(ids, positions, head=True)
+        assert found is not None
+        check_finite(found, positions, self.owner.backend)
+        # Copies, since the backend uses both arrays again. Rows share them and never write to them.
+        logits, latents = found.copy(), np.array(self.buffers.latent[: len(ids)])  # (B, V), (B, C)
+        rows = []
+        for row, token, latent, after in zip(before.rows, ids.tolist(), latents, logits, strict=True):
+            # Lists are shared with the row before, unless they already go on otherwise.
+            tokens, past, length, _, kept, tag = row
+            tokens = tokens if len(tokens) == length else tokens[:length]
+            past = past if len(past) == length else past[:length]
+            tokens.append(token)
+            past.append(latent)
+            rows.append(_new(Row, (tokens, past, length + 1, after, kept, tag)))
+        _, prefill, within, computed, _, _ = before
+        now = _new(Content, (tuple(rows), prefill, within, computed + len(rows), (), None))
+        return self._commit(now, logits.copy() if give else logits)
 
     def read(
         self,
         past: Sequence[int],
         rows: Sequence[IntArray],
-        run: Callable[[Content], tuple[Reading | None, PrefillReport]],
-    ) -> Self:
+        run: Callable[[], InBlocks[Reading]] | None = None,
+        shown_as: Callable[[PrefillReport], PrefillReport] = lambda report: report,
+    ) -> InBlocks[Self]:
         """Replace what follows the first `past` (B) tokens of each row by `rows`, and return this state.
 
-        `run` reads all of `rows` into the buffers, or gives None where nothing is to be read, and the report that the
-        state will show. Logits that a decode step of the last token would round differently are kept for a rewind.
+        `run` reads `rows` into the buffers, None where all are empty. The state will show the report of the reading, or
+        else its own, as changed by `shown_as`. Logits that a decode step of the last token would round differently are
+        kept for a rewind. Until the end, the state must not be used; a reading that does not end is undone.
         """
         now = self.ready()
         if any(length > row.length for length, row in zip(past, now.rows, strict=True)):
@@ -354,22 +331,17 @@ class DecodeState:
         counts = [len(ids) for ids in rows]
         stops = [min(row.length, start + count) for row, start, count in zip(now.rows, past, counts, strict=True)]
         self._save(now, list(zip(past, stops, strict=True)), max(counts, default=0))
-        try:
-            if any(length != row.length for length, row in zip(past, now.rows, strict=True)):
-                self._set_latents(now.rows, past)
-            reading, shown_report = run(now)
-            found, computed = [row.cut(length) for row, length in zip(now.rows, past, strict=True)], now.computed_tokens
-            within = now.read_within if any(past) else 0.0
-            if reading is not None:
-                report = reading.report
-                found = [_longer(row, ids, reading, i) for i, (row, ids) in enumerate(zip(found, rows, strict=True))]
-                within = max(within, math.inf if report.policy == "zero" else report.residual or 0.0)
-                computed += round(report.passes * sum(counts))
-            self._now = Content(tuple(found), shown_report, within, computed)
-            return self
-        except BaseException:
-            self._now = now
-            raise
+        if any(length != row.length for length, row in zip(past, now.rows, strict=True)):
+            self._set_latents(now.rows, past)
+        found, computed = [row.cut(length) for row, length in zip(now.rows, past, strict=True)], now.computed_tokens
+        within, report = now.read_within if any(past) else 0.0, now.prefill
+        if run is not None:
+            reading = yield from run()
+            report = reading.report
+            found = [_longer(row, ids, reading, i) for i, (row, ids) in enumerate(zip(found, rows, strict=True))]
+            within = max(within, math.inf if report.policy == "zero" else report.residual or 0.0)
+            computed += round(report.passes * sum(counts))
+        return self._commit(Content(tuple(found), shown_as(report), within, computed), self)
 
     def _recompute(self) -> Content:
         """Give every row that was rewound its logits again: kept ones, or those of a decode step of its last token.
@@ -389,7 +361,7 @@ class DecodeState:
             assert logits is not None
             check_finite(logits, np.array(last), self.owner.backend)
             found = {index: logits[index].copy() for index in lacking} | found
-            self._roll_back(undo)
+            self._restore(undo)
             computed += len(now.rows)
         rows = [row._replace(logits=found[i]) if i in found else row for i, row in enumerate(now.rows)]
         self._now = now._replace(rows=tuple(rows), computed_tokens=computed)
@@ -412,7 +384,7 @@ class DecodeState:
                 raise StateError(f"sequence {row} holds {held} tokens and cannot be rewound to {shown(length)}")
         past = [int(length) for length in wanted]
         if past != self.row_lengths:
-            self.read(past, [np.zeros(0, np.int64)] * self.batch, lambda now: (None, now.prefill))
+            finish(self.read(past, [np.zeros(0, np.int64)] * self.batch))
 
     # Copies
 
@@ -420,18 +392,17 @@ class DecodeState:
         """Return an independent copy; only what is live is copied."""
         return self.rows(range(self.batch))
 
-    def rows(self, rows: Sequence[int]) -> DecodeState:
-        """Return a new state of these sequences, in this order, each as often as it is named."""
-        rows = check_wholes(rows, "rows")
-        if not 1 <= len(rows) <= self.owner.max_batch_size:
-            limit = self.owner.max_batch_size
-            raise StateError(f"{len(rows)} rows were asked for; this bundle was exported for 1 to {limit}")
-        return self.copied_to(self.owner, rows)
+    def rows(self, rows: Sequence[int], owner: Owner | None = None) -> DecodeState:
+        """Return a new state of these sequences, in this order, each as often as it is named.
 
-    def copied_to(self, owner: Owner, rows: Sequence[int]) -> DecodeState:
-        """Return the same for another decoder of the same model and precision."""
-        chosen = [self._known(row) for row in rows]
-        owner.check_same(self.owner)
+        It belongs to `owner`, another decoder of the same model and precision, or to the one of this state.
+        """
+        owner = owner or self.owner
+        owner.fingerprint.check_same(self.owner.fingerprint)
+        chosen = [self._known(row) for row in check_wholes(rows, "rows")]
+        if not 1 <= len(chosen) <= owner.max_batch_size:
+            limit = owner.max_batch_size
+            raise StateError(f"{len(chosen)} rows were asked for; this bundle was exported for 1 to {limit}")
         state, now = DecodeState(owner, len(chosen)), self.computed()
         for row in chosen:
             state.add(self, row)
@@ -446,17 +417,13 @@ class DecodeState:
             raise StateError(f"all {self.slots} slots of this state are taken; drop a row, or start with more slots")
         if source is None:
             return self._append(_EMPTY.independent()._replace(tag=tag), {}, 0.0)
-        row, entries = self._copy_of(source, index)
+        self.owner.fingerprint.check_same(check_is(source, DecodeState, "source").owner.fingerprint)
+        index = source._known(index)
+        row = source.computed().rows[index].independent()
+        if row.length > self.capacity:
+            raise StateError(f"the sequence holds {row.length} tokens, more than the capacity of {self.capacity} here")
+        entries = source.buffers.read_slots(index, 0, row.length)
         return self._append(row._replace(tag=tag), entries, source.read_within)
-
-    def put(self, row: int, source: DecodeState, index: int = 0) -> None:
-        """Make a row a copy of a row of another state, to the bit."""
-        row, (found, views) = self._known(row), self._copy_of(source, index)
-        entries, now = {name: array.copy() for name, array in views.items()}, self.computed()
-        rows = [*now.rows]
-        rows[row] = found._replace(tag=rows[row].tag)
-        within = max(now.read_within, source.read_within)
-        self._now = now._replace(rows=tuple(rows), read_within=within, due=(row, entries))
 
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its number. It costs nothing from then on."""
@@ -467,32 +434,18 @@ class DecodeState:
             rows[row], due = last, (row, self.buffers.read_slots(len(rows), 0, last.length))
         self._now = now._replace(rows=tuple(rows), due=due)
 
-    def _copy_of(self, source: DecodeState, index: int) -> tuple[Row, SlotArrays]:
-        """Return a row of another state, if it may be continued here, and views of its cache entries."""
-        self.owner.check_same(check_is(source, DecodeState, "source").owner)
-        index = source._known(index)
-        row = source.computed().rows[index].independent()
-        if row.length > self.capacity:
-            raise StateError(f"the sequence holds {row.length} tokens, more than the capacity of {self.capacity} here")
-        return row, source.buffers.read_slots(index, 0, row.length)
-
     def _append(self, row: Row, entries: Mapping[str, NDArray[Any]], within: float) -> int:
         """Add a row with these cache entries, (G, length, D) each; returns its number."""
-        now = self._now
-        index = len(now.rows)
+        now, index = self._now, len(self._now.rows)
         self._write(index, row, entries)
-        try:
-            self._now = now._replace(rows=(*now.rows, row), read_within=max(now.read_within, within))
-            return index
-        except BaseException:
-            self._now = now
-            raise
+        within = max(now.read_within, within)
+        return self._commit(now._replace(rows=(*now.rows, row), read_within=within), index)
 
     def _write(self, index: int, row: Row, entries: Mapping[str, NDArray[Any]]) -> None:
         """Write the cache entries and the latent of a row to the buffers."""
         if row.length:
             self.buffers.write_slots(index, 0, entries)
-        self.buffers.set_latent(np.array([index]), self._latent_after(row, row.length)[None])
+        self._set_latents([row], [row.length], index)
 
     def _known(self, row: int) -> int:
         if isinstance(row, bool) or not isinstance(row, (int, np.integer)) or not 0 <= row < self.batch:
@@ -532,11 +485,6 @@ class DecodeState:
         state._now = Content(state._now.rows, book.prefill, book.read_within, book.computed_tokens)
         state.extra = book.extra
         return state
-
-
-def _check_read(index: int, row: Row) -> None:
-    if row.length == 0:
-        raise StateError(f"sequence {index} holds no token yet, so no logits follow; read a prompt first")
 
 
 def _longer(row: Row, ids: IntArray, reading: Reading, index: int) -> Row:

@@ -13,6 +13,7 @@ damage is found. A file is checked as a whole before a snapshot is returned. Kno
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -71,23 +72,13 @@ def save(snapshot: Snapshot, path: Path) -> None:
     """
     check_replaceable(path, "the state", lambda head: f'"format":"{FORMAT}"'.encode() in head, StateError)
     arrays = {f"{i}.{name}": _storable(array) for i, row in enumerate(snapshot.rows) for name, array in row.items()}
-    found = snapshot.fingerprint
     try:
         book = msgspec.structs.asdict(snapshot.book) | {"prefill": snapshot.book.prefill.to_dict()}
         text = json.dumps(book, sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise StateError(f"the state could not be saved to {path}: its `extra` is not JSON: {error}") from error
-    metadata = {
-        "format": FORMAT,
-        "format_version": str(FORMAT_VERSION),
-        "model_sha256": found.model_sha256,
-        "bundle_sha256": found.bundle_sha256,
-        "checkpoint_sha256": found.checkpoint_sha256,
-        "precision": found.precision,
-        "state_dtype": found.state_dtype,
-        "backend": snapshot.backend,
-        "book": text,
-    }
+    metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "backend": snapshot.backend, "book": text}
+    metadata |= dataclasses.asdict(snapshot.fingerprint)
     metadata["sha256"] = _digest(metadata, arrays)
     try:
         with atomic_write(path, private=True) as partial:
@@ -118,8 +109,7 @@ def _write(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
 def load(path: Path, owner: Owner) -> Snapshot:
     """Read a file that a decoder can continue; raises StateError with the reason why it cannot."""
     snapshot = read_file(path)
-    if why := owner.fingerprint.why_not(snapshot.fingerprint):
-        raise StateError(f"{path} cannot be used here: {why}")
+    owner.fingerprint.check_same(snapshot.fingerprint, path)
     lengths = snapshot.book.lengths
     if len(lengths) > owner.max_batch_size or max(lengths) > owner.capacity:
         raise StateError(
@@ -139,13 +129,7 @@ def read_file(path: Path) -> Snapshot:
     if metadata.pop("sha256", None) != _digest(metadata, arrays):
         raise StateError(f"{path} does not match its own checksum: it was altered or damaged; save the state again")
     try:
-        fingerprint = ModelFingerprint(
-            metadata["model_sha256"],
-            metadata["precision"],
-            metadata["state_dtype"],
-            metadata["bundle_sha256"],
-            metadata.get("checkpoint_sha256", ""),  # version 0.1.0 did not write it
-        )
+        fingerprint = convert(ModelFingerprint, metadata)
         fields = json.loads(metadata["book"])  # with Infinity, where a prompt was read with zero memory
         book = convert(Book, fields)
         if unknown := sorted(fields["prefill"].keys() - PrefillReport.__dataclass_fields__.keys()):

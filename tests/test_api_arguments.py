@@ -212,9 +212,6 @@ CALLS = {
     "add source": (lambda env, v: env.decoder.new_state(2).add(v), {"None"}),
     "add index": (lambda env, v: env.decoder.new_state(2).add(env.pair(), v), {"0", "1", "np.int64(1)", "np.uint8(1)"}),
     "drop": (lambda env, v: env.pair().drop(v), {"0", "1", "np.int64(1)", "np.uint8(1)"}),
-    "put row": (lambda env, v: env.pair().put(v, env.state()), {"0", "1", "np.int64(1)", "np.uint8(1)"}),
-    "put source": (lambda env, v: env.pair().put(0, v), set()),
-    "put index": (lambda env, v: env.pair().put(0, env.pair(), v), {"0", "1", "np.int64(1)", "np.uint8(1)"}),
     "save": (lambda env, v: env.state().save(in_folder(env, v)), {"'a'", "'1'"}),
     "BatchDecoder decoder": (lambda env, v: BatchDecoder(v), set()),
     "BatchDecoder slots": (lambda env, v: BatchDecoder(env.decoder, v), {"None", *COUNT}),
@@ -326,7 +323,7 @@ def test_build_refuses_odd_values_before_it_looks_for_the_bundle(tmp_path, name)
 
 def test_a_refused_call_leaves_the_state_as_it_was(env):
     """The argument is checked before anything is computed or written."""
-    for name in ("prefill", "step", "rewind", "drop", "put"):
+    for name in ("prefill", "step", "rewind", "drop"):
         state = env.pair()
         before = (state.tokens, state.logits.tolist(), state.latent.tolist())
         for value in VALUES.values():
@@ -335,7 +332,6 @@ def test_a_refused_call_leaves_the_state_as_it_was(env):
                 "step": lambda state=state, value=value: env.decoder.step(state, value),
                 "rewind": lambda state=state, value=value: state.rewind(value),
                 "drop": lambda state=state, value=value: state.drop(value),
-                "put": lambda state=state, value=value: state.put(value, env.state()),
             }
             try:
                 calls[name]()

@@ -334,7 +334,7 @@ def test_without_taking_the_latent_back_a_failed_step_would_show(fresh, monkeypa
     state, healthy = fresh.prefill([LONG, SHORT]), fresh.prefill([LONG, SHORT])
     with monkeypatch.context() as patch:
         poison(patch, "decode", float("nan"))
-        patch.setattr(DecodeState, "_set_latents", lambda self, rows, lengths: None)
+        patch.setattr(DecodeState, "_set_latents", lambda self, rows, lengths, first=0: None)
         with pytest.raises(BackendError, match="not finite"):
             fresh.step(state, [1, 2])
         assert not np.array_equal(fresh.step(state, [1, 2]), fresh.step(healthy, [1, 2]))

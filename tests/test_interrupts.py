@@ -245,7 +245,6 @@ OPERATIONS = {
     "fork": lambda d, s: s.fork(),
     "rows": lambda d, s: s.rows([0, s.batch - 1, 0]),
     "drop": lambda d, s: s.drop(0),
-    "put": lambda d, s: s.put(0, d.kept),
     "adopt": lambda d, s: d.other.adopt(s),
     "score": lambda d, s: d.score([row[:4] for row in s.tokens]),
 }
@@ -255,7 +254,6 @@ RECOMPUTED = {"rewind", "rewind to nothing"}  # what the state would compute any
 @pytest.mark.parametrize("make", STATES, ids=lambda make: make.__name__)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_interrupted_operation_leaves_the_state_as_it_was(decoder, name, make):
-    decoder.kept = one(decoder)
     operation, expected = OPERATIONS[name], content(decoder, make(decoder))
     lines = count_lines(lambda: operation(decoder, make(decoder))) - count_lines(lambda: make(decoder))
     for line, kind in walked(lines, f"{name} {make.__name__}"):
@@ -456,7 +454,7 @@ def test_a_state_that_is_not_put_back_is_found_out(decoder_of, monkeypatch, brok
     expected, found = content(decoder, ragged(decoder)), Counter()
     lines = count_lines(lambda: decoder.step(ragged(decoder), NEXT)) - count_lines(lambda: ragged(decoder))
     if broken == "nothing is undone":
-        monkeypatch.setattr(DecodeState, "_roll_back", lambda self, undo: setattr(self, "_undo", None))
+        monkeypatch.setattr(DecodeState, "_restore", lambda self, undo: setattr(self, "undo", None))
     else:
         monkeypatch.setattr(DecodeState, "_now", Sticky(), raising=False)
     for line in range(1, lines + 1):

@@ -18,7 +18,7 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import kl_divergence
 from lrt_deploy.runtime import fixed_point
 from lrt_deploy.runtime.backends.base import BlockLimits
-from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps
+from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, finish
 from lrt_deploy.runtime.prefill import PrefillOptions, resolve
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, FP32, SMALLEST_PREFILL_TOLERANCE
 
@@ -48,7 +48,7 @@ class Truth:
 
 def read_truth(decoder, ids) -> Truth:
     sweeps = Sweeps(decoder._backend.allocate(1), 0, np.array(ids), 0, zeros(decoder), SweepOptions())
-    sweeps.finish_stepwise()
+    finish(sweeps.finish_stepwise())
     return Truth(list(ids), decoder.prefill([ids], policy="stepwise"), sweeps.latents[1:])
 
 
@@ -266,7 +266,7 @@ def test_a_model_that_does_not_contract_is_read_stepwise_and_says_so(stubborn, r
 def test_a_model_that_does_not_contract_is_far_off_when_it_is_not_finished(stubborn, monkeypatch):
     ids = prompt(stubborn, 150)
     expected = stubborn.prefill([ids], policy="stepwise")
-    monkeypatch.setattr(Sweeps, "finish_stepwise", lambda self: None)
+    monkeypatch.setattr(Sweeps, "finish_stepwise", lambda self: ())
     assert np.abs(stubborn.prefill([ids], policy="fixed-point").latent - expected.latent).max() > 0.1
 
 

@@ -20,7 +20,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, contraction, error_bound
+from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, contraction, error_bound, finish
 from lrt_deploy.runtime.prefill import PrefillOptions
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLERANCE
 
@@ -189,7 +189,7 @@ def histories(backend, ids):
     zeros = np.zeros(backend.config.n_embd, np.float32)
     buffers = backend.allocate(1)
     truth = Sweeps(buffers, 0, ids, 0, zeros, SweepOptions())
-    truth.finish_stepwise()
+    finish(truth.finish_stepwise())
     for stride in (1, 2, 4, 8):
         sweeps = Sweeps(buffers, 0, ids, 0, zeros, SweepOptions(stride=stride))
         buffers.reorder(0, 0, np.concatenate(sweeps.members), move=False)
@@ -263,6 +263,6 @@ def test_a_sweep_to_numbers_that_are_not_finite_is_never_accepted(decoder_with, 
         return (np.full_like(found, value), logits) if in_fourth_sweep else (found, logits)
 
     monkeypatch.setattr(sweeps.buffers, "read", spoiled)
-    assert not sweeps.converge(1e-5)
+    assert not finish(sweeps.converge(1e-5))
     assert "not finite" in sweeps.verdict
     assert (sweeps.buffers._slot_positions == np.arange(CAPACITY)).all()

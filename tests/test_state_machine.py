@@ -152,8 +152,10 @@ def test_a_state_that_forgets_its_latent_in_a_rewind_is_found_out(decoder_of, to
     """The twin: the machine must see the fault that it is here for."""
     from lrt_deploy.runtime.state import DecodeState
 
-    zeros = lambda self, row, length: np.zeros(self.buffers.latent.shape[1], np.float32)  # noqa: E731
-    monkeypatch.setattr(DecodeState, "_latent_after", zeros)
+    def zeros(self, rows, lengths, first=0):
+        self.buffers.set_latent(np.arange(first, first + len(rows)), np.zeros((len(rows), self.owner.config.n_embd)))
+
+    monkeypatch.setattr(DecodeState, "_set_latents", zeros)
     fields = {"decoder": decoder_of("mr_gqa_SSSL"), "tolerances": tolerances, "truths": {}}
     with pytest.raises(AssertionError):
         run_state_machine_as_test(type("Batch", (Batch,), fields), settings=settings(BUDGET, print_blob=False))

@@ -19,7 +19,7 @@ import numpy as np
 from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import Progress, distance, kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.fixed_point import JACOBI, SweepOptions, Sweeps
+from lrt_deploy.runtime.fixed_point import JACOBI, SweepOptions, Sweeps, finish
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
@@ -230,7 +230,7 @@ def measure_convergence(decoder: Decoder, tokens: Sequence[int], progress: Progr
     ids = np.asarray(tokens, np.int64)[: state.owner.backend.blocks.tokens]
     progress(f"reading {len(ids)} tokens stepwise for their latents", 0, 0)
     exact = _sweeps(state, ids, SweepOptions())
-    exact.finish_stepwise()
+    finish(exact.finish_stepwise())
     points: list[dict[str, Any]] = []
     for sweeps in _iterations(decoder):
         progress(f"sweeping over {len(ids)} tokens with stride {sweeps.stride}", 0, 0)
