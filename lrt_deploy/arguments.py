@@ -27,10 +27,10 @@ def refuse(value: object, name: str, expected: str) -> NoReturn:
     raise InputError(f"{name} is {shown(value)}, expected {expected}")
 
 
-def check_whole(value: object, name: str, least: int = 0, most: int = LARGEST_COUNT) -> int:
+def check_whole(value: object, name: str, least: int = 0, most: float = LARGEST_COUNT) -> int:
     """Return a whole number from `least` to `most`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not least <= int(value) <= most:
-        refuse(value, name, f"a whole number, {least} {'or more' if most == LARGEST_COUNT else f'to {most}'}")
+        refuse(value, name, f"a whole number, {least} {'or more' if most >= LARGEST_COUNT else f'to {most}'}")
     return int(value)
 
 

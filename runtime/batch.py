@@ -1,236 +1,139 @@
 """Continuous batching: a fixed number of slots kept full from a queue, each request streamed as if it ran alone.
 
-A prompt that is read stepwise is admitted at once and costs no step of its own; one that is iterated is first read by
-itself (many tokens a call already). A row that ends makes room before the next step. There is no padding: rows have
+A prompt that is read stepwise costs no step of its own. One that is iterated is read beside the others: a few blocks of
+it, then a decode step of all rows. A row that ends makes room before the next step. There is no padding: rows have
 their own lengths, latents, stop rules and random numbers, and the result of a request does not depend on its neighbours
 beyond the rounding of float32 sums. One thread uses one BatchDecoder, which may use several: `lanes` divides the slots
 into shards that are stepped side by side, which small models on several cores gain from.
 
 Interrupts: where the requests stand is one `Book`, replaced in one assignment. What a shard has done is read off its
-state alone: a row carries its request, and the row's length says what has been run.
+state alone (`shard`). A prompt whose iteration was interrupted is read again.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import replace
+from inspect import GEN_CLOSED, getgeneratorstate
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar, cast
+from typing import Literal, NamedTuple, Self, TypeVar, Unpack, overload
 
 import numpy as np
 
-from lrt_deploy.arguments import check_is, check_whole
-from lrt_deploy.errors import InputError, LRTDeployError, NonFiniteError, StateError
-from lrt_deploy.text.prompts import check_ids
-from lrt_deploy.types import IntArray, PrefillPolicy, PrefillReport
+from lrt_deploy.arguments import LARGEST_COUNT, check_flag, check_is, check_number, check_whole
+from lrt_deploy.errors import Busy, InputError, LRTDeployError, StateError
+from lrt_deploy.types import PrefillPolicy
 
 from .decoder import Decoder
-from .generation import Continuation, Event, Generation
-from .prefill import PrefillRequest, policy_of
-from .sampling import log_normalizers
-from .state import DecodeState
+from .fixed_point import InBlocks
+from .generation import Continuation, Generation
+from .prefill import PrefillRequest, reused, shared_tokens
+from .sampling import Sampler, SamplingArguments
+from .shard import BatchEvent, Book, Prompt, Request, Shard
+from .state import Content, DecodeState
 
 _POLL_SECONDS = 1e-3
+_MOST_CHOICES = 1024  # of one request
 _Found = TypeVar("_Found")
 
 
-@dataclass(frozen=True)
-class BatchEvent:
-    """One token of one request, or the error that ended it. Other requests go on."""
+class RequestOptions(SamplingArguments, total=False):
+    """The options of `BatchDecoder.submit`, for type checkers."""
 
-    request: int
-    event: Event | None = None
-    error: LRTDeployError | None = None
-
-    @property
-    def last(self) -> bool:
-        """Whether this is the last event of the request."""
-        return self.event is None or self.event.finish_reason is not None
-
-
-@dataclass(eq=False)
-class Request:
-    """A request that waits or runs."""
-
-    number: int
-    continuation: Continuation  # of the tokens of its prompt, or of the state that it starts from
-    reading: PrefillRequest
-    state: DecodeState | None = None  # where it starts from, if not from a prompt
-    prefill: PrefillReport | None = None
-
-    def next_token(self, made: int | None, length: int) -> int | None:
-        """Return the next token of a row of `length` tokens; None if none was chosen or the request does not run."""
-        if made is None or length == self.continuation.read + made:
-            return None
-        return self.continuation.history[length]
+    state: DecodeState | None
+    stop_ids: Sequence[int] | None
+    stop_strings: Sequence[str]
+    policy: PrefillPolicy
+    tolerance: float | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    keep_state: bool
+    priority: int
+    deadline_s: float | None
 
 
-class Book(NamedTuple):
-    """The progress of all requests of a batch."""
+class Iterated(NamedTuple):
+    """A prompt that is being iterated."""
 
-    submitted: int = 0  # requests so far; the next one has this number
-    admitted: int = 0  # requests of lower numbers have left the queue
-    cancelled: frozenset[int] = frozenset()  # of those in the queue
-    made: Mapping[int, int] = {}  # tokens that were chosen so far, by the number of each running request
-    events: tuple[BatchEvent, ...] = ()  # not delivered yet
-
-    def ended(self, numbers: set[int], events: tuple[BatchEvent, ...]) -> Book:
-        """Return the book without these running requests, and with these events more."""
-        made = {number: count for number, count in self.made.items() if number not in numbers}
-        return self._replace(made=made, events=self.events + events)
-
-
-class Shard:
-    """The rows of one state, with a request on each (`DecodeState.tags`), stepped together. Knows no queue."""
-
-    def __init__(self, decoder: Decoder, slots: int) -> None:
-        self.decoder, self.state = decoder, decoder.new_state(slots)
-        # After an interrupt, a thread may still run the step that was interrupted, or start only then. Plain attributes
-        # and no lock: an interrupt at the end of a `with` block would leave a lock taken for ever.
-        self.busy = False  # whether a thread runs a step
-        self.ticket: object = None  # the step that may begin
-        self._failed: tuple[BatchEvent, ...] = ()  # of requests whose logits were not finite
-        self._reader: DecodeState | None = None
+    request: Request
+    state: DecodeState
+    reading: InBlocks[Content]
 
     @property
-    def room(self) -> int:
-        """Free rows."""
-        return self.state.slots - self.state.batch
-
-    @property
-    def requests(self) -> list[Request]:
-        """The request of each row."""
-        return cast("list[Request]", self.state.tags)
-
-    def choose(self, book: Book) -> Book:
-        """Choose a token for every row whose logits are there."""
-        requests, lengths = self.requests, self.state.row_lengths
-        ready = [
-            row
-            for row, request in enumerate(requests)
-            if request.number in book.made and lengths[row] == request.continuation.read + book.made[request.number]
-        ]
-        if not ready:
-            return book
-        logits = np.concatenate([self.state.row_logits(row) for row in ready]).reshape(len(ready), -1)  # (n, V)
-        tokenizer = self.decoder.tokenizer
-        choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
-        largest = logits[:, :choices].argmax(axis=1).tolist()
-        normalizers, capacity = log_normalizers(logits), self.state.capacity
-        made, events = dict(book.made), []
-        for i, row in enumerate(ready):
-            request = requests[row]
-            continuation, report, number = request.continuation, request.prefill, request.number
-            assert report is not None
-            continuation.resume(made[number])
-            token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
-            logprob = logits.item(i, token) - normalizers[i]
-            event = continuation.take(token, logprob, report, lengths[row] == capacity)
-            events.append(BatchEvent(number, event))
-            made[number] += 1
-            if event.finish_reason is not None:
-                del made[number]
-        return Book(book.submitted, book.admitted, book.cancelled, made, (*book.events, *events))
-
-    def admit(self, request: Request) -> None:
-        """Give a request a row; raises LRTDeployError where it cannot be started."""
-        read = request.continuation.read
-        ids = np.array(request.continuation.history[:read], np.int64)
-        options, reading = self.decoder.prefill_options, request.reading
-        if request.state is None and policy_of(ids, self.decoder.config.memory, reading, options) == "stepwise":
-            below = options.stepwise_below if reading.policy == "auto" else None
-            request.prefill = PrefillReport("stepwise", passes=1.0, stepwise_below=below)
-            self.state.add(tag=request)
-            return
-        source = self._read(ids, reading) if request.state is None else request.state
-        request.prefill = source.prefill
-        self.state.add(source, tag=request)
-
-    def run(self, made: Mapping[int, int]) -> None:
-        """Run one decode step of all rows: a row runs its own last token, or the next one of its prompt.
-
-        Rows with logits that are not finite are evicted, and the step is done again without them. Does nothing where a
-        row has no next token: then the step has been done.
-        """
-        while requests := self.requests:
-            lengths = self.state.row_lengths
-            tokens = [r.next_token(made.get(r.number), n) for r, n in zip(requests, lengths, strict=True)]
-            if None in tokens:
-                return
-            try:
-                self.decoder.advance(self.state, np.array(tokens, np.int64))
-            except NonFiniteError as error:
-                for row in reversed(error.rows):
-                    self._failed = (*self._failed, BatchEvent(requests[row].number, error=error))
-                    self.state.drop(row)
-                continue
-            return
-
-    def report(self, book: Book) -> Book:
-        """End the requests that have failed in `run`."""
-        if not self._failed:
-            return book
-        self._failed = failed = tuple(event for event in self._failed if event.request in book.made)
-        return book.ended({event.request for event in failed}, failed) if failed else book
-
-    def run_in_thread(self, made: Mapping[int, int], ticket: object) -> None:
-        """Do `run`, unless it has been cancelled."""
-        self.busy = True
-        try:
-            if self.ticket is ticket:
-                self.run(made)
-        finally:
-            self.busy = False
-
-    def free(self, made: Mapping[int, int]) -> None:
-        """Evict the rows of requests that have ended, the last one first: the last row moves into the gap."""
-        requests = self.requests
-        for row in reversed(range(len(requests))):
-            if requests[row].number not in made:
-                self.state.drop(row)
-
-    def _read(self, ids: IntArray, reading: PrefillRequest) -> DecodeState:
-        """Read a prompt by itself, into a state that later prompts use again."""
-        if self._reader is None:
-            reader = self.decoder.new_state(1)
-            reader.add()
-            self._reader = reader
-        self._reader.rewind(0)
-        rows = [ids.tolist()]
-        return self.decoder.prefill(rows, state=self._reader, policy=reading.policy, tolerance=reading.tolerance)
+    def goes_on(self) -> bool:
+        """Whether the reading has not come to its end, or to an exception."""
+        return getgeneratorstate(self.reading) != GEN_CLOSED
 
 
 class BatchDecoder:
     """Runs requests on `slots` rows of one decoder (default: as many as the bundle allows).
 
     Call `submit` at any time, also between steps, and `run` until all is done, or `step` in a loop. With several lanes
-    use it in a `with` block, or call `close`.
+    use it in a `with` block, or call `close`. Beyond the free slots, `max_waiting` requests may wait, and prompts of
+    `max_waiting_tokens` (None: any number). A prompt that is iterated is read in blocks of half a chunk, as a rule, of
+    which `blocks_per_step` come before each decode step of the other requests.
     """
 
-    def __init__(self, decoder: Decoder, slots: int | None = None, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: int | None = None,
+        lanes: int = 1,
+        *,
+        max_waiting: int | None = None,
+        max_waiting_tokens: int | None = None,
+        blocks_per_step: int = 1,
+    ) -> None:
         most = check_is(decoder, Decoder, "decoder").manifest.max_batch_size
         slots = most if slots is None else check_whole(slots, "slots", 1, most)
         lanes = check_whole(lanes, "lanes", 1)
         if not 1 <= lanes <= slots:
             raise InputError(f"{lanes} lanes were asked for on {slots} slots; expected 1 to {slots}")
         self.decoder, self.slots = decoder, slots
+        unlimited = LARGEST_COUNT
+        self.max_waiting = unlimited if max_waiting is None else check_whole(max_waiting, "max_waiting")
+        tokens = unlimited if max_waiting_tokens is None else check_whole(max_waiting_tokens, "max_waiting_tokens")
+        self.max_waiting_tokens, self.blocks_per_step = tokens, check_whole(blocks_per_step, "blocks_per_step", 1)
         self._shards = [Shard(decoder, (slots + i) // lanes) for i in range(lanes)]
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
-        self._queue: deque[Request] = deque()  # the book says which of them count
+        self._clock: Callable[[], float] = time.monotonic
         self._book = Book()
+        self._timed = False  # whether any request had a deadline
+        self._iterated: Iterated | None = None  # the prompt that is being iterated
+        self._reader: DecodeState | None = None  # where prompts are iterated, one after the other
 
     @property
     def waiting(self) -> int:
-        """Requests without a slot."""
-        return self._book.submitted - self._book.admitted - len(self._book.cancelled)
+        """Requests without a slot, those that are suspended not counted."""
+        return len(self._book.waiting)
 
     @property
     def running(self) -> int:
         """Requests with a slot."""
-        return len(self._book.made)
+        return len(self._book.made) + len(self._book.reading)
+
+    @overload
+    def submit(
+        self,
+        prompt: str | Sequence[int] | None,
+        max_new_tokens: int = 64,
+        *,
+        n: Literal[1] = 1,
+        **options: Unpack[RequestOptions],
+    ) -> int: ...
+
+    @overload
+    def submit(
+        self,
+        prompt: str | Sequence[int] | None,
+        max_new_tokens: int = 64,
+        *,
+        n: int,
+        **options: Unpack[RequestOptions],
+    ) -> int | list[int]: ...
 
     def submit(
         self,
@@ -238,52 +141,99 @@ class BatchDecoder:
         max_new_tokens: int = 64,
         *,
         state: DecodeState | None = None,
+        n: int = 1,
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         policy: PrefillPolicy = "stepwise",
         tolerance: float | None = None,
-        **sampling: float | int | None,
-    ) -> int:
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        keep_state: bool = False,
+        priority: int = 0,
+        deadline_s: float | None = None,
+        **sampling: Unpack[SamplingArguments],
+    ) -> int | list[int]:
         """Queue a request, options as in `Decoder.generate`; returns its number.
 
         Reading stepwise is exact, and also the cheapest in a batch, where one row more adds little to a step. With
-        `policy="auto"` a long prompt has its first token sooner, and the other requests wait for it. Without a prompt
-        the request continues a copy of `state`, of one sequence; submit it n times for n continuations.
+        `policy="auto"` a long prompt has its first token sooner, and steps of the other requests come between blocks of
+        it. Without a prompt the request continues a copy of `state`, of one sequence. With both, the prompt is the
+        whole sequence: the copy is cut to what it shares with the prompt, and only the rest is read.
+
+        `n` above 1 continues one prompt n times, reads it once, and returns a list of n numbers: each choice is a
+        request of its own, with events of its own. Choice i draws from `seed` + i, or from fresh entropy without one.
+        `max_new_tokens` 0 reads the prompt only: one event with the token `NO_TOKEN` (-1) and the finish reason
+        `length`. `logprobs` is how many of the likeliest tokens each event lists. `prompt_logprobs` is how many the
+        first event's `prompt_logprobs` list for each token of the prompt; the prompt is then read stepwise and as a
+        whole. With `keep_state`, the last event has the state that holds every token.
+
+        Of the requests that wait, those of a higher `priority` are admitted first. A request that has not ended
+        `deadline_s` seconds from now ends with the error `Busy`. Raises `Busy` at once where `max_waiting` is reached,
+        InputError for options that cannot be used, and StateError for a prompt beyond the capacity.
         """
-        stop_ids = None if stop_ids is None else check_ids(stop_ids, self.decoder.config.vocab_size, "stop_ids")
-        options = Generation.of(self.decoder.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
+        vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
+        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, dict(sampling))
         reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
-        if (prompt is None) == (state is None):
-            raise InputError("a request starts from a prompt or from a state, and needs exactly one of the two")
-        book, start = self._book, None if state is None else self._start(state)
-        tokens = self._prompt(prompt) if start is None else start.tokens[0]
-        request = Request(book.submitted, Continuation(options, tokens), reading, start)
-        while self._queue and self._queue[-1].number >= request.number:  # left by an interrupt
-            self._queue.pop()
-        self._queue.append(request)
-        try:
-            self._book = book._replace(submitted=book.submitted + 1)
-            return request.number
-        except BaseException:
-            self._book = book
-            raise
+        n = check_whole(n, "n", 1, _MOST_CHOICES)
+        check_flag(keep_state, "keep_state")
+        priority = check_whole(priority, "priority", -(2**31))
+        deadline = math.inf if deadline_s is None else self._clock() + check_number(deadline_s, "deadline_s", 0)
+        self._timed = self._timed or deadline < math.inf
+        if prompt_logprobs is None:
+            source = self._prompt(prompt, state, reading, n)
+        elif prompt is None or policy not in ("auto", "stepwise"):
+            raise InputError(
+                "prompt_logprobs needs a prompt and the policy stepwise or auto, since it is read stepwise"
+            )
+        else:
+            source = self._prompt(prompt, None, replace(reading, policy="stepwise"), n)
+            source.top = check_whole(prompt_logprobs, "prompt_logprobs", 0, vocabulary[1])
+        first, requests, chosen = self._book.submitted, [], options.sampler.options
+        for i in range(n):
+            sampler = Sampler(replace(chosen, seed=None if chosen.seed is None else chosen.seed + i))
+            continuation = Continuation(replace(options, sampler=sampler), source.ids)
+            requests.append(Request(first + i, source, continuation, keep_state, priority, deadline))
+        book = _queued(self._book._replace(submitted=first + n), *requests)
+        return self._commit(book, first if n == 1 else list(range(first, first + n)))
 
     def cancel(self, request: int) -> None:
-        """Cancel a request, waiting or running; no more events of it follow."""
-        request, book = check_whole(request, "request"), self._book
-        if book.admitted <= request < book.submitted:
-            book = book._replace(cancelled=book.cancelled | {request})
-        events = tuple(event for event in book.events if event.request != request)
-        self._book = book.ended({request}, ())._replace(events=events)
+        """Cancel a request, waiting, running or suspended; no more events of it follow."""
+        request = check_whole(request, "request")
+        book = self._book.without({request})
+        self._book = book._replace(events=tuple(event for event in book.events if event.request != request))
+
+    def suspend(self, request: int) -> None:
+        """Take a request from its slot, or from the queue, until `resume`; it goes on exactly where it was.
+
+        Its row is copied, and makes room in the next step. A prompt that is iterated is begun anew. Events that it has
+        had are still delivered. Does nothing for a request that has ended or is suspended.
+        """
+        number = check_whole(request, "request")
+        self._wait()
+        found = next((r for r in (*self._book.waiting, *self._book.reading) if r.number == number), None)
+        for shard in self._shards:
+            for row, held in enumerate(shard.requests):
+                if held.number == number in self._book.made:
+                    held.row, held.made, found = shard.copy(row), self._book.made[number], held
+        if found is not None:
+            book = self._book.without({number})
+            self._book = book._replace(suspended={**book.suspended, number: found})
+
+    def resume(self, request: int) -> None:
+        """Put a suspended request back into the queue. Does nothing for another one."""
+        number = check_whole(request, "request")
+        if (found := self._book.suspended.get(number)) is not None:
+            self._book = _queued(self._book.without({number}), found)
 
     def run(self) -> Iterator[BatchEvent]:
-        """Yield events of all requests as they come, until none is left; more may be submitted meanwhile.
+        """Yield events of all requests as they come, until none is left but suspended ones; more may be submitted.
 
         Events that were not taken, because of an error or because the iterator was closed, come with the next call.
         """
         while True:
             while self._book.events:
-                yield self._deliver(self._book.events[0], self._book.events[1:])
+                event, *rest = self._book.events
+                yield self._commit(self._book._replace(events=tuple(rest)), event)
             if not (self.waiting or self.running):
                 return
             self._advance()
@@ -295,17 +245,21 @@ class BatchDecoder:
         interrupt.
         """
         self._advance()
-        return self._deliver(list(self._book.events), ())
+        return self._commit(self._book._replace(events=()), list(self._book.events))
 
     def _advance(self) -> None:
         """Do everything of `step` but delivering events."""
         self._wait()
         for shard in self._shards:
             self._book = shard.report(self._book)
-            self._book = shard.choose(self._book)
-            shard.free(self._book.made)
-        while (request := self._next()) and (shard := max(self._shards, key=lambda shard: shard.room)).room:
-            self._admit(request, shard)
+            self._choose(shard)
+        if self._timed:
+            self._expire()
+        while self._book.waiting and self.running < self.slots and (request := self._next()):
+            self._admit(request)
+        for _ in range(self.blocks_per_step):
+            if self._book.reading:
+                self._read_block(self._book.reading[0])
         if self._threads is None:
             self._shards[0].run(self._book.made)
         else:
@@ -319,26 +273,78 @@ class BatchDecoder:
         for shard in self._shards:
             self._book = shard.report(self._book)
 
-    def _next(self) -> Request | None:
-        """Return the first request in the queue; removes those that were cancelled or interrupted."""
-        book, queue = self._book, self._queue
-        while queue and (queue[0].number < book.admitted or queue[0].number in book.cancelled):
-            queue.popleft()
-        return queue[0] if queue and queue[0].number < book.submitted else None
-
-    def _admit(self, request: Request, shard: Shard) -> None:
-        """Move a request from the queue to a shard; one whose logits are there chooses a token at once."""
-        number, book = request.number, self._book
-        book = book._replace(admitted=number + 1, cancelled=frozenset(n for n in book.cancelled if n > number))
-        try:
-            shard.admit(request)
-        except LRTDeployError as error:
-            self._book = book.ended(set(), (BatchEvent(number, error=error),))
-            return
-        self._book = book._replace(made={**book.made, number: 0})
-        request.state = None
+    def _choose(self, shard: Shard) -> None:
+        """Choose tokens for the rows of a shard whose logits are there, and evict those that have ended."""
         self._book = shard.choose(self._book)
         shard.free(self._book.made)
+
+    def _roomiest(self) -> Shard:
+        return max(self._shards, key=lambda shard: shard.room)
+
+    def _next(self) -> Request | None:
+        """Return the first request in the queue that need not wait for another one to read its prompt."""
+        live = self._book.made.keys() | {request.number for request in self._book.reading}
+        for request in self._book.waiting:
+            prompt = request.prompt
+            if request.row or prompt.done or prompt.reader not in live:
+                return request
+        return None
+
+    def _admit(self, request: Request) -> None:
+        """Give a slot to a request that waits; one whose logits are there chooses a token at once."""
+        prompt = request.prompt
+        if not (request.row or prompt.done):
+            prompt.reader = request.number
+            if prompt.policy(self.decoder) != "stepwise":
+                book = self._book.without({request.number})
+                self._book = book._replace(reading=(*book.reading, request))
+                return
+        shard = self._roomiest()
+        shard.admit(request)
+        self._seat(request, shard)
+
+    def _seat(self, request: Request, shard: Shard) -> None:
+        """Note that a request has a row; what it was copied from goes, unless others need it."""
+        self._book, request.row, prompt = self._book.seated(request), None, request.prompt
+        if prompt.choices == 1 or not any(other.prompt is prompt for other in self._book.waiting):
+            prompt.start, prompt.done, prompt.shared = None, None, 0
+        self._choose(shard)
+
+    def _read_block(self, request: Request) -> None:
+        """Read a block of a prompt that is iterated; after the last one the request has its row."""
+        try:
+            if not (self._iterated and self._iterated.request is request and self._iterated.goes_on):
+                self._iterated = Iterated(request, *self._start_reading(request.prompt))
+            source, reading = self._iterated.state, self._iterated.reading
+            next(reading)
+        except StopIteration as end:
+            source.commit(end.value, None)
+            request.prompt.report = source.prefill
+            shard = self._roomiest()
+            shard.state.add(source, tag=request)
+            self._seat(request, shard)
+        except LRTDeployError as error:
+            self._book = self._book.without({request.number}, BatchEvent(request.number, error=error))
+
+    def _start_reading(self, prompt: Prompt) -> tuple[DecodeState, InBlocks[Content]]:
+        """Begin to iterate a prompt, in a state that later prompts use again, or in the copy that has its beginning."""
+        if prompt.start is not None:
+            return self.decoder.reading([prompt.ids], prompt.start.fork(), prompt.reading, reuse=True)
+        if self._reader is None:
+            reader = self.decoder.new_state(1)
+            reader.add()
+            self._reader = reader
+        self._reader.rewind(0)
+        return self.decoder.reading([prompt.ids], self._reader, prompt.reading, reuse=False)
+
+    def _expire(self) -> None:
+        """End the requests whose deadline has passed."""
+        book, rows = self._book, [request for shard in self._shards for request in shard.requests]
+        live = (*book.waiting, *book.reading, *book.suspended.values(), *(r for r in rows if r.number in book.made))
+        now, words = self._clock(), "the request has not ended within its deadline; send it again, or allow more time"
+        late = [request.number for request in live if request.deadline <= now]
+        if late:
+            self._book = book.without(set(late), *(BatchEvent(number, error=Busy(words)) for number in late))
 
     def _wait(self) -> None:
         """Wait for shards that an interrupt has left running, and cancel the steps that have not begun."""
@@ -349,14 +355,14 @@ class BatchDecoder:
         while any(shard.busy for shard in self._shards):
             time.sleep(_POLL_SECONDS)
 
-    def _deliver(self, found: _Found, rest: tuple[BatchEvent, ...]) -> _Found:
-        """Return events, in one step with noting that only `rest` is left to be delivered."""
-        book = self._book
+    def _commit(self, book: Book, result: _Found) -> _Found:
+        """Make `book` where the requests stand and return `result`, both or neither."""
+        before = self._book
         try:
-            self._book = Book(book.submitted, book.admitted, book.cancelled, book.made, rest)
-            return found
-        except BaseException:
             self._book = book
+            return result
+        except BaseException:
+            self._book = before
             raise
 
     def close(self) -> None:
@@ -372,15 +378,52 @@ class BatchDecoder:
     ) -> None:
         self.close()
 
-    def _start(self, state: DecodeState) -> DecodeState:
-        if state.batch != 1 or state.lengths[0] == 0:
-            raise InputError(f"the state has {state.batch} sequence(s), expected one that holds tokens")
-        self.decoder.fingerprint.check_same(state.owner.fingerprint)
-        return state.fork()
+    def _check_room(self, requests: int, tokens: int) -> None:
+        """Raise Busy where `requests` more of a prompt of `tokens` would be more than may wait."""
+        waiting, free = self._book.waiting, self.slots - self.running
+        if len(waiting) + requests <= free:
+            return
+        if len(waiting) + requests > self.max_waiting + free:
+            found = f"{len(waiting)} requests wait for {free} free slots, and {self.max_waiting} more may"
+            raise Busy(f"{found}; send the request again later")
+        held = sum(len(prompt.ids) for prompt in {request.prompt for request in waiting})
+        if held + tokens > self.max_waiting_tokens:
+            found = f"prompts of {held} tokens wait, this one has {tokens}, and {self.max_waiting_tokens} may wait"
+            raise Busy(f"{found}; send the request again later")
 
-    def _prompt(self, prompt: str | Sequence[int] | None) -> list[int]:
-        assert prompt is not None
+    def _prompt(
+        self, prompt: str | Sequence[int] | None, state: DecodeState | None, reading: PrefillRequest, choices: int
+    ) -> Prompt:
+        """Return what requests start from, with a copy of what there is of it in a state."""
+        if state is not None:
+            if check_is(state, DecodeState, "state").batch != 1 or state.lengths[0] == 0:
+                raise InputError(f"the state has {state.batch} sequence(s), expected one that holds tokens")
+            self.decoder.fingerprint.check_same(state.owner.fingerprint)
+        if prompt is None:
+            if state is None:
+                raise InputError("a request starts from a prompt, from a state, or from both; there is neither")
+            self._check_room(choices, int(state.lengths[0]))
+            return Prompt(state.tokens[0], reading, choices, done=state.fork(), report=state.prefill)
         ids = self.decoder.prompt_ids(prompt)
         if len(ids) > self.decoder.max_seq_len:
             raise StateError(f"the prompt has {len(ids)} tokens and a slot holds {self.decoder.max_seq_len}")
-        return ids
+        self._check_room(choices, len(ids))
+        found = Prompt(ids, reading, choices)
+        if state is not None:
+            rows = [np.array(ids)]
+            (shared,) = shared_tokens(state.tokens, rows, state.read_within, reading)
+            if shared == len(ids) == state.lengths[0]:
+                found.done = state.fork()
+                found.report = reused(replace(state.prefill, passes=0.0, note=None), [shared], rows)
+            elif shared := min(shared, len(ids) - 1):  # the last token is read again, beside the other rows
+                found.start, found.shared = state.fork(), shared
+                found.start.rewind(shared)
+        return found
+
+
+def _queued(book: Book, *requests: Request) -> Book:
+    """Return the book with requests in its queue."""
+    waiting = (*book.waiting, *requests)
+    if book.waiting and book.waiting[-1].order > requests[0].order:
+        waiting = tuple(sorted(waiting, key=lambda request: request.order))
+    return book._replace(waiting=waiting)

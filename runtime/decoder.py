@@ -21,7 +21,7 @@ from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import Device
 from lrt_deploy.runtime.backends.select import choose
-from lrt_deploy.text.prompts import check_ids, check_prompts, check_tokens
+from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
@@ -31,7 +31,7 @@ from .opening import check_contract, check_threads, limit_batch, limit_capacity,
 from .owner import ModelFingerprint, Owner
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, resolve, reused, shared_tokens
 from .sampling import SamplingArguments, log_normalizers
-from .state import DecodeState, Reading
+from .state import Content, DecodeState, Reading
 
 
 class Decoder:
@@ -91,12 +91,13 @@ class Decoder:
         """
         request = PrefillRequest.of(policy, tolerance, self.config.memory, self.precision)
         check_flag(reuse, "reuse")
-        return finish(self.prefill_in_blocks(prompts, state, request, reuse))
+        state, reading = self.reading(prompts, state, request, reuse)
+        return state.commit(finish(reading), state)
 
-    def prefill_in_blocks(
+    def reading(
         self, prompts: Sequence[Sequence[int]], state: DecodeState | None, request: PrefillRequest, reuse: bool
-    ) -> InBlocks[DecodeState]:
-        """Do the same with options that were checked, and yield after each block of a prompt that is iterated."""
+    ) -> tuple[DecodeState, InBlocks[Content]]:
+        """Return the state of `prefill`, and the reading in blocks, whose result is to be committed to the state."""
         rows = check_prompts(prompts, self.config.vocab_size)
         if state is None:
             self._check_rows(len(rows), "prompts were given")
@@ -108,14 +109,14 @@ class Decoder:
         self._check(state, [len(row) for row in rows], again=reuse)
         if not reuse:
             past = state.row_lengths
-            return state.read(past, rows, lambda: self._read(state, past, rows, request))
+            return state, state.read(past, rows, lambda: self._read(state, past, rows, request))
         shared = shared_tokens(state.tokens, rows, state.read_within, request)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
             run = lambda: self._read(state, shared, rest, request)  # noqa: E731
-            return state.read(shared, rest, run, lambda report: reused(report, shared, rows))
+            return state, state.read(shared, rest, run, lambda report: reused(report, shared, rows))
         found = dataclasses.replace(state.prefill, passes=0.0, note=None)
-        return state.read(shared, rest, None, lambda _: reused(found, shared, rows))
+        return state, state.read(shared, rest, None, lambda _: reused(found, shared, rows))
 
     def _read(
         self, state: DecodeState, past: Sequence[int], rows: Sequence[IntArray], request: PrefillRequest
@@ -129,7 +130,9 @@ class Decoder:
 
     def step(self, state: DecodeState, tokens: Sequence[int] | IntArray) -> FloatArray:
         """Append one token to each sequence, in place; returns the logits (B, V) of the next."""
-        ids = check_tokens(tokens, self.config.vocab_size, check_is(state, DecodeState, "state").batch)
+        if not isinstance(state, DecodeState):
+            check_is(state, DecodeState, "state")  # raises
+        ids = check_tokens(tokens, self.config.vocab_size, state.batch)
         return self.advance(state, ids, give=True)
 
     def advance(self, state: DecodeState, ids: IntArray, give: bool = False) -> FloatArray:
@@ -172,6 +175,7 @@ class Decoder:
         policy: PrefillPolicy = "auto",
         tolerance: float | None = None,
         reuse: bool = False,
+        logprobs: int | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> Iterator[Event]:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
@@ -179,11 +183,13 @@ class Decoder:
         `state` continues an existing state of one sequence; without a prompt (None) from where it stands, with `reuse`
         as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
-        Sampling options: temperature, top_k, top_p, min_p, repetition_penalty, seed; see `sampling.SamplingOptions`.
+        `logprobs` is how many of the likeliest tokens each event lists. Sampling options: temperature, top_k, top_p,
+        min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, logit_bias; see `SamplingOptions`.
         Random numbers start again with each call: with one seed, two calls draw the same numbers.
         """
-        stop_ids = None if stop_ids is None else check_ids(stop_ids, self.config.vocab_size, "stop_ids")
-        options = Generation.of(self.tokenizer, max_new_tokens, stop_ids, stop_strings, sampling)
+        check_whole(max_new_tokens, "max_new_tokens", 1)
+        vocabulary = (self.tokenizer, self.config.vocab_size)
+        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, sampling)
         check_flag(reuse, "reuse")
         if state is not None:
             check_is(state, DecodeState, "state")
@@ -215,9 +221,8 @@ class Decoder:
                 self.check_own(state)
                 logits = state.row_logits(0)  # (V)
                 full = state.row_lengths[0] == state.capacity
-                token = continuation.choose(logits)
-                logprob = logits.item(token) - log_normalizers(logits[None])[0]
-                event = continuation.take(token, logprob, state.prefill, full)
+                normalizer = log_normalizers(logits[None])[0]
+                event = continuation.take(continuation.choose(logits), logits, normalizer, state.prefill, full)
                 reason = event.finish_reason
                 yield continuation.emit(state, event, full)
         except BaseException:
@@ -251,29 +256,23 @@ class Decoder:
                     f"row {index} has {len(row)} tokens; a capacity of {self.max_seq_len} scores at most "
                     f"{self.max_seq_len + 1}"
                 )
-        found: list[FloatArray] = [np.empty(0, np.float32)] * len(checked)
-        order = sorted(range(len(checked)), key=lambda index: len(checked[index]))  # little padding in a batch
-        size = self.manifest.max_batch_size
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
-            for index, scores in zip(chosen, self._score_batch([checked[i] for i in chosen]), strict=True):
-                found[index] = scores
+        found = [np.zeros(len(row) - 1, np.float32) for row in checked]
+        order = sorted(range(len(checked)), key=lambda index: -len(checked[index]))  # so that the last rows end first
+        for start in range(0, len(order), self.manifest.max_batch_size):
+            chosen = order[start : start + self.manifest.max_batch_size]
+            longest = len(checked[chosen[0]])
+            state = self.prefill([checked[index][:1].tolist() for index in chosen], policy="stepwise")
+            for at in range(1, longest):
+                while len(checked[chosen[-1]]) <= at:
+                    state.drop(len(chosen) - 1)
+                    chosen.pop()
+                tokens, logits = np.array([checked[index][at] for index in chosen]), state.logits  # (B), (B, V)
+                scores = logits[range(len(chosen)), tokens] - log_normalizers(logits)
+                for index, score in zip(chosen, scores, strict=True):
+                    found[index][at - 1] = score
+                if at < longest - 1:
+                    self.advance(state, tokens)
         return found
-
-    def _score_batch(self, rows: list[IntArray]) -> list[FloatArray]:
-        """Score rows together. A row that has ended repeats its last token, which no other row sees."""
-        steps = max(map(len, rows)) - 1
-        scores = np.zeros((len(rows), steps), np.float32)  # (B, T - 1)
-        if steps == 0:
-            return list(scores)
-        state = self.prefill([row[:1].tolist() for row in rows], policy="stepwise")
-        logits = state.logits  # (B, V)
-        for step in range(1, steps + 1):
-            tokens = np.array([row[min(step, len(row) - 1)] for row in rows], np.int64)  # (B)
-            scores[:, step - 1] = logits[range(len(rows)), tokens] - log_normalizers(logits)
-            if step < steps:
-                logits = self.step(state, tokens)
-        return [row_scores[: len(row) - 1].copy() for row_scores, row in zip(scores, rows, strict=True)]
 
     def prompt_ids(self, prompt: str | Sequence[int]) -> list[int]:
         """Return token ids as given, or those of a text with `<|bos|>` in front, checked."""

@@ -8,18 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from lrt_deploy.arguments import check_texts, check_whole
 from lrt_deploy.errors import InputError
+from lrt_deploy.text.prompts import check_ids
 from lrt_deploy.text.text_stream import TextStream
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, PrefillReport
 
-from .sampling import Sampler, SamplingOptions
+from .sampling import Sampler, SamplingOptions, TokenLogprob, top_logprobs
 from .state import DecodeState
 
 FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
+NO_TOKEN = -1  # in the event of a request for no tokens
+
+
+class PromptLogprob(NamedTuple):
+    """One token of a prompt, its log-probability after those before it, and the likeliest tokens in its place.
+
+    The first token follows nothing: None, and no alternatives.
+    """
+
+    token: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...]
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,11 @@ class Event:
 
     `text` is the text that is final after this token: whole UTF-8 characters that cannot begin a stop string. It may be
     empty, and that of the last event may belong to earlier tokens too. `finish_reason` is set on the last event: a stop
-    token (the event's token, without text), a stop string, `max_new_tokens` (length) or a full state (capacity).
-    `logprob` is the natural log-probability of the token under the model's own logits, before temperature, penalty and
-    cuts.
+    token (the event's token, without text), a stop string, `max_new_tokens` (length) or a full state (capacity). `stop`
+    is the token id or the string that matched. `logprob` is the natural log-probability of the token under the model's
+    own logits, before temperature, penalties and cuts; `top_logprobs` those of the likeliest tokens, the likeliest
+    first, as many as were asked for. `prompt_logprobs` is on the first event, and `state` on the last, where a batch
+    was asked for them: one entry for each token of the prompt, and the state that holds every token.
     """
 
     token: int
@@ -38,6 +53,10 @@ class Event:
     finish_reason: FinishReason | None
     prefill: PrefillReport
     logprob: float = field(compare=False)  # its last digits depend on the other rows of the batch
+    top_logprobs: tuple[TokenLogprob, ...] = field(default=(), compare=False)
+    stop: int | str | None = None
+    prompt_logprobs: tuple[PromptLogprob, ...] | None = field(default=None, compare=False)
+    state: DecodeState | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -49,31 +68,43 @@ class Generation:
     stop_strings: tuple[str, ...]
     tokenizer: Tokenizer | None
     sampler: Sampler
-    choices: int | None = None  # only ids below this are chosen, those that the tokenizer has a text for; None: all
+    logprobs: int = 0  # alternatives of each token
 
     @classmethod
     def of(
         cls,
-        tokenizer: Tokenizer | None,
+        vocabulary: tuple[Tokenizer | None, int],
         max_new_tokens: int,
-        stop_ids: Sequence[int] | None,
-        stop_strings: Sequence[str],
+        stops: tuple[Sequence[int] | None, Sequence[str]],
+        logprobs: int | None,
         sampling: Mapping[str, object],
     ) -> Generation:
-        """Check a caller's options and fill in the defaults."""
-        max_new_tokens = check_whole(max_new_tokens, "max_new_tokens", 1)
+        """Check a caller's options and fill in the defaults.
+
+        `vocabulary` is the tokenizer and the number of token ids, `stops` are token ids (None: the tokenizer's) and
+        strings.
+        """
+        (tokenizer, vocab_size), (stop_ids, stop_strings) = vocabulary, stops
         if tokenizer is None and check_texts(stop_strings, "stop strings"):
             raise InputError("stop strings need a tokenizer, and this bundle has none; use stop token ids")
+        if stop_ids is None:
+            stop_ids = sorted(tokenizer.stop_ids) if tokenizer else ()
+        stop_ids = check_ids(stop_ids, vocab_size, "stop_ids")
         known = SamplingOptions.__dataclass_fields__
         if unknown := sorted(set(sampling) - set(known)):
             raise InputError(f"there is no sampling option {unknown[0]!r}; expected {', '.join(known)}")
-        if stop_ids is None:
-            stop_ids = sorted(tokenizer.stop_ids) if tokenizer else ()
         options = SamplingOptions(**sampling)  # type: ignore[arg-type]  # checked by the dataclass itself
+        check_ids(list(options.logit_bias), vocab_size, "logit_bias")
         if tokenizer is not None:
             TextStream(tokenizer.token_bytes_of, stop_strings)  # checks them
-        choices = tokenizer.vocab_size if tokenizer else None
-        return cls(max_new_tokens, frozenset(stop_ids), tuple(stop_strings), tokenizer, Sampler(options), choices)
+        count = 0 if logprobs is None else check_whole(logprobs, "logprobs", 0, vocab_size)
+        max_new_tokens = check_whole(max_new_tokens, "max_new_tokens", 0)
+        return cls(max_new_tokens, frozenset(stop_ids), tuple(stop_strings), tokenizer, Sampler(options), count)
+
+    @property
+    def choices(self) -> int | None:
+        """Only ids below this are chosen, those that the tokenizer has a text for; None: all."""
+        return self.tokenizer.vocab_size if self.tokenizer else None
 
     def stream(self) -> TextStream | None:
         """Start a stream of text, where there is a tokenizer."""
@@ -93,7 +124,7 @@ class Continuation:
         self.read, self._stream = len(self.history), options.stream()  # tokens that were there before
         sampling = options.sampler.options
         # Whether `choose` is argmax, which a batch computes for all rows together.
-        self.takes_the_largest = sampling.temperature == 0 and sampling.repetition_penalty == 1
+        self.takes_the_largest = sampling.temperature == 0 and not sampling.change_logits
 
     def resume(self, made: int) -> None:
         """Return to the state after `made` tokens, if an interrupt came while the next one was being taken."""
@@ -108,18 +139,17 @@ class Continuation:
 
     def choose(self, logits: FloatArray) -> int:
         """Choose the next token from logits (V), among those that have a text."""
-        count = self.options.choices
-        if count is None or count >= len(logits):
-            return self.options.sampler.choose(logits, self.history, self.made)
-        history = [token for token in self.history if token < count]
-        return self.options.sampler.choose(logits[:count], history, self.made)
+        return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made)
 
-    def take(self, token: int, logprob: float, prefill: PrefillReport, full: bool) -> Event:
-        """Append a chosen token and return its event; `full` says that the state has no room for it."""
+    def take(self, token: int, logits: FloatArray, normalizer: float, prefill: PrefillReport, full: bool) -> Event:
+        """Append a token chosen from logits (V) and return its event; `full`: the state has no room for it.
+
+        `normalizer` is the log-sum-exp of the logits.
+        """
         options, made = self.options, self.made + 1
         self.made = -1  # until all of it is done
         self.history.append(token)
-        text, reason = self._outcome(token)
+        text, reason, stop = self._outcome(token)
         if reason is None and made == options.max_new_tokens:
             reason = "length"
         if reason is None and full:
@@ -127,7 +157,8 @@ class Continuation:
         if reason is not None and reason != "stop_string" and self._stream:
             text += self._stream.finish()
         self.made = made
-        return Event(token, text, reason, prefill, logprob)
+        top = top_logprobs(logits[: options.choices], normalizer, options.logprobs)
+        return Event(token, text, reason, prefill, logits.item(token) - normalizer, top, stop)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
         """Return the event, in one step with appending its token to the state where there is room."""
@@ -139,10 +170,11 @@ class Continuation:
             self.emitted = emitted
             raise
 
-    def _outcome(self, token: int) -> tuple[str, FinishReason | None]:
+    def _outcome(self, token: int) -> tuple[str, FinishReason | None, int | str | None]:
+        """Return the text that the token adds, and the reason and what matched if it ends the sequence."""
         if token in self.options.stop_ids:
-            return "", "stop_token"
+            return "", "stop_token", token
         if self._stream is None:
-            return "", None
+            return "", None, None
         text = self._stream.push(token)
-        return text, "stop_string" if self._stream.stopped is not None else None
+        return (text, None, None) if self._stream.stopped is None else (text, "stop_string", self._stream.stopped)

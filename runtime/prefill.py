@@ -123,7 +123,7 @@ def read_prompts(
     """Read `rows` (B) of one or more tokens into the buffers; the caller decides whether the result counts."""
     policies = [policy_of(row, place.memory, request, options) for row in rows]
     if all(policy == "stepwise" for policy in policies):
-        reading = read_stepwise(place, rows, _stepwise_note(request))
+        reading = read_stepwise(place, rows, stepwise_note(request))
     else:
         place.buffers.expect(max(place.past[i] + len(row) for i, row in enumerate(rows)))
         found = []
@@ -209,7 +209,8 @@ def reused(report: PrefillReport, shared: Sequence[int], rows: Sequence[IntArray
     return replace(report, passes=passes, reused_tokens=sum(shared))
 
 
-def _stepwise_note(request: PrefillRequest) -> str | None:
+def stepwise_note(request: PrefillRequest) -> str | None:
+    """Return why a prompt is read stepwise that was to be iterated, if that is so."""
     if request.policy == "stepwise" or request.tolerance >= request.limits.smallest:
         return None
     return (

@@ -21,13 +21,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,6 +54,8 @@ _MARKER_TEXT = "This folder is a prompt cache of lrt-deploy, which removes entri
 _PLACE = re.compile("[0-9a-f]{40}")
 _ENTRY = re.compile(rf"[0-9a-f]{{40}}{re.escape(SUFFIX)}")
 _PARTIAL = re.compile(rf"\.[0-9a-f]{{40}}{re.escape(SUFFIX + PARTIAL)}[0-9a-f]{{16}}")
+_ENTRY_OR_PARTIAL = re.compile(f"{_ENTRY.pattern}|{_PARTIAL.pattern}")
+_OWN = re.compile(f"{re.escape(MARKER)}|{re.escape(LOCK)}")
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 DEFAULT_BYTES = 2**30
 FEWEST_TOKENS = 16  # shorter prompts are read faster than found
@@ -106,7 +107,7 @@ class PromptCache:
                 if state.batch != 1 or common_prefix(np.array(state.tokens[0]), row) != shared:
                     raise StateError(f"{path} holds other tokens than it said")
             except StateError as error:
-                notes += self._remove_damaged(path, error)
+                self._remove_damaged(path, error, notes)
                 continue
             with contextlib.suppress(OSError):
                 os.utime(path)
@@ -117,41 +118,38 @@ class PromptCache:
         """Yield the tokens that an entry shares, minus those to be rewound, and its path, if it is worth loading."""
         entries: dict[Path, os.stat_result] = {}
         try:
-            entries = _files(place, _ENTRY)
+            if not place.is_symlink():
+                entries = _listed(place, _ENTRY)
         except FileNotFoundError:
             pass
         except OSError as error:
             notes.append(_trouble(self.folder, error))
-        for path in [path for path in self._known if path.parent == place and path not in entries]:
-            del self._known[path]  # evicted, maybe by another process
+        gone = {path for path in self._known if path.parent == place} - entries.keys()
+        self._known = {path: found for path, found in self._known.items() if path not in gone}
         for path, status in sorted(entries.items()):
-            if not os.access(path, os.R_OK):
-                if os.access(path, os.F_OK) and not notes:  # one note is enough: all are another user's
-                    notes.append(_trouble(path, PermissionError(errno.EACCES, "Permission denied", str(path))))
-                continue
             try:
                 if path not in self._known or self._known[path][0] != status.st_ino:
                     self._known[path] = (status.st_ino, read_tokens(path))
             except StateError as error:
-                notes += self._remove_damaged(path, error)
+                self._remove_damaged(path, error, notes)
                 continue
             tokens = self._known[path][1]
             if (shared := common_prefix(tokens, row)) >= FEWEST_TOKENS:
                 yield shared, shared - len(tokens), path
 
-    def _remove_damaged(self, path: Path, error: StateError) -> list[str]:
+    def _remove_damaged(self, path: Path, error: StateError, notes: list[str]) -> None:
         """Remove a damaged entry; one that is gone (evicted by another process) or cannot be read is not damaged."""
         cause = error.__cause__
         self._known.pop(path, None)
-        if isinstance(cause, FileNotFoundError):
-            return []
         if isinstance(cause, OSError):
-            return [_trouble(path, cause)]
+            if not (isinstance(cause, FileNotFoundError) or notes):  # one note is enough: all are another user's
+                notes.append(_trouble(path, cause))
+            return
         try:
             path.unlink(missing_ok=True)
+            notes.append(f"prompt cache: a damaged entry was removed and its prompt read again ({error})")
         except OSError as refused:
-            return [f"{_trouble(path, refused)}; it is damaged ({error})"]
-        return [f"prompt cache: a damaged entry was removed and its prompt read again ({error})"]
+            notes.append(f"{_trouble(path, refused)}; it is damaged ({error})")
 
     def _store(self, place: Path, state: DecodeState, row: IntArray) -> list[str]:
         """Save an entry; returns why it could not be saved.
@@ -227,16 +225,10 @@ def _claim(folder: Path) -> None:
 
 def _foreign(folder: Path) -> str | None:
     """Return the name of something in a folder that does not belong to a prompt cache; None if there is nothing."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if entry.name in (MARKER, LOCK) and entry.is_file(follow_symlinks=False):
-            continue
-        if not (_PLACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)):
-            return entry.name
-        for inner in os.scandir(entry.path):
-            ours = _ENTRY.fullmatch(inner.name) or _PARTIAL.fullmatch(inner.name)
-            if not (ours and inner.is_file(follow_symlinks=False)):
-                return f"{entry.name}/{inner.name}"
-    return None
+    places = _places(folder)
+    ours = {*places, *_listed(folder, _OWN), *(path for place in places for path in _listed(place, _ENTRY_OR_PARTIAL))}
+    found = (path for at in (folder, *places) for path in at.iterdir())
+    return min((str(path.relative_to(folder)) for path in found if path not in ours), default=None)
 
 
 def _key(decoder: Decoder, request: PrefillRequest) -> bytes:
@@ -251,38 +243,34 @@ def _name(content: bytes) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the folders of entries, without links."""
-    return [
-        Path(entry.path)
-        for entry in os.scandir(folder)
-        if _PLACE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-    ]
+    """Return the folders of entries."""
+    return list(_listed(folder, _PLACE, stat.S_ISDIR))
 
 
-def _files(place: Path, names: re.Pattern[str]) -> dict[Path, os.stat_result]:
-    """Return the regular files of a folder whose names match, without links."""
+def _listed(
+    folder: Path, names: re.Pattern[str], kind: Callable[[int], bool] = stat.S_ISREG
+) -> dict[Path, os.stat_result]:
+    """Return the regular files of a folder, or what else is of this kind, whose names match; links are not followed."""
     found: dict[Path, os.stat_result] = {}
-    if stat.S_ISLNK(place.lstat().st_mode):
-        return found
-    for entry in os.scandir(place):
+    for entry in os.scandir(folder):
         if names.fullmatch(entry.name):
             with contextlib.suppress(FileNotFoundError):  # another process has made room
                 status = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode):
+                if kind(status.st_mode):
                     found[Path(entry.path)] = status
     return found
 
 
 def _all_entries(places: list[Path]) -> list[tuple[float, int, Path]]:
     """Return when each entry was last used, its bytes, and its path."""
-    found = [(path, status) for place in places for path, status in _files(place, _ENTRY).items()]
+    found = [(path, status) for place in places for path, status in _listed(place, _ENTRY).items()]
     return [(status.st_mtime, status.st_size, path) for path, status in found]
 
 
 def _remove_partials(places: list[Path]) -> None:
     """Remove the temporary files of killed processes."""
     for place in places:
-        for path in _files(place, _PARTIAL):
+        for path in _listed(place, _PARTIAL):
             remove_stale(path)
 
 

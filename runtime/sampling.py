@@ -4,11 +4,14 @@ A row of logits goes through these steps in turn, in the order of Hugging Face's
 
 1. repetition penalty: logits of tokens in the history are divided by it where positive, multiplied where negative
    (CTRL, arXiv 1909.05858; the rule for negative ones is Hugging Face's);
-2. temperature: logits are divided by it; 0 takes the largest logit and ends here;
-3. top-k: the k largest logits stay (Fan et al., arXiv 1805.04833);
-4. top-p: the smallest set whose probability, relative to the tokens that stayed, reaches p (arXiv 1904.09751);
-5. min-p: tokens with at least min_p times the largest probability stay (arXiv 2407.01082);
-6. a token is drawn by inverting the cumulative distribution, in the order of token ids, at one uniform number.
+2. frequency and presence penalty: for each token chosen so far, the first times its count and once the second are
+   subtracted from its logit (OpenAI's API reference); the prompt does not count;
+3. logit bias: added to the logits of the named tokens;
+4. temperature: logits are divided by it; 0 takes the largest logit and ends here;
+5. top-k: the k largest logits stay (Fan et al., arXiv 1805.04833);
+6. top-p: the smallest set whose probability, relative to the tokens that stayed, reaches p (arXiv 1904.09751);
+7. min-p: tokens with at least min_p times the largest probability stay (arXiv 2407.01082);
+8. a token is drawn by inverting the cumulative distribution, in the order of token ids, at one uniform number.
 
 Equal logits rank by id, lowest first, so k = 1 and greedy agree. Arithmetic is in float64. The order of ids, not of
 ranks, lets two backends whose logits differ in the last bits draw the same token from the same seed, except where the
@@ -17,9 +20,10 @@ number falls within those bits of a border. Knows no model, tokenizer or batch: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +33,9 @@ from lrt_deploy.arguments import check_number, check_whole, refuse
 # Both far beyond any use (CTRL's penalty: 1.2), and small enough that no float32 logit leaves float64's range.
 MAX_TEMPERATURE = 1e4
 MAX_REPETITION_PENALTY = 1e6
+MAX_BIAS = 1e4  # of frequency and presence penalty and of the logit bias; logits are capped to 15
 
 _DRAWN_AT_ONCE = 32
-_LARGEST_SEED = 2**128 - 1  # as many bits as the generator's state has
 
 _Ids = NDArray[np.intp]
 _Floats = NDArray[np.floating[Any]]
@@ -41,8 +45,9 @@ _Floats = NDArray[np.floating[Any]]
 class SamplingOptions:
     """Options for choosing the next token; the defaults are greedy.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 switch a step off.
-    `seed` None takes fresh entropy from the operating system.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, `repetition_penalty` 1, `frequency_penalty` and
+    `presence_penalty` 0 and an empty `logit_bias` (from token ids to what is added) switch a step off. `seed` None
+    takes fresh entropy from the operating system.
     """
 
     temperature: float = 0.0
@@ -51,18 +56,34 @@ class SamplingOptions:
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     seed: int | None = None
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         name = "sampling option "
         check_number(self.temperature, f"{name}temperature", 0, MAX_TEMPERATURE)
-        check_whole(self.top_k, f"{name}top_k")
+        check_whole(self.top_k, f"{name}top_k", 0, math.inf)
         if check_number(self.top_p, f"{name}top_p", 0, 1) == 0:
             refuse(self.top_p, f"{name}top_p", "a number above 0 and up to 1 (off)")
         check_number(self.min_p, f"{name}min_p", 0, 1)
         low, high = 1 / MAX_REPETITION_PENALTY, MAX_REPETITION_PENALTY
         check_number(self.repetition_penalty, f"{name}repetition_penalty", low, high)
         if self.seed is not None:
-            check_whole(self.seed, f"{name}seed", 0, _LARGEST_SEED)
+            check_whole(self.seed, f"{name}seed", 0, math.inf)
+        check_number(self.frequency_penalty, f"{name}frequency_penalty", -MAX_BIAS, MAX_BIAS)
+        check_number(self.presence_penalty, f"{name}presence_penalty", -MAX_BIAS, MAX_BIAS)
+        if not isinstance(self.logit_bias, Mapping):
+            refuse(self.logit_bias, f"{name}logit_bias", "a mapping from token ids to numbers")
+        for token, bias in self.logit_bias.items():
+            check_whole(token, f"{name}logit_bias: a token id")
+            check_number(bias, f"{name}logit_bias[{token}]", -MAX_BIAS, MAX_BIAS)
+
+    @property
+    def change_logits(self) -> bool:
+        """Whether logits are changed before temperature."""
+        counted = self.frequency_penalty or self.presence_penalty or self.logit_bias
+        return bool(counted) or self.repetition_penalty != 1
 
 
 class SamplingArguments(TypedDict, total=False):
@@ -74,6 +95,16 @@ class SamplingArguments(TypedDict, total=False):
     min_p: float
     repetition_penalty: float
     seed: int | None
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+
+
+class TokenLogprob(NamedTuple):
+    """A token id and its natural log-probability."""
+
+    token: int
+    logprob: float
 
 
 class Sampler:
@@ -88,8 +119,11 @@ class Sampler:
         self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
 
     def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int) -> int:
-        """Choose token number `index` from finite logits (V); `history` is the tokens so far, for the penalty."""
-        scores = self._penalized(logits, history)
+        """Choose token number `index` from finite logits (V) of the tokens that may be chosen.
+
+        `history` is all tokens so far, of which the last `index` were chosen; penalties read it.
+        """
+        scores = self._changed(logits, history, index) if self.options.change_logits else logits
         if self.options.temperature == 0:
             return int(scores.argmax())
         ids, weights = self._kept(scores)
@@ -107,15 +141,22 @@ class Sampler:
             self._drawn = part, np.random.Generator(bits).random(_DRAWN_AT_ONCE).tolist()
         return self._drawn[1][place]
 
-    def _penalized(self, logits: NDArray[np.float32], history: Sequence[int]) -> _Floats:
-        """Penalize each token of the history once, however often it occurs; without a penalty, copy nothing."""
-        penalty = self.options.repetition_penalty
-        if penalty == 1 or len(history) == 0:
-            return logits
-        seen = np.asarray(history, dtype=np.int64)
-        scores = logits.astype(np.float64)
-        before = scores[seen]
-        scores[seen] = np.where(before > 0, before / penalty, before * penalty)
+    def _changed(self, logits: NDArray[np.float32], history: Sequence[int], index: int) -> NDArray[np.float64]:
+        """Return a copy of the logits with penalties and bias; ids beyond the logits count for nothing."""
+        options, scores = self.options, logits.astype(np.float64)
+        tokens = np.asarray(history, dtype=np.int64)
+        chosen, tokens = tokens[len(tokens) - index :], tokens[tokens < scores.size]
+        if options.repetition_penalty != 1:
+            before = scores[tokens]
+            scores[tokens] = np.where(
+                before > 0, before / options.repetition_penalty, before * options.repetition_penalty
+            )
+        if options.frequency_penalty or options.presence_penalty:
+            found, counts = np.unique(chosen[chosen < scores.size], return_counts=True)
+            scores[found] -= options.frequency_penalty * counts + options.presence_penalty
+        for token, bias in options.logit_bias.items():
+            if token < scores.size:
+                scores[token] += bias
         return scores
 
     def _kept(self, scores: _Floats) -> tuple[_Ids, NDArray[np.float64]]:
@@ -179,3 +220,12 @@ def log_normalizers(logits: NDArray[np.float32]) -> list[float]:
     """
     normalizers: list[float] = np.log(np.exp(logits).sum(axis=-1)).tolist()
     return normalizers
+
+
+def top_logprobs(logits: NDArray[np.float32], normalizer: float, count: int) -> tuple[TokenLogprob, ...]:
+    """Return the `count` likeliest tokens of logits (V), the likeliest first, of equal ones the lowest id."""
+    if count == 0:
+        return ()
+    ids = _largest(logits, min(count, logits.size))
+    ranked = ids[np.argsort(-logits[ids], kind="stable")].tolist()
+    return tuple(TokenLogprob(token, logits.item(token) - normalizer) for token in ranked)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,13 +47,15 @@ class Row(NamedTuple):
     logits: FloatArray | None  # (V) after the last token; None after a rewind, until they are computed
     kept: Mapping[int, FloatArray]  # logits (V) after so many tokens, where a decode step would round differently
     tag: object  # the caller's; it moves with the row
+    read_within: float  # the largest error of the latent that any prefill was allowed to leave
 
     def cut(self, length: int) -> Row:
         """Return the first `length` tokens as a row."""
         if length == self.length:
             return self
         kept = {at: logits for at, logits in self.kept.items() if at <= length}
-        return self._replace(length=length, logits=None, kept=kept)
+        within = self.read_within if length else 0.0
+        return self._replace(length=length, logits=None, kept=kept, read_within=within)
 
     def independent(self) -> Row:
         """Return the same row with memory of its own and without a tag.
@@ -66,7 +68,7 @@ class Row(NamedTuple):
         return self._replace(tokens=self.tokens[:n], latents=latents, logits=logits, tag=None)
 
 
-_EMPTY = Row([], [], 0, None, _NOTHING_KEPT, None)
+_EMPTY = Row([], [], 0, None, _NOTHING_KEPT, None, 0.0)
 
 
 class Content(NamedTuple):
@@ -74,7 +76,6 @@ class Content(NamedTuple):
 
     rows: tuple[Row, ...] = ()
     prefill: PrefillReport = PrefillReport("stepwise", passes=0.0)  # how the last prompt was read
-    read_within: float = 0.0  # the largest error of the latent that any prefill was allowed to leave
     computed_tokens: int = 0  # token positions computed, including those of the states that this one was copied from
     unfed: tuple[int, ...] = ()  # one more token for each row, to be run before anything that depends on it is given
     due: tuple[int, SlotArrays] | None = None  # a row, and the cache entries to be written to it before the next use
@@ -191,7 +192,7 @@ class DecodeState:
     @property
     def read_within(self) -> float:
         """The largest error of the latent that any prefill was allowed to leave."""
-        return self._now.read_within
+        return max((row.read_within for row in self._now.rows), default=0.0)
 
     @property
     def computed_tokens(self) -> int:
@@ -242,7 +243,7 @@ class DecodeState:
             self.undo = undo
             self._now = undo.before
 
-    def _commit(self, content: Content, result: _Result) -> _Result:
+    def commit(self, content: Content, result: _Result) -> _Result:
         """Make `content` what this state is and return `result`, both or neither."""
         before = self._now
         try:
@@ -288,7 +289,7 @@ class DecodeState:
 
         Returns `result`: a caller that hands something out with the token does both in one step.
         """
-        return self._commit(self.computed()._replace(unfed=tuple(ids)), result)
+        return self.commit(self.computed()._replace(unfed=tuple(ids)), result)
 
     def _run(self, before: Content, ids: IntArray, give: bool = False) -> FloatArray:
         """Run one token of each row in the backend, and append it, its latent and its logits."""
@@ -302,15 +303,14 @@ class DecodeState:
         rows = []
         for row, token, latent, after in zip(before.rows, ids.tolist(), latents, logits, strict=True):
             # Lists are shared with the row before, unless they already go on otherwise.
-            tokens, past, length, _, kept, tag = row
+            tokens, past, length, _, kept, tag, within = row
             tokens = tokens if len(tokens) == length else tokens[:length]
             past = past if len(past) == length else past[:length]
             tokens.append(token)
             past.append(latent)
-            rows.append(_new(Row, (tokens, past, length + 1, after, kept, tag)))
-        _, prefill, within, computed, _, _ = before
-        now = _new(Content, (tuple(rows), prefill, within, computed + len(rows), (), None))
-        return self._commit(now, logits.copy() if give else logits)
+            rows.append(_new(Row, (tokens, past, length + 1, after, kept, tag, within)))
+        now = _new(Content, (tuple(rows), before.prefill, before.computed_tokens + len(rows), (), None))
+        return self.commit(now, logits.copy() if give else logits)
 
     def read(
         self,
@@ -318,12 +318,12 @@ class DecodeState:
         rows: Sequence[IntArray],
         run: Callable[[], InBlocks[Reading]] | None = None,
         shown_as: Callable[[PrefillReport], PrefillReport] = lambda report: report,
-    ) -> InBlocks[Self]:
-        """Replace what follows the first `past` (B) tokens of each row by `rows`, and return this state.
+    ) -> InBlocks[Content]:
+        """Replace what follows the first `past` (B) tokens of each row by `rows`; return what to `commit` at the end.
 
         `run` reads `rows` into the buffers, None where all are empty. The state will show the report of the reading, or
         else its own, as changed by `shown_as`. Logits that a decode step of the last token would round differently are
-        kept for a rewind. Until the end, the state must not be used; a reading that does not end is undone.
+        kept for a rewind. Until then, the state must not be used; what is not committed is undone by the next use.
         """
         now = self.ready()
         if any(length > row.length for length, row in zip(past, now.rows, strict=True)):
@@ -334,14 +334,13 @@ class DecodeState:
         if any(length != row.length for length, row in zip(past, now.rows, strict=True)):
             self._set_latents(now.rows, past)
         found, computed = [row.cut(length) for row, length in zip(now.rows, past, strict=True)], now.computed_tokens
-        within, report = now.read_within if any(past) else 0.0, now.prefill
+        report = now.prefill
         if run is not None:
             reading = yield from run()
             report = reading.report
             found = [_longer(row, ids, reading, i) for i, (row, ids) in enumerate(zip(found, rows, strict=True))]
-            within = max(within, math.inf if report.policy == "zero" else report.residual or 0.0)
             computed += round(report.passes * sum(counts))
-        return self._commit(Content(tuple(found), shown_as(report), within, computed), self)
+        return Content(tuple(found), shown_as(report), computed)
 
     def _recompute(self) -> Content:
         """Give every row that was rewound its logits again: kept ones, or those of a decode step of its last token.
@@ -384,7 +383,7 @@ class DecodeState:
                 raise StateError(f"sequence {row} holds {held} tokens and cannot be rewound to {shown(length)}")
         past = [int(length) for length in wanted]
         if past != self.row_lengths:
-            finish(self.read(past, [np.zeros(0, np.int64)] * self.batch))
+            self.commit(finish(self.read(past, [np.zeros(0, np.int64)] * self.batch)), None)
 
     # Copies
 
@@ -416,14 +415,14 @@ class DecodeState:
         if len(now.rows) == self.slots:
             raise StateError(f"all {self.slots} slots of this state are taken; drop a row, or start with more slots")
         if source is None:
-            return self._append(_EMPTY.independent()._replace(tag=tag), {}, 0.0)
+            return self._append(_EMPTY.independent()._replace(tag=tag), {})
         self.owner.fingerprint.check_same(check_is(source, DecodeState, "source").owner.fingerprint)
         index = source._known(index)
         row = source.computed().rows[index].independent()
         if row.length > self.capacity:
             raise StateError(f"the sequence holds {row.length} tokens, more than the capacity of {self.capacity} here")
         entries = source.buffers.read_slots(index, 0, row.length)
-        return self._append(row._replace(tag=tag), entries, source.read_within)
+        return self._append(row._replace(tag=tag), entries)
 
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its number. It costs nothing from then on."""
@@ -434,12 +433,11 @@ class DecodeState:
             rows[row], due = last, (row, self.buffers.read_slots(len(rows), 0, last.length))
         self._now = now._replace(rows=tuple(rows), due=due)
 
-    def _append(self, row: Row, entries: Mapping[str, NDArray[Any]], within: float) -> int:
+    def _append(self, row: Row, entries: Mapping[str, NDArray[Any]]) -> int:
         """Add a row with these cache entries, (G, length, D) each; returns its number."""
         now, index = self._now, len(self._now.rows)
         self._write(index, row, entries)
-        within = max(now.read_within, within)
-        return self._commit(now._replace(rows=(*now.rows, row), read_within=within), index)
+        return self.commit(now._replace(rows=(*now.rows, row)), index)
 
     def _write(self, index: int, row: Row, entries: Mapping[str, NDArray[Any]]) -> None:
         """Write the cache entries and the latent of a row to the buffers."""
@@ -469,7 +467,7 @@ class DecodeState:
     def save(self, path: str | Path) -> None:
         """Write the live part to one safetensors file, whole or not at all; `Decoder.load_state` reads it."""
         path, rows, now = check_path(path, "path"), [self.export_row(row) for row in range(self.batch)], self.computed()
-        book = state_file.Book(self.row_lengths, now.prefill, now.read_within, now.computed_tokens, self.extra)
+        book = state_file.Book(self.row_lengths, now.prefill, self.read_within, now.computed_tokens, self.extra)
         state_file.save(state_file.Snapshot(self.owner.fingerprint, self.owner.backend.name, rows, book), path)
 
     @classmethod
@@ -480,17 +478,20 @@ class DecodeState:
         for arrays in snapshot.rows:
             kept = {int(name.removeprefix("kept.")): a for name, a in arrays.items() if name.startswith("kept.")}
             tokens = arrays["tokens"].tolist()
-            row = Row(tokens, list(arrays["latents"]), len(tokens), arrays.get("logits"), kept, None)
-            state._append(row, arrays, book.read_within)
-        state._now = Content(state._now.rows, book.prefill, book.read_within, book.computed_tokens)
+            found = Row(
+                tokens, list(arrays["latents"]), len(tokens), arrays.get("logits"), kept, None, book.read_within
+            )
+            state._append(found, arrays)
+        state._now = Content(state._now.rows, book.prefill, book.computed_tokens)
         state.extra = book.extra
         return state
 
 
 def _longer(row: Row, ids: IntArray, reading: Reading, index: int) -> Row:
     """Return a row after reading more tokens, `ids` (n)."""
-    length, logits = row.length + len(ids), reading.logits[index].copy()
-    iterated = reading.report.policy != "stepwise" or reading.report.residual is not None
+    length, logits, report = row.length + len(ids), reading.logits[index].copy(), reading.report
+    iterated = report.policy != "stepwise" or report.residual is not None
     kept = {**row.kept, length: logits} if iterated else row.kept
-    tokens = row.tokens[: row.length] + ids.tolist()
-    return Row(tokens, row.latents[: row.length] + reading.latents[index], length, logits, kept, row.tag)
+    tokens, latents = row.tokens[: row.length] + ids.tolist(), row.latents[: row.length] + reading.latents[index]
+    within = max(row.read_within, math.inf if report.policy == "zero" else report.residual or 0.0)
+    return Row(tokens, latents, length, logits, kept, row.tag, within)

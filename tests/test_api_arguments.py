@@ -175,6 +175,18 @@ OPTIONS = {
     "min_p": {"0", "1", "1.0", "0.5", "np.int64(1)", "np.uint8(1)", "np.float32(0.5)"},
     "repetition_penalty": NUMBER - {"0"},
     "seed": {"None", *WHOLE, "2**70", "10**5000"},
+    "frequency_penalty": NUMBER | {"-1"},
+    "presence_penalty": NUMBER | {"-1"},
+    "logit_bias": {"{}"},
+    "logprobs": {"None", *WHOLE},
+}
+REQUEST = {
+    "max_new_tokens": WHOLE,
+    "n": COUNT,
+    "prompt_logprobs": {"None", *WHOLE},
+    "keep_state": FLAGS,
+    "priority": WHOLE | {"-1"},
+    "deadline_s": {"None", "1e308", "2**70", *NUMBER},
 }
 STATE = {"state": {"None"}}
 SAMPLING = {name: OPTIONS[name] for name in SamplingOptions.__dataclass_fields__}
@@ -218,13 +230,18 @@ CALLS = {
     "BatchDecoder lanes": (lambda env, v: BatchDecoder(env.decoder, 2, v).close(), COUNT),
     "submit prompt": (lambda env, v: BatchDecoder(env.decoder).submit(v), {*IDS, "'a'", "'1'", "''", "NUL"}),
     "cancel": (lambda env, v: BatchDecoder(env.decoder).cancel(v), WHOLE),
+    "suspend": (lambda env, v: BatchDecoder(env.decoder).suspend(v), WHOLE),
+    "resume": (lambda env, v: BatchDecoder(env.decoder).resume(v), WHOLE),
+    "max_waiting": (lambda env, v: BatchDecoder(env.decoder, max_waiting=v), {"None", *WHOLE}),
+    "max_waiting_tokens": (lambda env, v: BatchDecoder(env.decoder, max_waiting_tokens=v), {"None", *WHOLE}),
+    "blocks_per_step": (lambda env, v: BatchDecoder(env.decoder, blocks_per_step=v), COUNT),
     "PromptCache folder": (lambda env, v: PromptCache(in_folder(env, v, "caches")), {"'a'", "'1'"}),
     "PromptCache max_bytes": (lambda env, v: PromptCache(env.folder / "c", v), WHOLE),
     "PromptCache.prefill decoder": (lambda env, v: env.cache.prefill(v, [1]), set()),
     "PromptCache.prefill tokens": (lambda env, v: env.cache.prefill(env.decoder, v), IDS),
     "PromptCache.prefill policy": (lambda env, v: env.cache.prefill(env.decoder, [1], v), set()),
     **generating(**OPTIONS, **STATE, reuse=FLAGS),
-    **submitting(**OPTIONS),
+    **submitting(**OPTIONS | STATE | REQUEST),
     **fields(SamplingOptions, **SAMPLING),
     **fields(PrefillOptions, stepwise_below={"None", *WHOLE}, sweeps=set()),
     **fields(

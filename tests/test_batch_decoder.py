@@ -141,11 +141,19 @@ def test_a_full_row_ends_with_capacity(one):
 BAD = [
     (([],), {}, InputError, "empty"),
     (([300],), {}, InputError, "token id 300"),
-    (([1],), {"max_new_tokens": 0}, InputError, "max_new_tokens"),
+    (([1],), {"max_new_tokens": -1}, InputError, "max_new_tokens"),
+    (([1],), {"n": 0}, InputError, "n is 0"),
+    (([1],), {"logprobs": -1}, InputError, "logprobs"),
+    (([1],), {"keep_state": 1}, InputError, "keep_state"),
+    (([1],), {"priority": "high"}, InputError, "priority"),
+    (([1],), {"deadline_s": -1}, InputError, "deadline_s"),
+    (([1],), {"logit_bias": {300: 1.0}}, InputError, "logit_bias holds the token id 300"),
+    (([1],), {"logit_bias": [1]}, InputError, "logit_bias"),
+    (([1],), {"frequency_penalty": "1"}, InputError, "frequency_penalty"),
     (([1],), {"policy": "fast"}, InputError, "fast"),
     (([1],), {"temperature": -1}, InputError, "temperature"),
     (([1] * 129,), {}, StateError, "129 tokens and a slot holds 128"),
-    ((None,), {}, InputError, "exactly one"),
+    ((None,), {}, InputError, "there is neither"),
 ]
 
 
@@ -165,8 +173,9 @@ def test_a_state_that_cannot_be_continued_is_refused(one, decoder_of):
     ):
         with pytest.raises((InputError, StateError), match=words):
             batch.submit(None, state=state)
-    with pytest.raises(InputError, match="exactly one"):
-        batch.submit([1], state=one.prefill([[1]]))
+    for limits in ({"max_waiting": -1}, {"max_waiting_tokens": "1"}, {"blocks_per_step": 0}):
+        with pytest.raises(InputError, match=next(iter(limits))):
+            BatchDecoder(one, 2, **limits)
     for slots, lanes in ((0, 1), (9, 1), (2, 3), (2, 0)):
         with pytest.raises(InputError, match=r"slots|lanes"):
             BatchDecoder(one, slots, lanes)

@@ -390,9 +390,29 @@ class Persistent:
             self.numbers.append(self.again(lambda: self.batch.submit(None, 2, state=continued, stop_ids=[])))
             self.again(self.drain)
             assert (self.batch.waiting, self.batch.running) == (0, 0)
+            self.served(continued)
         self.events.pop(unwanted, None)
         assert waiting not in self.events
         return [self.events[number] for number in self.numbers]
+
+    def served(self, continued):
+        """What a server asks for: choices, scores, states, sequences that go on, and rows that wait for a while."""
+        choices = self.again(lambda: self.batch.submit(SHORT, 2, n=2, seed=3, temperature=1.0, stop_ids=[]))
+        scored = {"logprobs": 1, "prompt_logprobs": 1, "keep_state": True, "priority": 1, "stop_ids": []}
+        self.numbers += [*choices, self.again(lambda: self.batch.submit(OTHER, 2, **scored))]
+        longer = {"state": continued, "policy": "fixed-point", "tolerance": 1e-1, "stop_ids": []}
+        self.numbers.append(self.again(lambda: self.batch.submit([*LONG, 8, 8], 2, **longer)))
+        moved = (choices[1], self.numbers[-1])
+        for number in (*moved, *moved):
+            for found in self.again(self.batch.step):
+                self.note(found)
+            self.again(lambda number=number: self.batch.suspend(number))
+            self.again(lambda number=number: self.batch.resume(number))
+        self.again(self.drain)
+        assert (self.batch.waiting, self.batch.running) == (0, 0)
+        last = self.events[self.numbers[-2]][-1]
+        assert last.state.tokens == [OTHER + [event.token for event in self.events[self.numbers[-2]]]]
+        assert [score.token for score in self.events[self.numbers[-2]][0].prompt_logprobs] == OTHER
 
 
 @pytest.mark.parametrize("lanes", [1, 2])

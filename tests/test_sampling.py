@@ -32,7 +32,7 @@ class Stream(Sampler):
 
     def distribution(self, logits, history):
         """The ids that may be chosen, ascending, and their probabilities."""
-        scores = self._penalized(logits, history)
+        scores = self._changed(logits, history, 0)
         if self.options.temperature == 0:
             return np.array([scores.argmax()]), np.ones(1)
         ids, weights = self._kept(scores)
@@ -305,3 +305,34 @@ def test_options_accept_their_borders_and_numpy_numbers():
         temperature=np.float32(0.5), top_k=np.int64(3), top_p=np.float64(0.5), min_p=1, seed=2**100
     )
     assert Stream(options).choose(row(1, 2, 3), ()) == 2
+
+
+def test_frequency_and_presence_count_what_was_chosen_and_not_the_prompt():
+    logits, history = row(1, 1, 1, 1), [3, 3, 3, 1, 1, 2]
+    sampler = Sampler(SamplingOptions(frequency_penalty=0.5, presence_penalty=0.25))
+    changed = sampler._changed(logits, history, 3)  # the last three were chosen
+    np.testing.assert_array_equal(changed, [1, 1 - 2 * 0.5 - 0.25, 1 - 0.5 - 0.25, 1])
+    np.testing.assert_array_equal(sampler._changed(logits, history, 0), logits)
+    assert sampler.choose(row(0, 0.9, 0.5, 0.2), history, 3) == 3
+    assert Sampler(SamplingOptions(frequency_penalty=-1.0)).choose(row(0, 0, 0, 0.9), history, 3) == 1
+
+
+def test_a_bias_is_added_to_the_logits_of_its_tokens_after_the_penalties():
+    options = SamplingOptions(temperature=1.0, logit_bias={0: 2.0, 2: -100.0, 9: 5.0}, repetition_penalty=2.0, seed=1)
+    changed = Sampler(options)._changed(row(4, 1, 3), [0, 9], 0)
+    np.testing.assert_array_equal(changed, [4 / 2 + 2, 1, 3 - 100])
+    chosen = {Sampler(options).choose(row(4, 1, 3), [0], i) for i in range(200)}
+    assert chosen == {0, 1}
+    assert Sampler(SamplingOptions(logit_bias={1: 10.0})).choose(row(4, 1, 3), [], 0) == 1
+
+
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_penalties_and_bias_out_of_range_are_named(name):
+    for value in (math.nan, math.inf, 1e5, -1e5, "1", None, True):
+        with pytest.raises(InputError, match=f"^sampling option {name} is "):
+            SamplingOptions(**{name: value})
+        with pytest.raises(InputError, match=r"^sampling option logit_bias\[3\] is "):
+            SamplingOptions(logit_bias={3: value})
+    for bias in ({"3": 1.0}, {-1: 1.0}, {True: 1.0}, {1.5: 1.0}, [(3, 1.0)], "3"):
+        with pytest.raises(InputError, match=r"^sampling option logit_bias"):
+            SamplingOptions(logit_bias=bias)
