@@ -92,8 +92,7 @@ class Verb(_PlainFlags, TyperCommand):
         """Parse the words after the verb's name; raise BadParameter for an empty path."""
         given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
         kinds = get_type_hints(_COMMANDS[str(self.name)])
-        parameters: list[Any] = [*self.get_params(ctx)]
-        for parameter in parameters:
+        for parameter in self.get_params(ctx):
             kind = kinds.get(parameter.name)
             if given.get(parameter.name) == "" and Path in (kind, *get_args(kind)):
                 raise typer.BadParameter(

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
 
 
-def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
-    """Summarize in one line; of the iterated prompts, take the one nearest to a length."""
+def summary(fields: dict[str, Any]) -> str:
+    """Summarize in one line; of the iterated prompts, take the one nearest to 512 tokens."""
     cache = "the GPU's cache" if fields["environment"]["threads"] is None else "the processor's cache"
     cached = f" (the weights fit {cache})" if fields["weights_fit_cache"] else ""
     line = (
@@ -40,7 +40,7 @@ def summary(fields: dict[str, Any], prompt_tokens: int) -> str:
     iterated = [row for row in iterated if (row["stride"] or 1) > 1] or iterated
     if not iterated:
         return line
-    row = min(iterated, key=lambda row: abs(row["tokens"] - prompt_tokens))
+    row = min(iterated, key=lambda row: abs(row["tokens"] - _LONGEST_CONVERGENCE))
     pace = f"{row['speedup']:.1f}x faster" if row["speedup"] >= 1 else f"{1 / row['speedup']:.1f}x slower"
     return f"{line}; a prompt of {row['tokens']} tokens is read {pace} than stepwise"
 
@@ -145,7 +145,7 @@ def bench(
         # No bar: its thread would run within what is timed.
         fields = {"open_ms": opened_ms} | measure(decoder, asked.tokens(decoder), asked, output.lines(quiet=json))
     fields["plot"] = draw(fields, bundle, asked.plot)
-    output.result(json, fields, summary(fields, _LONGEST_CONVERGENCE), decode_rows(fields), prefill_rows(fields))
+    output.result(json, fields, summary(fields), decode_rows(fields), prefill_rows(fields))
 
 
 def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: output.Progress) -> dict[str, Any]:

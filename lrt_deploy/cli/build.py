@@ -73,7 +73,7 @@ def build(
     from lrt_deploy import build_engine
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
 
-    arguments = dataclasses.asdict(chosen) | {"on_message": print_message if builder.verbose else None}
+    arguments = dataclasses.asdict(chosen) | {"on_message": _print_message if builder.verbose else None}
     arguments["workspace_bytes"] = None if builder.workspace is None else parse_bytes(builder.workspace)
     if builder.device is not None:
         use_device(builder.device)
@@ -111,8 +111,7 @@ def use_device(number: int) -> None:
     output.say(f"device {number}: {reason}")
 
 
-def print_message(severity: str, text: str) -> None:
-    """Print a message of TensorRT on stderr."""
+def _print_message(severity: str, text: str) -> None:
     output.say(f"TensorRT {severity.lower()}: {text}")
 
 
@@ -154,20 +153,15 @@ def smoke_text(smoke: dict[str, Any]) -> str:
     return f"{'it passed' if smoke.get('passed') else 'IT FAILED'} the smoke test: {smoke.get('verdict')}"
 
 
-def kernels_text(kernels: dict[str, dict[str, Any]]) -> str:
-    """Kernels of each profile, and what of them costs time."""
-    parts = []
-    for profile, found in kernels.items():
-        faults = found.get("faults", [])
-        more = f" ({faults[0]}{f' and {len(faults) - 1} more' if len(faults) > 1 else ''})" if faults else ""
-        parts.append(f"{found['kernels']} for {profile}{more}")
-    return "; ".join(parts) or "not listed by this build"
-
-
 def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
     """Return the rows of a table on an engine and its verified network."""
     layers, memory = sidecar.layers, sidecar.build.get("memory", {})
-    kernels = "decomposed where there is no fused kernel" if layers.get("attention_decomposable") else "fused"
+    fused = "decomposed where there is no fused kernel" if layers.get("attention_decomposable") else "fused"
+    kernels = []  # of each profile, and what of them costs time
+    for profile, found in (layers.get("kernels") or {}).items():
+        faults = found.get("faults", [])
+        more = f" ({faults[0]}{f' and {len(faults) - 1} more' if len(faults) > 1 else ''})" if faults else ""
+        kernels.append(f"{found['kernels']} for {profile}{more}")
     return {
         "engine": f"{sidecar.precision} for {sidecar.backend} {sidecar.tensorrt_version}",
         "GPUs": f"compute capability {', '.join(sidecar.compute_capabilities)}",
@@ -176,13 +170,13 @@ def engine_rows(sidecar: EngineSidecar) -> dict[str, str]:
         "profiles": "; ".join(f"{p.name}: batch {p.batch}, tokens {p.tokens}" for p in sidecar.profiles),
         "flags": ", ".join(sidecar.flags),
         "cache updates in place": str(layers.get("kv_cache_update")),
-        "attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s), {kernels}",
+        "attentions": f"{layers.get('attention')} under {layers.get('attention_masks')} mask(s), {fused}",
         "products": "; ".join(
             f"{count} {product_words(product)}" for product, count in layers.get("matmul", {}).items()
         ),
         "norms": ", ".join(f"{count} in {dtype}" for dtype, count in layers.get("norms", {}).items()),
         "memory": ", ".join(f"{name} {max(sizes, default=0)}" for name, sizes in memory.items()),
-        "kernels": kernels_text(layers.get("kernels") or {}),
+        "kernels": "; ".join(kernels) or "not listed by this build",
         "peak host memory": output.bytes_text(sidecar.build.get("peak_host_bytes") or 0),
         "smoke test": smoke_text(sidecar.smoke),
     }

@@ -5,6 +5,7 @@ One message a line. The commands, lines that begin with `/`, are here; `conversa
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def chat(
     with opening.open(bundle) as decoder:
         conversation = Conversation(decoder, chat_tokenizer(decoder), system, generation, reading, cache=cache)
         conversation.check()
-        branches = Branches({"main": conversation})
+        branches = _Branches({"main": conversation})
         output.say(f"{decoder.backend}, {decoder.precision}, {decoder.max_seq_len} tokens; /help lists the commands")
         turns = [turn for line in messages(echo=not json) if (turn := branches.take(line, not json))]
     if json:
@@ -75,10 +76,11 @@ def messages(echo: bool) -> Iterator[str]:
     by_hand = sys.stdin.isatty()
     editable = by_hand and echo and sys.stdout.isatty()
     if editable:
-        _enable_line_editing()
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401 - importing it is what teaches input() to edit
     while True:
         if by_hand and not editable:
-            output.ask("> ")
+            output.say("> ", end="")
         try:
             line = input("> ") + "\n" if editable else sys.stdin.readline()
         except EOFError:
@@ -91,23 +93,15 @@ def messages(echo: bool) -> Iterator[str]:
             yield line.rstrip("\r\n")
 
 
-def _enable_line_editing() -> None:
-    try:
-        import readline  # noqa: F401 - importing it is what teaches input() to edit
-    except ImportError:
-        return
-
-
 @dataclass
-class Branches:
-    """Chats that share a beginning, by name; the first is `main`. Runs commands and passes messages on."""
+class _Branches:
+    """Chats that share a beginning, by name; the first is `main`. Passes messages on, and runs commands: `do_NAME`."""
 
     chats: dict[str, Conversation]
     current: str = "main"
 
     @property
     def chat(self) -> Conversation:
-        """The current chat."""
         return self.chats[self.current]
 
     def take(self, line: str, echo: bool) -> dict[str, Any] | None:
@@ -130,21 +124,17 @@ class Branches:
         return None
 
     def do_help(self, argument: str) -> str:
-        """Return the list of commands."""
         return _HELP
 
     def do_reset(self, argument: str) -> str:
-        """Begin a new conversation."""
         self.chat.reset()
         return "a new chat begins"
 
     def do_stats(self, argument: str) -> str:
-        """Describe the current chat, and name the others."""
         others = ", ".join(name for name in self.chats if name != self.current)
         return self.chat.stats() + (f"; this is {self.current}, beside {others}" if others else "")
 
     def do_rewind(self, argument: str) -> str:
-        """Take back turns."""
         if not (argument or "1").isdecimal():
             raise InputError(f"expected a number of turns, not {argument!r}")
         turns = int(argument or 1)
@@ -152,17 +142,14 @@ class Branches:
         return f"{turns} turn(s) taken back, {len(self.chat.turns)} left"
 
     def do_save(self, argument: str) -> str:
-        """Write the chat to a file."""
         self.chat.save(_needed(argument, "a file name"))
         return f"saved to {argument}: {self.chat.stats()}"
 
     def do_load(self, argument: str) -> str:
-        """Replace this chat by one from a file."""
         self.chat.load(_needed(argument, "a file name"))
         return f"loaded from {argument}: {self.chat.stats()}"
 
     def do_fork(self, argument: str) -> str:
-        """Go on in a copy of this chat."""
         if _needed(argument, "a name") in self.chats:
             raise InputError(f"there is a chat {argument} already; /switch {argument} goes there")
         self.chats[argument], left = self.chat.branch(), self.current
@@ -170,7 +157,6 @@ class Branches:
         return f"now in {argument}; /switch {left} goes back"
 
     def do_switch(self, argument: str) -> str:
-        """Go to another branch."""
         if argument not in self.chats:
             raise InputError(f"there is no chat {argument!r}; there are {', '.join(self.chats)}")
         self.current = argument

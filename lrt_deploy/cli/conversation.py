@@ -53,12 +53,16 @@ class Conversation:
 
         An interrupt stops the answer and keeps what there is of it; before its first token it takes the message back.
         """
-        history = self.with_message(message)
-        if len(history) > self.decoder.max_seq_len:
-            return self.refuse(message, len(history))
+        history, limit = self.with_message(message), self.decoder.max_seq_len
+        answer = Answer()
+        if len(history) > limit:
+            output.say(
+                f"no room for this message: the chat would have {len(history)} tokens of at most {limit}; {ADVICE}"
+            )
+            answer.finish_reason = "capacity"
+            return answer.turn(message)
         self.count += 1
         begun = len(self.history)
-        answer = Answer()
         width = output.text_width()
         lines = WordWrapper(width) if width else None
         try:
@@ -72,15 +76,15 @@ class Conversation:
             output.stream(f"{lines.finish() if lines else ''}\n")
         if answer.finish_reason == "interrupted" and not answer.tokens:
             output.say("stopped before the answer began; the message is taken back")
-            return self.turn(message, answer)
+            return answer.turn(message)
         self.history, self.turns = history + answer.tokens, [*self.turns, begun]
         if answer.finish_reason == "interrupted":
             output.say("the answer was stopped; the chat goes on from here")
         if answer.prefill and answer.prefill.note:
             output.say(f"prefill: {answer.prefill.note}")
         if answer.finish_reason == "capacity":
-            output.say(f"the answer was cut: the context of {self.decoder.max_seq_len} tokens is full; {ADVICE}")
-        return self.turn(message, answer)
+            output.say(f"the answer was cut: the context of {limit} tokens is full; {ADVICE}")
+        return answer.turn(message)
 
     def check(self) -> None:
         """Raise InputError for a system message that fills the context, or unfit prefill options."""
@@ -97,11 +101,10 @@ class Conversation:
         arguments = self.generation.arguments(self.count)
         if self.state is None and self.cache is not None:
             self.state = self.cache.prefill(self.decoder, history, **self.reading.arguments)
-            yield from self.decoder.generate(None, state=self.state, **arguments)
-            return
+            return self.decoder.generate(None, state=self.state, **arguments)
         if self.state is None:
             self.state = self.decoder.prefill([history[:1]])
-        yield from self.decoder.generate(history, state=self.state, reuse=True, **self.reading.arguments, **arguments)
+        return self.decoder.generate(history, state=self.state, reuse=True, **self.reading.arguments, **arguments)
 
     def with_message(self, message: str) -> list[int]:
         """Return the history with the last answer closed and a message appended."""
@@ -159,20 +162,3 @@ class Conversation:
         computed, size = self.state.computed_tokens, output.bytes_text(self.state.num_bytes)
         passes = computed / max(1, self.fed)
         return f"{text}, {size}; {len(self.turns)} turns, {computed} token positions computed ({passes:.3g} passes)"
-
-    def refuse(self, message: str, needed: int) -> dict[str, Any]:
-        """Say that the context is full and how to go on."""
-        limit = self.decoder.max_seq_len
-        output.say(f"no room for this message: the chat would have {needed} tokens of at most {limit}; {ADVICE}")
-        return self.turn(message, Answer(finish_reason="capacity"))
-
-    @staticmethod
-    def turn(message: str, answer: Answer) -> dict[str, Any]:
-        """Return the JSON fields of one turn."""
-        return {
-            "user": message,
-            "assistant": answer.text,
-            "finish_reason": answer.finish_reason,
-            "tokens": answer.tokens,
-            "prefill": answer.prefill.to_dict() if answer.prefill else None,
-        }

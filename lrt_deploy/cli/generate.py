@@ -14,7 +14,6 @@ from . import options, output
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.generation import Event
-    from lrt_deploy.runtime.prompt_cache import PromptCache
     from lrt_deploy.types import PrefillReport
 
 
@@ -39,7 +38,15 @@ def generate(
     with opening.open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
-        for event in answer.timed(events(decoder, ids, cache, reading, generation)):
+
+        def events() -> Iterator[Event]:  # lazily: the first token's time begins before the prompt is read
+            if cache is None:
+                yield from decoder.generate(ids, **reading.arguments, **generation.arguments())
+            else:
+                state = cache.prefill(decoder, ids, **reading.arguments)
+                yield from decoder.generate(None, state=state, **generation.arguments())
+
+        for event in answer.timed(events()):
             if not json:
                 output.stream(event.text if decoder.tokenizer else f"{event.token} ")
         report = {"prompt_tokens": len(ids)} | answer.fields(decoder)
@@ -50,21 +57,6 @@ def generate(
         output.say(summary(report))
         if note := report["prefill"]["note"]:
             output.say(f"prefill: {note}")
-
-
-def events(
-    decoder: Decoder,
-    ids: list[int],
-    cache: PromptCache | None,
-    reading: options.PromptOptions,
-    generation: options.GenerationOptions,
-) -> Iterator[Event]:
-    """Read the prompt, through the cache if there is one, and generate."""
-    if cache is None:
-        yield from decoder.generate(ids, **reading.arguments, **generation.arguments())
-    else:
-        state = cache.prefill(decoder, ids, **reading.arguments)
-        yield from decoder.generate(None, state=state, **generation.arguments())
 
 
 @dataclass
@@ -89,6 +81,16 @@ class Answer:
             self.text += event.text
             self.finish_reason, self.prefill = event.finish_reason, event.prefill
             yield event
+
+    def turn(self, message: str) -> dict[str, Any]:
+        """Return the JSON fields of one turn of a chat."""
+        return {
+            "user": message,
+            "assistant": self.text,
+            "finish_reason": self.finish_reason,
+            "tokens": self.tokens,
+            "prefill": self.prefill.to_dict() if self.prefill else None,
+        }
 
     def fields(self, decoder: Decoder) -> dict[str, Any]:
         """Return the JSON fields; ttft is from before the prefill to the first token, tpot the mean of the others."""

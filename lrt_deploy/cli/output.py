@@ -22,7 +22,7 @@ from unicodedata import combining, east_asian_width
 
 from . import signals
 
-_PARTS = re.compile(r"\n|[^\S\n]+|\S+")
+_PARTS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")  # words with the blanks before them
 
 
 def columns(text: str) -> int:
@@ -36,53 +36,47 @@ class WordWrapper:
     def __init__(self, width: int) -> None:
         self._width = max(2, width)
         self._column = 0
-        self._blanks = ""  # before the word that is held back
-        self._word = ""
+        self._held = ""  # the last part, which may go on
 
     def push(self, text: str) -> str:
         """Add a piece of text; return the text that can be shown."""
-        shown = []
-        for part in _PARTS.findall(text):
-            if part == "\n":
-                shown.append(f"{self._take()}\n")
-                self._column, self._blanks = 0, ""
-            elif part.isspace():
-                shown.append(self._take())
-                self._blanks += part
-            else:
-                self._word += part
-                shown.append(self._take_full_lines())
-        return "".join(shown)
+        *parts, self._held = _PARTS.findall(self._held + text) or [""]
+        shown = "".join(self._place(part) for part in parts)
+        full, self._held = self._full_lines(self._held)
+        return shown + full
 
     def finish(self) -> str:
         """Return the text that was held back, and start again."""
-        text = self._take()
-        self._column, self._blanks = 0, ""
+        text, self._held = self._place(self._held), ""
+        self._column = 0
         return text
 
-    def _take(self) -> str:
-        """Return the word that was held back with the blanks before it, or on a new line."""
-        if not self._word:
-            return ""
-        blanks, word = self._blanks, self._word
-        self._blanks = self._word = ""
-        if self._column and self._column + columns(blanks) + columns(word) > self._width:
+    def _place(self, part: str) -> str:
+        """Return a part where it belongs: behind the text of the line, or on new lines."""
+        full, rest = self._full_lines(part)
+        return full + self._put(rest)
+
+    def _full_lines(self, part: str) -> tuple[str, str]:
+        """Return the full lines of a word that is longer than a line, and the rest of it."""
+        shown = ""
+        while columns(word := part.lstrip()) > self._width:
+            size = 1
+            while columns(word[: size + 1]) <= self._width:
+                size += 1
+            shown += self._put(part[: len(part) - len(word) + size])
+            part = word[size:]
+        return shown, part
+
+    def _put(self, part: str) -> str:
+        word = part.lstrip()
+        if not word:  # the end of a line, or blanks before it
+            self._column = 0
+            return "\n" if part == "\n" else ""
+        if self._column and self._column + columns(part) > self._width:
             self._column = columns(word)
             return f"\n{word}"
-        self._column += columns(blanks) + columns(word)
-        return blanks + word
-
-    def _take_full_lines(self) -> str:
-        """Return the full lines of a word that is longer than a line."""
-        shown = []
-        while columns(self._word) > self._width:
-            size = 1
-            while columns(self._word[: size + 1]) <= self._width:
-                size += 1
-            rest, self._word = self._word[size:], self._word[:size]
-            shown.append(self._take())
-            self._word = rest
-        return "".join(shown)
+        self._column += columns(part)
+        return part
 
 
 def table_lines(label: str, value: str, label_width: int, width: int = 80) -> list[str]:
@@ -183,19 +177,12 @@ def _document(fields: Mapping[str, Any]) -> None:
     _write(f"{text}\n")
 
 
-def say(line: str) -> None:
+def say(line: str, end: str = "\n") -> None:
     """Print a line for a person on stderr; one that is closed is ignored."""
     with contextlib.suppress(OSError):
         if sys.stderr is not None:
-            sys.stderr.write(f"{line}\n")
+            sys.stderr.write(f"{line}{end}")
             sys.stderr.flush()
-
-
-def ask(text: str) -> None:
-    """Print a prompt for a person on stderr; the cursor stays on its line."""
-    if sys.stderr is not None:
-        sys.stderr.write(text)
-        sys.stderr.flush()
 
 
 def table(rows: Mapping[str, object]) -> None:
