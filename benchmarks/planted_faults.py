@@ -210,7 +210,7 @@ def _wiring(model: ir.Model) -> bool:
 
 
 def _products(model: ir.Model, name: str) -> list[ir.Node]:
-    from lrt_deploy.exporters.graph.cast import matrix_name
+    from lrt_deploy.exporters.graph.rewrite import matrix_name
 
     return [node for node in model.graph if node.op_type == "MatMul" and matrix_name(node) == name]
 

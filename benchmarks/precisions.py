@@ -31,7 +31,7 @@ import lrt_deploy
 from lrt_deploy.bundle.manifest import graph_path, read_manifest, weights_path, write_manifest
 from lrt_deploy.evaluation.bits_per_byte import evaluate, rows_from_text
 from lrt_deploy.evaluation.rollout import kl_divergence
-from lrt_deploy.exporters.graph.cast import matrix_name
+from lrt_deploy.exporters.graph.rewrite import matrix_name
 from lrt_deploy.exporters.quantize.calibrate import calibrate, calibration_rows
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.runtime.decoder import Decoder

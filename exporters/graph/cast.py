@@ -9,31 +9,19 @@ little and stay in float32: norms, residual stream, gates, rotary embedding, sof
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from lrt_deploy.bundle.precisions import Dtype
 from lrt_deploy.errors import ExportError
 
+from .rewrite import DTYPES, cast_value, finish, lazy, matrix_name, nodes, store
+
 HEAVY = frozenset("MatMul Attention TensorScatter QuantizeLinear DequantizeLinear".split())  # noqa: SIM905
 FOLLOWING = frozenset("Reshape Transpose Split Slice Squeeze Unsqueeze Relu Pad".split())  # noqa: SIM905
-
-DTYPES: dict[Dtype, ir.DataType] = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
-}
-
-
-def dtype_name(dtype: ir.DataType | None) -> str:
-    """Return the name of an element type as in the manifest: float32, bfloat16, int8; `unknown` for None."""
-    if dtype is None:
-        return "unknown"
-    return {"FLOAT": "float32", "DOUBLE": "float64"}.get(dtype.name, dtype.name.lower())
 
 
 def cast_weights(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> None:
@@ -42,10 +30,9 @@ def cast_weights(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> N
     A matrix is followed by a Cast, which `cast_model` removes and ONNX Runtime folds; of a table the rows that are read
     are cast. Tables that have 16 bits already stay as they are.
     """
-    for node in list(model.graph):
-        position = {"MatMul": 1, "Gather": 0}.get(node.op_type)
-        value = None if position is None else node.inputs[position]
-        if position is None or value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
+    for node in [*nodes(model.graph, "MatMul"), *nodes(model.graph, "Gather")]:
+        value = node.inputs[1 if node.op_type == "MatMul" else 0]
+        if value is None or value.const_value is None or value.dtype != ir.DataType.FLOAT:
             continue
         if value.name in keep or len(value.shape or ()) < 2:
             continue
@@ -54,7 +41,7 @@ def cast_weights(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> N
             node.replace_input_with(1, cast_value(model.graph, value, ir.DataType.FLOAT))
         else:
             _cast_rows(model.graph, node, DTYPES[dtype])
-    common.TopologicalSortPass()(model)
+    finish(model)
 
 
 def cast_model(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.Model:
@@ -63,84 +50,32 @@ def cast_model(model: ir.Model, dtype: Dtype, keep: Collection[str] = ()) -> ir.
     if dtype == "float32":
         return model
     low, graph = DTYPES[dtype], model.graph
-    nodes = _low_nodes(graph, keep)
-    lowered = {value for value in graph.inputs if (value.name or "").startswith("past_")}
-    lowered |= {value for node in nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
-    for value in lowered:
+    low_nodes = _low_nodes(graph, keep)
+    low_values = {value for value in graph.inputs if (value.name or "").startswith("past_")}
+    low_values |= {value for node in low_nodes for value in node.outputs if value.dtype == ir.DataType.FLOAT}
+    for value in low_values:
         value.type = ir.TensorType(low)
     for node in list(graph):
-        wanted = low if node in nodes else ir.DataType.FLOAT
+        wanted = low if node in low_nodes else ir.DataType.FLOAT
         for position, source in enumerate(node.inputs):
             if source is None or node.op_type == "Shape":
                 continue
-            if source in lowered if wanted == ir.DataType.FLOAT else source.dtype == ir.DataType.FLOAT:
+            if source in low_values if wanted == ir.DataType.FLOAT else source.dtype == ir.DataType.FLOAT:
                 node.replace_input_with(position, cast_value(graph, source, wanted))
     _set_outputs(graph, low)
-    common.RemoveUnusedNodesPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
     return model
-
-
-def matrix_name(node: ir.Node) -> str | None:
-    """Return the name of the matrix that a MatMul multiplies by, however it is stored; None for any other value."""
-    value = node.inputs[1]
-    while value is not None and (maker := value.producer()) is not None:
-        if maker.op_type not in ("Cast", "DequantizeLinear"):
-            return None
-        value = maker.inputs[0]
-    return None if value is None else value.name
-
-
-def producer(value: ir.Value | None, op: str | None = None, behind: Sequence[str] = ()) -> ir.Node | None:
-    """Return the node that makes a value, skipping ops in `behind`; None where there is none, or it is not an `op`."""
-    node = None if value is None else value.producer()
-    while node is not None and node.op_type in behind:
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    return None if node is None or op not in (None, node.op_type) else node
-
-
-def cast_value(graph: ir.Graph, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-    """Return `value` in another type: what it was widened from, or one Cast for all readers. The caller sorts."""
-    maker = producer(value, "Cast")
-    if maker is not None and value.dtype == ir.DataType.FLOAT:
-        source = maker.inputs[0]
-        if source is not None and source.dtype == dtype:
-            return source
-    for user in value.consumers():
-        if user.op_type == "Cast" and user.outputs[0].dtype == dtype:
-            return user.outputs[0]
-    result = ir.Value(name=f"{value.name}_{dtype.name.lower()}", shape=value.shape, type=ir.TensorType(dtype))
-    graph.append(ir.node("Cast", [value], {"to": dtype.value}, outputs=[result], name=result.name))
-    return result
-
-
-def lazy(value: ir.Value, dtype: ir.DataType, convert: object, shape: tuple[int, ...] | None = None) -> ir.LazyTensor:
-    """Return the initializer `value` through `convert`, computed when it is written and not kept, to save memory."""
-    source = value.const_value
-    assert source is not None and callable(convert)
-    name = value.name
-
-    def compute() -> ir.TensorProtocol:
-        return ir.tensor(convert(source.numpy()), dtype=dtype, name=name)
-
-    return ir.LazyTensor(compute, dtype=dtype, shape=ir.Shape(shape or source.shape.numpy()), name=name)
-
-
-def store(value: ir.Value, tensor: ir.TensorProtocol) -> None:
-    """Let an initializer hold another tensor."""
-    value.const_value = tensor
-    value.type = ir.TensorType(tensor.dtype)
-    value.shape = ir.Shape(tensor.shape.numpy())
 
 
 def _low_nodes(graph: ir.Graph, keep: Collection[str]) -> set[ir.Node]:
     """Return the nodes that compute in the base type: heavy ops, and runs of following ops between them."""
-    kept = {node for node in graph if node.op_type == "MatMul" and matrix_name(node) in keep}
+    kept = {node for node in nodes(graph, "MatMul") if matrix_name(node) in keep}
     heavy = {node for node in graph if node.op_type in HEAVY and node not in kept}
     willing = set(heavy)
     for node in reversed(list(graph)):
         users = [user for value in node.outputs for user in value.consumers()]
-        if _follows(node) and users and all(user in willing for user in users):
+        follows = node.op_type in FOLLOWING or (node.op_type == "Mul" and node.inputs[0] is node.inputs[1])  # a square
+        if follows and users and all(user in willing for user in users):
             willing.add(node)
     low = set(heavy)
     for node in graph:
@@ -148,11 +83,6 @@ def _low_nodes(graph: ir.Graph, keep: Collection[str]) -> set[ir.Node]:
         if node in willing and source is not None and source.producer() in low:
             low.add(node)
     return low
-
-
-def _follows(node: ir.Node) -> bool:
-    square = node.op_type == "Mul" and node.inputs[0] is node.inputs[1]
-    return node.op_type in FOLLOWING or square
 
 
 def _set_outputs(graph: ir.Graph, low: ir.DataType) -> None:

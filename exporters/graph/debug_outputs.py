@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
 
-from .cast import cast_value, matrix_name, producer, store
+from .rewrite import cast_value, finish, matrix_name, nodes, origin, producer, scalar, store
 
 _LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Ops that take a 16-bit value as it is: the cast that widens it, the gather from a table, and sizes.
@@ -79,8 +78,7 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
     scales = _unround_activations(model.graph, path)
     _unround_scale(model.graph, config.head_dim**-0.5)
     _widen(model.graph)
-    common.RemoveUnusedNodesPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
     return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, origins, scales)
 
 
@@ -116,7 +114,7 @@ def _derivation(value: ir.Value, known: frozenset[str]) -> Derivation:
 def _unround_activations(graph: ir.Graph, path: Path) -> dict[str, float]:
     """Let products read activations before QuantizeLinear; return the scale by the matrix that each is for."""
     scales: dict[str, float] = {}
-    for node in [node for node in graph if node.op_type == "MatMul"]:
+    for node in nodes(graph, "MatMul"):
         name, dequantize = matrix_name(node) or "", producer(node.inputs[0], behind=("Cast",))
         if dequantize is None or dequantize.op_type != "DequantizeLinear":
             continue
@@ -169,9 +167,7 @@ def _number(node: ir.Node, position: int, path: Path) -> float:
     value = node.inputs[position] if position < len(node.inputs) else None
     if value is None:
         return 0.0
-    source: ir.Value | None = value
-    while source is not None and source.const_value is None and (maker := source.producer()) is not None:
-        source = maker.inputs[0]
-    if source is None or source.const_value is None or source.const_value.size != 1:
+    number = scalar(origin(value, ("Cast",)))
+    if number is None:
         raise ParityError(f"{path}: {node.name} has no constant scale of one number; export the bundle again")
-    return float(source.const_value.numpy().reshape(()))
+    return number

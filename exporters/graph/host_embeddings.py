@@ -8,7 +8,6 @@ as the graph's own Cast would give them, so the numbers are the same to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
@@ -20,40 +19,37 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
 from . import weights_file
-from .cast import DTYPES
+from .rewrite import DTYPES, nodes
 
-_INPUT_OF = {"wte": contract.TOKEN_EMBEDS, "value_embeds": contract.VALUE_EMBEDS}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_INPUT_OF = {"wte": contract.TOKEN_EMBEDS, "value_embeds": contract.VALUE_EMBEDS}
 
-Progress = Callable[[int, int], None]
 
-
-def take_out(model: ir.Model, config: LRTConfig, path: Path, progress: Progress) -> dict[str, TableRecord]:
+def take_out(model: ir.Model, config: LRTConfig, path: Path, progress: weights_file.Progress) -> dict[str, TableRecord]:
     """Replace the tables of a float32 graph by inputs, in place, write them to `path`, and return their records."""
     graph, tables = model.graph, {}
     specs = {spec.name: spec for spec in contract.embedding_inputs(config)}
-    for node in [node for node in graph if node.op_type == "Gather" and _table(node) is not None]:
-        table = _table(node)
-        assert table is not None and table.const_value is not None
-        name = _INPUT_OF[table.name or ""]
+    for node in nodes(graph, "Gather"):
+        table = node.inputs[0]
+        if table is None or table.const_value is None or table.name not in _INPUT_OF:
+            continue
+        name = _INPUT_OF[table.name]
         rows = ir.Value(name=name, shape=ir.Shape(specs[name].shape), type=ir.TensorType(ir.DataType.FLOAT))
         tables[name] = table.const_value
         _replace_rows(node, rows)
         graph.inputs.append(rows)
-        graph.initializers.pop(table.name or "")
+        graph.initializers.pop(table.name)
     if set(tables) != set(specs):
         raise ExportError(f"host embeddings: the graph gathers {sorted(tables)}, expected {sorted(specs)}, each once")
     common.RemoveUnusedNodesPass()(model)
     first = next(value for value in graph.inputs if value.name == contract.TOKEN_EMBEDS)
     graph.inputs.remove(first)
     graph.inputs[0] = first  # in place of the ids, which nothing reads any more
-    return _write(tables, path, progress)
-
-
-def _table(node: ir.Node) -> ir.Value | None:
-    """Return the embedding table that a Gather reads; None for any other node."""
-    value = node.inputs[0]
-    return value if value is not None and value.const_value is not None and value.name in _INPUT_OF else None
+    records = {}
+    for name, tensor in zip(tables, weights_file.write(list(tables.values()), path, progress), strict=True):
+        size, width = tensor.shape.numpy()
+        records[name] = TableRecord(_NAMES[tensor.dtype], (size, width), tensor.offset or 0)
+    return records
 
 
 def _replace_rows(gather: ir.Node, rows: ir.Value) -> None:
@@ -66,11 +62,3 @@ def _replace_rows(gather: ir.Node, rows: ir.Value) -> None:
         if user.op_type != "Cast" or user.outputs[0].dtype != ir.DataType.FLOAT:
             raise ExportError(f"host embeddings: {user.name} reads rows of {found.dtype} without widening them")
         user.outputs[0].replace_all_uses_with(rows)
-
-
-def _write(tables: dict[str, ir.TensorProtocol], path: Path, progress: Progress) -> dict[str, TableRecord]:
-    records = {}
-    for name, tensor in zip(tables, weights_file.write(list(tables.values()), path, progress), strict=True):
-        rows, columns = tensor.shape.numpy()
-        records[name] = TableRecord(_NAMES[tensor.dtype], (rows, columns), tensor.offset or 0)
-    return records

@@ -7,7 +7,7 @@ TensorRT fuses by itself; `rotate_together` lets it fuse more. Variants of the g
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 
 from lrt_deploy.errors import ExportError
 
-from .cast import producer
+from .rewrite import add, constant, finish, nodes, producer, scalar, static_dim
 
 # The ops of a graph. Another one means that the trace took a path that was never measured.
 ALLOWED_OPS = frozenset(
@@ -68,9 +68,7 @@ def share_norm_scales(graph: ir.Graph) -> None:
     torch spells it as Shape + ConstantOfShape in front of every norm.
     """
     ones: dict[int, ir.Value] = {}
-    for node in graph:
-        if node.op_type != "RMSNormalization":
-            continue
+    for node in nodes(graph, "RMSNormalization"):
         width = static_dim(node.inputs[0], -1)
         if width not in ones:
             ones[width] = constant(graph, f"norm_scale_{width}", np.ones(width, np.float32))
@@ -79,9 +77,7 @@ def share_norm_scales(graph: ir.Graph) -> None:
 
 def freeze_reshapes(graph: ir.Graph) -> None:
     """Make the shapes of reshapes the constants [0, 0, ...]: all keep (B, T) and change the axes behind."""
-    for node in graph:
-        if node.op_type != "Reshape":
-            continue
+    for node in nodes(graph, "Reshape"):
         source, result = node.inputs[0], node.outputs[0]
         if source is None or source.shape is None or result.shape is None or source.shape[:2] != result.shape[:2]:
             raise ExportError(
@@ -95,8 +91,8 @@ def freeze_reshapes(graph: ir.Graph) -> None:
 
 def square_by_product(graph: ir.Graph) -> None:
     """Spell x ** 2 as x * x, the same bit for bit: Pow has fewer kernels, and a second type to agree with."""
-    for node in list(graph):
-        if node.op_type == "Pow" and _scalar(node.inputs[1]) == 2.0:
+    for node in nodes(graph, "Pow"):
+        if scalar(node.inputs[1]) == 2.0:
             _replace(graph, node, ir.node("Mul", [node.inputs[0], node.inputs[0]]))
 
 
@@ -121,37 +117,17 @@ def check_ops(graph: ir.Graph) -> None:
         )
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """Return the initializer of this name and value, made on first use."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
-        graph.register_initializer(value)
-    return graph.initializers[name]
-
-
-def static_dim(value: ir.Value | None, axis: int) -> int:
-    """Return the size of an axis; ExportError if it is not known."""
-    size = value.shape[axis] if value is not None and value.shape is not None else None
-    if not isinstance(size, int):
-        raise ExportError(
-            f"graph clean-up: axis {axis} of {value.name if value else 'a value'} is {size}, expected a size"
-        )
-    return size
-
-
 def fewer_ops(model: ir.Model) -> None:
     """Run all passes in place."""
     mix_at_once(model.graph)
     divide_at_once(model.graph)
     scale_queries(model.graph)
-    common.RemoveUnusedNodesPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
 
 
 def divide_at_once(graph: ir.Graph) -> None:
     """Replace Reciprocal and Mul by a constant by a Div."""
-    for node in [node for node in graph if node.op_type == "Mul"]:
+    for node in nodes(graph, "Mul"):
         reciprocal, scale = producer(node.inputs[0], "Reciprocal"), node.inputs[1]
         if reciprocal is not None and scale is not None and scale.const_value is not None:
             _replace(graph, node, ir.node("Div", [scale, reciprocal.inputs[0]]))
@@ -163,7 +139,7 @@ def scale_queries(graph: ir.Graph) -> None:
     ORT multiplies q with K by MLAS, which has a kernel for a single row only where the product's factor is 1; with any
     other factor it packs all of K first.
     """
-    for node in [node for node in graph if node.op_type == "Attention"]:
+    for node in nodes(graph, "Attention"):
         queries = node.inputs[0]
         assert queries is not None and queries.dtype is not None
         scale = node.attributes.get_float("scale", static_dim(queries, -1) ** -0.5)
@@ -171,9 +147,7 @@ def scale_queries(graph: ir.Graph) -> None:
             continue
         name = f"query_scale_{queries.dtype.name.lower()}_{scale:g}"
         factor = constant(graph, name, np.array(scale, queries.dtype.numpy()))
-        scaled = _add(graph, ir.node("Mul", [queries, factor]), f"{queries.name}_scaled")
-        scaled.shape, scaled.type = queries.shape, queries.type
-        node.replace_input_with(0, scaled)
+        node.replace_input_with(0, add(graph, "Mul", [queries, factor], f"{queries.name}_scaled", like=queries))
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
 
@@ -182,7 +156,7 @@ def rotate_together(graph: ir.Graph) -> None:
 
     Both ops work on each head alone. TensorRT-RTX 1.7.1 needs 9 kernels a layer then, and 11 without it.
     """
-    for attention in [node for node in graph if node.op_type == "Attention"]:
+    for attention in nodes(graph, "Attention"):
         written = producer(attention.inputs[1], "TensorScatter")
         sources = attention.inputs[0], None if written is None else written.inputs[1]
         norms = [producer(value, "RMSNormalization", behind=("Cast",)) for value in sources]
@@ -193,11 +167,9 @@ def rotate_together(graph: ir.Graph) -> None:
         assert query_norm is not None and key_norm is not None and query_turn is not None and key_turn is not None
         label, queries, keys = f"{attention.name}_together", query_turn.inputs[0], key_turn.inputs[0]
         heads = [static_dim(value, 1) for value in (queries, keys)]
-        joined = _add(graph, ir.node("Concat", [queries, keys], {"axis": 1}), f"{label}_joined")
+        joined = add(graph, "Concat", [queries, keys], f"{label}_joined", axis=1)
         for old, name in ((query_turn, "rotated"), (query_norm, "normed")):
-            joined = _add(
-                graph, ir.node(old.op_type, [joined, *old.inputs[1:]], dict(old.attributes)), f"{label}_{name}"
-            )
+            joined = add(graph, old.op_type, [joined, *old.inputs[1:]], f"{label}_{name}", **old.attributes)
         sizes = constant(graph, f"heads_{heads[0]}_{heads[1]}", np.array(heads, np.int64))
         split = ir.node("Split", [joined, sizes], {"axis": 1}, num_outputs=2)
         split.name = f"{label}_split"
@@ -217,8 +189,7 @@ def _alike(one: ir.Node | None, other: ir.Node | None) -> bool:
     return settings[0] == settings[1] and one.inputs[1:] == other.inputs[1:]
 
 
-@dataclass(frozen=True)
-class _Mix:
+class _Mix(NamedTuple):
     """r * x + a * x0 + b * m of one layer."""
 
     total: ir.Node  # the last Add
@@ -238,13 +209,11 @@ def mix_at_once(graph: ir.Graph) -> None:
     parts = []
     for index, source in enumerate((found[0].embedded, found[0].latent)):
         factors = np.array([[mix.factors[index]] for mix in found], np.float32)  # (L, 1)
-        column = _add(graph, ir.node("Unsqueeze", [source, axis]), f"mix_{index}_column")
-        parts.append(
-            _add(graph, ir.node("Mul", [column, constant(graph, f"mix_{index}_factors", factors)]), f"mix_{index}")
-        )
-    together = _add(graph, ir.node("Add", parts), "mix")  # (B, T, L, C)
+        column = add(graph, "Unsqueeze", [source, axis], f"mix_{index}_column")
+        parts.append(add(graph, "Mul", [column, constant(graph, f"mix_{index}_factors", factors)], f"mix_{index}"))
+    together = add(graph, "Add", parts, "mix")  # (B, T, L, C)
     shape = constant(graph, f"shape_0_0_{layers * width}", np.array([0, 0, layers * width], np.int64))
-    flat = _add(graph, ir.node("Reshape", [together, shape]), "mix_flat")
+    flat = add(graph, "Reshape", [together, shape], "mix_flat")
     split = ir.node("Split", [flat], {"axis": -1, "num_outputs": layers}, num_outputs=layers)
     split.name = "mix_split"
     graph.append(split)
@@ -263,23 +232,12 @@ def _mix(node: ir.Node) -> _Mix | None:
     scaled, embedded = producer(first.inputs[0], "Mul"), producer(first.inputs[1], "Mul")
     if scaled is None or embedded is None or len(first.outputs[0].uses()) != 1:
         return None
-    a, b = _scalar(embedded.inputs[0]), _scalar(latent.inputs[0])
-    if a is None or b is None or _scalar(scaled.inputs[0]) is None:
+    a, b = scalar(embedded.inputs[0]), scalar(latent.inputs[0])
+    if a is None or b is None or scalar(scaled.inputs[0]) is None:
         return None
     x0, m = embedded.inputs[1], latent.inputs[1]
     assert x0 is not None and m is not None
     return _Mix(node, scaled.outputs[0], x0, m, (a, b))
-
-
-def _scalar(value: ir.Value | None) -> float | None:
-    tensor = None if value is None else value.const_value
-    return float(tensor.numpy()) if tensor is not None and tensor.size == 1 else None
-
-
-def _add(graph: ir.Graph, node: ir.Node, name: str) -> ir.Value:
-    node.name = node.outputs[0].name = name
-    graph.append(node)  # the caller sorts
-    return node.outputs[0]
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:

@@ -9,7 +9,6 @@ import json
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour
@@ -17,7 +16,8 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 
-from .passes import constant, fewer_ops, rotate_together
+from .passes import fewer_ops, rotate_together
+from .rewrite import add, constant, finish, nodes
 
 
 def decode_step(model: ir.Model) -> ir.Model:
@@ -42,12 +42,11 @@ def for_tensorrt(model: ir.Model, capacity: int, decompose: bool) -> None:
     some shapes and 16-bit types only.
     """
     fix_dims(model, {"capacity": capacity, "rows": 1})
-    for node in model.graph:
-        if node.op_type == "Attention" and (decompose or node.outputs[0].dtype == ir.DataType.FLOAT):
+    for node in nodes(model.graph, "Attention"):
+        if decompose or node.outputs[0].dtype == ir.DataType.FLOAT:
             node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     rotate_together(model.graph)
-    common.RemoveUnusedNodesPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
 
 
 # ORT's Slice copies, on one thread: with Attention 14 us a slot over 12 layers of width 768, without it 5 us.
@@ -64,13 +63,12 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
     model = model.clone()
     fewer_ops(model)
     graph = model.graph
-    end = _bound(graph, contract.WINDOW_END)
-    slots = ir.Value(name=contract.SLOT_POSITIONS, shape=ir.Shape(["capacity"]), type=ir.TensorType(ir.DataType.INT64))
+    end, slots = _input(contract.WINDOW_END, 1), _input(contract.SLOT_POSITIONS, "capacity")
     sliced = {w: w + 1 < _SLICED_BELOW * capacity for w in contract.distinct_windows(config)}
     windows = {w: _Window(graph, w, slots, end if sliced[w] else None) for w in sliced}
     graph.inputs[4:4] = [*(window.start for window in windows.values()), end, slots]
     layers = {contract.present_key(i): i for i in range(config.n_layer)}
-    for node in [node for node in graph if node.op_type == "Attention"]:
+    for node in nodes(graph, "Attention"):
         layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
         if layer is None:
             raise ExportError(f"windowed flavour: the keys of {node.name} are not a cache output of the contract")
@@ -78,8 +76,7 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
         for position in (1, 2) if sliced[window.size] else ():
             node.replace_input_with(position, window.slice(node, position))
         node.replace_input_with(3, window.mask)
-    common.RemoveUnusedNodesPass()(model)
-    common.TopologicalSortPass()(model)
+    finish(model)
     return model
 
 
@@ -103,7 +100,7 @@ class _Window:
 
     def __init__(self, graph: ir.Graph, size: int, slots: ir.Value, end: ir.Value | None) -> None:
         self.graph, self.size, self.slots, self.end = graph, size, slots, end
-        self.start = _bound(graph, contract.window_start(size))
+        self.start = _input(contract.window_start(size), 1)
         self.axis = constant(graph, "cache_slot_axis", np.array([2], np.int64))
         self.mask = self._mask()
 
@@ -125,21 +122,11 @@ class _Window:
         """Slice the live part of the cache that is this input of an attention node."""
         cache = attention.inputs[position]
         assert cache is not None
-        node = ir.node("Slice", [cache, self.start, self.end, self.axis])
-        _name(node, f"{cache.name}_live")
-        self.graph.append(node)
-        return node.outputs[0]
+        return add(self.graph, "Slice", [cache, self.start, self.end, self.axis], f"{cache.name}_live")
 
     def _node(self, op: str, inputs: list[ir.Value], label: str) -> ir.Value:
-        node = ir.node(op, inputs)
-        _name(node, f"window_{self.size}_{label}")
-        self.graph.append(node)  # the caller sorts the graph
-        return node.outputs[0]
+        return add(self.graph, op, inputs, f"window_{self.size}_{label}")
 
 
-def _bound(graph: ir.Graph, name: str) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape([1]), type=ir.TensorType(ir.DataType.INT64))
-
-
-def _name(node: ir.Node, name: str) -> None:
-    node.name = node.outputs[0].name = name
+def _input(name: str, size: int | str) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape([size]), type=ir.TensorType(ir.DataType.INT64))

@@ -14,7 +14,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.quantize.qdq import Format
 
-from .cast import dtype_name, matrix_name, producer
+from .rewrite import dtype_name, matrix_name, producer
 
 Counts = dict[str, dict[str, int]]
 

@@ -14,18 +14,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-from onnx_ir.passes import common
 
 from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.graph.cast import cast_value, lazy, matrix_name, producer, store
-from lrt_deploy.exporters.graph.passes import constant, static_dim
+from lrt_deploy.exporters.graph.rewrite import (
+    add,
+    cast_value,
+    constant,
+    finish,
+    lazy,
+    matrix_name,
+    nodes,
+    producer,
+    static_dim,
+    store,
+)
 
 ACTIVATION_ZERO = "activation_zero_point"
 # Shares of the largest weight of a block that its int4 grid may end at; the one with the least squared error is taken.
@@ -75,17 +83,17 @@ def quantize(
 ) -> None:
     """Quantize all products with matrices that are not in `keep`, in place; `stored` ones are rounded already."""
     graph = model.graph
-    for node in list(graph):
-        name = matrix_name(node) if node.op_type == "MatMul" else None
+    for node in nodes(graph, "MatMul"):
+        name = matrix_name(node)
         if name is None or name in keep:
             continue
-        rows = _rows(node.inputs[1])
+        rows = static_dim(node.inputs[1], 0)
         node.replace_input_with(1, _dequantized_weight(graph, node.inputs[1], kind, (stored or {}).get(name)))
         if missing := kind.missing_rows(rows):
             node.replace_input_with(0, _padded(graph, node.inputs[0], missing))
         if kind.activations:
             node.replace_input_with(0, _through_int8(graph, node.inputs[0], activation_scales[name]))
-    common.TopologicalSortPass()(model)
+    finish(model)
 
 
 def unpad(model: ir.Model) -> None:
@@ -93,13 +101,13 @@ def unpad(model: ir.Model) -> None:
 
     In the weights file, which both flavours read, the rows left out are the last bytes of a tensor.
     """
-    for node in [node for node in model.graph if node.op_type == "Pad" and node.inputs[1] is not None]:
+    for node in nodes(model.graph, "Pad"):
         padded, source = node.outputs[0], node.inputs[0]
         for product in list(padded.consumers()):
             dequantize = producer(product.inputs[1], "DequantizeLinear")
             if product.op_type != "MatMul" or dequantize is None:
                 raise ExportError(f"{product.name} reads padded activations and has no quantized matrix")
-            _cut(dequantize, _rows(dequantize.inputs[0]) - _last(padded) + _last(source))
+            _cut(dequantize, static_dim(dequantize.inputs[0], 0) - static_dim(padded, -1) + static_dim(source, -1))
             product.replace_input_with(0, source)
         model.graph.remove(node, safe=True)
 
@@ -158,7 +166,7 @@ def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[
 
 
 def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, stored: Stored | None) -> ir.Value:
-    """Store integers in the initializer and return a DequantizeLinear of it."""
+    """Store integers in the initializer, with rows of zeros up to whole blocks; return a DequantizeLinear of it."""
     assert weight is not None and weight.const_value is not None
     rows, columns = weight.const_value.shape.numpy()
     fill = ((0, kind.missing_rows(rows)), (0, 0))
@@ -166,19 +174,13 @@ def _dequantized_weight(graph: ir.Graph, weight: ir.Value | None, kind: Format, 
     scale = cast_value(graph, constant(graph, f"{weight.name}.scale", scales), ir.DataType.FLOAT)
     dtype = ir.DataType.INT4 if kind.bits == 4 else ir.DataType.INT8
     if stored is None:
-        convert = partial(_quantized_and_filled, scales=scales, kind=kind)
-        store(weight, lazy(weight, dtype, convert, (rows + fill[0][1], columns)))
+        shape = (rows + kind.missing_rows(rows), columns)
+        store(weight, lazy(weight, dtype, lambda array: np.pad(quantized(array, scales, kind), fill), shape))
     else:
         store(weight, ir.tensor(np.pad(stored[1], fill), dtype=dtype, name=weight.name))
-    attributes = {"axis": 1} if kind.block is None else {"axis": 0, "block_size": kind.block}
-    result = _like(weight, f"{weight.name}.dequantized", ir.DataType.FLOAT)
-    graph.append(ir.node("DequantizeLinear", [weight, scale], attributes, outputs=[result], name=result.name))
-    return result
-
-
-def _quantized_and_filled(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
-    """Return the integers (K, N), with rows of zeros up to whole blocks."""
-    return np.pad(quantized(weight, scales, kind), ((0, kind.missing_rows(len(weight))), (0, 0)))
+    grid = {"axis": 1} if kind.block is None else {"axis": 0, "block_size": kind.block}
+    name = f"{weight.name}.dequantized"
+    return add(graph, "DequantizeLinear", [weight, scale], name, weight, ir.DataType.FLOAT, **grid)
 
 
 def _padded(graph: ir.Graph, x: ir.Value | None, count: int) -> ir.Value:
@@ -188,9 +190,8 @@ def _padded(graph: ir.Graph, x: ir.Value | None, count: int) -> ir.Value:
         if user.op_type == "Pad":
             return user.outputs[0]
     pads = constant(graph, f"pad_rows_{count}", np.array([0, 0, 0, 0, 0, count], np.int64))
-    shape = None if x.shape is None else ir.Shape([*x.shape[:-1], _last(x) + count])
-    result = ir.Value(name=f"{x.name}.padded", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
-    graph.append(ir.node("Pad", [x, pads], outputs=[result], name=result.name))
+    result = add(graph, "Pad", [x, pads], f"{x.name}.padded", like=x)
+    result.shape = None if x.shape is None else ir.Shape([*x.shape[:-1], static_dim(x, -1) + count])
     return result
 
 
@@ -198,23 +199,16 @@ def _cut(dequantize: ir.Node, rows: int) -> None:
     """Leave the first `rows` rows of the matrix that a node dequantizes; done already where products share it."""
     weight, result = dequantize.inputs[0], dequantize.outputs[0]
     assert weight is not None
-    tensor, shape, name = weight.const_value, ir.Shape([rows, _last(weight)]), weight.name or ""
+    columns, tensor, name = static_dim(weight, -1), weight.const_value, weight.name or ""
     assert tensor is not None
+    shape = ir.Shape([rows, columns])
     if isinstance(tensor, ir.ExternalTensor):
-        length = -(-rows * _last(weight) * tensor.dtype.bitwidth // 8)
+        length = -(-rows * columns * tensor.dtype.bitwidth // 8)
         place, folder = (tensor.location, tensor.offset, length, tensor.dtype), tensor.base_dir
         store(weight, ir.ExternalTensor(*place, shape=shape, name=name, base_dir=folder))
     else:  # too small for the file
         store(weight, ir.tensor(tensor.numpy()[:rows], dtype=tensor.dtype, name=name))
     result.shape = shape
-
-
-def _rows(matrix: ir.Value | None) -> int:
-    return static_dim(matrix, 0)
-
-
-def _last(value: ir.Value | None) -> int:
-    return static_dim(value, -1)
 
 
 def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
@@ -225,12 +219,6 @@ def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
             return next(iter(user.outputs[0].consumers())).outputs[0]
     scale = cast_value(graph, constant(graph, f"{x.name}.scale", np.array(step, np.float16)), ir.DataType.FLOAT)
     zero = constant(graph, ACTIVATION_ZERO, np.array(0, np.int8))
-    integers = _like(x, f"{x.name}.int8", ir.DataType.INT8)
-    result = _like(x, f"{x.name}.dequantized", ir.DataType.FLOAT)
-    graph.append(ir.node("QuantizeLinear", [x, scale, zero], outputs=[integers], name=integers.name))
-    graph.append(ir.node("DequantizeLinear", [integers, scale, zero], outputs=[result], name=result.name))
-    return result
-
-
-def _like(value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
-    return ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
+    integers = add(graph, "QuantizeLinear", [x, scale, zero], f"{x.name}.int8", x, ir.DataType.INT8)
+    name = f"{x.name}.dequantized"
+    return add(graph, "DequantizeLinear", [integers, scale, zero], name, x, ir.DataType.FLOAT)

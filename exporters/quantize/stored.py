@@ -23,7 +23,7 @@ from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
-from lrt_deploy.exporters.graph.cast import dtype_name
+from lrt_deploy.exporters.graph.rewrite import dtype_name, origin
 
 _DTYPES = ("int4", "int8", "float16", "bfloat16", "float32")
 _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
@@ -130,9 +130,7 @@ def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
 
 def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
     """Return the scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
-    value = node.inputs[1]
-    while value is not None and (producer := value.producer()) is not None and producer.op_type == "Cast":
-        value = producer.inputs[0]
+    value = origin(node.inputs[1], ("Cast",))
     assert value is not None
     tensor = _known(value, path)
     block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)

@@ -176,7 +176,7 @@ def _read_graph(path: Path) -> onnx.ModelProto:
 
 def _graph_fields(path: Path, model: ir.Model) -> dict[str, Any]:
     """Return the JSON fields of a graph; in `dims` a name stands for a free dimension."""
-    from lrt_deploy.exporters.graph.cast import dtype_name
+    from lrt_deploy.exporters.graph.rewrite import dtype_name
     from lrt_deploy.exporters.graph.verify import count
 
     def described(value: ir.Value) -> dict[str, Any]:
