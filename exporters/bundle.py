@@ -200,9 +200,9 @@ class Graphs:
 def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> Graphs:
     """Trace the model once, derive the graphs of every precision, and write them and their weights below `folder`."""
     from .graph import passes
-    from .graph.ort_verify import verify_graphs
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace
+    from .graph.verify import verify_graphs
     from .quantize.plan import make_plan, needs_calibration
 
     say("loading weights", 0, 0)

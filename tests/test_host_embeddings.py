@@ -30,7 +30,7 @@ from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, ExportError, InputError
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
-from lrt_deploy.exporters.graph.host_embeddings import take_out
+from lrt_deploy.exporters.graph.weights_file import take_out_tables
 from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
 from lrt_deploy.runtime.backends.ort_debug import OrtProbe
 from lrt_deploy.runtime.batch import BatchDecoder
@@ -211,7 +211,7 @@ def test_a_table_that_was_altered_is_refused(copied):
 def test_a_graph_without_the_tables_is_refused(on_host, tmp_path):
     model = ir.load(on_host / graph_path("fp32", "prefill", "full"))
     with pytest.raises(ExportError, match="the graph gathers"):
-        take_out(model, read_manifest(on_host).model, tmp_path / TABLES, lambda done, total: None)
+        take_out_tables(model, read_manifest(on_host).model, tmp_path / TABLES, lambda done, total: None)
 
 
 def test_rows_of_calls_share_memory_that_grows():

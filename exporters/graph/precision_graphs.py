@@ -21,7 +21,7 @@ from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import Plan
 from lrt_deploy.exporters.quantize.qdq import quantize, unpad
 
-from . import host_embeddings, passes, variants, verify, weights_file
+from . import passes, variants, verify, weights_file
 from .cast import cast_model, cast_weights
 
 Progress = Callable[[str, int, int], None]
@@ -45,12 +45,14 @@ def write_precision(
     tables: dict[str, manifest.TableRecord] = {}
     if plan.host_embeddings:
         report = partial(say, f"writing {plan.precision} tables")
-        tables = host_embeddings.take_out(stored, config, out / manifest.TABLES, report)
+        tables = weights_file.take_out_tables(stored, config, out / manifest.TABLES, report)
     weights_file.externalize(stored, out / manifest.WEIGHTS, partial(say, f"writing {plan.precision} weights"))
     operations: dict[str, verify.Counts] = {}
     for flavour in contract.FLAVOURS:
         derived = derive(stored, config, capacity, plan, flavour)
-        operations[flavour] = _check(derived, config, plan, flavour)
+        base = base_dtype(plan.precision, flavour)
+        expected = verify.expected_counts(config, plan.kind, base, len(plan.keep), len(plan.float32))
+        operations[flavour] = verify.check(derived.graph, expected, f"the {flavour} graph in {plan.precision}")
         for phase, make in (("prefill", ir.Model.clone), ("decode_step", variants.decode_step)):
             final = make(derived)
             variants.describe(final, config, flavour, plan.precision)
@@ -81,9 +83,3 @@ def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavo
         model = variants.windowed(model, config, capacity)
     passes.check_ops(model.graph)
     return model
-
-
-def _check(model: ir.Model, config: LRTConfig, plan: Plan, flavour: Flavour) -> verify.Counts:
-    base = base_dtype(plan.precision, flavour)
-    expected = verify.expected_counts(config, plan.kind, base, len(plan.keep), len(plan.float32))
-    return verify.check(model.graph, expected, f"the {flavour} graph in {plan.precision}")

@@ -1,14 +1,21 @@
-"""Count node by node which types a graph computes in, and verify the counts against what its precision expects.
+"""Verify graphs before they become a bundle: by the types that they compute in, and by opening them.
 
-The counts go into the manifest, `inspect` shows them, and an export whose graph has others fails. Needs onnx_ir alone.
+The counts of operations by type go into the manifest, `inspect` shows them, and an export whose graph has others than
+its precision expects fails. Every graph is opened to find those that ONNX Runtime would refuse: its CPU provider has
+kernels for all precisions but bfloat16, whose graphs get ONNX's own check of types and shapes. Nothing is optimized,
+packed or run, and the weights are mapped and not read. That a graph computes the right numbers is for parity.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import onnx_ir as ir
 
+from lrt_deploy.bundle.contract import FLAVOURS
+from lrt_deploy.bundle.manifest import PHASES, graph_path
+from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
@@ -71,8 +78,8 @@ def check(graph: ir.Graph, expected: Counts, what: str) -> Counts:
 
 
 def _matmul_kind(node: ir.Node, base: str) -> str:
-    stored, kinds = node.inputs[1], []
-    for value in (stored, node.inputs[0]):
+    kinds = []
+    for value in (node.inputs[1], node.inputs[0]):
         dequantize = producer(value, "DequantizeLinear")
         integers = None if dequantize is None else dequantize.inputs[0]
         kinds.append("" if integers is None or integers.dtype is None else f"int{integers.dtype.bitwidth}")
@@ -84,3 +91,38 @@ def _matmul_kind(node: ir.Node, base: str) -> str:
 
 def _text(numbers: dict[str, int]) -> str:
     return ", ".join(f"{number} in {name}" for name, number in numbers.items()) or "none"
+
+
+_LOG_NOTHING = 4  # but what ends the process; errors are raised
+
+
+def verify_graphs(folder: Path, precision: str) -> None:
+    """Open all graphs of a precision below `folder`; raises ExportError with the reason for one that cannot be."""
+    for flavour in FLAVOURS:
+        verify = _check_types if base_dtype(precision, flavour) == "bfloat16" else _open
+        for phase in PHASES:
+            try:
+                verify(folder / graph_path(precision, phase, flavour))
+            except Exception as error:  # onnx and onnxruntime raise their own unrelated types
+                raise ExportError(
+                    f"the {flavour} {phase} graph in {precision} cannot be opened, so nothing was written: "
+                    f"{' '.join(str(error).split())[:400]}. Please report this with the checkpoint's config"
+                ) from error
+
+
+def _open(path: Path) -> None:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_NOTHING
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
+
+
+def _check_types(path: Path) -> None:
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
