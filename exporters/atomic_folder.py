@@ -107,7 +107,8 @@ def _put_in_place(folder: Path, target: Path, check: Check | None, error: type[L
     while True:
         try:
             if not os.path.lexists(target):
-                _rename(folder, target)
+                if not _renameat2(folder, target, _NOREPLACE):
+                    folder.rename(target)
                 return
             if check is None:
                 raise error(f"{target} has come into being meanwhile; it was left as it is, and nothing was written")
@@ -137,12 +138,6 @@ def _step_aside(folder: Path, target: Path) -> None:
             retired.rename(target)
         raise
     retired.rename(folder)
-
-
-def _rename(folder: Path, target: Path) -> None:
-    """Rename to a name that is free; raises FileExistsError if it is not any more."""
-    if not _renameat2(folder, target, _NOREPLACE):
-        folder.rename(target)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> bool:

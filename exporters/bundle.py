@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from lrt_deploy.files import check_writable, read_json, read_text
 from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 
 from .atomic_folder import atomic_folder, recover
-from .export_options import ExportOptions, check_space
+from .export_options import ExportRequest, check_space
 
 if TYPE_CHECKING:
     from lrt_deploy.exporters.quantize.calibrate import Calibration
@@ -84,7 +84,7 @@ def export_bundle(
 
     """
     source, target = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
-    options = ExportOptions(
+    options = ExportRequest(
         precisions=(precision,) if isinstance(precision, str) else check_texts(precision, "precision"),
         max_seq_len=None if max_seq_len is None else check_whole(max_seq_len, "max_seq_len"),
         max_batch_size=check_whole(max_batch_size, "max_batch_size"),
@@ -100,7 +100,7 @@ def export_bundle(
     return _export(source, target, options, check_callable(progress, "progress"))
 
 
-def _export(source: Path, bundle: Path, options: ExportOptions, progress: Progress) -> Manifest:
+def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
     target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
     refuse_existing(target, options.force)
     options.check()
@@ -118,9 +118,9 @@ def _export(source: Path, bundle: Path, options: ExportOptions, progress: Progre
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
-        graphs = _write_graphs(opened, capacity, options, folder, progress)
+        details, tables = _write_graphs(opened, capacity, options, folder, progress)
         progress("hashing", 0, 0)
-        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, graphs))
+        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, details, tables))
 
 
 def refuse_existing(target: Path, force: bool) -> None:
@@ -189,16 +189,16 @@ def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenize
     return None if found is None else load_source_tokenizer(found, vocab_size)
 
 
-@dataclass(frozen=True)
-class Graphs:
-    """The manifest's entries on graphs: details of each precision, and its tables where they are on the host."""
-
-    details: dict[str, Any]
-    tables: dict[str, dict[str, manifest.TableRecord]]
+Tables = dict[str, dict[str, manifest.TableRecord]]
 
 
-def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions, folder: Path, say: Progress) -> Graphs:
-    """Trace the model once, derive the graphs of every precision, and write them and their weights below `folder`."""
+def _write_graphs(
+    checkpoint: Checkpoint, capacity: int, options: ExportRequest, folder: Path, say: Progress
+) -> tuple[dict[str, Any], Tables]:
+    """Trace the model once, derive the graphs of every precision, and write them and their weights below `folder`.
+
+    Return the manifest's entries on them: details of each precision, and its tables where they are on the host.
+    """
     from .graph import passes
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace
@@ -216,20 +216,20 @@ def _write_graphs(checkpoint: Checkpoint, capacity: int, options: ExportOptions,
     passes.clean(traced)
     matrices = matrix_shapes(checkpoint.config)
     plans = [make_plan(p, matrices, options.keep_high, seen, options.int4_block) for p in options.precisions]
-    tables: dict[str, dict[str, manifest.TableRecord]] = {}
+    tables: Tables = {}
     for plan in plans:
         plan = replace(plan, host_embeddings=options.host_embeddings)
-        written = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
+        operations, on_host = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
         say(f"opening the {plan.precision} graphs", 0, 0)
         verify_graphs(folder, plan.precision)
-        details[plan.precision] = {**plan.details, "operations": written.operations}
-        if written.tables:
-            tables[plan.precision] = written.tables
-    return Graphs(details, tables)
+        details[plan.precision] = {**plan.details, "operations": operations}
+        if on_host:
+            tables[plan.precision] = on_host
+    return details, tables
 
 
 def _calibrate(
-    model: LRT, options: ExportOptions, capacity: int, folder: Path, say: Progress
+    model: LRT, options: ExportRequest, capacity: int, folder: Path, say: Progress
 ) -> tuple[Calibration, dict[str, Any]]:
     """Roll the reference out over the calibration text; return the measurements, and the manifest's entry on them."""
     from .quantize.calibrate import calibrate, calibration_rows
@@ -239,16 +239,16 @@ def _calibrate(
     rows = calibration_rows(options.calibration, tokenizer, model.config.vocab_size, capacity)
     say(f"calibrating on {rows.source}", 0, 0)
     seen = calibrate(model, rows.tokens, say, moments=options.compensate)
-    about = {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
-    return seen, about
+    return seen, {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
 
 
 def _manifest(
     checkpoint: Checkpoint,
-    options: ExportOptions,
+    options: ExportRequest,
     capacity: int,
     tokenizer: SourceTokenizer | None,
-    graphs: Graphs,
+    details: dict[str, Any],
+    tables: Tables,
 ) -> Manifest:
     config = checkpoint.config
     packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")
@@ -266,8 +266,8 @@ def _manifest(
             for precision in options.precisions
         },
         tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
-        precision_details=graphs.details,
-        tables=graphs.tables,
+        precision_details=details,
+        tables=tables,
         provenance={
             "checkpoint": {
                 "file": checkpoint.model_file.name,

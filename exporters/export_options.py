@@ -27,7 +27,7 @@ _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int8-weight-only": 8, "
 
 
 @dataclass(frozen=True)
-class ExportOptions:
+class ExportRequest:
     """The options of `export_bundle`, documented there, in the right types."""
 
     precisions: tuple[str, ...]
@@ -68,11 +68,6 @@ class ExportOptions:
                 f"max_seq_len is {capacity}; this model's rotary tables cover 1 to {config.max_positions} positions "
                 f"(10 x sequence_len, as the authors built them)"
             )
-        self._check_batch(config, capacity)
-        matching(self.keep_high or (), matrix_shapes(config), strict=True)
-        return capacity
-
-    def _check_batch(self, config: LRTConfig, capacity: int) -> None:
         if self.max_batch_size < 1:
             raise ExportError(f"max_batch_size is {self.max_batch_size}, expected at least 1")
         most = _LARGEST_TENSOR // (config.n_kv_head * config.head_dim * capacity)
@@ -83,6 +78,8 @@ class ExportOptions:
                 f"model holds at most {most} sequences (2^31 elements, the limit of TensorRT and of 32-bit kernels), "
                 f"and the state of {self.max_batch_size} would take {taken / 1e9:.3g} GB of memory"
             )
+        matching(self.keep_high or (), matrix_shapes(config), strict=True)
+        return capacity
 
 
 def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:
@@ -130,7 +127,5 @@ def _state_bytes(config: LRTConfig, precision: str, capacity: int) -> int:
     """Return the bytes of the state of one sequence: caches and latent at full capacity."""
     dtype = base_dtype(precision, "full")
     sizes = {"batch": 1, "tokens": 1, "capacity": capacity}
-    shapes = [
-        [sizes[dim] if isinstance(dim, str) else dim for dim in pair.shape] for pair in state_pairs(config, dtype)
-    ]
-    return sum(prod(shape) for shape in shapes) * ITEM_BYTES[dtype]
+    pairs = state_pairs(config, dtype)
+    return sum(prod(int(sizes.get(str(dim), dim)) for dim in pair.shape) for pair in pairs) * ITEM_BYTES[dtype]

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 
+from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
-from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
+from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
 
 INT4 = FORMATS["int4-weight-only"]
+
+
+def dequantized(scales, integers, kind):
+    return StoredMatrix("matrix", "int", integers, scales, kind.block).dequantized()
+
+
+def rounded(weight, kind):
+    scales = weight_scales(weight, kind)
+    return dequantized(scales, quantized(weight, scales, kind), kind)
 
 
 def matrix(rows=64, columns=24, seed=0):

@@ -18,6 +18,7 @@ import lrt_deploy
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import PHASES, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
+from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
@@ -28,7 +29,7 @@ from lrt_deploy.exporters.graph.verify import verify_graphs
 from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import make_plan
-from lrt_deploy.exporters.quantize.qdq import FORMATS, dequantized, quantized, rounded, weight_scales
+from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.runtime.backends import ort_cpu
@@ -39,6 +40,15 @@ pytestmark = pytest.mark.slow  # for the export
 
 HALVES = ("fp16", "bf16")
 TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+
+
+def dequantized(scales, integers, kind):
+    return StoredMatrix("matrix", "int", integers, scales, kind.block).dequantized()
+
+
+def rounded(weight, kind):
+    scales = weight_scales(weight, kind)
+    return dequantized(scales, quantized(weight, scales, kind), kind)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
 
-from .rewrite import cast_value, finish, matrix_name, nodes, origin, producer, scalar, store
+from .rewrite import cast_value, finish, matrix_name, nodes, producer, scalar, store, walk_back
 
 _LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Ops that take a 16-bit value as it is: the cast that widens it, the gather from a table, and sizes.
@@ -167,7 +167,7 @@ def _number(node: ir.Node, position: int, path: Path) -> float:
     value = node.inputs[position] if position < len(node.inputs) else None
     if value is None:
         return 0.0
-    number = scalar(origin(value, ("Cast",)))
+    number = scalar(walk_back(value, ("Cast",)))
     if number is None:
         raise ParityError(f"{path}: {node.name} has no constant scale of one number; export the bundle again")
     return number

@@ -7,7 +7,6 @@ flavours are then derived from it, each in its own base type, and so share every
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,18 +26,10 @@ from .cast import cast_model, cast_weights
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Written:
-    """The counts of each flavour's graphs, and where their tables lie, if not in the graphs."""
-
-    operations: dict[str, verify.Counts]
-    tables: dict[str, manifest.TableRecord]
-
-
 def write_precision(
     traced: ir.Model, config: LRTConfig, capacity: int, plan: Plan, folder: Path, say: Progress
-) -> Written:
-    """Write graphs and weights below `folder`."""
+) -> tuple[dict[str, verify.Counts], dict[str, manifest.TableRecord]]:
+    """Write graphs and weights below `folder`; return the counts of each flavour's graphs, and tables in a file."""
     out = folder / "graphs" / plan.precision
     out.mkdir(parents=True)
     stored = store_weights(traced, plan)
@@ -57,7 +48,7 @@ def write_precision(
             final = make(derived)
             variants.describe(final, config, flavour, plan.precision)
             ir.save(final, folder / manifest.graph_path(plan.precision, phase, flavour))
-    return Written(operations, tables)
+    return operations, tables
 
 
 def store_weights(traced: ir.Model, plan: Plan) -> ir.Model:

@@ -33,8 +33,8 @@ def nodes(graph: ir.Graph, op: str) -> list[ir.Node]:
     return [node for node in graph if node.op_type == op]
 
 
-def origin(value: ir.Value | None, through: Sequence[str]) -> ir.Value | None:
-    """Walk back from a value through ops in `through`, each to its first input."""
+def walk_back(value: ir.Value | None, through: Sequence[str]) -> ir.Value | None:
+    """Return the value that this one comes from, through ops in `through`, each by its first input."""
     while value is not None and (maker := value.producer()) is not None and maker.op_type in through:
         value = maker.inputs[0]
     return value
@@ -42,14 +42,14 @@ def origin(value: ir.Value | None, through: Sequence[str]) -> ir.Value | None:
 
 def producer(value: ir.Value | None, op: str | None = None, behind: Sequence[str] = ()) -> ir.Node | None:
     """Return the node that makes a value, skipping ops in `behind`; None where there is none, or it is not an `op`."""
-    value = origin(value, behind)
+    value = walk_back(value, behind)
     node = None if value is None else value.producer()
     return None if node is None or op not in (None, node.op_type) else node
 
 
 def matrix_name(node: ir.Node) -> str | None:
     """Return the name of the matrix that a MatMul multiplies by, however it is stored; None for any other value."""
-    value = origin(node.inputs[1], ("Cast", "DequantizeLinear"))
+    value = walk_back(node.inputs[1], ("Cast", "DequantizeLinear"))
     return None if value is None or value.producer() is not None else value.name
 
 

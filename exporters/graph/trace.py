@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -23,14 +22,13 @@ from torch import Tensor, nn
 
 from lrt_deploy.bundle.contract import OPSET, graph_inputs, graph_outputs
 from lrt_deploy.bundle.weights import matrix_shapes
-from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.model.model import LRT
 
 from .passes import ACTIVATION_DOMAIN
 
 # Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
-_BATCH, _TOKENS, _CAPACITY, _ROWS = 2, 3, 16, 5
+_SIZES = {"batch": 2, "tokens": 3, "capacity": 16, "rows": 5}
 _MERGED_ELEMENTS = 2**16  # torch's optimizer looks at 1,024
 _PREFIX = "model."  # what ExplicitState puts before every parameter name
 
@@ -92,14 +90,22 @@ def trace(model: LRT) -> ir.Model:
     """
     config = model.config
     inputs, outputs = graph_inputs(config, "full"), graph_outputs(config)
+    dims = {name: torch.export.Dim(name) for name in _SIZES}  # one for each name, so that every cache shares `capacity`
+    free = [{i: dims[dim] for i, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in inputs]
+    example = [
+        torch.zeros(
+            [_SIZES[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=getattr(torch, spec.dtype)
+        )
+        for spec in inputs
+    ]
     with _onnx_ops(model), _quiet(), _no_cache_folder(), _all_different(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 ExplicitState(model).eval(),
-                _example(config),
+                (*example[:4], tuple(example[4:])),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=_dynamic_shapes(config),
+                dynamic_shapes=(*free[:4], tuple(free[4:])),
                 input_names=[spec.name for spec in inputs],
                 output_names=[spec.name for spec in outputs],
                 verbose=False,
@@ -184,23 +190,3 @@ def _no_cache_folder() -> Iterator[None]:
         if made is not None and Path(made) not in before:
             with contextlib.suppress(OSError):  # it is in use, and not empty
                 Path(made).rmdir()
-
-
-def _example(config: LRTConfig) -> tuple[Any, ...]:
-    cache = torch.zeros(_BATCH, config.n_kv_head, _CAPACITY, config.head_dim)
-    state = [cache.clone() for _ in range(2 * config.n_layer)]
-    if config.memory:
-        state.insert(0, torch.zeros(_BATCH, _TOKENS, config.n_embd))
-    tokens = torch.zeros(_BATCH, _TOKENS, dtype=torch.int64)
-    rows = torch.zeros(_BATCH, _ROWS, dtype=torch.int64)
-    return tokens, tokens.clone(), torch.zeros(_BATCH, dtype=torch.int64), rows, tuple(state)
-
-
-def _dynamic_shapes(config: LRTConfig) -> tuple[Any, ...]:
-    """Return one torch Dim per symbolic name of the contract, so that every cache shares `capacity`."""
-    dims = {name: torch.export.Dim(name) for name in ("batch", "tokens", "capacity", "rows")}
-    specs = [
-        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)}
-        for spec in graph_inputs(config, "full")
-    ]
-    return (*specs[:4], tuple(specs[4:]))

@@ -64,18 +64,26 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
     fewer_ops(model)
     graph = model.graph
     end, slots = _input(contract.WINDOW_END, 1), _input(contract.SLOT_POSITIONS, "capacity")
-    sliced = {w: w + 1 < _SLICED_BELOW * capacity for w in contract.distinct_windows(config)}
-    windows = {w: _Window(graph, w, slots, end if sliced[w] else None) for w in sliced}
-    graph.inputs[4:4] = [*(window.start for window in windows.values()), end, slots]
+    starts = {window: _input(contract.window_start(window), 1) for window in contract.distinct_windows(config)}
+    masks, sliced = {}, {window for window in starts if window + 1 < _SLICED_BELOW * capacity}
+    slot_axis, cache_axis = (constant(graph, f"slice_axis_{i}", np.array([i], np.int64)) for i in (0, 2))
+    for window, start in starts.items():
+        bounds = [slots, start, end, slot_axis]
+        live = add(graph, "Slice", bounds, f"window_{window}_slots") if window in sliced else slots
+        masks[window] = _window_mask(graph, window, live)
+    graph.inputs[4:4] = [*starts.values(), end, slots]
     layers = {contract.present_key(i): i for i in range(config.n_layer)}
     for node in nodes(graph, "Attention"):
         layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
         if layer is None:
             raise ExportError(f"windowed flavour: the keys of {node.name} are not a cache output of the contract")
-        window = windows[config.windows[layer]]
-        for position in (1, 2) if sliced[window.size] else ():
-            node.replace_input_with(position, window.slice(node, position))
-        node.replace_input_with(3, window.mask)
+        window = config.windows[layer]
+        for position in (1, 2) if window in sliced else ():
+            cache = node.inputs[position]
+            assert cache is not None
+            bounds = [cache, starts[window], end, cache_axis]
+            node.replace_input_with(position, add(graph, "Slice", bounds, f"{cache.name}_live"))
+        node.replace_input_with(3, masks[window])
     finish(model)
     return model
 
@@ -92,40 +100,18 @@ def describe(model: ir.Model, config: LRTConfig, flavour: Flavour, precision: st
     model.metadata_props["lrt_deploy.model"] = json.dumps(config.to_dict())
 
 
-class _Window:
-    """The live window of all layers with one window size: its start input, its mask, and slices of the caches.
+def _window_mask(graph: ir.Graph, window: int, slots: ir.Value) -> ir.Value:
+    """Make the mask (B, 1, T, S): position t attends to slot s when t - window <= s <= t, as in `model.visible`."""
 
-    `end` None: nothing is sliced, and the mask is for the whole cache; the start is an input all the same.
-    """
+    def node(op: str, inputs: list[ir.Value], label: str) -> ir.Value:
+        return add(graph, op, inputs, f"window_{window}_{label}")
 
-    def __init__(self, graph: ir.Graph, size: int, slots: ir.Value, end: ir.Value | None) -> None:
-        self.graph, self.size, self.slots, self.end = graph, size, slots, end
-        self.start = _input(contract.window_start(size), 1)
-        self.axis = constant(graph, "cache_slot_axis", np.array([2], np.int64))
-        self.mask = self._mask()
-
-    def _mask(self) -> ir.Value:
-        """Make the mask (B, 1, T, live): position t attends to s when t - size <= s <= t, as in `model.visible`."""
-        size = constant(self.graph, f"window_{self.size}", np.array(self.size, np.int64))
-        axes = constant(self.graph, "query_axes", np.array([1, 3], np.int64))
-        axis = constant(self.graph, "slot_axis", np.array([0], np.int64))
-        slots = self.slots  # (S), or (live)
-        if self.end is not None:
-            slots = self._node("Slice", [self.slots, self.start, self.end, axis], "slots")
-        query = self._node("Unsqueeze", [self.graph.inputs[1], axes], "query")  # (B, 1, T, 1)
-        oldest = self._node("Sub", [query, size], "oldest")
-        past = self._node("LessOrEqual", [slots, query], "past")
-        near = self._node("GreaterOrEqual", [slots, oldest], "near")
-        return self._node("And", [past, near], "mask")
-
-    def slice(self, attention: ir.Node, position: int) -> ir.Value:
-        """Slice the live part of the cache that is this input of an attention node."""
-        cache = attention.inputs[position]
-        assert cache is not None
-        return add(self.graph, "Slice", [cache, self.start, self.end, self.axis], f"{cache.name}_live")
-
-    def _node(self, op: str, inputs: list[ir.Value], label: str) -> ir.Value:
-        return add(self.graph, op, inputs, f"window_{self.size}_{label}")
+    axes = constant(graph, "query_axes", np.array([1, 3], np.int64))
+    query = node("Unsqueeze", [graph.inputs[1], axes], "query")  # (B, 1, T, 1)
+    size = constant(graph, f"window_{window}", np.array(window, np.int64))
+    past = node("LessOrEqual", [slots, query], "past")
+    near = node("GreaterOrEqual", [slots, node("Sub", [query, size], "oldest")], "near")
+    return node("And", [past, near], "mask")
 
 
 def _input(name: str, size: int | str) -> ir.Value:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from lrt_deploy.errors import ExportError
+from lrt_deploy.evaluation.rollout import Progress, rollout, silent
 from lrt_deploy.files import MAX_TEXT_BYTES, read_text
 from lrt_deploy.model.model import LRT
 from lrt_deploy.model.reference import ReferenceDecoder
@@ -113,7 +114,10 @@ def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size:
             )
         made = [[(_STRIDE * t + _OFFSET * row) % vocab_size for t in range(length)] for row in range(ROWS)]
         return CalibrationRows(made, "token ids made up, because there is no tokenizer", None)
-    text = _read(file)
+    if file is None:
+        text = files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
+    else:
+        text = read_text(file, "the calibration text", ExportError, MAX_TEXT_BYTES)
     ids, bos = tokenizer.encode(text), [tokenizer.bos_id] if BOS in tokenizer.special_tokens else []
     piece = length - len(bos)
     if piece < 1 or not ids:
@@ -124,12 +128,6 @@ def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size:
     rows = [bos + ids[start : start + length] for start in starts]
     source = SHIPPED if file is None else file.name
     return CalibrationRows(rows, source, hashlib.sha256(text.encode()).hexdigest())
-
-
-def _read(file: Path | None) -> str:
-    if file is None:
-        return files(__package__).joinpath("calibration.txt").read_text(encoding="utf-8")
-    return read_text(file, "the calibration text", ExportError, MAX_TEXT_BYTES)
 
 
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
@@ -160,24 +158,21 @@ class Calibration:
 def calibrate(
     model: LRT,
     rows: Sequence[Sequence[int]],
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    progress: Progress = silent,
     moments: bool = False,
 ) -> Calibration:
     """Decode rows of token ids, all of one length, together from an empty state, and measure.
 
-    `moments`: add up the second moments of all inputs too.
-
-    Raises ExportError where the model itself produces numbers that are not finite.
+    `moments`: add up the second moments of all inputs too. Raises ExportError where the model itself produces numbers
+    that are not finite.
     """
     ops, length = model.ops, len(rows[0])
     found = Calibration(len(rows), length)
     decoder = ReferenceDecoder(model, max_seq_len=length)
     try:
         with _Watch(model, found, moments):
-            state = decoder.prefill([row[:1] for row in rows])
-            for t in range(1, length):
-                decoder.step(state, [row[t] for row in rows])
-                progress("calibrating", t + 1, length)
+            for state, _ in rollout(decoder, zip(*rows, strict=True)):
+                progress("calibrating", int(state.lengths[0]), length)
     finally:
         model.ops = ops
     found.values = max(float(values.abs().max()) for values in state.values)

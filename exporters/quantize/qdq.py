@@ -12,7 +12,7 @@ zeros behind them. ONNX Runtime multiplies by a last block that is not full as w
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -112,16 +112,13 @@ def unpad(model: ir.Model) -> None:
         model.graph.remove(node, safe=True)
 
 
-def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> npt.NDArray[np.float16]:
-    """Return float16 scales, (N) per column or (blocks, N), never so small that the largest weight would be clipped.
-
-    An int4 grid may end below it, at one of these `shares` of it; (1.0,) is plain rounding to nearest.
-    """
+def weight_scales(weight: Floats, kind: Format) -> npt.NDArray[np.float16]:
+    """Return float16 scales, (N) per column or (blocks, N); only an int4 grid may end below the largest weight."""
     whole = np.pad(weight, ((0, kind.missing_rows(len(weight))), (0, 0)))
     blocks = whole[None] if kind.block is None else whole.reshape(-1, kind.block, weight.shape[1])  # (K/b, b, N)
     largest = np.abs(blocks).max(axis=1)
     if kind.bits == 4:
-        largest = largest * _best_share(blocks, largest, kind, shares)
+        largest = largest * _best_share(blocks, largest, kind)
     exact = largest / kind.largest
     scales = exact.astype(np.float16)
     # Below 6e-5 float16 has few digits left: round up there, and give an all-zero column any scale.
@@ -132,33 +129,18 @@ def weight_scales(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_
 
 def quantized(weight: Floats, scales: npt.NDArray[np.float16], kind: Format) -> npt.NDArray[np.generic]:
     """Return the integers (K, N)."""
-    integers = np.clip(np.rint(weight / _steps(scales, kind, len(weight))), -kind.largest, kind.largest)
+    steps = scales.astype(np.float32)  # (K, N), or (N)
+    if kind.block is not None:
+        steps = np.repeat(steps, kind.block, axis=0)[: len(weight)]
+    integers = np.clip(np.rint(weight / steps), -kind.largest, kind.largest)
     result: npt.NDArray[np.generic] = integers.astype(ml_dtypes.int4 if kind.bits == 4 else np.int8)
     return result
 
 
-def rounded(weight: Floats, kind: Format, shares: Sequence[float] = _INT4_SHARES) -> Floats:
-    """Return the matrix (K, N) that a graph multiplies by when it is stored so."""
-    scales = weight_scales(weight, kind, shares)
-    return dequantized(scales, quantized(weight, scales, kind), kind)
-
-
-def dequantized(scales: npt.NDArray[np.float16], integers: npt.NDArray[np.generic], kind: Format) -> Floats:
-    """Return the float32 matrix (K, N) of scales and integers."""
-    result: Floats = integers.astype(np.float32) * _steps(scales, kind, len(integers))
-    return result
-
-
-def _steps(scales: npt.NDArray[np.float16], kind: Format, rows: int) -> Floats:
-    """Return the scale of each of `rows` rows, (K, N), or (N) where a whole column shares one."""
-    steps: Floats = scales.astype(np.float32)
-    return steps if kind.block is None else np.repeat(steps, kind.block, axis=0)[:rows]
-
-
-def _best_share(blocks: Floats, largest: Floats, kind: Format, shares: Sequence[float]) -> Floats:
+def _best_share(blocks: Floats, largest: Floats, kind: Format) -> Floats:
     """Return the share of its largest weight that each block's grid should span, (blocks, N)."""
     best, least = np.ones_like(largest), np.full_like(largest, np.inf)
-    for share in shares:
+    for share in _INT4_SHARES:
         steps = np.maximum(largest * share / kind.largest, np.finfo(np.float32).tiny)[:, None]
         errors = ((np.clip(np.rint(blocks / steps), -kind.largest, kind.largest) * steps - blocks) ** 2).sum(axis=1)
         best, least = np.where(errors < least, share, best).astype(np.float32), np.minimum(errors, least)

@@ -23,7 +23,7 @@ from lrt_deploy.bundle.stored_matrix import StoredMatrix
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
-from lrt_deploy.exporters.graph.rewrite import dtype_name, origin
+from lrt_deploy.exporters.graph.rewrite import dtype_name, walk_back
 
 _DTYPES = ("int4", "int8", "float16", "bfloat16", "float32")
 _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
@@ -41,7 +41,12 @@ class _Use:
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal in graphs that use one matrix alike; rows of zeros that fill a last block do not count."""
-        return (_place(self.tensor, self.rows), None if self.scales is None else _content(self.scales), self.block)
+        tensor = self.tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            place = (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())[1:])
+        else:
+            place = _content(tensor, self.rows)
+        return (place, None if self.scales is None else _content(self.scales), self.block)
 
 
 class StoredWeights:
@@ -57,7 +62,12 @@ class StoredWeights:
                 found = _uses(path, manifest.model, manifest.host_embeddings)
                 if not self._uses:
                     self._uses, first = found, path.name
-                _agree(self._uses, found, first, path)
+                for name, use in self._uses.items():
+                    if found[name].key != use.key:
+                        raise ParityError(
+                            f"{path} takes {name} from other data than {first} beside it; both should read the one "
+                            f"copy in {WEIGHTS}: export the bundle again"
+                        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,10 +101,10 @@ def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Us
         if node.op_type == "MatMul":
             name, use = _matrix(node.inputs[1], path)
             use = dataclasses.replace(use, rows=shapes[name][0] if name in shapes else None)
-        elif node.op_type == "Gather" and _is_table(node.inputs[0]):
-            value = node.inputs[0]
-            assert value is not None
-            name, use = value.name or "", _Use(_known(value, path))
+        elif node.op_type == "Gather" and (value := node.inputs[0]) is not None and value.name in graph.initializers:
+            if value.name not in _TABLE_INPUTS.values():
+                continue
+            name, use = str(value.name), _Use(_known(value, path))
         else:
             continue
         if name in found and found[name].key != use.key:
@@ -130,7 +140,7 @@ def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
 
 def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
     """Return the scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
-    value = origin(node.inputs[1], ("Cast",))
+    value = walk_back(node.inputs[1], ("Cast",))
     assert value is not None
     tensor = _known(value, path)
     block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
@@ -140,19 +150,6 @@ def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
     return tensor, block or None
 
 
-def _agree(expected: dict[str, _Use], found: dict[str, _Use], first: str, path: Path) -> None:
-    for name, use in expected.items():
-        if found[name].key != use.key:
-            raise ParityError(
-                f"{path} takes {name} from other data than {first} beside it; both should read the one copy in "
-                f"{WEIGHTS}: export the bundle again"
-            )
-
-
-def _is_table(value: ir.Value | None) -> bool:
-    return value is not None and value.const_value is not None and value.name in _TABLE_INPUTS.values()
-
-
 def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
     tensor = value.const_value
     if tensor is None or dtype_name(tensor.dtype) not in _DTYPES:
@@ -160,13 +157,6 @@ def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
     if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in (WEIGHTS, TABLES):
         raise ParityError(f"{path}: {value.name} lies in {tensor.location}, expected {WEIGHTS}")
     return tensor
-
-
-def _place(tensor: ir.TensorProtocol, rows: int | None) -> tuple[Any, ...]:
-    """Return the place of a matrix in its file or, inside a graph, its content: equal for graphs that share it."""
-    if isinstance(tensor, ir.ExternalTensor):
-        return (str(tensor.location), tensor.offset, tensor.dtype, tuple(tensor.shape.numpy())[1:])
-    return _content(tensor, rows)
 
 
 def _content(tensor: ir.TensorProtocol, rows: int | None = None) -> tuple[Any, ...]:
