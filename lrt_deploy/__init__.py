@@ -20,7 +20,7 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -114,16 +114,11 @@ _MOVED = {
 }
 
 
-class _MovedModules:
+class _MovedModules(Loader):
     """Import finder and loader for the old names of modules: warns, and gives the module of the new name."""
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in _MOVED else None  # type: ignore[arg-type]
-
-    def create_module(self, spec: ModuleSpec) -> None:
-        return None  # Python's default
+    def find_spec(self, name: str, *_: object) -> ModuleSpec | None:
+        return ModuleSpec(name, self) if name in _MOVED else None
 
     def exec_module(self, module: ModuleType) -> None:
         new = _MOVED[module.__name__]

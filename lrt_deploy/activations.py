@@ -1,4 +1,4 @@
-"""Names of the activations of a decode step, called stages; the same in the reference model and in the graphs.
+"""Names of the activations of a decode step, the same in the reference model and in the graphs.
 
 The reference records them (`model.CacheOps.mark`), the exporter gives the values in the graphs these names, and
 `evaluation.bisect` compares them in the order of computation. An `Observer` runs a step and returns them.
@@ -16,8 +16,8 @@ from .config import LRTConfig
 from .types import FloatArray, State, StatefulDecoder
 
 EMBEDDED = "embedded"
-# Stage of a layer -> its meaning; shapes with the letters of `config`.
-LAYER_STAGES: dict[str, str] = {
+# Activation of a layer -> its meaning; shapes with the letters of `config`.
+LAYER_ACTIVATIONS: dict[str, str] = {
     "mixed": "the residual stream with x0 and the latent mixed in by their lambdas, (B, T, C)",
     "normed": "its norm, which the projections and gates read, (B, T, C)",
     "heads": "the projections to q, k and v, (B, T, (H + 2G) D)",
@@ -39,33 +39,33 @@ LAYER_STAGES: dict[str, str] = {
 LATENT, LOGITS = "present_latent", "logits"
 
 
-def of_layer(layer: int, stage: str) -> str:
-    """The name of a layer's stage."""
-    return f"blocks.{layer}.{stage}"
+def of_layer(layer: int, name: str) -> str:
+    """Return the full name of a layer's activation."""
+    return f"blocks.{layer}.{name}"
 
 
 def in_order(config: LRTConfig) -> list[str]:
-    """All stages in the order of computation; a model may lack some of them."""
+    """List all activations in the order of computation; a model may lack some of them."""
     names = [EMBEDDED]
     for layer in range(config.n_layer):
-        names += [of_layer(layer, stage) for stage in LAYER_STAGES]
+        names += [of_layer(layer, name) for name in LAYER_ACTIVATIONS]
         if config.memory and layer == config.source_layer:
             names.append(LATENT)
     return [*names, LOGITS]
 
 
 def meaning(name: str) -> str:
-    """The meaning of a stage, for messages."""
+    """Return the meaning of an activation, for messages."""
     known = {
         EMBEDDED: "the normed token embedding, (B, T, C)",
         LATENT: "the latent, m for the next position, (B, T, C)",
         LOGITS: "the softly capped logits, (B, K, V)",
     }
-    return known.get(name) or LAYER_STAGES[name.rpartition(".")[2]]
+    return known.get(name) or LAYER_ACTIVATIONS[name.rpartition(".")[2]]
 
 
 def layer_of(name: str) -> int | None:
-    """The layer of a stage; None for a stage of no layer."""
+    """Return the layer of an activation; None for one of no layer."""
     parts = name.split(".")
     return int(parts[1]) if len(parts) == 3 else None
 
@@ -87,7 +87,7 @@ class StepInput:
 
     @classmethod
     def after(cls, state: State, token: int, config: LRTConfig) -> StepInput:
-        """The step that reads `token` after the first row of `state`."""
+        """Return the step that reads `token` after the first row of `state`."""
         caches = [state.cache(i) for i in range(config.n_layer)]
         latent = state.latent
         return cls(
@@ -100,24 +100,24 @@ class StepInput:
 
     @classmethod
     def first(cls, token: int, config: LRTConfig) -> StepInput:
-        """The step at position 0, with an empty cache and a latent of zeros."""
+        """Return the step at position 0, with an empty cache and a latent of zeros."""
         empty = (np.zeros((config.n_kv_head, 0, config.head_dim), np.float32),) * config.n_layer
         return cls(token, 0, np.zeros(config.n_embd, np.float32), empty, empty)
 
 
 class Observer(Protocol):
-    """Runs single steps and returns the stages of each."""
+    """Runs single steps and returns the activations of each."""
 
     def observe(self, step: StepInput) -> dict[str, FloatArray]:
-        """Run one step; returns stage name -> value in float32, for the stages that this side has."""
+        """Run one step; return name -> value in float32, of the activations that this side has."""
 
 
 class ObservedDecoder(Observer, StatefulDecoder, Protocol):
-    """The reference, which decodes and returns the stages of a step."""
+    """The reference, which decodes and returns the activations of a step."""
 
 
 def relative_error(expected: FloatArray, found: FloatArray) -> float:
-    """Largest difference as a share of the largest expected number, which counts as 0.25 at least.
+    """Return the largest difference as a share of the largest expected number, which counts as 0.25 at least.
 
     inf for arrays of different shapes and for numbers that are not finite.
     """

@@ -36,11 +36,7 @@ def available() -> bool:
 def require(extra: machine.Extra, product: str, option: str) -> None:
     """Raise InputError where a module of an extra is missing, without which `option` cannot write its product."""
     if absent := machine.missing(extra):
-        verb = "is" if len(absent) == 1 else "are"
-        raise InputError(
-            f"{product} needs {' and '.join(absent)}, which {verb} not installed; {machine.install(extra)}; or leave "
-            f"out {option}"
-        )
+        raise InputError(f"{machine.lack(product, absent, extra)}; or leave out {option}")
 
 
 def new_figure(width: float, height: float, dpi: int, title: str = "") -> Figure:

@@ -66,13 +66,14 @@ def find_gpu() -> tuple[Gpu | None, str]:
         return None, f"CUDA cannot be asked: {' '.join(str(broken).split())}"
     if error != cuda.cudaError_t.cudaSuccess or not count:
         if cuda.cudaDriverGetVersion() == (cuda.cudaError_t.cudaSuccess, 0):  # the error would speak of its version
-            return None, "no GPU: no NVIDIA driver is installed"
-        text = cuda.cudaGetErrorString(error)[1].decode(errors="replace") if int(error) else "CUDA counts 0 devices"
-        return None, f"no GPU: {text}"
+            return None, "no NVIDIA driver is installed"
+        if not int(error):
+            return None, "CUDA counts 0 devices"
+        return None, f"CUDA finds no device: {cuda.cudaGetErrorString(error)[1].decode(errors='replace')}"
     _, device = cuda.cudaGetDevice()
     error, properties = cuda.cudaGetDeviceProperties(device)
     if error != cuda.cudaError_t.cudaSuccess:
-        return None, f"no usable GPU: {cuda.cudaGetErrorString(error)[1].decode(errors='replace')}"
+        return None, f"the device cannot be used: {cuda.cudaGetErrorString(error)[1].decode(errors='replace')}"
     gpu = Gpu(properties.name.decode(errors="replace"), (int(properties.major), int(properties.minor)))
     return gpu, f"{gpu.name}, compute capability {gpu.capability_text}"
 
@@ -121,6 +122,12 @@ def missing(extra: Extra) -> list[str]:
     return [name for name in MODULES[extra] if importlib.util.find_spec(name) is None]
 
 
+def lack(product: str, absent: Sequence[str], extra: Extra) -> str:
+    """Return the message that something needs modules of an extra that are not installed."""
+    verb = "is" if len(absent) == 1 else "are"
+    return f"{product} needs {', '.join(absent)}, which {verb} not installed; {install(extra)}"
+
+
 def explain(error: ModuleNotFoundError, extras: Sequence[Extra]) -> str | None:
     """Explain a failed import as a missing extra, naming all of its modules that are missing; None if it is not one.
 
@@ -130,6 +137,5 @@ def explain(error: ModuleNotFoundError, extras: Sequence[Extra]) -> str | None:
     for extra in (*extras, *MODULES):
         if module in MODULES[extra]:
             absent = [name for name in MODULES[extra] if name == module or name in missing(extra)]
-            verb = "is" if len(absent) == 1 else "are"
-            return f"this command needs {', '.join(absent)}, which {verb} not installed; {install(extra)}"
+            return lack("this command", absent, extra)
     return None

@@ -21,7 +21,7 @@ from lrt_deploy.evaluation.bisect import bisect, compare_stages, first_bad
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.model.reference import ReferenceDecoder
-from lrt_deploy.runtime.backends.ort_debug import OrtProbe
+from lrt_deploy.runtime.backends.ort_debug import OrtObserver
 from lrt_deploy.tolerances import STAGE_ERROR
 
 pytestmark = pytest.mark.slow  # for the export
@@ -54,7 +54,7 @@ def plant(export_once, tmp_path):
 def probe_of(bundle):
     config = read_manifest(bundle).model
     graph = with_debug_outputs(bundle / GRAPH, activations.in_order(config))
-    return OrtProbe(graph.model, graph.folder, config), graph.origins
+    return OrtObserver(graph.model, graph.folder, config), graph.derivations
 
 
 def found(reference, decoder, bundle, steps=24):
@@ -386,7 +386,7 @@ def test_a_graph_whose_values_have_no_names_is_refused(plant):
                 if "." in value.name:
                     value.name = value.name.replace(".", "_")
 
-    with pytest.raises(ParityError, match=r"names \d+ of the \d+ stages .* export the bundle again"):
+    with pytest.raises(ParityError, match=r"names \d+ of the \d+ activations .* export the bundle again"):
         probe_of(plant(rename))
 
 

@@ -300,6 +300,6 @@ def test_a_machine_without_a_driver_is_told_so_and_no_driver_version(monkeypatch
         cudaGetErrorString=lambda error: (success, b"CUDA driver version is insufficient for CUDA runtime version"),
     )
     monkeypatch.setattr(machine.importlib, "import_module", lambda name: fake)
-    assert machine.find_gpu() == (None, "no GPU: no NVIDIA driver is installed")
+    assert machine.find_gpu() == (None, "no NVIDIA driver is installed")
     fake.cudaDriverGetVersion = lambda: (success, 11000)
     assert machine.find_gpu()[1].endswith("driver version is insufficient for CUDA runtime version")

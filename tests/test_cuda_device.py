@@ -201,14 +201,14 @@ def test_a_gpu_is_found_or_its_absence_explained(monkeypatch):
     assert (gpu.name, gpu.compute_capability, gpu.capability_text) == ("Fake 8000", (8, 9), "8.9")
     assert words == "Fake 8000, compute capability 8.9"
     cuda.fails = "cudaGetDeviceProperties"
-    assert find_gpu() == (None, "no usable GPU: out of luck")
+    assert find_gpu() == (None, "the device cannot be used: out of luck")
     cuda.fails = "cudaGetDeviceCount"
-    assert find_gpu() == (None, "no GPU: out of luck")
+    assert find_gpu() == (None, "CUDA finds no device: out of luck")
     cuda.version = 0
-    assert find_gpu() == (None, "no GPU: no NVIDIA driver is installed")
+    assert find_gpu() == (None, "no NVIDIA driver is installed")
     cuda.version = 13000
     cuda.fails, cuda.devices = None, 0
-    assert find_gpu() == (None, "no GPU: CUDA counts 0 devices")
+    assert find_gpu() == (None, "CUDA counts 0 devices")
     for name in ("runtime", "driver"):
         monkeypatch.setitem(sys.modules, f"cuda.bindings.{name}", None)
     gpu, words = find_gpu()

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError
 from lrt_deploy.evaluation.bits_per_byte import evaluate, rows_from_npz, rows_from_text
-from lrt_deploy.tolerances import GOLDEN as LIMITS
 
 slow = pytest.mark.slow
 
@@ -257,23 +256,23 @@ def test_a_small_archive_of_large_arrays_is_refused_unread(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mr_gqa_SSSL", "baseline_ve"])
-def test_the_reference_counts_what_the_authors_count(name, golden_of):
+def test_the_reference_counts_what_the_authors_count(name, golden_of, tolerances):
     from lrt_deploy.model.reference import ReferenceDecoder
 
     golden = golden_of(name)
     arrays = golden.arrays
     decoder = ReferenceDecoder(golden.model(), arrays["bpb_x"].shape[1])
     found = evaluate(decoder, arrays["bpb_x"], arrays["bpb_y"], arrays["token_bytes"], batch_size=4)
-    assert found.bits_per_byte == pytest.approx(float(arrays["bpb_sequential_recurrent"]), abs=LIMITS.bits_per_byte)
+    assert found.bits_per_byte == pytest.approx(float(arrays["bpb_sequential_recurrent"]), abs=tolerances.bits_per_byte)
 
 
 @slow
-def test_the_runtime_counts_what_the_authors_count_in_any_batches(golden_of, decoder_of):
+def test_the_runtime_counts_what_the_authors_count_in_any_batches(golden_of, decoder_of, tolerances):
     arrays, decoder = golden_of("mr_gqa_SSSL").arrays, decoder_of("mr_gqa_SSSL")
     expected = float(arrays["bpb_sequential_recurrent"])
     for batch_size in (1, 3):
         found = evaluate(decoder, arrays["bpb_x"], arrays["bpb_y"], arrays["token_bytes"], batch_size)
-        assert found.bits_per_byte == pytest.approx(expected, abs=LIMITS.bits_per_byte)
+        assert found.bits_per_byte == pytest.approx(expected, abs=tolerances.bits_per_byte)
         assert found.tokens == int((arrays["token_bytes"][arrays["bpb_y"]] > 0).sum())
 
 

@@ -46,7 +46,7 @@ class DebugGraph:
 
     model: bytes
     folder: Path
-    origins: dict[str, Derivation]
+    derivations: dict[str, Derivation]
     activation_scales: dict[str, float] = field(default_factory=dict)
 
 
@@ -56,13 +56,13 @@ def with_debug_outputs(path: Path, names: Sequence[str]) -> DebugGraph:
     Raises ParityError if it has hardly any.
     """
     model = ir.load(path)
-    origins = _add_outputs(model.graph, names)
-    if len(origins) < len(names) // 4:
+    derivations = _add_outputs(model.graph, names)
+    if len(derivations) < len(names) // 4:
         raise ParityError(
-            f"{path} names {len(origins)} of the {len(names)} stages that bisecting compares; it was exported by a "
-            "version that did not name them: export the bundle again"
+            f"{path} names {len(derivations)} of the {len(names)} activations that bisecting compares; it was exported by "
+            "a version that did not name them: export the bundle again"
         )
-    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, origins)
+    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, derivations)
 
 
 def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> DebugGraph:
@@ -74,12 +74,12 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
     as the scale. The scales that were taken out are returned.
     """
     model = ir.load(path)
-    origins = _add_outputs(model.graph, names)
+    derivations = _add_outputs(model.graph, names)
     scales = _unround_activations(model.graph, path)
     _unround_scale(model.graph, config.head_dim**-0.5)
     _widen(model.graph)
     finish(model)
-    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, origins, scales)
+    return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, derivations, scales)
 
 
 def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, Derivation]:

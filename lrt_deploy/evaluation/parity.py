@@ -379,15 +379,15 @@ def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Dec
     """
     from lrt_deploy.exporters.graph.debug_outputs import exact_graph, with_debug_outputs
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_debug import OrtProbe
+    from lrt_deploy.runtime.backends.ort_debug import OrtObserver
 
     held = subject.manifest
     names = activations.in_order(held.model)
     tables = HostTables.open(subject.bundle, held, subject.precision)
     if decoder is None:
         exact = exact_graph(subject.graph, held.model, names)
-        observer = OrtProbe(exact.model, exact.folder, held.model, tables, fused=False)
-        return bisect_parts(reference, observer, report, exact.origins)
+        observer = OrtObserver(exact.model, exact.folder, held.model, tables, fused=False)
+        return bisect_parts(reference, observer, report, exact.derivations)
     graph = with_debug_outputs(subject.graph, names)
-    observer = OrtProbe(graph.model, graph.folder, held.model, tables)
-    return bisect(reference, decoder, observer, report, graph.origins)
+    observer = OrtObserver(graph.model, graph.folder, held.model, tables)
+    return bisect(reference, decoder, observer, report, graph.derivations)

@@ -101,7 +101,7 @@ _DTYPES: dict[str, Any] = {
 }
 
 
-class OrtProbe:
+class OrtObserver:
     """Shows the activations of single steps; see `activations.Observer`. `model` is a serialized graph of a flavour.
 
     `fused` False computes each op as it stands: quantized products as float32 ones.
