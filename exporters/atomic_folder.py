@@ -14,7 +14,6 @@ import ctypes
 import errno
 import functools
 import os
-import re
 import secrets
 import shutil
 import stat
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.errors import LRTDeployError
-from lrt_deploy.files import partial_name, remove_partials, try_lock
+from lrt_deploy.files import left_beside, partial_name, remove_partials, try_lock
 
 # Raises an error that names what it found, if a folder or link must not be replaced.
 Check = Callable[[Path], None]
@@ -64,10 +63,8 @@ def recover(target: Path) -> None:
     if not target.parent.is_dir():
         return
     with _section(target.parent):
-        pattern = re.compile(re.escape(f".{target.name}.retired-") + "[0-9a-f]{16}")
         with contextlib.suppress(OSError):
-            for name in [entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]:
-                retired = target.parent / name
+            for retired in left_beside(target, f".{target.name}.retired-"):
                 if os.path.lexists(target):
                     _remove(retired)
                 else:

@@ -102,7 +102,11 @@ def export_bundle(
 
 def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
     target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
-    refuse_existing(target, options.force)
+    recover(target)
+    if os.path.lexists(target):
+        if not options.force:
+            raise ExportError(f"{target} exists; choose another folder, or pass --force (force=True) to replace it")
+        check_replaceable(target)
     options.check()
     check_writable(target, ExportError)
     from lrt_deploy.model.checkpoint import open_checkpoint
@@ -123,28 +127,15 @@ def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progre
         return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, details, tables))
 
 
-def refuse_existing(target: Path, force: bool) -> None:
-    """Raise ExportError for an existing target, unless `force` is given and it may be replaced."""
-    recover(target)
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise ExportError(f"{target} exists; choose another folder, or pass --force (force=True) to replace it")
-    check_replaceable(target)
-
-
 def check_replaceable(target: Path) -> None:
     """Raise ExportError unless `target` is an empty folder, or a bundle and nothing besides.
 
     A damaged bundle may be replaced: it has a manifest and a digest in our form, whether or not they fit.
     """
-    found: str | None
-    if not target.is_dir():
-        found = "is a file" if target.is_file() else "is a link to nowhere" if target.is_symlink() else "is no folder"
-    elif not any(target.iterdir()):
-        return
+    if target.is_dir():
+        found = _foreign_in(target) if any(target.iterdir()) else None
     else:
-        found = _foreign_in(target)
+        found = "is a file" if target.is_file() else "is a link to nowhere" if target.is_symlink() else "is no folder"
     if found:
         raise ExportError(
             f"{target} is not a bundle: it {found}. --force replaces bundles and empty folders only; choose another "

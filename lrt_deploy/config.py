@@ -10,7 +10,6 @@ K rows that get logits, L layers, C width, H query heads, G key/value heads, D h
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -64,7 +63,7 @@ class LRTConfig:
     memory_residual: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in _types().items():
+        for name, kind in _TYPES.items():
             try:
                 convert(kind, getattr(self, name), name)
             except ValueError as error:
@@ -157,6 +156,4 @@ class LRTConfig:
         return cls(**fields)
 
 
-@functools.cache
-def _types() -> dict[str, Any]:
-    return typing.get_type_hints(LRTConfig, include_extras=True)
+_TYPES = typing.get_type_hints(LRTConfig, include_extras=True)

@@ -146,7 +146,11 @@ def atomic_write(target: Path, private: bool = False) -> Iterator[Path]:
     file that the next call for `target` removes. `private`: only the owner may read and write it (mode 0600). A link
     is replaced, not followed. Raises OSError for a target that is no regular file, for instance `/dev/null`.
     """
-    _refuse_special(target)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.stat(target).st_mode  # noqa: PTH116 - of what a link points to
+        if not stat.S_ISREG(mode):
+            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
+            raise OSError(errno.EEXIST, f"it is {kind}, which is not replaced by a file", str(target))
     remove_partials(target)
     partial, number = _new_partial(target, 0o600 if private else 0o666)
     try:
@@ -196,10 +200,17 @@ def existing_parent(target: Path) -> Path:
 
 def remove_partials(target: Path) -> None:
     """Remove the temporary files and folders that killed writers of `target` have left beside it."""
-    pattern = re.compile(re.escape(f".{_stem(target)}{PARTIAL}") + "[0-9a-f]{16}")
-    with contextlib.suppress(OSError):
-        for name in [entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]:
-            remove_stale(target.parent / name)
+    for path in left_beside(target, f".{_stem(target)}{PARTIAL}"):
+        remove_stale(path)
+
+
+def left_beside(target: Path, prefix: str) -> list[Path]:
+    """List what lies beside `target` under a name of `prefix` and 16 hex digits."""
+    pattern = re.compile(f"{re.escape(prefix)}[0-9a-f]{{16}}")
+    try:
+        return [target.parent / entry.name for entry in os.scandir(target.parent) if pattern.fullmatch(entry.name)]
+    except OSError:
+        return []
 
 
 def remove_stale(path: Path) -> None:
@@ -270,14 +281,6 @@ def _new_partial(target: Path, mode: int) -> tuple[Path, int | None]:
         if try_lock(number) is not False and os.fstat(number).st_nlink:
             return partial, number
         os.close(number)
-
-
-def _refuse_special(target: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        mode = os.stat(target).st_mode  # noqa: PTH116 - of what a link points to
-        if not stat.S_ISREG(mode):
-            kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-            raise OSError(errno.EEXIST, f"it is {kind}, which is not replaced by a file", str(target))
 
 
 def _flush(path: Path) -> None:

@@ -30,11 +30,7 @@ class Global(NamedTuple):
         return ascii(f"{self.module}.{self.name}")[1:-1][:200]
 
 
-class _Mark:
-    """The start of a run of stack items."""
-
-
-_MARK = _Mark()
+_MARK = object()  # the start of a run of stack items
 
 
 class Machine:

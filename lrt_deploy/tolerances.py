@@ -7,9 +7,13 @@ to 300 tokens of rollout each. Comparisons and judgement are in `evaluation` and
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .errors import ParityError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -166,11 +170,7 @@ def kernel_limits(precision: str) -> KernelLimits:
 
     Those of quantized precisions are at least float16's, in which their `full` flavour multiplies.
     """
-    if precision not in _KERNELS:
-        raise ParityError(
-            f"there are no kernel limits for precision {precision}; limits were measured for {', '.join(_KERNELS)}"
-        )
-    return _KERNELS[precision]
+    return _measured(_KERNELS, precision, "kernel")
 
 
 # Successive float32 passes at the fixed point itself still differ by 2e-6 to 8e-6 (max abs, latent).
@@ -222,9 +222,13 @@ FLOAT16_RANGE_USED = 0.25
 
 
 def limits(precision: str) -> ParityLimits:
-    """The limits of a precision; ParityError where none were measured."""
-    if precision not in _PARITY:
+    """Return the limits of a precision; ParityError where none were measured."""
+    return _measured(_PARITY, precision, "parity")
+
+
+def _measured(known: Mapping[str, T], precision: str, what: str) -> T:
+    if precision not in known:
         raise ParityError(
-            f"there are no parity limits for precision {precision}; limits were measured for {', '.join(_PARITY)}"
+            f"there are no {what} limits for precision {precision}; limits were measured for {', '.join(known)}"
         )
-    return _PARITY[precision]
+    return known[precision]

@@ -59,8 +59,8 @@ def with_debug_outputs(path: Path, names: Sequence[str]) -> DebugGraph:
     derivations = _add_outputs(model.graph, names)
     if len(derivations) < len(names) // 4:
         raise ParityError(
-            f"{path} names {len(derivations)} of the {len(names)} activations that bisecting compares; it was exported by "
-            "a version that did not name them: export the bundle again"
+            f"{path} names {len(derivations)} of the {len(names)} activations that bisecting compares; it was exported "
+            "by a version that did not name them: export the bundle again"
         )
     return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, derivations)
 

@@ -63,16 +63,10 @@ def name_activations(model: ir.Model) -> None:
 
 
 def share_norm_scales(graph: ir.Graph) -> None:
-    """Give all norms of a width one shared vector of ones as the weight that the op takes and the model has not.
-
-    torch spells it as Shape + ConstantOfShape in front of every norm.
-    """
-    ones: dict[int, ir.Value] = {}
+    """Give all norms of a width one vector of ones as weight, which torch computes in front of every norm."""
     for node in nodes(graph, "RMSNormalization"):
         width = static_dim(node.inputs[0], -1)
-        if width not in ones:
-            ones[width] = constant(graph, f"norm_scale_{width}", np.ones(width, np.float32))
-        node.replace_input_with(1, ones[width])
+        node.replace_input_with(1, constant(graph, f"norm_scale_{width}", np.ones(width, np.float32)))
 
 
 def freeze_reshapes(graph: ir.Graph) -> None:
@@ -84,8 +78,7 @@ def freeze_reshapes(graph: ir.Graph) -> None:
                 f"graph clean-up: {node.name} reshapes more than the trailing axes; expected (B, T) to stay"
             )
         shape = [0, 0, *(static_dim(result, axis) for axis in range(2, len(result.shape)))]
-        name = "shape_" + "_".join(map(str, shape))
-        node.replace_input_with(1, constant(graph, name, np.array(shape, np.int64)))
+        node.replace_input_with(1, constant(graph, f"shape_{'_'.join(map(str, shape))}", np.array(shape, np.int64)))
         node.attributes.pop("allowzero", None)
 
 

@@ -98,7 +98,7 @@ def trace(model: LRT) -> ir.Model:
         )
         for spec in inputs
     ]
-    with _onnx_ops(model), _quiet(), _no_cache_folder(), _all_different(model), torch.no_grad():
+    with _quiet(), _no_cache_folder(), torch.no_grad(), _prepared(model):
         try:
             program = torch.onnx.export(
                 ExplicitState(model).eval(),
@@ -126,33 +126,25 @@ def trace(model: LRT) -> ir.Model:
 
 
 @contextlib.contextmanager
-def _all_different(model: LRT) -> Iterator[None]:
-    """Give small matrices and tables contents of their own while the model is traced.
+def _prepared(model: LRT) -> Iterator[None]:
+    """Give the model ONNX's cache ops and sense of rotation, and other contents to small matrices, for the trace.
 
     torch's optimizer lets all small initializers of equal contents be one. In a fresh checkpoint the gates of all
     layers are zeros, and a pass that stores one layer's matrix in another form would change it for all of them.
     """
     small = [p.data for p in model.parameters() if p.ndim > 1 and p.numel() <= _MERGED_ELEMENTS]
-    kept = [data.clone() for data in small]
+    kept, ops = [data.clone() for data in small], model.ops
+    model.ops = OnnxCacheOps()
+    model.sin.neg_()
     for number, data in enumerate(small):
         data.fill_(number + 2)
     try:
         yield
     finally:
-        for data, content in zip(small, kept, strict=True):
-            data.copy_(content)
-
-
-@contextlib.contextmanager
-def _onnx_ops(model: LRT) -> Iterator[None]:
-    """Trace with ONNX's cache ops and rotation sense, and leave the model as it was."""
-    ops, model.ops = model.ops, OnnxCacheOps()
-    model.sin.neg_()
-    try:
-        yield
-    finally:
         model.ops = ops
         model.sin = -model.sin  # a new tensor: the traced graph keeps the negated one
+        for data, content in zip(small, kept, strict=True):
+            data.copy_(content)
 
 
 @contextlib.contextmanager

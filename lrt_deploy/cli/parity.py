@@ -168,17 +168,6 @@ def run_checks(
     return [as_json(check) for check in found]
 
 
-def checks_document(decoder: Decoder, checks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the JSON fields of a run without a checkpoint."""
-    failed = [check["name"] for check in checks if not check["passed"]]
-    return {
-        "passed": not failed,
-        "verdict": f"FAIL: {', '.join(failed)}" if failed else f"PASS: {len(checks)} of {len(checks)} checks",
-        "backend": decoder.backend,
-        "precision": decoder.precision,
-    }
-
-
 def parity(
     bundle: options.BundlePath,
     *,
@@ -219,7 +208,10 @@ def parity(
             reopen = functools.partial(opening.open, bundle, cuda_graph=False)
             checked = run_checks(decoder, reopen, own, ids, asked.tolerance, json)
             if checkpoint is None:
-                fields = checks_document(decoder, checked)
+                failed = [check["name"] for check in checked if not check["passed"]]
+                verdict = f"FAIL: {', '.join(failed)}" if failed else f"PASS: {len(checked)} of {len(checked)} checks"
+                fields = {"passed": not failed, "verdict": verdict}
+                fields |= {"backend": decoder.backend, "precision": decoder.precision}
             else:
                 with output.progress(json) as progress:
                     fields = library.parity_of(bundle, decoder, checkpoint, asked, progress).to_dict()

@@ -33,10 +33,7 @@ class Terminated(BaseException):
 
 def install() -> None:
     """Turn the signals into exceptions; one that the parent process has set to be ignored stays so."""
-    for name in _NAMES:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-            signal.signal(number, _raise)
+    _replace((signal.SIG_DFL, signal.default_int_handler), _raise)
     sys.excepthook, sys.unraisablehook = _except_hook, _unraisable_hook
 
 
@@ -71,10 +68,14 @@ def describe(error: BaseException) -> str:
 
 def end_at_once() -> None:
     """Let further signals end the process with their exit codes: the answer is given, Python may be shutting down."""
+    _replace((_raise,), _exit)
+
+
+def _replace(handlers: tuple[Any, ...], new: Any) -> None:  # noqa: ANN401 - signal's own type is private
     for name in _NAMES:
-        number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) is _raise:
-            signal.signal(number, _exit)
+        number = getattr(signal, name, None)  # not all are on Windows
+        if number is not None and signal.getsignal(number) in handlers:
+            signal.signal(number, new)
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
