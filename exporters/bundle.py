@@ -1,7 +1,6 @@
 """Export a checkpoint as a bundle: trace, clean, write graphs, weights, tokenizer and manifest, then rename into place.
 
-A bundle is whole or absent: everything is made in a temporary folder beside the target. Loading this file is cheap:
-torch and the graph tools are imported when an export begins.
+Loading this file is cheap: torch and the graph tools are imported when an export begins.
 """
 
 from __future__ import annotations
@@ -128,10 +127,7 @@ def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progre
 
 
 def check_replaceable(target: Path) -> None:
-    """Raise ExportError unless `target` is an empty folder, or a bundle and nothing besides.
-
-    A damaged bundle may be replaced: it has a manifest and a digest in our form, whether or not they fit.
-    """
+    """Raise ExportError unless `target` is an empty folder, or a bundle, damaged or not, and nothing besides."""
     if target.is_dir():
         found = _foreign_in(target) if any(target.iterdir()) else None
     else:
@@ -186,10 +182,7 @@ Tables = dict[str, dict[str, manifest.TableRecord]]
 def _write_graphs(
     checkpoint: Checkpoint, capacity: int, options: ExportRequest, folder: Path, say: Progress
 ) -> tuple[dict[str, Any], Tables]:
-    """Trace the model once, derive the graphs of every precision, and write them and their weights below `folder`.
-
-    Return the manifest's entries on them: details of each precision, and its tables where they are on the host.
-    """
+    """Write the graphs of all precisions and their weights; return the manifest's entries on them, and on tables."""
     from .graph import passes
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace

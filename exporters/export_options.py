@@ -83,7 +83,7 @@ class ExportRequest:
 
 
 def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool) -> set[str]:
-    """Return the matrices that are named in full, by the last or first part of their name, or by a pattern with *.
+    """Return the matrices that patterns name, in full, by their last or first part, or with *.
 
     With `strict`, a pattern that names none raises ExportError.
     """

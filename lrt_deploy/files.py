@@ -169,10 +169,7 @@ def atomic_write(target: Path, private: bool = False) -> Iterator[Path]:
 
 
 def check_replaceable(target: Path, what: str, ours: Callable[[bytes], bool], error: type[LRTDeployError]) -> None:
-    """Raise `error` if `target` is a file of another kind: not empty, and `ours` says no to its first MiB.
-
-    `what` names what would be written in messages, for instance "the plot".
-    """
+    """Raise `error` if `target` is a file of another kind than `what`: not empty, and `ours` refuses its first MiB."""
     if not os.path.lexists(target):
         return
     with open_regular(target, f"the old file in place of which {what} would be written", error) as file:

@@ -166,10 +166,7 @@ _KERNELS = {
 
 
 def kernel_limits(precision: str) -> KernelLimits:
-    """The limits of a precision's kernels; ParityError where none were measured.
-
-    Those of quantized precisions are at least float16's, in which their `full` flavour multiplies.
-    """
+    """Return the limits of a precision's kernels; ParityError where none were measured."""
     return _measured(_KERNELS, precision, "kernel")
 
 

@@ -51,10 +51,7 @@ class DebugGraph:
 
 
 def with_debug_outputs(path: Path, names: Sequence[str]) -> DebugGraph:
-    """Return the graph at `path` with those of the named activations that it has as outputs.
-
-    Raises ParityError if it has hardly any.
-    """
+    """Return the graph with those named activations as outputs that it has; ParityError if it has hardly any."""
     model = ir.load(path)
     derivations = _add_outputs(model.graph, names)
     if len(derivations) < len(names) // 4:

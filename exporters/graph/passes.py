@@ -43,10 +43,7 @@ def clean(model: ir.Model) -> None:
 
 
 def name_activations(model: ir.Model) -> None:
-    """Give the values that the model marked the names of `activations`, and remove the marks.
-
-    A value marked twice (a memory projection that all layers share) keeps its first name.
-    """
+    """Name the values that the model marked as in `activations` (the first mark counts), and remove the marks."""
     graph, named = model.graph, set()
     for node in [node for node in graph if node.domain == ACTIVATION_DOMAIN]:
         source, result = node.inputs[0], node.outputs[0]

@@ -84,10 +84,7 @@ class ExplicitState(nn.Module):
 
 
 def trace(model: LRT) -> ir.Model:
-    """Trace `model`, whose weights become initializers of the same names; its cache ops are replaced meanwhile.
-
-    Raises ExportError with the tracer's own message.
-    """
+    """Trace `model`, whose weights become initializers of the same names; ExportError with the tracer's own message."""
     config = model.config
     inputs, outputs = graph_inputs(config, "full"), graph_outputs(config)
     dims = {name: torch.export.Dim(name) for name in _SIZES}  # one for each name, so that every cache shares `capacity`

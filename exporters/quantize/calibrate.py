@@ -102,10 +102,7 @@ class CalibrationRows:
 
 
 def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size: int, capacity: int) -> CalibrationRows:
-    """Return at most 16 rows of at most 256 tokens, spread evenly over the text, each after <|bos|>.
-
-    Raises ExportError for a text that cannot be read, is too short, or that there is no tokenizer for.
-    """
+    """Return at most 16 rows of at most 256 tokens, spread evenly over the text, each after <|bos|>; or ExportError."""
     length = min(ROW_TOKENS, capacity)
     if tokenizer is None:
         if file is not None:

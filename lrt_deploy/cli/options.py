@@ -178,10 +178,7 @@ class GenerationOptions:
 
 
 def one_prompt(prompt: str | None, tokens: str | None, file: str | None = None) -> str | list[int] | None:
-    """Return the prompt as text or token ids, None if there is none; two of them are a usage error.
-
-    The newline that ends a prompt file is not part of the prompt: editors and echo put it there.
-    """
+    """Return the prompt as text, without the newline that ends a file, or as token ids; None if there is none."""
     given = {"--prompt": prompt, "--prompt-file": file, "--tokens": tokens}
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
