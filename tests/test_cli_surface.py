@@ -18,6 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy.bundle.backends import BACKENDS
 from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
 from lrt_deploy.machine import Gpu
@@ -214,14 +215,16 @@ def test_doctor_says_no_when_nothing_can_run(monkeypatch):
     assert run("doctor").stdout == "no backend can run here\n"
 
 
-def test_a_library_without_the_gpu_that_it_needs_is_reported_and_not_available():
-    library = doctor.Library("11.4", True, "tensorrt 11.4 can be imported")
-    found = doctor.report_backend("tensorrt", library, (None, "no GPU: none counted"))
+def test_a_library_without_the_gpu_that_it_needs_is_reported_and_not_available(monkeypatch):
+    monkeypatch.setattr(doctor, "try_library", lambda info: ("11.4", True, "tensorrt 11.4 can be imported"))
+    none = (None, "no GPU: none counted")
+    found = doctor.report_backend("tensorrt", BACKENDS["tensorrt"], none)
     assert (found.available, found.version) == (False, "11.4")
     assert "can be imported" in found.reason and "no GPU" in found.reason
-    assert doctor.report_backend("tensorrt", library, (Gpu("H100", (9, 0)), "H100")).available
-    assert doctor.report_backend("ort-cpu", library, None).available
-    assert not doctor.report_backend("ort-cpu", doctor.Library(None, False, "broken"), None).available
+    assert doctor.report_backend("tensorrt", BACKENDS["tensorrt"], (Gpu("H100", (9, 0)), "H100")).available
+    assert doctor.report_backend("ort-cpu", BACKENDS["ort-cpu"], none).available
+    monkeypatch.setattr(doctor, "try_library", lambda info: (None, False, "broken"))
+    assert not doctor.report_backend("ort-cpu", BACKENDS["ort-cpu"], none).available
 
 
 # inspect

@@ -6,6 +6,7 @@ Nodes are added at the end of a graph; `finish` sorts it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -83,7 +84,7 @@ def add(
     name: str,
     like: ir.Value | None = None,
     dtype: ir.DataType | None = None,
-    **attributes: int,
+    **attributes: Any,  # noqa: ANN401 - as `ir.node` takes them
 ) -> ir.Value:
     """Add a node of this name; return its one result, of the same name, and of `like`'s shape and type, or `dtype`."""
     dtype = like.dtype if dtype is None and like is not None else dtype

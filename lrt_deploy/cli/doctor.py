@@ -34,59 +34,44 @@ class BackendReport:
     reason: str
 
 
-@dataclass(frozen=True)
-class Library:
-    """The outcome of an import: the version of the library, whether it works, and a clause about it."""
-
-    version: str | None
-    works: bool
-    text: str
-
-
 def doctor(json: options.Json = False) -> None:
     """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
-    from lrt_deploy.machine import find_gpu
-
-    gpu = find_gpu()
-    backends = [
-        report_backend(name, try_library(info), gpu if info.needs_gpu else None)
-        for name, info in sorted(BACKENDS.items())
-    ]
+    gpu = machine.find_gpu()
+    backends = [report_backend(name, info, gpu) for name, info in sorted(BACKENDS.items())]
     here = environment()
     usable = [backend.name for backend in backends if backend.available]
-    if json:
-        output.document({"backends": [asdict(backend) for backend in backends], "environment": here})
-    else:
-        output.answer(f"ready: {', '.join(usable)}" if usable else "no backend can run here")
-        rows: dict[str, object] = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
-        output.table(rows | here)
+    line = f"ready: {', '.join(usable)}" if usable else "no backend can run here"
+    rows: dict[str, object] = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
+    fields = {"backends": [asdict(backend) for backend in backends], "environment": here}
+    output.result(json, fields, line, rows | here)
     if not usable:
         raise typer.Exit(1)
 
 
-def report_backend(name: str, library: Library, gpu: tuple[Gpu | None, str] | None) -> BackendReport:
-    """Report a backend: available if its library works and there is the GPU that it needs (`gpu` None: none)."""
-    if gpu is None:
-        return BackendReport(name, library.works, library.version, library.text)
-    device, reason = gpu
-    works = library.works and device is not None
-    return BackendReport(name, works, library.version, f"{library.text}; {reason}")
+def report_backend(name: str, info: BackendInfo, gpu: tuple[Gpu | None, str]) -> BackendReport:
+    """Report a backend: available if its library works and there is the GPU that it needs."""
+    version, works, reason = try_library(info)
+    if info.needs_gpu:
+        works, reason = works and gpu[0] is not None, f"{reason}; {gpu[1]}"
+    return BackendReport(name, works, version, reason)
 
 
-def try_library(info: BackendInfo) -> Library:
-    """Import the library of a backend, and look for its execution provider; the device is not tried."""
+def try_library(info: BackendInfo) -> tuple[str | None, bool, str]:
+    """Import the library of a backend; return its version, whether it has the execution provider, and a clause.
+
+    The device is not tried.
+    """
     try:
         library: Any = importlib.import_module(info.module)
         version = getattr(library, "__version__", None)
         if info.provider is None:
-            return Library(version, True, f"{info.module} {version} can be imported")
+            return version, True, f"{info.module} {version} can be imported"
         works = info.provider in library.get_available_providers()
-        text = f"ONNX Runtime {version} {'offers' if works else 'was built without'} {info.provider}"
-        return Library(version, works, text)
+        return version, works, f"ONNX Runtime {version} {'offers' if works else 'was built without'} {info.provider}"
     except ModuleNotFoundError as error:
-        return Library(None, False, f"{error.name} is not installed")
+        return None, False, f"{error.name} is not installed"
     except Exception as error:  # a broken installation may raise anything
-        return Library(None, False, f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}")
+        return None, False, f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}"
 
 
 def environment() -> dict[str, Any]:
