@@ -159,7 +159,8 @@ def rotate_together(graph: ir.Graph) -> None:
         heads = [static_dim(value, 1) for value in (queries, keys)]
         joined = add(graph, "Concat", [queries, keys], f"{label}_joined", axis=1)
         for old, name in ((query_turn, "rotated"), (query_norm, "normed")):
-            joined = add(graph, old.op_type, [joined, *old.inputs[1:]], f"{label}_{name}", **old.attributes)
+            inputs = [joined, *old.inputs[1:]]
+            joined = add(graph, old.op_type, inputs, f"{label}_{name}", None, None, **old.attributes)
         sizes = constant(graph, f"heads_{heads[0]}_{heads[1]}", np.array(heads, np.int64))
         split = ir.node("Split", [joined, sizes], {"axis": 1}, num_outputs=2)
         split.name = f"{label}_split"
