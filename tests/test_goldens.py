@@ -11,7 +11,7 @@ import torch
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.model import model as model_module
-from lrt_deploy.model.model import TorchCacheOps
+from lrt_deploy.model.model import CacheOps
 from lrt_deploy.model.reference import ReferenceDecoder
 
 # Each golden that is decoded with ONNX Runtime is exported first, which takes seconds.
@@ -264,8 +264,8 @@ def turn_the_other_way(model, monkeypatch):
 
 
 def norm_before_rope(model, monkeypatch):
-    norm, rotary = model_module.norm, TorchCacheOps.rotary
-    monkeypatch.setattr(TorchCacheOps, "rotary", lambda self, x, *tables: rotary(self, norm(x), *tables))
+    norm, rotary = model_module.norm, CacheOps.rotary
+    monkeypatch.setattr(CacheOps, "rotary", lambda self, x, *tables: rotary(self, norm(x), *tables))
     monkeypatch.setattr(model_module, "norm", lambda x: x if x.ndim == 4 else norm(x))
 
 

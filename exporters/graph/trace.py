@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lrt_deploy.bundle.contract import OPSET, graph_inputs, graph_outputs
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import ExportError
-from lrt_deploy.model.model import LRT
+from lrt_deploy.model.model import LRT, CacheOps
 
 from .passes import ACTIVATION_DOMAIN
 
@@ -33,7 +33,7 @@ _MERGED_ELEMENTS = 2**16  # torch's optimizer looks at 1,024
 _PREFIX = "model."  # what ExplicitState puts before every parameter name
 
 
-class OnnxCacheOps:
+class OnnxCacheOps(CacheOps):
     """The cache operations as the opset-24 ops that ORT and TensorRT run in place."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:

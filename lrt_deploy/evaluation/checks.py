@@ -8,8 +8,7 @@ A recording is an `.npz` archive with `ids` (B, T), `seq_logits` (B, T, V) or it
 begins so, and `seq_h_final` (B, T, C), the latents of a model with memory. So other code, such as the authors'
 sequential evaluator, can be the reference, without torch.
 
-The limits are those of a rollout. Written against `FullDecoder`, the interface of a runtime's decoder; imports no
-backend.
+The limits are those of a rollout. Imports no runtime and no backend.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class FullDecoder(StatefulDecoder, Protocol):
     ) -> Any:  # noqa: ANN401
         """Start sequences, or continue those of `state`."""
 
-    def load_state(self, path: Path) -> Any:  # noqa: ANN401
+    def load_state(self, path: Path) -> Any:  # noqa: ANN401 - the decoder's own state
         """Load a saved state."""
 
 

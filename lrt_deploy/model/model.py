@@ -11,8 +11,8 @@ does not iterate: see `checkpoint`, `reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +22,32 @@ from lrt_deploy import activations
 from lrt_deploy.config import LOGIT_SOFTCAP, RMS_NORM_EPS, ROPE_BASE, LRTConfig
 
 
-class CacheOps(Protocol):
-    """The operations that a traced graph expresses differently from eager PyTorch."""
+class CacheOps:
+    """The operations that a traced graph expresses differently; here in eager PyTorch, differentiable, copying."""
 
     def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        """Rotate x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T)."""
+        """Rotate x (B, N, T, D) by the tables (positions, D/2) at position_ids (B, T).
 
-    def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-        """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
-
-    def mark(self, x: Tensor, stage: str) -> Tensor:
-        """Return x unchanged; an implementation may record the activation or name it. Names: see `activations`."""
-
-
-class TorchCacheOps:
-    """The eager form, differentiable, without side effects on its inputs."""
-
-    def rotary(self, x: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor) -> Tensor:
-        """y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos over half-split pairs."""
+        y1 = x1 cos + x2 sin, y2 = -x1 sin + x2 cos over half-split pairs.
+        """
         c, s = cos[position_ids].unsqueeze(1).to(x.dtype), sin[position_ids].unsqueeze(1).to(x.dtype)  # (B, 1, T, D/2)
         x1, x2 = x.chunk(2, dim=-1)
         return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], dim=-1)
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
-        """Scatter into a copy of the cache."""
+        """Return past (B, G, S, D) with update (B, G, T, D) in slots write_index[b] to write_index[b] + T - 1."""
         offsets = torch.arange(update.shape[2], device=update.device)
         slots = (write_index[:, None] + offsets)[:, None, :, None].expand_as(update)  # (B, G, T, D)
         return past.scatter(2, slots, update)
 
     def mark(self, x: Tensor, stage: str) -> Tensor:
-        """Return x unchanged."""
+        """Return x unchanged; a subclass may record the activation or name it. Names: see `activations`."""
         return x
+
+
+_Pair = tuple[Tensor, Tensor]
+# Stores new keys and values (B, G, T, D) of a layer; returns those that attention reads, (B, G, S, D).
+_Write = Callable[[int, Tensor, Tensor], _Pair]
 
 
 class Block(nn.Module):
@@ -89,7 +84,7 @@ class LRT(nn.Module):
     def __init__(self, config: LRTConfig, max_positions: int | None = None, ops: CacheOps | None = None) -> None:
         super().__init__()
         self.config = config
-        self.ops: CacheOps = ops or TorchCacheOps()
+        self.ops = ops or CacheOps()
         padded, width = config.padded_vocab_size, config.n_embd
         self.wte = _weight(padded, width)
         self.lm_head = _weight(width, padded)
@@ -125,7 +120,7 @@ class LRT(nn.Module):
         slots = torch.arange(past_keys[0].shape[2], device=input_ids.device)  # (S)
         keys, values = list(past_keys), list(past_values)
 
-        def write(layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        def write(layer: int, k: Tensor, v: Tensor) -> _Pair:
             keys[layer] = self.ops.write(keys[layer], k, write_index)
             values[layer] = self.ops.write(values[layer], v, write_index)
             return keys[layer], values[layer]
@@ -133,13 +128,10 @@ class LRT(nn.Module):
         hidden, latent = self._run(input_ids, position_ids, past_latent, slots, write)
         return Step(hidden, latent, keys, values)
 
-    def parallel(self, input_ids: Tensor, past_latent: Tensor) -> tuple[Tensor, Tensor]:
+    def parallel(self, input_ids: Tensor, past_latent: Tensor) -> _Pair:
         """Run whole sequences without a cache: ids (B, T), m (B, T, C) -> hidden and latent, both (B, T, C)."""
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden, latent = self._run(
-            input_ids, positions.expand_as(input_ids), past_latent, positions, lambda layer, k, v: (k, v)
-        )
-        return hidden, latent
+        slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self._run(input_ids, slots.expand_as(input_ids), past_latent, slots, lambda layer, k, v: (k, v))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) float32 of hidden (..., C), capped softly to +-15, without the padded rows."""
@@ -151,12 +143,12 @@ class LRT(nn.Module):
         x = norm(F.embedding(input_ids, self.wte).to(self.lm_head.dtype))  # (B, T, C)
         x = x0 = self.ops.mark(x, activations.EMBEDDED)
         masks = {w: visible(position_ids, slots, w) for w in sorted(set(config.windows))}  # (B, 1, T, S)
-        memory_k, memory_v = self._memory(past_latent)
+        memory = self._memory(past_latent)
         embeds = self._value_embeds(input_ids)
         latent = x
         for i, window in enumerate(config.windows):
             x = self._mark(i, "mixed", self._mix(i, x, x0, past_latent))
-            pair = (memory_k[i], memory_v[i]) if memory_k else None
+            pair = memory[i] if memory else None
             a = self._mark(i, "normed", norm(x))
             x = x + self._attend(i, a, pair, embeds.get(i), position_ids, masks[window], write)
             x = x + self._mlp(i, self._mark(i, "mlp_normed", norm(x)))
@@ -175,30 +167,30 @@ class LRT(nn.Module):
             x = x + self.memory_lambdas[i] * m
         return x
 
-    def _memory(self, m: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return all layers' K and V memory projections of m (B, T, C): lists of L (B, T, G, D), or empty ones."""
+    def _memory(self, m: Tensor) -> list[_Pair]:
+        """Return each layer's K and V memory projections of m (B, T, C), (B, T, G, D) each; none without them."""
         if self.memory_kv is None:
-            return [], []
-        config = self.config
-        heads = (m @ self.memory_kv).unflatten(-1, (-1, config.head_dim))  # (B, T, pairs * 2 * G, D)
-        shaped = heads.split(config.n_kv_head, dim=-2)
-        copies = config.n_layer // config.memory_projection_count
-        return list(shaped[0::2]) * copies, list(shaped[1::2]) * copies
+            return []
+        parts = self._kv_heads(m @ self.memory_kv)
+        pairs = list(zip(parts[0::2], parts[1::2], strict=True))
+        return pairs * (self.config.n_layer // self.config.memory_projection_count)
 
     def _value_embeds(self, input_ids: Tensor) -> dict[int, Tensor]:
         """Gather the value embeddings of all layers at once: layer -> (B, T, G, D)."""
         if self.value_embeds is None:
             return {}
-        config = self.config
         rows = F.embedding(input_ids, self.value_embeds).to(self.lm_head.dtype)  # (B, T, layers * G * D)
-        parts = rows.unflatten(-1, (-1, config.head_dim)).split(config.n_kv_head, dim=-2)
-        return dict(zip(config.value_embed_layers, parts, strict=True))
+        return dict(zip(self.config.value_embed_layers, self._kv_heads(rows), strict=True))
+
+    def _kv_heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Cut x (B, T, n * G * D) into n (B, T, G, D)."""
+        return x.unflatten(-1, (-1, self.config.head_dim)).split(self.config.n_kv_head, dim=-2)
 
     def _attend(
         self,
         i: int,
         a: Tensor,
-        memory: tuple[Tensor, Tensor] | None,
+        memory: _Pair | None,
         embed: Tensor | None,
         position_ids: Tensor,
         mask: Tensor,
@@ -216,9 +208,7 @@ class LRT(nn.Module):
         y = self._mark(i, "attention", y)  # (B, H, T, D)
         return self._mark(i, "attended", y.transpose(1, 2).flatten(2) @ block.attention_out)  # (B, T, C)
 
-    def _gated(
-        self, i: int, a: Tensor, k: Tensor, v: Tensor, memory: tuple[Tensor, Tensor] | None, embed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _gated(self, i: int, a: Tensor, k: Tensor, v: Tensor, memory: _Pair | None, embed: Tensor | None) -> _Pair:
         """Mix memory and value embedding into k and v, one gate in (0, 2) per kv head and source."""
         block = self._block(i)
         if block.gate is None:
@@ -252,14 +242,6 @@ class LRT(nn.Module):
         block = self.blocks[i]
         assert isinstance(block, Block)
         return block
-
-
-_Pair = tuple[Tensor, Tensor]
-
-
-class _Write(Protocol):
-    def __call__(self, layer: int, k: Tensor, v: Tensor, /) -> _Pair:
-        """Store new keys and values (B, G, T, D) of a layer; return those that attention reads, (B, G, S, D)."""
 
 
 def norm(x: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
-from .model import LRT, TorchCacheOps
+from .model import LRT, CacheOps
 
 
-class InPlaceCacheOps(TorchCacheOps):
+class InPlaceCacheOps(CacheOps):
     """Cache operations that write into the given cache instead of a copy; only for inference."""
 
     def write(self, past: Tensor, update: Tensor, write_index: Tensor) -> Tensor:
