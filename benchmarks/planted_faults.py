@@ -28,8 +28,7 @@ import onnx_ir as ir
 import lrt_deploy
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest
-from lrt_deploy.bundle.stored_matrix import Floats, StoredMatrix
-from lrt_deploy.bundle.weights import weight_sources
+from lrt_deploy.bundle.weights import Floats, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.evaluation.arithmetic import ArithmeticPart, activation_scale_fault, judge_arithmetic
 from lrt_deploy.evaluation.stored_weights import check_matrix, check_weights, expected_matrix

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from lrt_deploy.bundle.stored_matrix import StoredMatrix
+from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.evaluation.arithmetic import activation_scale_fault, forced_errors, judge_arithmetic
 from lrt_deploy.evaluation.stored_weights import check_matrix
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq

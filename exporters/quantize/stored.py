@@ -19,8 +19,7 @@ import onnx_ir as ir
 
 from lrt_deploy.bundle.contract import FLAVOURS, TOKEN_EMBEDS, VALUE_EMBEDS
 from lrt_deploy.bundle.manifest import PHASES, TABLES, WEIGHTS, Manifest, graph_path, table_path
-from lrt_deploy.bundle.stored_matrix import StoredMatrix
-from lrt_deploy.bundle.weights import matrix_shapes
+from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
 from lrt_deploy.exporters.graph.rewrite import dtype_name, walk_back

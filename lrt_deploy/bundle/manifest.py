@@ -6,12 +6,14 @@
       tokenizer/tokenizer.json  tokenizer/token_bytes.json
       engines/  reports/                      added later, not in the manifest
 
-Big files are hashed at the first opening and then remembered in the user's cache folder by size, times and inode.
+Big files are hashed at the first opening and then remembered in the user's cache folder by device, inode, size and
+times. A lost entry costs time, not correctness.
 Knows nothing of torch, onnx or a backend.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -25,10 +27,17 @@ from msgspec import Meta, Struct
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BundleError, ConfigError
 from lrt_deploy.fields import Count, Sha256, Size, Whole, convert, shown
-from lrt_deploy.files import decode_text, open_regular, parse_json, read_bytes
+from lrt_deploy.files import (
+    atomic_write,
+    decode_text,
+    open_regular,
+    parse_json,
+    read_bytes,
+    read_json,
+    user_cache_folder,
+)
 
 from .contract import FLAVOURS, Flavour, embedding_inputs
-from .hash_cache import file_key, load_verified, save_verified
 from .kinds import instead_of_bundle
 from .precisions import ITEM_BYTES, PRECISIONS, Dtype
 
@@ -43,6 +52,7 @@ TABLE_ALIGNMENT = 4096  # bytes; of tables in their file, so that they can be ma
 _ALWAYS_HASHED_BYTES = 4 * 2**20
 # A manifest has about 0.3 MB for each precision of a model with 100 layers.
 _LARGEST_MANIFEST_BYTES, _LARGEST_DIGEST_BYTES = 16 * 2**20, 2**10
+_MOST_VERIFIED, _LARGEST_CACHE_BYTES = 512, 2**20  # 512 entries are about 80 kB
 
 Progress = Callable[[int, int], None]
 
@@ -179,7 +189,7 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
 
     Raises BundleError. `progress` is given the bytes done and the bytes of all files.
     """
-    verified, new = load_verified(), {}
+    verified, new = _load_verified(), {}
     total, done = sum(record.bytes for record in manifest.files.values()), 0
     for name, record in manifest.files.items():
         path = folder / name  # it may be a link to a regular file anywhere, since its hash is checked
@@ -193,17 +203,40 @@ def verify_files(folder: Path, manifest: Manifest, force: bool = False, progress
             raise BundleError(
                 f"{path} has {stat.st_size} bytes, the manifest says {record.bytes}: truncated or altered"
             )
-        if force or record.bytes <= _ALWAYS_HASHED_BYTES or verified.get(file_key(stat)) != record.sha256:
+        key = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        if force or record.bytes <= _ALWAYS_HASHED_BYTES or verified.get(key) != record.sha256:
             if hash_file(path) != record.sha256:
                 raise BundleError(
                     f"{path} does not match its hash in the manifest: it was altered; export the bundle again"
                 )
             if record.bytes > _ALWAYS_HASHED_BYTES:
-                new[file_key(stat)] = record.sha256
+                new[key] = record.sha256
         done += record.bytes
         progress(done, total)
     if new:
-        save_verified(verified | new)
+        _save_verified(verified | new)
+
+
+def _load_verified() -> dict[str, str]:
+    """Return the digests of files that were found intact, by their state; none if the cache is missing or damaged."""
+    if (path := _verified_path()) is not None:
+        with contextlib.suppress(BundleError, ValueError):
+            return convert(dict[str, Sha256], read_json(path, "the verified files", BundleError, _LARGEST_CACHE_BYTES))
+    return {}
+
+
+def _save_verified(digests: dict[str, str]) -> None:
+    """Replace the cache by the last entries of `digests`; a folder that cannot be written is left as it is."""
+    if (path := _verified_path()) is not None:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with atomic_write(path) as partial:
+                partial.write_text(json.dumps(dict(list(digests.items())[-_MOST_VERIFIED:])), encoding="utf-8")
+
+
+def _verified_path() -> Path | None:
+    folder = user_cache_folder()
+    return None if folder is None else folder / "verified.json"
 
 
 def hash_file(path: Path) -> str:

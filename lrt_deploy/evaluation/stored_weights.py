@@ -26,8 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.stored_matrix import Floats, StoredMatrix
-from lrt_deploy.bundle.weights import Source, weight_sources
+from lrt_deploy.bundle.weights import Floats, Source, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.tolerances import GPTQ, STORED, GptqLimits
 

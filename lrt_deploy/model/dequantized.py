@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lrt_deploy.bundle.stored_matrix import StoredMatrix
+from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.types import FloatArray
 
 from .model import LRT

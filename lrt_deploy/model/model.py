@@ -184,7 +184,8 @@ class LRT(nn.Module):
 
     def _kv_heads(self, x: Tensor) -> tuple[Tensor, ...]:
         """Cut x (B, T, n * G * D) into n (B, T, G, D)."""
-        return x.unflatten(-1, (-1, self.config.head_dim)).split(self.config.n_kv_head, dim=-2)
+        heads: tuple[Tensor, ...] = x.unflatten(-1, (-1, self.config.head_dim)).split(self.config.n_kv_head, dim=-2)
+        return heads
 
     def _attend(
         self,
