@@ -17,9 +17,9 @@ import numpy.typing as npt
 from lrt_deploy.errors import InputError, LRTDeployError
 from lrt_deploy.files import open_regular
 
-# Errors that numpy raises for damaged archives; it parses an array's header as Python literals.
+# Errors of damaged archives; numpy parses an array's header as Python literals.
 _ERRORS = (
-    *(OSError, ValueError, EOFError, MemoryError, NotImplementedError, RecursionError, OverflowError, TypeError),
+    *(OSError, ValueError, EOFError, MemoryError, RuntimeError, OverflowError, TypeError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
 # Bounds of the uncompressed size: recorded numbers hardly compress, and token rows by less than this factor.
@@ -35,35 +35,26 @@ def read_arrays(
     become too large, or lacks an array; InputError for one that is not a regular file.
     """
     try:
-        with _open(path, expected, error_type) as archive:
-            found = [fnmatch.filter(archive.files, pattern)[:1] for pattern in patterns]
-            if missing := [pattern for pattern, names in zip(patterns, found, strict=True) if not names]:
-                held = ", ".join(archive.files) or "nothing"
-                raise error_type(f"{path} lacks {' and '.join(missing)}; it holds {held}. Expected {expected}")
-            return [_member(archive, name) for (name,) in found]
+        with open_regular(Path(path), "the archive of arrays", InputError) as file:
+            if file.read(6) == b"\x93NUMPY":
+                raise error_type(f"{path} holds one array; expected an .npz archive of {expected}")
+            size = os.fstat(file.fileno()).st_size
+            with zipfile.ZipFile(file) as archive:
+                total = sum(entry.file_size for entry in archive.infolist())
+                if total > (limit := min(max(_MAX_EXPANSION * size, _FREE_BYTES), _MAX_BYTES)):
+                    raise ValueError(f"its {size} bytes would become {total}; at most {limit} are accepted")
+                members = {name.removesuffix(".npy"): name for name in archive.namelist()}
+                found = [next((name for name in members if fnmatch.fnmatchcase(name, like)), None) for like in patterns]
+                if missing := [pattern for pattern, name in zip(patterns, found, strict=True) if name is None]:
+                    held = ", ".join(members) or "nothing"
+                    raise error_type(f"{path} lacks {' and '.join(missing)}; it holds {held}. Expected {expected}")
+                return [_read(archive, members[name]) for name in found if name is not None]
     except _ERRORS as error:
         reason = str(error)[:300]
         raise error_type(f"{path} cannot be read as an .npz archive: {reason}. Expected {expected}") from error
 
 
-def _open(path: str | Path, expected: str, error_type: type[LRTDeployError]) -> Any:  # noqa: ANN401 - numpy's NpzFile
-    """Open an archive that is not too large; ValueError for a file that numpy would suggest to unpickle."""
-    with open_regular(Path(path), "the archive of arrays", InputError) as file:
-        head, size = file.read(6), os.fstat(file.fileno()).st_size
-        if head == b"\x93NUMPY":
-            raise error_type(f"{path} holds one array; expected an .npz archive of {expected}")
-        if not head.startswith(b"PK"):
-            raise ValueError("it begins like no such archive")
-        with zipfile.ZipFile(file) as archive:
-            total = sum(entry.file_size for entry in archive.infolist())
-    if total > (limit := min(max(_MAX_EXPANSION * size, _FREE_BYTES), _MAX_BYTES)):
-        raise ValueError(f"its {size} bytes would become {total}; at most {limit} are accepted")
-    return np.load(path, allow_pickle=False)
-
-
-def _member(archive: Any, name: str) -> npt.NDArray[Any]:  # noqa: ANN401 - numpy's NpzFile
-    """Read an array; ValueError for a member that is no array, which numpy returns as bytes."""
-    array = archive[name]
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"its member {name} is no array")
-    return array
+def _read(archive: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    with archive.open(name) as member:
+        array: npt.NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
+        return array
