@@ -17,12 +17,12 @@ from lrt_deploy import activations, open_decoder
 from lrt_deploy.activations import StepInput
 from lrt_deploy.bundle.manifest import MANIFEST, graph_path, read_manifest, write_manifest
 from lrt_deploy.errors import ParityError
-from lrt_deploy.evaluation.bisect import bisect, compare_stages, first_bad
+from lrt_deploy.evaluation.bisect import bisect, compare_activations, first_bad
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.runtime.backends.ort_debug import OrtObserver
-from lrt_deploy.tolerances import STAGE_ERROR
+from lrt_deploy.tolerances import ACTIVATION_ERROR
 
 pytestmark = pytest.mark.slow  # for the export
 
@@ -196,7 +196,7 @@ def test_the_op_and_what_it_reads_are_named(plant, reference):
     assert result.op.startswith("MatMul (after Transpose, Reshape) of blocks.2.attention, ")
     assert result.op.endswith("blocks.2.attention_out")
     assert result.op in result.line
-    assert next(stage.name for stage in result.stages if stage.error > STAGE_ERROR) == "blocks.2.attended"
+    assert next(stage.name for stage in result.stages if stage.error > ACTIVATION_ERROR) == "blocks.2.attended"
 
 
 # Faults of the state.
@@ -316,7 +316,7 @@ def test_a_fault_of_the_state_is_named_though_no_layer_is_at_fault(
     assert (result.tensor, result.layer) == (tensor, layer)
     assert f"begins at position {position}; " in result.line
     assert says in result.line
-    assert all(stage.error <= STAGE_ERROR for stage in result.stages)
+    assert all(stage.error <= ACTIVATION_ERROR for stage in result.stages)
 
 
 def test_a_call_with_a_wrong_mask_is_neither_a_layer_nor_the_state(reference, decoder_of, export_once, monkeypatch):
@@ -355,8 +355,8 @@ def test_every_stage_of_a_right_graph_agrees_along_a_rollout(reference, golden, 
         steps.append(StepInput.after(state, token, reference.config))
         reference.step(state, [token])
     for step in steps:
-        compared = compare_stages(reference, probe, step)
-        assert max(stage.error for stage in compared) < STAGE_ERROR / 4
+        compared = compare_activations(reference, probe, step)
+        assert max(stage.error for stage in compared) < ACTIVATION_ERROR / 4
     names = [stage.name for stage in compared]
     assert names[0] == "embedded" and "logits" in names
     assert len(names) == len(origins) > 10 * reference.config.n_layer
@@ -367,8 +367,8 @@ def test_stages_that_are_not_finite_are_off(reference):
         def observe(self, step):
             return reference.observe(step) | {"blocks.1.mlp": np.full((1, 1, 64), math.nan, np.float32)}
 
-    compared = compare_stages(reference, Broken(), StepInput.first(3, reference.config))
-    assert [stage.name for stage in compared if stage.error > STAGE_ERROR] == ["blocks.1.mlp"]
+    compared = compare_activations(reference, Broken(), StepInput.first(3, reference.config))
+    assert [stage.name for stage in compared if stage.error > ACTIVATION_ERROR] == ["blocks.1.mlp"]
 
 
 def test_where_errors_are_not_bounded_the_worst_position_is_looked_at(reference, decoder_of):

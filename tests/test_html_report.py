@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.parity import comparable
-from lrt_deploy.evaluation.bisect import Bisection, StageError
+from lrt_deploy.evaluation.bisect import ActivationError, Bisection
 from lrt_deploy.evaluation.html import number, page
 from lrt_deploy.evaluation.plots import cache_errors, charts, curve
 from lrt_deploy.evaluation.report import Comparison, Point, as_json
@@ -127,7 +127,7 @@ def test_precisions_stand_side_by_side_and_a_lone_one_does_not():
 
 
 def test_the_stages_around_the_fault_are_shown():
-    stages = tuple(StageError(f"blocks.{i}.mlp", 1e-7 if i < 30 else 0.5, 2.0) for i in range(60))
+    stages = tuple(ActivationError(f"blocks.{i}.mlp", 1e-7 if i < 30 else 0.5, 2.0) for i in range(60))
     found = Bisection("stage", "begins at position 4", 4, 30, "blocks.30.mlp", "MatMul", None, stages)
     shown = text(page("A title", fields() | {"bisect": as_json(found)}))
     assert "begins at position 4" in shown

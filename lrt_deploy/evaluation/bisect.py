@@ -20,7 +20,7 @@ import numpy as np
 from lrt_deploy import activations
 from lrt_deploy.activations import ObservedDecoder, Observer, StepInput, relative_error
 from lrt_deploy.bundle import contract
-from lrt_deploy.tolerances import STAGE_ERROR
+from lrt_deploy.tolerances import ACTIVATION_ERROR
 from lrt_deploy.types import FloatArray, StatefulDecoder
 
 from .report import ParityReport
@@ -30,7 +30,7 @@ LATENT = "past_latent"  # in the contract
 
 
 @dataclass(frozen=True)
-class StageError:
+class ActivationError:
     """One activation of the step at the first bad position; `error` is relative to `scale`, its largest number."""
 
     name: str
@@ -65,7 +65,7 @@ class Bisection:
     tensor: str | None = None
     op: str | None = None
     state: StateFault | None = None
-    stages: tuple[StageError, ...] = ()
+    stages: tuple[ActivationError, ...] = ()
 
 
 def bisect(
@@ -84,8 +84,8 @@ def bisect(
         return Bisection("clean", "nothing to bisect: no position of the rollout is beyond the limits")
     compared, off = _first_off(reference, observer, report, position)
     if off is not None:
-        return _at_stage(off, position, compared, producers)
-    right = f"begins at position {position}; from the reference's state the graph computes every stage right there"
+        return _at_activation(off, position, compared, producers)
+    right = f"begins at position {position}; from the reference's state the graph computes every activation right there"
     fault = _find_state_fault(reference, decoder, report.tokens, position)
     if fault is None:
         line = f"{right}, and the decoder's own state is right too: look at what else it is called with"
@@ -104,14 +104,14 @@ def bisect_parts(
     """
     arithmetic, quality = report.arithmetic, report.quality
     if arithmetic is not None and not arithmetic.passed:
-        compared: tuple[StageError, ...] = ()
+        compared: tuple[ActivationError, ...] = ()
         graph = arithmetic.graph
         if not graph.passed:
             for position in (graph.first_exceeded, graph.worst_position):
                 if position is not None:
                     compared, off = _first_off(reference, observer, report, position)
                     if off is not None:
-                        return _at_stage(off, position, compared, producers)
+                        return _at_activation(off, position, compared, producers)
             reads = "one step by itself computes every value right, so it reads several tokens wrong"
             return Bisection("graph", f"{arithmetic.fault}; {reads}", graph.first_exceeded, stages=compared)
         line = f"{arithmetic.fault}; the graph itself computes every value right"
@@ -147,12 +147,12 @@ def first_bad(report: ParityReport) -> int | None:
     return None
 
 
-def compare_stages(reference: Observer, observer: Observer, step: StepInput) -> tuple[StageError, ...]:
+def compare_activations(reference: Observer, observer: Observer, step: StepInput) -> tuple[ActivationError, ...]:
     """Run `step` on both sides; errors of the activations that both have, in the order of computation."""
     expected, found = reference.observe(step), observer.observe(step)
     # Layouts agree but for axes of size 1, so the numbers are compared in order.
     return tuple(
-        StageError(name, relative_error(value.ravel(), found[name].ravel()), float(np.abs(value).max(initial=0.0)))
+        ActivationError(name, relative_error(value.ravel(), found[name].ravel()), float(np.abs(value).max(initial=0.0)))
         for name, value in expected.items()
         if name in found
     )
@@ -160,23 +160,23 @@ def compare_stages(reference: Observer, observer: Observer, step: StepInput) -> 
 
 def _first_off(
     reference: ObservedDecoder, observer: Observer, report: ParityReport, position: int
-) -> tuple[tuple[StageError, ...], StageError | None]:
+) -> tuple[tuple[ActivationError, ...], ActivationError | None]:
     """All activations of the step at `position` from the reference's state, and the first that differs."""
     step = StepInput.first(report.tokens[position], reference.config)
     if position:
         state = reference.prefill([report.tokens[:position]], policy="stepwise")
         step = StepInput.after(state, report.tokens[position], reference.config)
-    compared = compare_stages(reference, observer, step)
-    return compared, next((stage for stage in compared if not stage.error <= STAGE_ERROR), None)
+    compared = compare_activations(reference, observer, step)
+    return compared, next((one for one in compared if not one.error <= ACTIVATION_ERROR), None)
 
 
-def _at_stage(
-    off: StageError, position: int, compared: tuple[StageError, ...], producers: Mapping[str, object]
+def _at_activation(
+    off: ActivationError, position: int, compared: tuple[ActivationError, ...], producers: Mapping[str, object]
 ) -> Bisection:
     op, layer = str(producers.get(off.name, "")) or None, activations.layer_of(off.name)
     line = (
         f"begins at position {position} in {off.name} ({activations.meaning(off.name)}), which is off by "
-        f"{off.error:.1e} of its largest number (limit {STAGE_ERROR:.0e}) though everything before it is right"
+        f"{off.error:.1e} of its largest number (limit {ACTIVATION_ERROR:.0e}) though everything before it is right"
         + (f"; it is computed by {op}" if op else "")
     )
     return Bisection("stage", line, position, layer, off.name, op, None, compared)
@@ -200,12 +200,12 @@ def _find_state_fault(
             one, other = (StepInput.after(state, tokens[t], reference.config) for state in (expected, found))
         if t == position - 1 and (fault := _held(one, other)):
             return fault
-    return _read(one, other, relative_error(expected.logits[0], found.logits[0]) <= STAGE_ERROR)
+    return _read(one, other, relative_error(expected.logits[0], found.logits[0]) <= ACTIVATION_ERROR)
 
 
 def _held(expected: StepInput, found: StepInput) -> StateFault | None:
     """The first part of the state before the step that differs from the reference's."""
-    if relative_error(expected.latent, found.latent) > STAGE_ERROR:
+    if relative_error(expected.latent, found.latent) > ACTIVATION_ERROR:
         what = "the latent that the decoder holds before this position is not the one of the token before"
         return StateFault(what, LATENT)
     for layer in range(len(expected.keys)):
@@ -216,7 +216,7 @@ def _held(expected: StepInput, found: StepInput) -> StateFault | None:
             slots = one.shape[1]
             if one.shape != other.shape:
                 return StateFault(f"{name} holds {other.shape[1]} tokens, expected {slots}", name, layer)
-            off = [slot for slot in range(slots) if relative_error(one[:, slot], other[:, slot]) > STAGE_ERROR]
+            off = [slot for slot in range(slots) if relative_error(one[:, slot], other[:, slot]) > ACTIVATION_ERROR]
             if off:
                 what = f"{name} is off in slot {off[0]} ({len(off)} of {slots} slots), before any other layer's"
                 return StateFault(what, name, layer, off[0])
@@ -229,7 +229,7 @@ def _read(expected: StepInput, found: StepInput, same_logits: bool) -> StateFaul
     right = [_same_entry(*key) and _same_entry(*value) for key, value in zip(keys, values, strict=True)]
     position = found.position - 1
     if all(right) and same_logits:
-        if relative_error(expected.latent, found.latent) <= STAGE_ERROR:
+        if relative_error(expected.latent, found.latent) <= ACTIVATION_ERROR:
             return None
         return StateFault(
             f"the step at position {position} gives the right logits, but the latent that is held after it is "
@@ -256,4 +256,4 @@ def _read(expected: StepInput, found: StepInput, same_logits: bool) -> StateFaul
 
 def _same_entry(expected: FloatArray, found: FloatArray) -> bool:
     """Whether the newest entries of two caches (G, S, D) agree."""
-    return relative_error(expected[:, -1], found[:, -1]) <= STAGE_ERROR
+    return relative_error(expected[:, -1], found[:, -1]) <= ACTIVATION_ERROR

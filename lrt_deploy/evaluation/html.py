@@ -13,7 +13,7 @@ from typing import Any
 from .plots import charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_STAGES_BEFORE, _STAGES_AFTER = 12, 6  # shown around the first wrong stage: all that follow it are wrong too
+_SHOWN_BEFORE, _SHOWN_AFTER = 12, 6  # shown around the first wrong activation: all that follow it are wrong too
 
 
 def page(title: str, report: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -42,7 +42,7 @@ def page(title: str, report: Mapping[str, Any], others: Sequence[Mapping[str, An
         parts=_parts(report),
         charts=charts(report) if ran else [],
         runs=others if ran and len(others) > 1 else [],
-        stages=_stages(bisect),
+        stages=_shown(bisect),
         provenance={name: _words(value) for name, value in (report.get("provenance") or {}).items()},
     )
 
@@ -64,14 +64,14 @@ def _words(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _stages(bisect: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The stages around the first wrong one; all of them where none is wrong."""
+def _shown(bisect: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The activations around the first wrong one; all of them where none is wrong."""
     stages: Sequence[Mapping[str, Any]] = bisect.get("stages") or ()
     names = [stage["name"] for stage in stages]
     if bisect["tensor"] not in names:
         return stages
     at = names.index(bisect["tensor"])
-    return stages[max(0, at - _STAGES_BEFORE) : at + _STAGES_AFTER]
+    return stages[max(0, at - _SHOWN_BEFORE) : at + _SHOWN_AFTER]
 
 
 def number(value: float | None) -> str:

@@ -121,7 +121,7 @@ class OrtObserver:
         self._outputs = [value.name for value in self._session.get_outputs() if value.name in wanted]
 
     def observe(self, step: StepInput) -> dict[str, FloatArray]:
-        """Stage name -> value of one step at T = 1."""
+        """Return activation name -> value of one step at T = 1."""
         arrays = self._feed(step)
         feed = {name: np.asarray(arrays[name], dtype) for name, dtype in self._inputs.items()}
         try:
