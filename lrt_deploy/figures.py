@@ -28,11 +28,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 INK, GRID = "#333333", "#dddddd"
 
 
-def available() -> bool:
-    """Whether matplotlib is installed; it is not imported."""
-    return not machine.missing("bench")
-
-
 def require(extra: machine.Extra, product: str, option: str) -> None:
     """Raise InputError where a module of an extra is missing, without which `option` cannot write its product."""
     if absent := machine.missing(extra):

@@ -22,7 +22,7 @@ from lrt_deploy.bundle.manifest import PHASES, TABLES, WEIGHTS, Manifest, graph_
 from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
-from lrt_deploy.exporters.graph.rewrite import dtype_name, walk_back
+from lrt_deploy.exporters.graph.rewrite import dtype_name, producer, walk_back
 
 _DTYPES = ("int4", "int8", "float16", "bfloat16", "float32")
 _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
@@ -77,11 +77,9 @@ class StoredWeights:
     def __iter__(self) -> Iterator[StoredMatrix]:
         """Yield one matrix after the other; none is kept."""
         for name, record in self._manifest.tables.get(self._precision, {}).items():
-            dtype = np.dtype(record.dtype if record.dtype != "bfloat16" else "bfloat16")
             path = self._bundle / table_path(self._precision)
-            yield StoredMatrix(
-                _TABLE_INPUTS[name], record.dtype, np.memmap(path, dtype, "r", record.offset, record.shape)
-            )
+            table = np.memmap(path, np.dtype(record.dtype), "r", record.offset, record.shape)
+            yield StoredMatrix(_TABLE_INPUTS[name], record.dtype, table)
         shapes = matrix_shapes(self._config)
         for name, use in self._uses.items():
             values = use.tensor.numpy()
@@ -121,26 +119,22 @@ def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Us
 
 
 def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
-    """Walk back through casts and DequantizeLinear to the stored matrix."""
-    scales: ir.TensorProtocol | None = None
-    block: int | None = None
-    while value is not None and (node := value.producer()) is not None:
-        if node.op_type == "DequantizeLinear" and scales is None and len(node.inputs) == 2:
-            scales, block = _scales(node, path)
-        elif node.op_type != "Cast":
-            raise ParityError(
-                f"{path}: a product takes its matrix from {node.op_type}, expected Cast or DequantizeLinear"
-            )
-        value = node.inputs[0]
-    if value is None:
-        raise ParityError(f"{path}: a product has no matrix")
+    """Walk back through casts and one DequantizeLinear to the stored matrix."""
+    dequantize = producer(value, "DequantizeLinear", behind=("Cast",))
+    scales, block = (None, None) if dequantize is None else _scales(dequantize, path)
+    value = walk_back(value if dequantize is None else dequantize.inputs[0], ("Cast",))
+    maker = None if value is None else value.producer()
+    if value is None or maker is not None:
+        found = "nothing" if maker is None else maker.op_type
+        raise ParityError(f"{path}: a product takes its matrix from {found}, expected Cast or DequantizeLinear")
     return value.name or "", _Use(_known(value, path), scales, block)
 
 
 def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
     """Return the scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
     value = walk_back(node.inputs[1], ("Cast",))
-    assert value is not None
+    if value is None or len(node.inputs) > 2:
+        raise ParityError(f"{path}: {node.name} dequantizes with a zero point or without scales")
     tensor = _known(value, path)
     block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
     expected = (0, 2) if block else (1, 1)

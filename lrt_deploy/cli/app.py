@@ -181,21 +181,19 @@ def describe(error: Exception, verb: str = "") -> str:
     """Describe an error in one line; the messages of our own errors are complete already."""
     if isinstance(error, LRTDeployError):
         return str(error)
-    if isinstance(error, ModuleNotFoundError) and (text := machine.explain(error, _extras_of(verb))):
-        return text
+    if isinstance(error, ModuleNotFoundError):
+        extras: tuple[machine.Extra, ...] = ("export",)  # that the verb may need, the likeliest first
+        if verb == "build":
+            lacks_rtx = "tensorrt_rtx" in machine.missing("tensorrt-rtx")
+            extras = ("tensorrt", "tensorrt-rtx") if lacks_rtx else ("tensorrt-rtx",)
+        if text := machine.explain(error, extras):
+            return text
     if isinstance(error, MemoryError):
         return f"out of memory{_reason(error)}; {_WITH_TRACEBACK}"
     if isinstance(error, OSError) and error.strerror:
         place = f" ({error.filename})" if error.filename else ""
         return f"{error.strerror}{place}; {_WITH_TRACEBACK}"
     return f"something broke inside lrt-deploy, {type(error).__name__}{_reason(error)}; {_WITH_TRACEBACK}"
-
-
-def _extras_of(verb: str) -> tuple[machine.Extra, ...]:
-    """Return the extras that a verb may need, the likeliest first."""
-    if verb != "build":
-        return ("export",)
-    return ("tensorrt", "tensorrt-rtx") if "tensorrt_rtx" in machine.missing("tensorrt-rtx") else ("tensorrt-rtx",)
 
 
 def _reason(error: Exception) -> str:

@@ -17,7 +17,7 @@ import typer
 
 from lrt_deploy.errors import InputError
 from lrt_deploy.files import check_writable
-from lrt_deploy.machine import cpu_model, peak_rss_bytes
+from lrt_deploy.machine import cpu_model, missing, peak_rss_bytes
 
 from . import doctor, options, output
 from .options import option
@@ -222,10 +222,9 @@ def percentiles(values: list[float]) -> dict[str, float | None]:
 
 def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     """Write the plot and return where; without --plot, what stands in its way is only said."""
-    from lrt_deploy import figures
     from lrt_deploy.runtime.bench import plots
 
-    if not fields["prefill"] or (plot is None and not figures.available()):
+    if not fields["prefill"] or (plot is None and missing("bench")):
         return None
     path = bundle / "reports" / "prefill.png" if plot is None else plot
     threads = fields["environment"]["threads"]
