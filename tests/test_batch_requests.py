@@ -382,3 +382,79 @@ def test_a_prompt_beyond_the_capacity_is_refused_with_a_state_too(one):
     state = one.prefill([PROMPTS[0]])
     with pytest.raises(StateError, match="129 tokens and a slot holds 128"):
         BatchDecoder(one, 1).submit(PROMPTS[0] + [1] * 99, state=state)
+
+
+# Caches
+
+
+def sizes(batch):
+    """The slots of the caches of each shard."""
+    return [{cache.shape[2] for cache in shard.state.buffers._caches.values()} for shard in batch._shards]
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """For each step that follows: caches that were filled between steps, and sizes that all changed at once."""
+    counts, fit, move = [], OrtCpuBuffers.fit, OrtCpuBuffers._move_into
+
+    def fitted(self, lengths):
+        before = len(self._resized.caches) if self._resized else 0
+        fit(self, lengths)
+        counts.append(max(0, len(self._resized.caches) - before) if self._resized else 0)
+
+    def moved(self, *arguments):
+        counts.append("all at once")
+        return move(self, *arguments)
+
+    monkeypatch.setattr(OrtCpuBuffers, "fit", fitted)
+    monkeypatch.setattr(OrtCpuBuffers, "_move_into", moved)
+    return counts
+
+
+def test_caches_grow_one_between_two_steps_and_every_token_stays(one, work):
+    batch = BatchDecoder(one, 3)
+    work.clear()
+    numbers = [batch.submit([i + 1], 120 - 30 * i, stop_ids=[], temperature=1.0, seed=i) for i in range(3)]
+    found = collected(batch)
+    assert set(work) == {0, 1} and sum(work) > 2 * one.config.n_layer
+    assert sizes(batch) == [{one.max_seq_len}] or sizes(batch)[0] < {one.max_seq_len}
+    for i, number in enumerate(numbers):
+        assert found[number] == alone(one, [i + 1], 120 - 30 * i, stop_ids=[], temperature=1.0, seed=i)
+
+
+def test_caches_shrink_when_the_longest_row_has_left(one, work):
+    batch = BatchDecoder(one, 3)
+    long = batch.submit([1] * 120, 3, stop_ids=[])
+    short = batch.submit(PROMPTS[3], 30, stop_ids=[])
+    events = []
+    while not any(event.request == long and event.last for event in events[-3:]):
+        events += batch.step()
+    assert sizes(batch) == [{one.max_seq_len}]
+    late = batch.submit(PROMPTS[1], 20, stop_ids=[])
+    work.clear()
+    events += batch.run()
+    assert set(work) == {0, 1}
+    assert max(sizes(batch)[0]) <= one.max_seq_len // 2
+    for number, prompt, budget in ((short, PROMPTS[3], 30), (late, PROMPTS[1], 20)):
+        assert [event.event for event in events if event.request == number] == alone(one, prompt, budget, stop_ids=[])
+
+
+def test_rows_that_come_go_and_move_while_caches_change_their_size_give_what_they_give_alone(one):
+    draw = np.random.default_rng(5)
+    lengths = draw.choice([1, 2, 5, 30, 60, 100], 40).tolist()
+    prompts = [draw.integers(0, 250, length).tolist() for length in lengths]
+    budgets = [int(draw.integers(1, 25)) for _ in prompts]
+    state = one.prefill([PROMPTS[2]], policy="stepwise")
+    batch, expected, seen = BatchDecoder(one, 3), {}, set()
+    for prompt, budget in zip(prompts, budgets, strict=True):
+        number = batch.submit(prompt, budget, stop_ids=[])
+        expected[number] = alone(one, prompt, budget, stop_ids=[])
+    number = batch.submit(None, 9, state=state, stop_ids=[])
+    expected[number] = alone(one, PROMPTS[2], 9, stop_ids=[])
+    found = {number: [] for number in expected}
+    for event in batch.run():
+        found[event.request].append(event.event)
+        seen |= sizes(batch)[0]
+    assert len(seen) > 2
+    for number, events in found.items():
+        assert [e.token for e in events] == [e.token for e in expected[number]]

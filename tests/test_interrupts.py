@@ -436,6 +436,23 @@ def test_an_interrupted_batch_loses_no_token_and_doubles_none(decoder, lanes):
     assert continued.tokens == [LONG]
 
 
+def test_a_batch_is_interrupted_while_its_caches_change_their_size(decoder):
+    def work(client):
+        for prompt, budget in (([2] * 60, 2), (SHORT, 34)):
+            client.again(lambda prompt=prompt, budget=budget: client.batch.submit(prompt, budget, stop_ids=[]))
+        client.again(client.drain)
+        return client.events
+
+    expected = work(Persistent(decoder, 1))
+    lines = count_lines(lambda: work(Persistent(decoder, 1)))
+    for line, kind in walked(lines, "sizes", sample=12):
+        client = Persistent(decoder, 1)
+        with Tracer(line, kind(f"line {line}")):
+            found = work(client)
+        assert found == expected, f"line {line}"
+        COUNTS[f"{kind.__name__}, batch goes on"] += 1
+
+
 def test_a_batch_is_interrupted_while_a_request_fails(decoder):
     """Rows with unusable numbers leave; the handlers for that are walked too."""
 

@@ -75,6 +75,12 @@ class StateBuffers(Protocol):
     def expect(self, total: int) -> None:
         """Say how many tokens the longest row will hold after the prompts that follow; caches may grow that far."""
 
+    def fit(self, lengths: Sequence[int]) -> None:
+        """Do a part of the work of fitting the caches to rows of these lengths: between two steps, one cache at most.
+
+        Caches that are soon full grow, and those of more than twice the size shrink; contents stay.
+        """
+
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows, tokens and positions (n <= B); logits (n, V) if `head`.
 

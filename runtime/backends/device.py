@@ -384,6 +384,9 @@ class DeviceBuffers:
             self._device.synchronize()
         self._latents[self._turn][rows] = values
 
+    def fit(self, lengths: Sequence[int]) -> None:
+        """Caches have slots for the whole capacity from the start."""
+
     def expect(self, total: int) -> None:
         """Caches are as long as the capacity from the start."""
 

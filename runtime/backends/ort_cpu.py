@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +162,15 @@ class _Bound:
         return cls(room, np.full(room, _NO_POSITION), {}, {})
 
 
+@dataclass
+class _Resized:
+    """Caches of another size that are filled one by one, while steps go on in the old ones."""
+
+    room: int
+    caches: dict[str, NDArray[Any]]  # those that have been filled
+    written: list[int]  # (B) of each row, the first slot that a step has written since
+
+
 class OrtCpuBuffers:
     """Caches and latent of B sequences, and the bindings that run on them. See `base.StateBuffers`."""
 
@@ -175,6 +184,7 @@ class OrtCpuBuffers:
         self._tables, self._rows = backend.tables, RowArrays(backend.tables)
         self._bound = _Bound.of(0)
         self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
+        self._resized: _Resized | None = None
         self._expected = self.capacity  # tokens that the longest row will come to hold
         shape = (batch, config.n_kv_head, 0, config.head_dim)
         self._presents = {pair.past: pair.present for pair in contract.state_pairs(config) if pair.in_place}
@@ -202,6 +212,8 @@ class OrtCpuBuffers:
         """Have slots up to `end`, if not `room` of them."""
         if self._growing:
             self._move_into(*self._growing)
+        if end > self._bound.room or room:
+            self._resized = None
         if end > self._bound.room:
             slots = min(room or room_for(end), self.capacity)
             # All is allocated before anything is changed. The system commits pages only when they are written.
@@ -224,6 +236,32 @@ class OrtCpuBuffers:
                 del cache
         self._growing = None
 
+    def fit(self, lengths: Sequence[int]) -> None:
+        """Fill the next cache of the size that rows of these lengths need; after the last one, change to that size.
+
+        Begins as many steps before the caches are full as there are caches.
+        """
+        end = min(max(lengths, default=0) + 2 + len(self._caches), self.capacity)
+        resized, room = self._resized, min(room_for(end), self.capacity)
+        if resized is None or end > resized.room:
+            if end <= self._bound.room < 2 * room:
+                return
+            self._resized = resized = _Resized(room, {}, [self.capacity] * self.batch)
+        name = next((name for name in self._caches if name not in resized.caches), None)
+        if name is not None:
+            old = self._caches[name]
+            new = np.zeros((*old.shape[:2], resized.room, old.shape[3]), old.dtype)
+            for row, length in enumerate(lengths):
+                new[row, :, :length] = old[row, :, :length]
+            resized.caches[name] = new
+            return
+        for name, new in resized.caches.items():
+            for row, (start, length) in enumerate(zip(resized.written, lengths, strict=False)):
+                new[row, :, start:length] = self._caches[name][row, :, start:length]
+        # In one statement without a call, which no interrupt divides.
+        bound = _Bound.of(resized.room)
+        self._caches, self._bound, self._resized = resized.caches, bound, None
+
     def expect(self, total: int) -> None:
         """Caches grow in few and large steps to what this many tokens need, and not beyond."""
         self._expected = total
@@ -239,6 +277,8 @@ class OrtCpuBuffers:
         call.positions[:, 0] = positions
         call.write_index[:] = positions
         self._look_back(min(listed), end)
+        if self._resized:
+            self._resized.written[: len(listed)] = map(min, self._resized.written, listed)
         self._run(call)
         self._turn = 1 - self._turn
         return call.logits[:, 0] if head else None
@@ -282,6 +322,7 @@ class OrtCpuBuffers:
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries into a row's slots from `start` on."""
         end = start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
+        self._resized = None
         self._make_room(end)
         for name, cache in self._caches.items():
             cache[row, :, start : start + entries[name].shape[1]] = entries[name]
