@@ -93,7 +93,7 @@ def test_changed_bytes_fail_in_weights_before_anything_runs(
     copy = patched(bundle, tmp_path, precision, matrix, lambda stored: np.roll(stored, 1, axis=0))
     report = lrt_deploy.parity(copy, golden_of(GOLDEN).folder, precision=precision, steps=4)
     assert not report.passed and report.checkpoint_matches
-    assert report.weights.worst.matrix == matrix and report.weights.failed == (report.weights.worst,)
+    assert report.weights.worst.matrix == matrix and report.weights.failed == (matrix,)
     assert report.verdict.startswith(f"FAIL: weights: {matrix} is not the checkpoint's: ")
 
 

@@ -92,17 +92,15 @@ def judge_arithmetic(
     """
     exact = forced_errors(*graph, KernelLimits(FP32.max_abs_logit_error, FP32.max_abs_latent_error, math.inf))
     ran = None if kernels is None else forced_errors(*kernels, limits)
-    faults = (scale_fault, exact.fault("the graph"), None if ran is None else ran.fault("the decoder"))
-    fault = next((fault for fault in faults if fault), None)
-    line = f"arithmetic: {fault}"
-    if fault is None:
-        line = f"arithmetic: the graph within {exact.max_abs_logit_error:.1e} (limit {exact.limit_logit:.1e})"
-        line += " of PyTorch on the stored weights, "
-        if ran is None:
-            line += "and nothing was decoded"
-        else:
-            line += f"the kernels that run within {ran.max_abs_logit_error:.1e} (limit {ran.limit_logit:.1e})"
-    return ArithmeticPart(fault is None, line, exact.max_abs_logit_error, exact, ran, fault)
+    fault = scale_fault or exact.fault("the graph") or (None if ran is None else ran.fault("the decoder"))
+    decoded = "and nothing was decoded"
+    if ran is not None:
+        decoded = f"the kernels that run within {ran.max_abs_logit_error:.1e} (limit {ran.limit_logit:.1e})"
+    right = (
+        f"the graph within {exact.max_abs_logit_error:.1e} (limit {exact.limit_logit:.1e}) of PyTorch on the stored "
+        f"weights, {decoded}"
+    )
+    return ArithmeticPart(fault is None, f"arithmetic: {fault or right}", exact.max_abs_logit_error, exact, ran, fault)
 
 
 def forced_errors(found: Computed, expected: Computed, limits: KernelLimits) -> ForcedErrors:

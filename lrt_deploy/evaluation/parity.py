@@ -284,7 +284,7 @@ def _weights(subject: Subject, opened: Checkpoint, progress: Progress) -> Weight
         stored = StoredWeights(subject.bundle, held, precision)
         return check_weights(stored, opened.tensors, held.model, precision, compensated, progress)
     except ParityError as error:
-        return WeightsPart(passed=False, worst=None, checked=0, disagreement=str(error))
+        return WeightsPart(False, f"weights: {error}")
 
 
 def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart:

@@ -123,13 +123,17 @@ class Comparison:
         """Of `points`, those whose logits choose the generated tokens."""
         return points[self.prompt_tokens - 1 : self.prompt_tokens - 1 + self.steps]
 
+    @property
+    def parting(self) -> Point | None:
+        """The first of the choices that differs."""
+        return next((point for point in self.choices if point.finite and not point.same_top1), None)
+
     def first_divergence(self, limits: ParityLimits) -> Divergence | None:
         """Where the decoder on its own choices leaves the reference's tokens; None where it does not."""
-        for step, at in enumerate(self.choices):
-            if at.finite and not at.same_top1:
-                near_tie = at.margin <= limits.near_tie_margin
-                return Divergence(step, at.position, at.reference_token, at.decoder_token, at.margin, near_tie)
-        return None
+        if (at := self.parting) is None:
+            return None
+        step, near_tie = at.position - (self.prompt_tokens - 1), at.margin <= limits.near_tie_margin
+        return Divergence(step, at.position, at.reference_token, at.decoder_token, at.margin, near_tie)
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,6 @@ class ParityReport:
     def to_dict(self) -> dict[str, Any]:
         """The JSON fields; points become columns under `positions`, numbers that are not finite null."""
         fields: dict[str, Any] = as_json(self)
-        if self.weights is not None:
-            fields["weights"] = as_json(self.weights.to_dict())
         if self.bisect is None:
             del fields["bisect"]
         for run in (fields, fields["free_running"]):

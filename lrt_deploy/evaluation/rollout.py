@@ -163,10 +163,10 @@ def _teacher_forced(
 
 def _free_running(decoder: StatefulDecoder, run: Comparison, progress: Progress) -> list[Point]:
     """The points of the run in which the decoder reads its own choices."""
-    parts = next((point.position for point in run.choices if point.finite and not point.same_top1), None)
-    if parts is None or run.stopped:
+    if run.parting is None or run.stopped:
         return list(run.points)
-    points, total = run.points[: parts + 1], len(run.points)
+    parts, total = run.parting.position, len(run.points)
+    points = run.points[: parts + 1]
     tokens = [*run.tokens[: parts + 1], points[-1].decoder_token]
     for position, (state, _) in enumerate(_along(decoder, tokens)):
         if position <= parts:

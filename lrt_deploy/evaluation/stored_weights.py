@@ -64,42 +64,13 @@ class MatrixCheck:
 
 @dataclass(frozen=True)
 class WeightsPart:
-    """The part `weights` of a verdict: all matrices and tables of one precision.
-
-    `disagreement` says how the graphs of the bundle contradict each other; None where they do not.
-    """
+    """The part `weights` of a verdict: all matrices and tables of one precision; `failed` has names of wrong ones."""
 
     passed: bool
-    worst: MatrixCheck | None
-    checked: int
-    failed: tuple[MatrixCheck, ...] = ()
-    disagreement: str | None = None
-
-    @property
-    def line(self) -> str:
-        """The result in one line."""
-        if self.disagreement is not None:
-            return f"weights: {self.disagreement}"
-        if self.worst is None:
-            return "weights: nothing was stored"
-        if not self.passed:
-            others = f"; {len(self.failed)} of {self.checked} matrices are off" if len(self.failed) > 1 else ""
-            return f"weights: {self.worst.matrix} is not the checkpoint's: {self.worst.fault}{others}"
-        line = f"weights: {self.checked} of {self.checked} stored matrices are the checkpoint's"
-        if self.worst.allowed == 0:
-            return f"{line}, every number the nearest"
-        found = f"{self.worst.found:.3g} {self.worst.unit}"
-        return f"{line}, worst {self.worst.matrix} by {found} (limit {self.worst.allowed:.3g})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types, with the names of the matrices that are wrong."""
-        return {
-            "passed": self.passed,
-            "line": self.line,
-            "worst": None if self.worst is None else dataclasses.asdict(self.worst),
-            "checked": self.checked,
-            "failed": [check.matrix for check in self.failed],
-        }
+    line: str
+    worst: MatrixCheck | None = None
+    checked: int = 0
+    failed: tuple[str, ...] = ()
 
 
 def check_weights(
@@ -122,9 +93,18 @@ def check_weights(
         expected = expected_matrix(sources[matrix.name], tensors)
         checks.append(check_matrix(matrix, expected, precision, compensated))
         progress("comparing the stored weights", len(checks), len(names))
-    worst = max(checks, key=lambda check: check.badness, default=None)
-    failed = tuple(check for check in checks if not check.passed)
-    return WeightsPart(not failed, worst, len(checks), failed)
+    failed = tuple(check.matrix for check in checks if not check.passed)
+    if not checks:
+        return WeightsPart(True, "weights: nothing was stored")
+    worst = max(checks, key=lambda check: check.badness)
+    if failed:
+        others = f"; {len(failed)} of {len(checks)} matrices are off" if len(failed) > 1 else ""
+        line = f"{worst.matrix} is not the checkpoint's: {worst.fault}{others}"
+    else:
+        size = f"worst {worst.matrix} by {worst.found:.3g} {worst.unit} (limit {worst.allowed:.3g})"
+        size = "every number the nearest" if worst.allowed == 0 else size
+        line = f"{len(checks)} of {len(checks)} stored matrices are the checkpoint's, {size}"
+    return WeightsPart(not failed, f"weights: {line}", worst, len(checks), failed)
 
 
 def expected_matrix(source: Source, tensors: Mapping[str, Any]) -> Floats:

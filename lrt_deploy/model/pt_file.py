@@ -75,15 +75,19 @@ class StoredTensor:
         """The shape."""
         return self.description.shape
 
+    @property
+    def size(self) -> int:
+        """Number of bytes."""
+        return self.description.elements * self.description.storage.item_bytes
+
     def read_bytes(self) -> npt.NDArray[np.uint8]:
         """Read the tensor's elements, little-endian, in the order of its strides.
 
         Raises CheckpointError if the bytes are not the ones that were checked when the file was opened.
         """
-        about, width = self.description, self.description.storage.item_bytes
-        data = np.empty(about.elements * width, np.uint8)
+        data = np.empty(self.size, np.uint8)
         with open_regular(self.path, _WHAT, CheckpointError) as file:
-            file.seek(self.record.offset + about.offset * width)
+            file.seek(self.record.offset + self.description.offset * self.description.storage.item_bytes)
             if file.readinto(data.data) != data.size:
                 raise CheckpointError(f"{self.path} became shorter while it was read")
         if data.size == self.record.size:
@@ -119,7 +123,13 @@ def read_state_dict(path: Path) -> StateDict:
             digest = _verify(file, records, source)
             file.seek(pickled.offset)
             data = file.read(pickled.size)
-            _check_byte_order(file, records.get(f"{root}byteorder"), source)
+            # Older versions of PyTorch did not write the byte order, and ran on little-endian machines.
+            if order := records.get(f"{root}byteorder"):
+                file.seek(order.offset)
+                if (found := file.read(min(order.size, 10))) != b"little":
+                    raise CheckpointError(
+                        f"{source} holds numbers in the byte order {found!r}; this version reads b'little'"
+                    )
         except OSError as error:
             raise CheckpointError(f"{source} cannot be read: {error.strerror or error}") from error
     _check_crc(pickled, zlib.crc32(data), source)
@@ -155,23 +165,15 @@ def _root(records: Mapping[str, _Record], source: str) -> str:
     return root
 
 
-def _check_byte_order(file: BinaryIO, record: _Record | None, source: str) -> None:
-    if record is None:  # older versions of PyTorch did not write it, and ran on little-endian machines
-        return
-    file.seek(record.offset)
-    if (order := file.read(min(record.size, 10))) != b"little":
-        raise CheckpointError(f"{source} holds numbers in the byte order {order!r}; this version reads b'little'")
-
-
 def _stored(path: Path, root: str, records: Mapping[str, _Record], tensor: TensorDescription) -> StoredTensor:
     storage = tensor.storage
-    record = records.get(f"{root}data/{storage.key}")
+    record, needed = records.get(f"{root}data/{storage.key}"), storage.elements * storage.item_bytes
     if record is None:
         raise CheckpointError(f"{path} has no record {root}data/{storage.key[:100]}, which a tensor refers to")
-    if record.size != storage.elements * storage.item_bytes:
+    if record.size != needed:
         raise CheckpointError(
             f"{path}: the record {record.name!r} has {record.size} bytes, and its {storage.elements} elements of type "
-            f"{storage.dtype} need {storage.elements * storage.item_bytes}"
+            f"{storage.dtype} need {needed}"
         )
     return StoredTensor(path, record, tensor)
 
@@ -179,7 +181,7 @@ def _stored(path: Path, root: str, records: Mapping[str, _Record], tensor: Tenso
 def _refuse_expansion(tensors: Mapping[str, StoredTensor], source: str) -> None:
     """Raise CheckpointError if tensors share storage so that a small file becomes a large model."""
     stored = sum({tensor.record.name: tensor.record.size for tensor in tensors.values()}.values())
-    total = sum(tensor.description.elements * tensor.description.storage.item_bytes for tensor in tensors.values())
+    total = sum(tensor.size for tensor in tensors.values())
     if total > _MAX_SHARING * stored:
         raise CheckpointError(
             f"{source} describes tensors of {total} bytes and stores {stored}; tensors that share storage may have "
@@ -224,7 +226,7 @@ def _directory(file: BinaryIO, source: str) -> tuple[list[zipfile.ZipInfo], int]
             entries, start = sorted(archive.infolist(), key=lambda entry: entry.header_offset), archive.start_dir
         file.seek(-_END_BYTES, 2)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, OSError) as error:
-        raise CheckpointError(_message(source, f"has no readable directory ({ascii(str(error))[:200]})")) from error
+        _refuse(source, f"has no readable directory ({ascii(str(error))[:200]})", error)
     if archive.comment or file.read(4) != b"PK\5\6":
         _refuse(source, "does not end as a zip archive without a comment does")
     if not entries:
@@ -261,15 +263,11 @@ def _locate(file: BinaryIO, entry: zipfile.ZipInfo, end: int, source: str) -> _R
     return _Record(name, start, size, entry.CRC)
 
 
-def _refuse(source: str, what: str) -> NoReturn:
-    raise CheckpointError(_message(source, what))
-
-
-def _message(source: str, what: str) -> str:
-    return (
+def _refuse(source: str, what: str, cause: Exception | None = None) -> NoReturn:
+    raise CheckpointError(
         f"{source} {what}; expected an archive as torch.save writes it. It is cut off, damaged or was not written by "
         "PyTorch"
-    )
+    ) from cause
 
 
 def _verify(file: BinaryIO, records: Mapping[str, _Record], source: str) -> str:

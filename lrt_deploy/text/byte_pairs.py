@@ -133,7 +133,9 @@ class BytePairs:
             for keep in range(3 * len(tokens) // 4, max(0, 3 * len(tokens) // 4 - 16), -1):
                 after = start + sum(len(token.value) for token in tokens[:keep])
                 following = self._tokens(chars, after, width)
-                if self._stay_apart(tokens[keep - 1], following[0]):
+                pair = [tokens[keep - 1], following[0]]
+                joined = self._model.tokenize("".join(token.value for token in pair))
+                if [token.id for token in joined] == [token.id for token in pair]:
                     break
             else:
                 return self._encode(chars, 4 * width)
@@ -145,7 +147,3 @@ class BytePairs:
         """Return the tokens of a window, or of the rest of the text if that is less than two windows."""
         end = len(chars) if len(chars) - start <= 2 * width else start + width
         return self._model.tokenize(chars[start:end])
-
-    def _stay_apart(self, left: tokenizers.Token, right: tokenizers.Token) -> bool:
-        joined = self._model.tokenize(left.value + right.value)
-        return [token.id for token in joined] == [left.id, right.id]

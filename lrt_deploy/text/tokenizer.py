@@ -57,11 +57,12 @@ def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} does not exist; name the tokenizer's folder, or its file")
     if path.is_dir():
-        if not has_tokenizer(path):
+        held = [path / name for name in (PICKLE_FILE, TOKENIZER_FILE) if os.path.lexists(path / name)]
+        if not held:
             raise CheckpointError(
                 f"{path} has neither {PICKLE_FILE} nor {TOKENIZER_FILE}; name the tokenizer's folder or file"
             )
-        path = path / (PICKLE_FILE if os.path.lexists(path / PICKLE_FILE) else TOKENIZER_FILE)
+        path = held[0]
     limit = _size_limit(vocab_size)
     if path.suffix == ".json":
         text = read_text(path, "the tokenizer", CheckpointError, limit)
