@@ -326,7 +326,7 @@ def quick(export_once, monkeypatch):
         quick.before(checkpoint.folder.name)
         shutil.copytree(bundles[checkpoint.folder.name] / "graphs", folder / "graphs")
         quick.after(checkpoint.folder.name)
-        return module.Graphs(read_manifest(bundles[checkpoint.folder.name]).precision_details, {})
+        return read_manifest(bundles[checkpoint.folder.name]).precision_details, {}
 
     class Quick:
         before = after = staticmethod(lambda name: None)
