@@ -19,7 +19,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
 from lrt_deploy.evaluation.report import Comparison, Drift, Point, PrefillCheck
 from lrt_deploy.evaluation.rollout import kl_divergence
-from lrt_deploy.evaluation.verdict import compare, judge
+from lrt_deploy.evaluation.verdict import Evidence, compare, report_of
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
 from lrt_deploy.types import PrefillReport
 
@@ -84,6 +84,11 @@ class Fake:
         state.logits, state.latent = self.logits[at : at + 1], self.latents[at : at + 1]
         state.count.tokens += 1
         state.lengths += 1
+
+
+def judge(rollout, limits):
+    report = report_of(rollout, Evidence("", "", None, limits))
+    return report.passed, report.verdict
 
 
 def run(decoder, reference=None, prompt=PROMPT, steps=STEPS, **options):

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from lrt_deploy.config import LRTConfig
 
 Floats = npt.NDArray[np.float32]
+EMBEDDING_TABLES = ("wte", "value_embeds")  # a row is gathered for each token; all other matrices are multiplied by
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lrt_deploy.bundle.manifest import Manifest
     from lrt_deploy.config import LRTConfig
 
-TABLES = ("wte", "value_embeds")
-
 
 def parameter_counts(config: LRTConfig, elements: Mapping[str, int] | None = None) -> dict[str, int]:
     """Count parameters by kind: `tables` (a token reads one row), `matrices`, `other`.
@@ -24,12 +22,12 @@ def parameter_counts(config: LRTConfig, elements: Mapping[str, int] | None = Non
     `elements` maps the tensors of a checkpoint to their sizes; one that the config does not name counts as other.
     None: all tensors of the config, with the rows that pad the vocabulary.
     """
-    from lrt_deploy.bundle.weights import weight_sources
+    from lrt_deploy.bundle.weights import EMBEDDING_TABLES, weight_sources
 
     kinds, expected = dict[str, str](), dict[str, int]()
     for name, source in weight_sources(config).items():
         flat = all(len(shape) == 1 for shape in source.shapes)
-        kinds |= dict.fromkeys(source.names, "tables" if name in TABLES else "other" if flat else "matrices")
+        kinds |= dict.fromkeys(source.names, "tables" if name in EMBEDDING_TABLES else "other" if flat else "matrices")
         expected |= dict(zip(source.names, map(prod, source.shapes), strict=True))
     counts = {"matrices": 0, "tables": 0, "other": 0}
     for name, size in (expected if elements is None else elements).items():

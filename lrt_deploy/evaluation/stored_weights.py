@@ -26,11 +26,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lrt_deploy.bundle.precisions import base_dtype
-from lrt_deploy.bundle.weights import Floats, Source, StoredMatrix, weight_sources
+from lrt_deploy.bundle.weights import EMBEDDING_TABLES, Floats, Source, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.tolerances import GPTQ, STORED, GptqLimits
 
-TABLES = ("wte", "value_embeds")
 # The grid of an int4 block may end at one of these shares of its largest weight: docs/precisions.md.
 INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
@@ -88,7 +87,7 @@ def check_weights(
     """
     sources = weight_sources(config)
     checks: list[MatrixCheck] = []
-    names = [name for name, source in sources.items() if source.transposed or name in TABLES]
+    names = [name for name, source in sources.items() if source.transposed or name in EMBEDDING_TABLES]
     for matrix in stored:
         expected = expected_matrix(sources[matrix.name], tensors)
         checks.append(check_matrix(matrix, expected, precision, compensated))

@@ -99,12 +99,6 @@ def report_of(run: Comparison, evidence: Evidence) -> ParityReport:
     )
 
 
-def judge(run: Comparison, limits: ParityLimits) -> tuple[bool, str]:
-    """Judge a comparison alone; returns whether it passes, and the one line that says why."""
-    quality = None if limits.top1_agreement is None else judge_quality(run, limits, None)
-    return _verdict(run, Evidence("", "", None, limits), quality)
-
-
 def _verdict(run: Comparison, evidence: Evidence, quality: QualityPart | None) -> tuple[bool, str]:
     """Join the parts: those that fail come first, and weights that fail are the whole verdict."""
     weights, arithmetic = evidence.weights, evidence.arithmetic

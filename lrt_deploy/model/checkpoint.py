@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from lrt_deploy.bundle.kinds import instead_of_checkpoint
-from lrt_deploy.bundle.weights import Source, weight_sources
+from lrt_deploy.bundle.weights import EMBEDDING_TABLES, Source, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
 from lrt_deploy.files import open_regular, read_json, refuse_placeholder
@@ -35,7 +35,6 @@ from .model import LRT
 from .pt_file import StoredTensor, read_state_dict
 
 _PREFIXES = re.compile(r"^(_orig_mod\.|module\.){1,8}")  # of torch.compile and DistributedDataParallel, in any order
-_TABLES = ("wte", "value_embeds")  # kept in bfloat16 when stored so: gathered, then cast
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _META_BYTES, _CONFIG_BYTES = 4 * 1024 * 1024, 1024 * 1024
@@ -89,7 +88,7 @@ class Checkpoint:
         model = LRT(self.config, max_positions).requires_grad_(False)
         for name, source in weight_sources(self.config).items():
             stored = {self.tensors[key].dtype for key in source.names if key in self.tensors}
-            if name in _TABLES and stored == {"bfloat16"}:
+            if name in EMBEDDING_TABLES and stored == {"bfloat16"}:  # kept so: gathered, then cast
                 table = torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)
                 setattr(model, name, nn.Parameter(table, requires_grad=False))
             for part, key, shape in zip(_parts(model, name, source), source.names, source.shapes, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lrt_deploy.bundle.weights import EMBEDDING_TABLES
 from lrt_deploy.config import LRTConfig
 
 from .model import LRT
@@ -23,9 +24,9 @@ def random_model(
         if name.endswith("lambdas"):
             means = {"resid_lambdas": 1.0, "x0_lambdas": 0.2, "memory_lambdas": 0.2 * memory_scale}
             values = means[name] + 0.1 * values
-        elif name not in ("wte", "value_embeds"):
+        elif name not in EMBEDDING_TABLES:
             values *= (memory_scale if name == "memory_kv" else 1.0) * parameter.shape[0] ** -0.5
-        if name in ("wte", "value_embeds"):
+        if name in EMBEDDING_TABLES:
             setattr(model, name, torch.nn.Parameter(values.to(table_dtype)))
         else:
             parameter.data = values

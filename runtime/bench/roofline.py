@@ -22,11 +22,9 @@ from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
-from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
+from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.runtime.backends.cuda import Arena, Device
-
-TABLES = ("wte", "value_embeds")
 
 
 def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
@@ -36,7 +34,7 @@ def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour =
     they are few or in a cache.
     """
     sources = weight_sources(manifest.model)
-    columns = sum(width for name in TABLES if name in sources for _, width in sources[name].shapes)
+    columns = sum(width for name in EMBEDDING_TABLES if name in sources for _, width in sources[name].shapes)
     return matrix_bytes(manifest, precision, flavour) + _table_item_bytes(manifest, precision) * columns
 
 
@@ -66,7 +64,7 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
     if manifest.host_embeddings:
         return max(ITEM_BYTES[table.dtype] for table in manifest.tables[precision].values())
     sources = weight_sources(manifest.model)
-    elements = sum(math.prod(shape) for name in TABLES if name in sources for shape in sources[name].shapes)
+    elements = sum(math.prod(shape) for name in EMBEDDING_TABLES if name in sources for shape in sources[name].shapes)
     stored = manifest.files[weights_path(precision)].bytes
     return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
 
