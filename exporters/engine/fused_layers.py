@@ -141,7 +141,7 @@ def _kernels(layers: Sequence[FusedLayer], profile: int) -> list[FusedLayer]:
 def _attentions_on_caches(kernels: Sequence[FusedLayer], expected: ExpectedNetwork) -> int:
     """Count the layers whose attention is one kernel that reads caches, queries and a mask, and nothing else."""
     read = [{tensor.name for tensor in kernel.inputs} for kernel in kernels if _is_plain_attention(kernel)]
-    caches = [{contract.present_key(i), contract.present_value(i)} for i in range(expected.config.n_layer)]
+    caches = [set(contract.present_cache(i)) for i in range(expected.config.n_layer)]
     return sum(any(pair <= names for names in read) for pair in caches)
 
 

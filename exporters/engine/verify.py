@@ -176,7 +176,7 @@ def _attention_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str
         names = ", ".join(layer.name for layer in found) or "none"
         yield f"{len(found)} attention layers, expected are {len(windows)} ({names})"
         return
-    layer_of = {contract.present_value(i): i for i in range(len(windows))}
+    layer_of = {contract.present_cache(i)[1]: i for i in range(len(windows))}
     for layer in found:
         index = layer_of.get(layer.get_input(2).name)
         mask = layer.get_input(_MASK) if layer.num_inputs > _MASK else None

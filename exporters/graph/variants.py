@@ -72,7 +72,7 @@ def windowed(model: ir.Model, config: LRTConfig, capacity: int) -> ir.Model:
         live = add(graph, "Slice", bounds, f"window_{window}_slots") if window in sliced else slots
         masks[window] = _window_mask(graph, window, live)
     graph.inputs[4:4] = [*starts.values(), end, slots]
-    layers = {contract.present_key(i): i for i in range(config.n_layer)}
+    layers = {contract.present_cache(i)[0]: i for i in range(config.n_layer)}
     for node in nodes(graph, "Attention"):
         layer = layers.get((node.inputs[1] or node.outputs[0]).name or "")
         if layer is None:

@@ -62,24 +62,14 @@ class StatePair:
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
 
 
-def past_key(layer: int) -> str:
-    """Return the name of a layer's key cache as an input."""
-    return f"past_key_{layer}"
+def past_cache(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's key and value cache as inputs."""
+    return f"past_key_{layer}", f"past_value_{layer}"
 
 
-def past_value(layer: int) -> str:
-    """Return the name of a layer's value cache as an input."""
-    return f"past_value_{layer}"
-
-
-def present_key(layer: int) -> str:
-    """Return the name of a layer's key cache as an output."""
-    return f"present_key_{layer}"
-
-
-def present_value(layer: int) -> str:
-    """Return the name of a layer's value cache as an output."""
-    return f"present_value_{layer}"
+def present_cache(layer: int) -> tuple[str, str]:
+    """Return the names of a layer's key and value cache as outputs."""
+    return f"present_key_{layer}", f"present_value_{layer}"
 
 
 def window_start(window: int) -> str:
@@ -100,9 +90,11 @@ def distinct_windows(config: LRTConfig) -> tuple[int, ...]:
 def state_pairs(config: LRTConfig, dtype: str = "float32") -> list[StatePair]:
     """Return the latent (where there is one), then all key caches, then all value caches."""
     cache: tuple[Dim, ...] = ("batch", config.n_kv_head, "capacity", config.head_dim)
-    layers = range(config.n_layer)
-    pairs = [StatePair(past_key(i), present_key(i), dtype, cache) for i in layers]
-    pairs += [StatePair(past_value(i), present_value(i), dtype, cache) for i in layers]
+    pairs = [
+        StatePair(past_cache(layer)[kind], present_cache(layer)[kind], dtype, cache)
+        for kind in (0, 1)
+        for layer in range(config.n_layer)
+    ]
     if config.memory:
         latent: tuple[Dim, ...] = ("batch", "tokens", config.n_embd)
         pairs.insert(0, StatePair("past_latent", "present_latent", dtype, latent, in_place=False))

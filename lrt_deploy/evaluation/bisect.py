@@ -209,10 +209,8 @@ def _held(expected: StepInput, found: StepInput) -> StateFault | None:
         what = "the latent that the decoder holds before this position is not the one of the token before"
         return StateFault(what, LATENT)
     for layer in range(len(expected.keys)):
-        for name, one, other in (
-            (contract.past_key(layer), expected.keys[layer], found.keys[layer]),
-            (contract.past_value(layer), expected.values[layer], found.values[layer]),
-        ):
+        sides = ((step.keys[layer], step.values[layer]) for step in (expected, found))
+        for name, one, other in zip(contract.past_cache(layer), *sides, strict=True):
             slots = one.shape[1]
             if one.shape != other.shape:
                 return StateFault(f"{name} holds {other.shape[1]} tokens, expected {slots}", name, layer)
@@ -249,7 +247,7 @@ def _read(expected: StepInput, found: StepInput, same_logits: bool) -> StateFaul
     return StateFault(
         f"the step at position {position} goes wrong where layer {layer} attends over its cache: layers before it read "
         "theirs right, so what this layer reads is not what is held, or its window has wrong bounds",
-        contract.past_key(layer),
+        contract.past_cache(layer)[0],
         layer,
     )
 

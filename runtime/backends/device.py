@@ -424,7 +424,7 @@ class DeviceBuffers:
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as copies on the host."""
         rows = [self.read_slots(row, 0, length, (layer,)) for row in range(self.batch)]
-        names = contract.past_key(layer), contract.past_value(layer)
+        names = contract.past_cache(layer)
         keys, values = (np.stack([row[name] for row in rows]).astype(np.float32) for name in names)
         return keys, values
 
@@ -452,7 +452,7 @@ class DeviceBuffers:
 
     def _row_caches(self, row: int, layers: tuple[int, ...] | None) -> dict[str, int]:
         wanted = range(self.layers) if layers is None else layers
-        names = {name(layer) for layer in wanted for name in (contract.past_key, contract.past_value)}
+        names = {name for layer in wanted for name in contract.past_cache(layer)}
         return {past: address for (past, _), address in self._memory.row(row).items() if past in names}
 
     def _empty_slots(self, count: int) -> Array:

@@ -312,7 +312,7 @@ class OrtCpuBuffers:
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """(B, G, length, D) of a layer's keys and values: views, or copies where the caches are not float32."""
-        keys, values = self._caches[contract.past_key(layer)], self._caches[contract.past_value(layer)]
+        keys, values = (self._caches[name] for name in contract.past_cache(layer))
         return _as_float32(keys[:, :, :length]), _as_float32(values[:, :, :length])
 
     def read_slots(self, row: int, start: int, stop: int) -> SlotArrays:

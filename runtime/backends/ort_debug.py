@@ -143,8 +143,8 @@ class OrtObserver:
             contract.SLOT_POSITIONS: np.arange(at + 1),
         } | {contract.window_start(w): [max(0, at - w)] for w in contract.distinct_windows(config)}
         for i in range(config.n_layer):
-            feed[contract.past_key(i)] = _with_room(step.keys[i])
-            feed[contract.past_value(i)] = _with_room(step.values[i])
+            caches = map(_with_room, (step.keys[i], step.values[i]))
+            feed |= zip(contract.past_cache(i), caches, strict=True)
         return feed
 
 
