@@ -1,8 +1,8 @@
 """The protocols between the decoder and what computes the graphs. `select` says which backend is taken.
 
 A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
-two calls that compute: `decode` (one token for every row) and `read` (several tokens of one row, for prefill); and two
-that move cache entries, `read_slots` and `write_slots`, for saving, forking and moving rows.
+two calls that compute: `decode` (one token for every row) and `read` (several tokens of one row, for prefill); and
+three that move cache entries: `read_slots` and `write_slots` for saving, `copy_row` for forking and moving rows.
 """
 
 from __future__ import annotations
@@ -112,6 +112,14 @@ class StateBuffers(Protocol):
 
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries, as `read_slots` gives them, into a row's slots from `start` on."""
+
+    def copy_row(self, row: int, source: StateBuffers, index: int, length: int) -> None:
+        """Make the first `length` slots of a row those of another row, of these or other buffers of the same model.
+
+        May be interrupted and done again. This is the way over the host; buffers on a device have one of their own.
+        """
+        if length:
+            self.write_slots(row, 0, source.read_slots(index, 0, length))
 
 
 class Backend(Protocol):

@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,9 @@ class Device(Protocol):
     def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
         """Enqueue the reverse of `copy_rows_in`."""
 
+    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
+        """Enqueue a copy of rows of `width` bytes, which are `pitch` apart in both places on the device."""
+
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
         """Enqueue a copy from one address on the device to another."""
 
@@ -127,6 +130,14 @@ class Arena:
         self._addresses.clear()
         self._graphs.clear()
         self.device.give_back(addresses, graphs)
+
+
+class _Rows(NamedTuple):
+    """Where rows of bytes lie: the first, and the bytes from one to the next."""
+
+    address: int
+    pitch: int
+    on_host: bool = False
 
 
 class CudaDevice:
@@ -223,13 +234,17 @@ class CudaDevice:
 
     def copy_rows_in(self, address: int, pitch: int, array: Array) -> None:
         """See `Device`."""
-        rows, width = array.shape
-        self._copy_rows("copying rows to the GPU", (array.ctypes.data, width), (address, pitch), rows, width, "in")
+        host, device = _Rows(array.ctypes.data, array.shape[1], on_host=True), _Rows(address, pitch)
+        self._copy_rows("copying rows to the GPU", device, host, array.shape)
 
     def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
         """See `Device`."""
-        rows, width = array.shape
-        self._copy_rows("copying rows from the GPU", (address, pitch), (array.ctypes.data, width), rows, width, "out")
+        host, device = _Rows(array.ctypes.data, array.shape[1], on_host=True), _Rows(address, pitch)
+        self._copy_rows("copying rows from the GPU", host, device, array.shape)
+
+    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
+        """See `Device`."""
+        self._copy_rows("copying rows", _Rows(target, pitch), _Rows(source, pitch), (rows, width))
 
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
         """See `Device`."""
@@ -274,26 +289,19 @@ class CudaDevice:
         self._enqueued = True
         self._ask("launching a CUDA graph", self._cuda.cuGraphLaunch(graph, self.stream))
 
-    def _copy_rows(
-        self,
-        what: str,
-        source: tuple[int, int],
-        target: tuple[int, int],
-        rows: int,
-        width: int,
-        way: Literal["in", "out"],
-    ) -> None:
-        """Enqueue a copy of rows; source and target are (address, bytes from one row to the next)."""
+    def _copy_rows(self, what: str, target: _Rows, source: _Rows, shape: tuple[int, ...]) -> None:
+        """Enqueue a copy of (rows, bytes)."""
+        rows, width = shape
         if not rows * width:
             return
         cuda, copy = self._cuda, self._cuda.CUDA_MEMCPY2D()
         host, device = cuda.CUmemorytype.CU_MEMORYTYPE_HOST, cuda.CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.srcMemoryType, copy.dstMemoryType = (host, device) if way == "in" else (device, host)
-        if way == "in":
-            copy.srcHost, copy.dstDevice = source[0], cuda.CUdeviceptr(target[0])
-        else:
-            copy.srcDevice, copy.dstHost = cuda.CUdeviceptr(source[0]), target[0]
-        copy.srcPitch, copy.dstPitch, copy.WidthInBytes, copy.Height = source[1], target[1], width, rows
+        for side, place in (("src", source), ("dst", target)):
+            setattr(copy, f"{side}MemoryType", host if place.on_host else device)
+            address = place.address if place.on_host else cuda.CUdeviceptr(place.address)
+            setattr(copy, f"{side}Host" if place.on_host else f"{side}Device", address)
+            setattr(copy, f"{side}Pitch", place.pitch)
+        copy.WidthInBytes, copy.Height = width, rows
         self._enqueued = True
         self._ask(what, cuda.cuMemcpy2DAsync(copy, self.stream))
 

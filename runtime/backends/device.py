@@ -20,7 +20,7 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.types import FloatArray, IntArray
 
-from .base import Block, SlotArrays
+from .base import Block, SlotArrays, StateBuffers
 from .cuda import Arena, Array, Device
 from .host_tables import HostTables, Rows
 
@@ -344,7 +344,7 @@ _COPIES_NOTE = (
 )
 
 
-class DeviceBuffers:
+class DeviceBuffers(StateBuffers):
     """The state of B sequences on the device. See `base.StateBuffers`."""
 
     def __init__(self, steps: Steps, batch: int, capacity: int) -> None:
@@ -448,6 +448,19 @@ class DeviceBuffers:
             for name, address in self._row_caches(row, None).items():
                 first = address + start * self._slot_bytes
                 self._device.copy_rows_in(first, self._head_bytes, _as_rows(values[name]))
+            self._device.synchronize()
+
+    def copy_row(self, row: int, source: StateBuffers, index: int, length: int) -> None:
+        """Copy on the device where both states are on this one; over the host otherwise."""
+        if not isinstance(source, DeviceBuffers) or source._device is not self._device:
+            super().copy_row(row, source, index, length)
+            return
+        assert source._head_bytes == self._head_bytes  # one device is of one backend
+        sources, heads, width = source._row_caches(index, None), self._setup.config.n_kv_head, length * self._slot_bytes
+        with self._device.lock:
+            self._device.begin()
+            for name, address in self._row_caches(row, None).items():
+                self._device.copy_rows_within(address, sources[name], self._head_bytes, heads, width)
             self._device.synchronize()
 
     def _row_caches(self, row: int, layers: tuple[int, ...] | None) -> dict[str, int]:

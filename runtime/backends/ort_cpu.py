@@ -28,7 +28,7 @@ from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.errors import BackendError
 from lrt_deploy.types import FloatArray, IntArray
 
-from .base import Block, BlockLimits, SlotArrays
+from .base import Block, BlockLimits, SlotArrays, StateBuffers
 from .host_tables import HostTables, RowArrays, Rows
 from .memory_pages import Moved, in_huge_pages
 from .ort_session import ORT_ERRORS, check_session, raise_backend_error
@@ -171,7 +171,7 @@ class _Resized:
     written: list[int]  # (B) of each row, the first slot that a step has written since
 
 
-class OrtCpuBuffers:
+class OrtCpuBuffers(StateBuffers):
     """Caches and latent of B sequences, and the bindings that run on them. See `base.StateBuffers`."""
 
     copies_note = None
