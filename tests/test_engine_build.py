@@ -345,9 +345,62 @@ def half_a_product(model):
     model.graph.value_info.extend(kept)
 
 
+def read_a_cache_beside_its_update(model):
+    """As a residual of the cache inside the graph would: it may see the new entries and be zero falsely."""
+    model.graph.node.append(onnx.helper.make_node("ReduceMax", ["past_key_1"], ["largest"], keepdims=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("largest", onnx.TensorProto.FLOAT, []))
+
+
+def give_lengths(model):
+    """Lengths of the caches beside the mask."""
+    lengths = onnx.helper.make_node("Add", ["write_index", "write_index"], ["lengths"])
+    model.graph.node.insert(0, lengths)
+    nodes(model, "Attention")[0].input.extend(["", "", "lengths"])
+
+
+@pytest.mark.parametrize(
+    ("edit", "found"),
+    [
+        (give_lengths, "the input lengths"),
+        (
+            lambda model: nodes(model, "Attention")[0].attribute.append(onnx.helper.make_attribute("is_causal", 1)),
+            "the attribute is_causal",
+        ),
+        (
+            lambda model: nodes(model, "Attention")[0].attribute.append(
+                onnx.helper.make_attribute("left_window_size", 8)
+            ),
+            "the attribute left_window_size",
+        ),
+    ],
+)
+def test_what_the_parser_would_drop_without_a_message_is_refused(bundle, tmp_path, edit, found):
+    graph, changed = bundle / graph_path("fp32", "prefill", "full"), tmp_path / "prefill.onnx"
+    model = onnx.load(graph, load_external_data=False)
+    for node in nodes(model, "Attention"):
+        kept = [attribute for attribute in node.attribute if attribute.name != "is_causal"]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+    onnx.save(model, changed)
+    tensorrt_copy(changed, 128)
+    edit(model)
+    onnx.save(model, changed)
+    with pytest.raises(EngineError, match=rf"blocks\.0\.attention has {found}, which TensorRT's parser drops"):
+        tensorrt_copy(changed, 128)
+
+
+def test_lengths_are_dropped_by_the_parser(bundle, manifest):
+    """Why they are refused: the network has nothing of them, and would be built."""
+    network, _keep = network_of(bundle, give_lengths)
+    assert verify(RTX.load(), network, expected_network(manifest, "fp32"))["attention"] == manifest.model.n_layer
+    attentions = [network.get_layer(i) for i in range(network.num_layers)]
+    assert {layer.num_inputs for layer in attentions if layer.type.name == "ATTENTION_INPUT"} == {4}
+
+
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
+        (read_a_cache_beside_its_update, "reads past_key_1 beside its update, and may see the new entries"),
         (drop_a_mask, "has no mask: its window of 16 would be dropped"),
         (swap_masks, "looks back 32 positions, expected is its window of 16"),
         (one_mask_for_all, "looks back 16 positions, expected is its window of 32"),

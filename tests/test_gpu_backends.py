@@ -42,7 +42,7 @@ from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
 from lrt_deploy.runtime.bench import roofline
-from lrt_deploy.runtime.bench.measure import random_tokens, variants
+from lrt_deploy.runtime.bench.measure import _iterations, random_tokens
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.prefill import PrefillOptions
 
@@ -196,7 +196,7 @@ def test_the_options_of_the_decoder_are_those_that_the_backend_can_follow(open_f
     decoder, _ = open_fake(options=PrefillOptions(stepwise_below=20))
     options = decoder.prefill_options
     assert (options.sweeps.stride, options.sweeps.chunk_tokens, options.stepwise_below) == (1, 32, 20)
-    assert [variant.algorithm for variant in variants(decoder)][1:3] == ["plain", "one pass with zero memory"]
+    assert [sweeps.stride for sweeps in _iterations(decoder)] == [1]
 
 
 def test_auto_reads_stepwise_here_whatever_the_length_unless_told_otherwise(open_fake):

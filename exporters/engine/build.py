@@ -57,7 +57,7 @@ class _Job:
 
     bundle: Path
     manifest: Manifest
-    flavour: TensorRTLibrary
+    library: TensorRTLibrary
     precision: str
     capacity: int
     profiles: tuple[Profile, ...]
@@ -115,8 +115,8 @@ def build_engine(
     check_flag(force, "force")
     check_callable(progress, "progress")
     manifest = read_manifest(folder)
-    flavour, _ = choose_library(backend)
-    flavour.load()  # raises before anything is hashed if it is not installed
+    library, _ = choose_library(backend)
+    library.load()  # raises before anything is hashed if it is not installed
     chunk = _checked_size("chunk_tokens", chunk, manifest.max_seq_len, CHUNK_TOKENS)
     batch = _checked_size("max_batch_size", batch, manifest.max_batch_size, manifest.max_batch_size)
     if workspace == 0:
@@ -124,20 +124,20 @@ def build_engine(
     job = _Job(
         folder,
         manifest,
-        flavour,
+        library,
         _precision(manifest, precision),
         cache_capacity(manifest.max_seq_len),
         profiles(manifest.max_seq_len, batch, chunk),
         batch,
-        _compute_capabilities(flavour),
-        Settings(workspace, _timing_cache(folder, flavour, cache)),
+        _compute_capabilities(library),
+        Settings(workspace, _timing_cache(folder, library, cache)),
         on_message,
     )
     return _build(job, force, progress)
 
 
 def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
-    target = engine_folder(job.bundle, job.flavour.backend, job.precision)
+    target = engine_folder(job.bundle, job.library.backend, job.precision)
     recover(target)
     if os.path.lexists(target) and not force:
         raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
@@ -181,17 +181,17 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
     """Parse, verify and build; return the network, the counts of its layers, and the plan."""
     graph, expected = job.bundle / job.graph, expected_network(job.manifest, job.precision)
     progress("parsing", 0, 0)
-    parsed = parse(job.flavour, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
+    parsed = parse(job.library, tensorrt_copy(graph, job.capacity, decompose), graph, job.listener)
     progress("verifying", 0, 0)
     layers = verify(parsed.trt, parsed.network, expected)
     decomposable = decompose or expected.base == "float32"
-    plan = build(job.flavour, parsed, job.profiles, job.settings, progress)
+    plan = build(job.library, parsed, job.profiles, job.settings, progress)
     names = [profile.name for profile in job.profiles]
     fused = parse_layers(parsed.log.fused_layers)
     slow = find_slow_decoding(fused, expected, job.capacity, names, decomposable)
-    if slow and job.flavour.backend == "tensorrt-rtx":  # what full TensorRT lists has not been seen
+    if slow and job.library.backend == "tensorrt-rtx":  # what full TensorRT lists has not been seen
         raise EngineError(
-            f"the plan that {job.flavour.backend} {parsed.trt.__version__} built for {job.precision} would decode "
+            f"the plan that {job.library.backend} {parsed.trt.__version__} built for {job.precision} would decode "
             f"slowly, so it was not kept: {'; '.join(slow[:4])}; expected are attentions in one kernel each that reads "
             "the caches themselves, and quantized weights dequantized inside their products; build another precision "
             "of the bundle, or with the version in constraints.txt"
@@ -232,9 +232,9 @@ def _precision(manifest: Manifest, requested: str | None) -> str:
     return requested
 
 
-def _timing_cache(bundle: Path, flavour: TensorRTLibrary, asked: Path | None) -> Path | None:
+def _timing_cache(bundle: Path, library: TensorRTLibrary, asked: Path | None) -> Path | None:
     """Return the file of measured kernel times; None for TensorRT-RTX, which measures none when it builds."""
-    if flavour.backend == "tensorrt-rtx":
+    if library.backend == "tensorrt-rtx":
         if asked is not None:
             raise EngineError("tensorrt-rtx measures no kernels when it builds and has no timing cache; leave it out")
         return None
@@ -242,7 +242,7 @@ def _timing_cache(bundle: Path, flavour: TensorRTLibrary, asked: Path | None) ->
         check_writable(asked, EngineError)
         return asked
     (bundle / ENGINES).mkdir(exist_ok=True)
-    return bundle / ENGINES / f"{flavour.backend}.timing"
+    return bundle / ENGINES / f"{library.backend}.timing"
 
 
 def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:
@@ -251,7 +251,7 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     expected, (gpu, reason) = expected_network(manifest, job.precision), find_gpu()
     return EngineSidecar(
-        backend=job.flavour.backend,
+        backend=job.library.backend,
         precision=job.precision,
         plan_sha256=hashlib.sha256(plan.data).hexdigest(),
         plan_bytes=plan.data.nbytes,
@@ -283,13 +283,13 @@ def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seco
     )
 
 
-def _compute_capabilities(flavour: TensorRTLibrary) -> tuple[str, ...]:
+def _compute_capabilities(library: TensorRTLibrary) -> tuple[str, ...]:
     """Return the GPUs that the plan is for: those documented for RTX, otherwise the one that it is built on."""
-    if flavour.backend == "tensorrt-rtx":
+    if library.backend == "tensorrt-rtx":
         return _RTX_CAPABILITIES
     gpu, reason = find_gpu()
     if gpu is None:
-        raise EngineError(f"{flavour.backend} builds for the GPU that it runs on, and here is {reason}")
+        raise EngineError(f"{library.backend} builds for the GPU that it runs on, and here is {reason}")
     return (gpu.capability_text,)
 
 

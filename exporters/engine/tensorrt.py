@@ -39,9 +39,31 @@ def tensorrt_copy(graph: Path, capacity: int, decompose: bool = False) -> bytes:
         model = ir.load(graph)
     except (OSError, ValueError) as error:
         raise EngineError(f"cannot read the graph {graph}: {error}; export the bundle again") from error
+    for node in model.graph:
+        if dropped := _dropped(node):
+            raise EngineError(
+                f"{graph}: {node.name} has {dropped}, which TensorRT's parser drops without a message; expected are "
+                "queries, keys, values and a mask; export the bundle again"
+            )
     for_tensorrt(model, capacity, decompose)
     data: bytes = ir.to_proto(model).SerializeToString()
     return data
+
+
+_KNOWN = {"scale", "q_num_heads", "kv_num_heads", "qk_matmul_output_mode", "softmax_precision"}
+
+
+def _dropped(node: Any) -> str | None:  # noqa: ANN401 - an `ir.Node`
+    """Return what of an Attention changes its numbers and is dropped, or read otherwise, by TensorRT; None if nothing.
+
+    Lengths (`nonpad_kv_seqlen`) and `left_window_size` are dropped; `is_causal` has two readings beside a cache.
+    """
+    if node.op_type != "Attention":
+        return None
+    if len(node.inputs) > 4 and (extra := [value.name for value in node.inputs[4:] if value is not None]):
+        return f"the input {extra[0]}"
+    changed = [name for name, attribute in node.attributes.items() if name not in _KNOWN and attribute.value]
+    return f"the attribute {changed[0]}" if changed else None
 
 
 Progress = Callable[[str, int, int], None]
@@ -199,25 +221,25 @@ class Settings:
     timing_cache: Path | None = None
 
 
-def parse(flavour: TensorRTLibrary, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
+def parse(library: TensorRTLibrary, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network.
 
     `listener` is called with severity and text of every message of TensorRT, during the build as well.
     """
-    trt, log = flavour.load(), BuildLog(listener=listener)
+    trt, log = library.load(), BuildLog(listener=listener)
     logger = collecting_logger(trt, log.take)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if not run_interruptibly(lambda: bool(parser.parse(model, path=str(weights_beside))), Cancellation()):
         raise EngineError(
-            f"{flavour.backend} {trt.__version__} cannot parse {weights_beside}: {'; '.join(_parser_errors(parser))}"
+            f"{library.backend} {trt.__version__} cannot parse {weights_beside}: {'; '.join(_parser_errors(parser))}"
         )
     return Parsed(trt, builder, network, parser, log)
 
 
 def build(
-    flavour: TensorRTLibrary,
+    library: TensorRTLibrary,
     parsed: Parsed,
     profiles: Sequence[Profile],
     settings: Settings,
@@ -228,11 +250,11 @@ def build(
     What `progress` raises, and an interrupt of this thread, cancel the build and pass through.
     """
     cancellation = Cancellation()
-    polygraphy = _polygraphy(flavour)
+    polygraphy = _polygraphy(library)
     shapes = [polygraphy_profile(polygraphy, parsed.network, profile) for profile in profiles]
     cache = settings.timing_cache
     limits = {parsed.trt.MemoryPoolType.WORKSPACE: settings.workspace_bytes} if settings.workspace_bytes else None
-    with _quiet(), _errors_named(flavour, parsed):
+    with _quiet(), _errors_named(library, parsed):
         config = polygraphy.CreateConfig(
             profiles=shapes,
             memory_pool_limits=limits,
@@ -242,7 +264,7 @@ def build(
         if cache is not None:  # Polygraphy would leave a lock file beside it
             known = read_bytes(cache, "the timing cache", EngineError, _LARGEST_CACHE) if cache.exists() else b""
             config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
-        if flavour.backend == "tensorrt-rtx":
+        if library.backend == "tensorrt-rtx":
             # Without it TensorRT-RTX may allocate while it runs, which a CUDA graph must not.
             config.set_flag(parsed.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         flags = tuple(sorted(_flags(parsed.trt, config, parsed.network)))
@@ -280,13 +302,13 @@ def polygraphy_profile(polygraphy: Any, network: Any, profile: Profile) -> Any: 
     return result
 
 
-def _polygraphy(flavour: TensorRTLibrary) -> Any:  # noqa: ANN401
+def _polygraphy(library: TensorRTLibrary) -> Any:  # noqa: ANN401
     """Import Polygraphy's loaders, which drive one of the two libraries for the whole process."""
     settings: Any = importlib.import_module("polygraphy.config")
-    rtx = flavour.backend == "tensorrt-rtx"
+    rtx = library.backend == "tensorrt-rtx"
     if "polygraphy.backend.trt" in sys.modules and rtx != settings.USE_TENSORRT_RTX:
         raise EngineError(
-            f"this process has already used Polygraphy with another TensorRT than {flavour.backend}; "
+            f"this process has already used Polygraphy with another TensorRT than {library.backend}; "
             "build in a process of its own"
         )
     settings.USE_TENSORRT_RTX = rtx
@@ -303,14 +325,14 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _errors_named(flavour: TensorRTLibrary, parsed: Parsed) -> Iterator[None]:
+def _errors_named(library: TensorRTLibrary, parsed: Parsed) -> Iterator[None]:
     refused = importlib.import_module("polygraphy.exception").PolygraphyException
     try:
         yield
     except refused as error:
         words = parsed.log.error_text()
         kind = NoFusedAttentionError if _NO_FUSED_KERNEL in words else EngineError
-        raise kind(f"{flavour.backend} {parsed.trt.__version__} built no plan: {words}") from error
+        raise kind(f"{library.backend} {parsed.trt.__version__} built no plan: {words}") from error
 
 
 def _parser_errors(parser: Any) -> Iterator[str]:  # noqa: ANN401

@@ -11,7 +11,7 @@ float32.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +102,14 @@ class _Network:
             _, activation = self._source(layer.get_input(0))
             yield weight, Product(_dtype(layer.get_output(0)), quantized, activation), layer.name
 
+    def readers(self, caches: Collection[str]) -> Iterator[tuple[str, str]]:
+        """Yield cache and layer for every layer besides updates that reads a cache's entries."""
+        for layer in self.layers:
+            if layer.type.name not in ("KV_CACHE_UPDATE", "SHAPE"):
+                for tensor in (layer.get_input(index) for index in range(layer.num_inputs)):
+                    if tensor is not None and tensor.name in caches:
+                        yield tensor.name, layer.name
+
     def counts(self) -> dict[str, Any]:
         """Count the layers, for the sidecar."""
         products = Counter(str(product) for _, product, _ in self.products())
@@ -163,6 +171,8 @@ def _cache_faults(view: _Network, network: ExpectedNetwork) -> Iterator[str]:
             yield f"{layer.name} makes {layer.get_output(0).name} of {past}, not the network output {pair.present}"
         elif _dtype(layer.get_output(0)) != network.base:
             yield f"{layer.name} keeps {past} in {_dtype(layer.get_output(0))}, expected is {network.base}"
+    for past, name in view.readers(expected):
+        yield f"{name} reads {past} beside its update, and may see the new entries"
     extra = [layer.name for past, layer in updates.items() if past not in expected]
     if extra or len(view.by_kind["KV_CACHE_UPDATE"]) != len(expected):
         found = len(view.by_kind["KV_CACHE_UPDATE"])
