@@ -21,7 +21,6 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lrt_deploy.arguments import check_is, check_list, check_path, check_wholes
 from lrt_deploy.errors import StateError
@@ -78,7 +77,7 @@ class Content(NamedTuple):
     prefill: PrefillReport = PrefillReport("stepwise", passes=0.0)  # how the last prompt was read
     computed_tokens: int = 0  # token positions computed, including those of the states that this one was copied from
     unfed: tuple[int, ...] = ()  # one more token for each row, to be run before anything that depends on it is given
-    due: tuple[int, SlotArrays] | None = None  # a row, and the cache entries to be written to it before the next use
+    due: tuple[int, int] | None = None  # a row, and the one of the buffers whose entries it gets before the next use
 
 
 class Undo(NamedTuple):
@@ -211,12 +210,14 @@ class DecodeState:
     # Transactions
 
     def ready(self) -> Content:
-        """Undo an operation that did not end, write a row that is due, and return what this state is."""
+        """Undo an operation that did not end, move a row that is due, and return what this state is."""
         if self.undo is not None and self.undo.before is self._now:
             self._restore(self.undo)
         if self._now.due is not None:
-            row, entries = self._now.due
-            self._write(row, self._now.rows[row], entries)
+            index, source = self._now.due
+            row = self._now.rows[index]
+            self.buffers.copy_row(index, self.buffers, source, row.length)
+            self._set_latents([row], [row.length], index)
             self._now = self._now._replace(due=None)
         return self._now
 
@@ -415,14 +416,14 @@ class DecodeState:
         if len(now.rows) == self.slots:
             raise StateError(f"all {self.slots} slots of this state are taken; drop a row, or start with more slots")
         if source is None:
-            return self._append(_EMPTY.independent()._replace(tag=tag), {})
+            return self._append(_EMPTY.independent()._replace(tag=tag))
         self.owner.fingerprint.check_same(check_is(source, DecodeState, "source").owner.fingerprint)
         index = source._known(index)
         row = source.computed().rows[index].independent()
         if row.length > self.capacity:
             raise StateError(f"the sequence holds {row.length} tokens, more than the capacity of {self.capacity} here")
-        entries = source.buffers.read_slots(index, 0, row.length)
-        return self._append(row._replace(tag=tag), entries)
+        self.buffers.copy_row(len(now.rows), source.buffers, index, row.length)
+        return self._append(row._replace(tag=tag))
 
     def drop(self, row: int) -> None:
         """Remove a row; the last row takes its number. It costs nothing from then on."""
@@ -430,20 +431,14 @@ class DecodeState:
         *rows, last = now.rows
         due = None
         if row < len(rows):
-            rows[row], due = last, (row, self.buffers.read_slots(len(rows), 0, last.length))
+            rows[row], due = last, (row, len(rows))
         self._now = now._replace(rows=tuple(rows), due=due)
 
-    def _append(self, row: Row, entries: Mapping[str, NDArray[Any]]) -> int:
-        """Add a row with these cache entries, (G, length, D) each; returns its number."""
+    def _append(self, row: Row) -> int:
+        """Add a row whose cache entries are in the buffers; returns its number."""
         now, index = self._now, len(self._now.rows)
-        self._write(index, row, entries)
-        return self.commit(now._replace(rows=(*now.rows, row)), index)
-
-    def _write(self, index: int, row: Row, entries: Mapping[str, NDArray[Any]]) -> None:
-        """Write the cache entries and the latent of a row to the buffers."""
-        if row.length:
-            self.buffers.write_slots(index, 0, entries)
         self._set_latents([row], [row.length], index)
+        return self.commit(now._replace(rows=(*now.rows, row)), index)
 
     def _known(self, row: int) -> int:
         if isinstance(row, bool) or not isinstance(row, (int, np.integer)) or not 0 <= row < self.batch:
@@ -481,7 +476,9 @@ class DecodeState:
             found = Row(
                 tokens, list(arrays["latents"]), len(tokens), arrays.get("logits"), kept, None, book.read_within
             )
-            state._append(found, arrays)
+            if tokens:
+                state.buffers.write_slots(state.batch, 0, arrays)
+            state._append(found)
         state._now = Content(state._now.rows, book.prefill, book.computed_tokens)
         state.extra = book.extra
         return state

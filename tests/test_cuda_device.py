@@ -127,6 +127,17 @@ def test_rows_go_to_and_from_addresses_a_pitch_apart(device):
     assert not everything[6:12].any()
 
 
+def test_rows_are_copied_within_the_device_and_nothing_between_them(cuda, device):
+    source, target, found = device.allocate(30), device.allocate(30), np.zeros(30, np.uint8)
+    device.copy_in(source, np.arange(1, 31, dtype=np.uint8))
+    cuda.copies.clear()
+    device.copy_rows_within(target + 2, source, 10, 3, 4)
+    assert cuda.copies == [(4, "within")] * 3
+    device.copy_out(found, target)
+    assert found.reshape(3, 10)[:, 2:6].tolist() == [[1, 2, 3, 4], [11, 12, 13, 14], [21, 22, 23, 24]]
+    assert not found.reshape(3, 10)[:, :2].any() and not found.reshape(3, 10)[:, 6:].any()
+
+
 def test_pinned_memory_lives_as_long_as_a_view_of_it(cuda, device):
     array = device.pinned((2, 3), np.dtype(np.float32))
     assert array.shape == (2, 3) and not array.any()

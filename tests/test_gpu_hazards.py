@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from lrt_deploy.errors import BackendError, StateError
 from lrt_deploy.runtime.backends import cuda as cuda_module
 from lrt_deploy.runtime.backends import device as device_module
 from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
+from lrt_deploy.runtime.backends.device import DeviceBuffers
 from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
 from lrt_deploy.runtime.decoder import Decoder
 
@@ -257,6 +259,98 @@ def test_compiled_kernels_are_kept_beside_the_plan_and_found_again(bundle, open_
     assert story(decoder, PROMPT, "stepwise") == expected and engine.compiled == ["(1, 1)"]
     assert cache.read_bytes() == b"kernels:(1, 1)" and FakeRuntimeCache().deserialize(cache.read_bytes())
     cache.unlink()
+
+
+# Rows that move
+
+
+def added(decoder, state):
+    found = decoder.new_state(3)
+    for row in (2, 0):
+        found.add(state, row)
+    return found
+
+
+def dropped(decoder, state):
+    state.drop(0)
+    return state
+
+
+MOVES = {
+    "drop": (dropped, [2, 1]),
+    "add": (added, [2, 0]),
+    "fork": (lambda decoder, state: state.fork(), [0, 1, 2]),
+    "rows": (lambda decoder, state: state.rows([1, 1, 0]), [1, 1, 0]),
+}
+PROMPTS = [PROMPT, PROMPT[3:], PROMPT[:7]]
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_rows_move_on_the_device(open_on, driver, name):
+    """Latents, which the host knows, go to the device; no cache entry goes to the host or comes from it."""
+    decoder, _ = open_on(driver)
+    move, order = MOVES[name]
+    state = decoder.prefill(PROMPTS, policy="stepwise")
+    driver.copies.clear()
+    moved = move(decoder, state)
+    moved.ready()
+    copies, config = list(driver.copies), decoder.config
+    assert {size for size, way in copies if way != "within"} == {4 * config.n_embd}
+    heads = sum(way == "within" for _, way in copies)
+    rows = 1 if name == "drop" else len(order)
+    assert heads == rows * 2 * config.n_layer * config.n_kv_head
+    assert moved.tokens == [PROMPTS[i] for i in order]
+    expected = decoder.prefill([PROMPTS[i] for i in order], policy="stepwise")
+    for token in (4, 9):
+        assert np.array_equal(decoder.step(moved, [token] * len(order)), decoder.step(expected, [token] * len(order)))
+    driver.copies.clear()
+    super(DeviceBuffers, moved.buffers).copy_row(0, expected.buffers, 0, 5)  # the twin: over the host
+    assert {way for _, way in driver.copies} == {"in", "out"}
+
+
+def test_rows_of_another_device_move_over_the_host(open_on, driver):
+    one, other = open_on(driver)[0], open_on(FakeDriver(seed=2))[0]
+    state = one.prefill([PROMPT], policy="stepwise")
+    moved = other.new_state(1)
+    moved.add(state)
+    assert np.array_equal(other.step(moved, [4]), one.step(state, [4]))
+
+
+@pytest.mark.parametrize("name", ["drop", "add"])
+@pytest.mark.parametrize("way", ["interrupt", "error"])
+def test_a_move_that_is_interrupted_at_any_copy_leaves_no_wrong_number(open_on, driver, name, way):
+    decoder, _ = open_on(driver)
+    expected = decoder.prefill(PROMPTS, policy="stepwise").logits
+    for at in range(0, 60, 7):
+        state = decoder.prefill(PROMPTS, policy="stepwise")
+        target = decoder.new_state(3) if name == "add" else state
+        count = iter(range(10**6))
+
+        def fail(called, at=at, count=count):
+            if called == "cuMemcpy2DAsync" and next(count) == at:
+                raise KeyboardInterrupt
+
+        if way == "interrupt":
+            driver.before = fail
+        else:
+            driver.fail("cuMemcpy2DAsync", CUresult.CUDA_ERROR_INVALID_VALUE, after=at)
+        with suppress(KeyboardInterrupt, BackendError):
+            if name == "add":
+                target.add(state, 2)
+                target.add(state, 1)
+            else:
+                target.drop(0)
+                target.ready()
+        driver.before = lambda called: None
+        driver.failures.clear()
+        held = target.tokens
+        order = [PROMPTS.index(tokens) for tokens in held]
+        assert order in ([[], [2], [2, 1]] if name == "add" else [[0, 1, 2], [2, 1]])
+        if order:
+            assert np.array_equal(target.logits, expected[order])
+            reference = decoder.prefill(held, policy="stepwise")
+            tokens = [5] * len(order)
+            assert np.array_equal(decoder.step(target, tokens), decoder.step(reference, tokens))
 
 
 # Errors
