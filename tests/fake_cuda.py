@@ -104,10 +104,6 @@ class FakeDriver:
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST=1, CU_MEMORYTYPE_DEVICE=2)
     CUdevice_attribute = SimpleNamespace(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE=38)
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-    CUstreamCaptureStatus = IntEnum(
-        "CUstreamCaptureStatus",
-        [(f"CU_STREAM_CAPTURE_STATUS_{name}", value) for value, name in enumerate(("NONE", "ACTIVE", "INVALIDATED"))],
-    )
     CUdeviceptr = int
     CUDA_MEMCPY2D = SimpleNamespace
 
@@ -302,12 +298,6 @@ class FakeDriver:
             return CUresult.CUDA_ERROR_ILLEGAL_STATE
         self.capture = Capture(threading.get_ident())
         return OK
-
-    @call()
-    def cuStreamIsCapturing(self, stream):
-        if self.capture is None:
-            return OK, self.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE
-        return OK, self.CUstreamCaptureStatus(2 if self.capture.broken else 1)
 
     @call()
     def cuStreamEndCapture(self, stream):

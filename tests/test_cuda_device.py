@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -177,6 +178,109 @@ def test_a_capture_that_fails_leaves_the_stream_usable(cuda, device):
     with pytest.raises(BackendError, match="no"):
         device.capture(enqueue)
     assert cuda.capture is None
+
+
+# What ends, in the next operation, what the one before could not
+
+
+def interrupt_twice(cuda, device):
+    """A capture that is interrupted, and again while it is being ended."""
+    left = ["cuStreamEndCapture"]
+
+    def interrupt(name):
+        if name in left:
+            left.remove(name)
+            raise KeyboardInterrupt
+
+    def enqueue():
+        raise KeyboardInterrupt
+
+    cuda.before = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        device.capture(enqueue)
+    cuda.before = lambda name: None
+    assert cuda.capture is not None
+
+
+def test_a_capture_whose_ending_is_interrupted_is_ended_by_the_next_operation(cuda, device):
+    arena = Arena(device)
+    address = arena.allocate(16)
+    device.synchronize()
+    interrupt_twice(cuda, device)
+    arena.release()  # freeing would break the capture, and waits
+    assert address in cuda.memory and not cuda.capture.broken
+    with device.lock:
+        device.begin()
+    assert cuda.capture is None and cuda.memory == {}
+
+
+def test_a_capture_that_another_thread_left_cannot_be_ended_and_is_said_to_be(cuda, device):
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (device.begin(), interrupt_twice(cuda, device))).result()
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"cannot be used any more.*a capture was interrupted, and its thread"):
+            device.begin()
+
+
+def test_a_collector_that_an_interrupt_left_off_is_on_again_after_the_next_beginning(device, monkeypatch):
+    enable, interrupts = gc.enable, [KeyboardInterrupt]
+
+    def interrupted():
+        if interrupts:
+            raise interrupts.pop()
+        enable()
+
+    assert gc.isenabled()
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "enable", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            device.capture(lambda: None)
+        assert not gc.isenabled()
+        device.begin()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_the_caller_has_switched_off_stays_off(device):
+    gc.disable()
+    try:
+        device.capture(lambda: None)
+        device.begin()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_memory_is_not_given_back_while_something_is_enqueued(cuda, device):
+    arena = Arena(device)
+    arena.allocate(16)  # zeroing is enqueued, and no operation runs
+    arena.release()
+    assert len(cuda.memory) == 1
+    device.begin()
+    assert cuda.memory == {}
+
+
+def test_any_thread_gives_memory_back(cuda, device):
+    arena = Arena(device)
+    arena.allocate(16)
+    device.synchronize()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(arena.release).result()
+    assert cuda.memory == {}
+
+
+def test_after_a_sticky_error_nothing_is_given_back(cuda, device):
+    arenas = [Arena(device) for _ in range(2)]
+    for arena in arenas * 3:
+        arena.allocate(16)
+    device.synchronize()
+    called = []
+    cuda.fail("cuMemFree", CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+    cuda.before = called.append
+    for arena in arenas:
+        arena.release()
+    assert called.count("cuMemFree") == 1 and called[-1] == "cuMemFree"
+    with pytest.raises(BackendError, match=r"cannot be used any more.*giving memory back: illegal address"):
+        device.begin()
 
 
 @pytest.mark.parametrize(

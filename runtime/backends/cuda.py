@@ -317,15 +317,11 @@ class CudaDevice:
     def _drop_capture(self) -> None:
         """End a capture that did not come to its end. What it recorded is dropped."""
         cuda = self._cuda
-        error, status = cuda.cuStreamIsCapturing(self.stream)
-        if error != cuda.CUresult.CUDA_SUCCESS:  # an error here would hide the one that is being raised
-            return
-        if status != cuda.CUstreamCaptureStatus.CU_STREAM_CAPTURE_STATUS_NONE:
-            error, graph = cuda.cuStreamEndCapture(self.stream)
-            if error == cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD:
-                self._failure = self._failure or "a capture was interrupted, and its thread has not ended it"
-            if error == cuda.CUresult.CUDA_SUCCESS:
-                cuda.cuGraphDestroy(graph)
+        error, graph = cuda.cuStreamEndCapture(self.stream)  # any error here would hide the one that is being raised
+        if error == cuda.CUresult.CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD:
+            self._failure = self._failure or "a capture was interrupted, and its thread has not ended it"
+        if error == cuda.CUresult.CUDA_SUCCESS:
+            cuda.cuGraphDestroy(graph)
         self._capturing = False
 
     def _return(self, things: Iterable[tuple[str, Any]]) -> None:
