@@ -233,7 +233,7 @@ class Shard:
             tokens = [r.next_token(made.get(r.number), n) for r, n in zip(requests, lengths, strict=True)]
             if None in tokens:
                 return
-            self.state.buffers.fit(lengths)
+            self.state.fit()
             try:
                 self.decoder.advance(self.state, np.array(tokens, np.int64))
             except NonFiniteError as error:

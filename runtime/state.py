@@ -221,8 +221,13 @@ class DecodeState:
             self._now = self._now._replace(due=None)
         return self._now
 
+    def fit(self) -> None:
+        """Do a part of `StateBuffers.fit`, which would lose the entries of a row that is due: it is moved first."""
+        self.ready()
+        self.buffers.fit(self.row_lengths)
+
     def computed(self) -> Content:
-        """Do the same, and run the tokens that were appended by `defer`."""
+        """Do the same as `ready`, and run the tokens that were appended by `defer`."""
         now = self.ready()
         if now.unfed:
             self._run(now, np.array(now.unfed))
