@@ -1,7 +1,4 @@
-"""`lrt-deploy bench`: the speed of a bundle, as a share of the memory bandwidth, and the cost of each prefill policy.
-
-`lrt_deploy.runtime.bench` measures and draws.
-"""
+"""`lrt-deploy bench`: the speed of a bundle and the cost of each prefill policy, measured by `runtime.bench`."""
 
 from __future__ import annotations
 
@@ -108,14 +105,19 @@ class BenchOptions:
     plot: Annotated[Path | None, option("Where to plot; default: BUNDLE/reports/prefill.png.", "FILE.png")] = None
     seed: Annotated[int, option("Of the random token ids.")] = 0
 
+    def __post_init__(self) -> None:
+        options.check_tolerance(self.tolerance)
+        for part in self._parts():
+            if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
+                raise typer.BadParameter(f"--prefill-lengths has {part[:40]!r} where a length is expected, as in 32,64")
+
+    def _parts(self) -> list[str]:
+        return [part.strip() for part in self.prefill_lengths.split(",") if part.strip()]
+
     @property
     def lengths(self) -> list[int]:
         """The prompt lengths, sorted; an empty text is none."""
-        parts = [part.strip() for part in self.prefill_lengths.split(",") if part.strip()]
-        for part in parts:
-            if not re.fullmatch(r"[1-9][0-9]{0,8}", part):
-                raise typer.BadParameter(f"--prefill-lengths has {part[:40]!r} where a length is expected, as in 32,64")
-        return sorted({int(part) for part in parts})
+        return sorted(set(map(int, self._parts())))
 
     def tokens(self, decoder: Decoder) -> list[int]:
         """Return as many ids as the capacity holds: of the text, or random ones."""
@@ -132,13 +134,11 @@ def bench(
     """Measure decoding and reading prompts: times, bytes, and the share of the memory bandwidth."""
     from lrt_deploy import figures
 
-    _ = asked.lengths  # before anything is opened
     if asked.plot is not None:
         figures.require("bench", "a plot", "--plot")
         figures.check_target(asked.plot)
         check_writable(asked.plot, InputError)
     options.check_file(None if asked.text in (None, "-") else Path(asked.text), "the text")
-    options.check_tolerance(asked.tolerance)
     started = time.perf_counter()
     with opening.open(bundle) as decoder:
         opened_ms = (time.perf_counter() - started) * 1e3

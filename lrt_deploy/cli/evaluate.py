@@ -1,7 +1,4 @@
-"""`lrt-deploy eval`: bits per byte of a text or of given token rows, sequentially, as the authors count them.
-
-Reads the rows and shows progress; `lrt_deploy.evaluation.bits_per_byte` evaluates them.
-"""
+"""`lrt-deploy eval`: bits per byte of a text or of given token rows, by `lrt_deploy.evaluation.bits_per_byte`."""
 
 from __future__ import annotations
 

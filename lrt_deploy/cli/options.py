@@ -1,6 +1,6 @@
 """The options that several verbs share, each declared once, and the objects that they become.
 
-A dataclass among the parameters of a verb stands for its fields (see `parameters`). Names of backends, precisions and
+A dataclass among the parameters of a verb stands for its fields (see `app.command`). Names of backends, precisions and
 prefill policies are spelled out here, so that `--help` and completion list them and a wrong one is a usage error.
 Whether a number is in its range is checked by the library.
 """
@@ -56,14 +56,14 @@ def option(help: str, metavar: str | None = None, panel: str | None = None) -> A
 
 
 def parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:  # noqa: ANN401 - a type
-    """Return a parameter as typer takes it: flags have no `--no-` form, and lists of literals hold enums."""
-    kind, *declared = get_args(annotation)
+    """Return a parameter as typer takes it: flags have no `--no-` form, and lists of names hold enums."""
+    kind, declared = get_args(annotation)
     if kind is bool:
-        declared[0].param_decls = (f"--{name.replace('_', '-')}",)
-    item = next(iter(get_args(next(iter(get_args(kind)), None))), None)  # of `list[item] | None`
-    if get_origin(item) is Literal:
-        kind = list[StrEnum("Item", [(value, value) for value in get_args(item)])] | None  # type: ignore[misc]
-    annotation = Annotated[kind, declared[0]]
+        declared.param_decls = (f"--{name.replace('_', '-')}",)
+    for member in get_args(kind):
+        if get_origin(member) is list and (names := get_args(get_args(member)[0])):  # `list[Literal[names]] | None`
+            kind = list[StrEnum("Name", [(value, value) for value in names])] | None  # type: ignore[misc]
+    annotation = Annotated[kind, declared]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
