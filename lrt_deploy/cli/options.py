@@ -58,7 +58,7 @@ def option(help: str, metavar: str | None = None, panel: str | None = None) -> A
 def parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:  # noqa: ANN401 - a type
     """Return a parameter as typer takes it: flags have no `--no-` form, and lists of names hold enums."""
     kind, declared = get_args(annotation)
-    if kind is bool:
+    if kind is bool and not declared.param_decls:
         declared.param_decls = (f"--{name.replace('_', '-')}",)
     for member in get_args(kind):
         if get_origin(member) is list and (names := get_args(get_args(member)[0])):  # `list[Literal[names]] | None`
