@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrt_deploy.bundle.stored_matrix import StoredMatrix
+from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
 

@@ -18,8 +18,7 @@ import lrt_deploy
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import PHASES, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
-from lrt_deploy.bundle.stored_matrix import StoredMatrix
-from lrt_deploy.bundle.weights import matrix_shapes
+from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
 from lrt_deploy.evaluation.verdict import compare
