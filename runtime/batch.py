@@ -260,6 +260,9 @@ class BatchDecoder:
         for _ in range(self.blocks_per_step):
             if self._book.reading:
                 self._read_block(self._book.reading[0])
+        for shard in self._shards:
+            shard.soon = 0
+        self._roomiest().soon = max((len(request.prompt.ids) for request in self._book.reading), default=0)
         if self._threads is None:
             self._shards[0].run(self._book.made)
         else:

@@ -142,6 +142,7 @@ class Shard:
         # and no lock: an interrupt at the end of a `with` block would leave a lock taken for ever.
         self.busy = False  # whether a thread runs a step
         self.ticket: object = None  # the step that may begin
+        self.soon = 0  # tokens of a row that will be added when its prompt has been read
         self._failed: tuple[BatchEvent, ...] = ()  # of requests whose logits were not finite
 
     @property
@@ -233,7 +234,7 @@ class Shard:
             tokens = [r.next_token(made.get(r.number), n) for r, n in zip(requests, lengths, strict=True)]
             if None in tokens:
                 return
-            self.state.fit()
+            self.state.fit(self.soon)
             try:
                 self.decoder.advance(self.state, np.array(tokens, np.int64))
             except NonFiniteError as error:

@@ -221,10 +221,10 @@ class DecodeState:
             self._now = self._now._replace(due=None)
         return self._now
 
-    def fit(self) -> None:
+    def fit(self, soon: int = 0) -> None:
         """Do a part of `StateBuffers.fit`, which would lose the entries of a row that is due: it is moved first."""
         self.ready()
-        self.buffers.fit(self.row_lengths)
+        self.buffers.fit(self.row_lengths, soon)
 
     def computed(self) -> Content:
         """Do the same as `ready`, and run the tokens that were appended by `defer`."""

@@ -397,13 +397,14 @@ def work(monkeypatch):
     """For each step that follows: caches that were filled between steps, and sizes that all changed at once."""
     counts, fit, move = [], OrtCpuBuffers.fit, OrtCpuBuffers._move_into
 
-    def fitted(self, lengths):
+    def fitted(self, lengths, soon):
         before = len(self._resized.caches) if self._resized else 0
-        fit(self, lengths)
+        fit(self, lengths, soon)
         counts.append(max(0, len(self._resized.caches) - before) if self._resized else 0)
 
     def moved(self, *arguments):
-        counts.append("all at once")
+        if self.batch > 1:  # not where a prompt is iterated
+            counts.append("all at once")
         return move(self, *arguments)
 
     monkeypatch.setattr(OrtCpuBuffers, "fit", fitted)
@@ -420,6 +421,21 @@ def test_caches_grow_one_between_two_steps_and_every_token_stays(one, work):
     assert sizes(batch) == [{one.max_seq_len}] or sizes(batch)[0] < {one.max_seq_len}
     for i, number in enumerate(numbers):
         assert found[number] == alone(one, [i + 1], 120 - 30 * i, stop_ids=[], temperature=1.0, seed=i)
+
+
+def test_caches_have_grown_when_the_row_of_a_prompt_that_was_iterated_is_added(one, work):
+    prompt = np.random.default_rng(3).integers(0, 250, 100).tolist()
+    options = {"policy": "fixed-point", "tolerance": 1e-2, "stop_ids": []}
+    batch = BatchDecoder(one, 3)
+    running = batch.submit(PROMPTS[3], 40, stop_ids=[])
+    batch.step()
+    assert sizes(batch) == [{32}]
+    work.clear()
+    number = batch.submit(prompt, 5, **options)
+    found = collected(batch)
+    assert "all at once" not in work
+    assert found[number] == alone(one, prompt, 5, **options)
+    assert found[running] == alone(one, PROMPTS[3], 40, stop_ids=[])
 
 
 def test_caches_shrink_when_the_longest_row_has_left(one, work):

@@ -94,7 +94,7 @@ class PlainBuffers(StateBuffers):
     def expect(self, total):
         pass
 
-    def fit(self, lengths):
+    def fit(self, lengths, soon):
         pass
 
     def reorder(self, row, start, order, move):

@@ -75,10 +75,11 @@ class StateBuffers(Protocol):
     def expect(self, total: int) -> None:
         """Say how many tokens the longest row will hold after the prompts that follow; caches may grow that far."""
 
-    def fit(self, lengths: Sequence[int]) -> None:
+    def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
         """Do a part of the work of fitting the caches to rows of these lengths: between two steps, one cache at most.
 
-        Caches that are soon full grow, and those of more than twice the size shrink; contents stay.
+        Caches that are soon full, or too small for a row of `soon` tokens that will be added, grow. Those of twice the
+        size or more shrink. Contents stay.
         """
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:

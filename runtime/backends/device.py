@@ -384,7 +384,7 @@ class DeviceBuffers(StateBuffers):
             self._device.synchronize()
         self._latents[self._turn][rows] = values
 
-    def fit(self, lengths: Sequence[int]) -> None:
+    def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
         """Caches have slots for the whole capacity from the start."""
 
     def expect(self, total: int) -> None:

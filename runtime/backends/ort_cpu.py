@@ -185,6 +185,7 @@ class OrtCpuBuffers(StateBuffers):
         self._bound = _Bound.of(0)
         self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
         self._resized: _Resized | None = None
+        self._spare: dict[str, NDArray[Any]] = {}  # larger caches of before, whose memory may be used again
         self._expected = self.capacity  # tokens that the longest row will come to hold
         shape = (batch, config.n_kv_head, 0, config.head_dim)
         self._presents = {pair.past: pair.present for pair in contract.state_pairs(config) if pair.in_place}
@@ -216,13 +217,9 @@ class OrtCpuBuffers(StateBuffers):
             self._resized = None
         if end > self._bound.room:
             slots = min(room or room_for(end), self.capacity)
-            # All is allocated before anything is changed. The system commits pages only when they are written.
-            larger = {
-                name: np.zeros((*cache.shape[:2], slots, cache.shape[3]), cache.dtype)
-                for name, cache in self._caches.items()
-            }
-            bound = _Bound.of(slots)
-            self._growing = larger, bound
+            # All is allocated before anything is changed.
+            larger, bound = {name: self._allocate(name, slots) for name in self._caches}, _Bound.of(slots)
+            self._growing, self._spare = (larger, bound), {}
             self._move_into(larger, bound)
 
     def _move_into(self, larger: dict[str, NDArray[Any]], bound: _Bound) -> None:
@@ -236,12 +233,13 @@ class OrtCpuBuffers(StateBuffers):
                 del cache
         self._growing = None
 
-    def fit(self, lengths: Sequence[int]) -> None:
+    def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
         """Fill the next cache of the size that rows of these lengths need; after the last one, change to that size.
 
-        Begins as many steps before the caches are full as there are caches.
+        Begins as many steps before the caches are full as there are caches. When they shrink, the memory of the large
+        ones is kept for the next time: fresh pages cost most of growing.
         """
-        end = min(max(lengths, default=0) + 2 + len(self._caches), self.capacity)
+        end = min(max(soon, *lengths, 0) + 2 + len(self._caches), self.capacity)
         resized, room = self._resized, min(room_for(end), self.capacity)
         if resized is None or end > resized.room:
             if end <= self._bound.room < 2 * room:
@@ -249,8 +247,7 @@ class OrtCpuBuffers(StateBuffers):
             self._resized = resized = _Resized(room, {}, [self.capacity] * self.batch)
         name = next((name for name in self._caches if name not in resized.caches), None)
         if name is not None:
-            old = self._caches[name]
-            new = np.zeros((*old.shape[:2], resized.room, old.shape[3]), old.dtype)
+            old, new = self._caches[name], self._allocate(name, resized.room)
             for row, length in enumerate(lengths):
                 new[row, :, :length] = old[row, :, :length]
             resized.caches[name] = new
@@ -258,9 +255,22 @@ class OrtCpuBuffers(StateBuffers):
         for name, new in resized.caches.items():
             for row, (start, length) in enumerate(zip(resized.written, lengths, strict=False)):
                 new[row, :, start:length] = self._caches[name][row, :, start:length]
+        bound, spare = _Bound.of(resized.room), self._spare or self._caches
+        if resized.room > self._bound.room:
+            spare = {}  # its memory is in use now
         # In one statement without a call, which no interrupt divides.
-        bound = _Bound.of(resized.room)
-        self._caches, self._bound, self._resized = resized.caches, bound, None
+        self._caches, self._bound, self._resized, self._spare = resized.caches, bound, None, spare
+
+    def _allocate(self, name: str, slots: int) -> NDArray[Any]:
+        """Return a cache of so many slots: zeros, or in the memory that a larger one had, with numbers that are finite.
+
+        The system commits pages of zeros only when they are written.
+        """
+        old, spare = self._caches[name], self._spare.get(name)
+        shape = (*old.shape[:2], slots, old.shape[3])
+        if spare is None or slots < self._bound.room or spare.shape[2] < slots:
+            return np.zeros(shape, old.dtype)
+        return spare.reshape(-1)[: math.prod(shape)].reshape(shape)
 
     def expect(self, total: int) -> None:
         """Caches grow in few and large steps to what this many tokens need, and not beyond."""
