@@ -1,0 +1,383 @@
+"""HTTP around the engine: routes, bodies, streams, the key, and the log. What requests mean is `openai_api`'s.
+
+An `App` is an ASGI application. It hands requests to the engine's thread and gets deliveries back on its event loop,
+where each request has a mailbox. A client that leaves cancels its request, streamed or not. Errors come in OpenAI's
+form, and in the middle of a stream as its last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lrt_deploy.errors import LRTDeployError
+
+from .answers import Answer
+from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
+from .metrics import CONTENT_TYPE, gauges, process_gauges
+from .openai_api import Api, ApiError, Call, Failure
+
+MAX_BODY_BYTES = 4 * 2**20
+SEND_SECONDS = 60.0  # a client that takes nothing of a stream for so long has left
+_LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
+_MOST_PENDING = 16384  # events of a stream that its client has not taken
+_RETRY_AFTER_SECONDS = 1
+_LEFT = 499  # the status that the log shows for a client that has gone
+_OPEN_PATHS = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")  # without the key
+
+_LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
+
+_Parsed = TypeVar("_Parsed")
+
+
+@dataclass(frozen=True)
+class AppOptions:
+    """Options of the HTTP server."""
+
+    api_key: str | None = None
+    cors_origins: Sequence[str] = ()
+
+
+class Mailbox:
+    """Deliveries for one request, in the event loop. `overflow` is called where a client takes too few of them."""
+
+    def __init__(self, overflow: Callable[[], None]) -> None:
+        self._found: list[Delivery] = []
+        self._wake = asyncio.Event()
+        self._pending = 0  # events that were not taken
+        self._overflow = overflow
+        self.left = False  # the client has gone
+
+    def put(self, delivery: Delivery) -> None:
+        """Add a delivery."""
+        self._found.append(delivery)
+        self._pending += len(delivery.events)
+        self._wake.set()
+        if self._pending > _MOST_PENDING and not delivery.last:
+            self._overflow()
+
+    def leave(self) -> None:
+        """Note that the client has gone."""
+        self.left = True
+        self._wake.set()
+
+    async def take(self) -> Delivery | None:
+        """Wait for deliveries and join them to one; None: the client has gone."""
+        await self._wake.wait()
+        self._wake.clear()
+        if self.left:
+            return None
+        found, self._found, self._pending = self._found, [], 0
+        if len(found) == 1:
+            return found[0]
+        return Delivery([event for part in found for event in part.events], found[-1].last, found[-1].error)
+
+
+class App:
+    """The server's routes on one engine. `abort(client)` ends the connection of a client's address at once."""
+
+    def __init__(self, engine: Engine, api: Api, options: AppOptions, abort: Callable[[Any], None]) -> None:
+        self.engine, self.api, self.options, self.abort = engine, api, options, abort
+        routes = [
+            Route("/v1/models", self.models),
+            Route("/v1/models/{model:path}", self.model),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
+            Route("/health", self.health),
+            Route("/ready", self.ready),
+            Route("/v2/health/live", self.health),
+            Route("/v2/health/ready", self.ready),
+            Route("/metrics", self.metrics),
+        ]
+        app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error})
+        app = Gate(app, options.api_key)
+        if options.cors_origins:
+            app = CORSMiddleware(
+                app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            )
+        self.asgi = app
+
+    def connect(self) -> None:
+        """Let deliveries come to the running event loop."""
+        loop = asyncio.get_running_loop()
+
+        def post(deliveries: Sequence[tuple[Deliver, Delivery]]) -> None:
+            loop.call_soon_threadsafe(deliver_directly, deliveries)
+
+        self.engine.post = post
+
+    # Generation
+
+    async def completions(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        return await self._generate(request, self.api.parse_completion)
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        return await self._generate(request, self.api.parse_chat)
+
+    async def _generate(self, request: Request, parse: Callable[[object], Call]) -> Response:
+        client, entry = request.scope.get("client"), request.scope["entry"]
+        try:
+            if self.engine.draining:
+                raise Draining
+            call = await _parsed(request, parse)
+            mailbox = Mailbox(lambda: self.abort(client))
+            ticket = self.engine.submit(call.request, mailbox.put)
+        except LRTDeployError as error:
+            self.engine.metrics.ended("refused")
+            return _failure(error)
+        entry |= {"id": call.id, "prompt_tokens": call.prompt_tokens}
+        return Exchange(call, mailbox, entry, lambda: self.engine.cancel(ticket), lambda: self.abort(client))
+
+    # Everything else
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        return _json({"object": "list", "data": [self.api.model()]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/NAME`."""
+        try:
+            self.api.check_model(request.path_params["model"])
+        except LRTDeployError as error:
+            return _failure(error)
+        return _json(self.api.model())
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`: the token ids of a text or of chat messages."""
+        return await self._answered(request, self.api.tokenize)
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`: the text of token ids."""
+        return await self._answered(request, self.api.detokenize)
+
+    async def _answered(self, request: Request, answer: Callable[[object], dict[str, Any]]) -> Response:
+        try:
+            return _json(await _parsed(request, answer))
+        except LRTDeployError as error:
+            return _failure(error)
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """`GET /tokenizer_info`: the names of special tokens."""
+        try:
+            return _json(self.api.tokenizer_info())
+        except LRTDeployError as error:
+            return _failure(error)
+
+    async def health(self, request: Request) -> Response:
+        """Whether the process answers."""
+        return _json({"status": "alive"})
+
+    async def ready(self, request: Request) -> Response:
+        """Whether it takes requests; 503 while it drains, or after the backend has failed."""
+        if self.engine.ready:
+            return _json({"status": "ready"})
+        return _json({"status": "draining" if self.engine.draining else self.engine.trouble or "stopped"}, 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Counters in Prometheus' text format."""
+        lines = [*self.engine.metrics.lines(), *gauges(self.engine.stats() | process_gauges())]
+        return Response("\n".join(lines) + "\n", headers={"content-type": CONTENT_TYPE})
+
+
+class Exchange(Response):
+    """One call and its answer on their way from the engine to the client."""
+
+    def __init__(
+        self,
+        call: Call,
+        mailbox: Mailbox,
+        entry: dict[str, Any],
+        cancel: Callable[[], None],
+        abort: Callable[[], None],
+    ) -> None:
+        self.call, self.mailbox, self.entry, self.cancel, self.abort = call, mailbox, entry, cancel, abort
+        self.answer = Answer(call)
+        self.background = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer; whatever ends this early cancels the request."""
+        ended = False
+        watch = asyncio.create_task(self._watch(receive))
+        try:
+            # The first delivery tells whether the answer is an error, which the status says.
+            while (delivery := await self.mailbox.take()) is not None:
+                ended = delivery.last
+                if ended and not self.call.stream:
+                    await self._whole(delivery)(scope, receive, send)
+                    return
+                await self._send_part(delivery, scope, receive, send)
+                if ended:
+                    return
+            self.entry["status"] = _LEFT
+        finally:
+            watch.cancel()
+            if not ended:
+                self.cancel()
+            self.entry["tokens"] = sum(choice.tokens for choice in self.answer.choices)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.mailbox.leave()
+
+    def _whole(self, delivery: Delivery) -> Response:
+        if delivery.error is not None:
+            return _failure(delivery.error)
+        self.answer.add(delivery)
+        return _json(self.answer.body())
+
+    async def _send_part(self, delivery: Delivery, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the chunks of a delivery; with the first of them the head."""
+        first = "status" not in self.entry
+        if first and delivery.error is not None and not delivery.events:
+            await _failure(delivery.error)(scope, receive, send)
+            return
+        if first:
+            await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+        chunks = [_event(chunk) for chunk in self.answer.chunks(self.answer.add(delivery))]
+        if delivery.error is not None:
+            chunks.append(_event(Failure.of(delivery.error).body()))
+        elif delivery.last:
+            if self.call.include_usage:
+                chunks.append(_event(self.answer.usage_chunk()))
+            chunks.append(b"data: [DONE]\n\n")
+        if not (chunks or first):
+            return
+        try:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not delivery.last})
+        except TimeoutError:
+            self.abort()
+            self.mailbox.leave()
+
+
+class Gate:
+    """Everything that comes before and after a request: the key, the log. A middleware."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
+        self.app, self._expected = app, None if api_key is None else f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, and write a line about it to stderr."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        entry: dict[str, Any] = {}
+        scope["entry"], started = entry, time.perf_counter()
+
+        async def noted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                entry.setdefault("status", message["status"])
+            await send(message)
+
+        app = self.app if self._allowed(scope) else _UNAUTHORIZED
+        try:
+            await app(scope, receive, noted)
+        finally:
+            self._log(scope, entry, time.perf_counter() - started)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if self._expected is None or scope["path"] in _OPEN_PATHS:
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._expected)
+
+    @staticmethod
+    def _log(scope: Scope, entry: dict[str, Any], seconds: float) -> None:
+        if scope["path"] in _OPEN_PATHS and entry.get("status") == 200:
+            return
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": _LEFT, **entry}
+        text = msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode()
+        sys.stderr.write(f"{text}\n")
+
+
+async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:
+    """Read a body and parse it."""
+    data = await _body(request)
+
+    def run() -> _Parsed:
+        try:
+            value = msgspec.json.decode(data)
+        except RecursionError as error:
+            raise ApiError("the body is nested too deeply to be read") from error
+        except (msgspec.MsgspecError, ValueError) as error:
+            raise ApiError(f"the body is not valid JSON: {error}") from error
+        return parse(value)
+
+    if len(data) < _LONG_BODY_BYTES:
+        return run()
+    return await asyncio.get_running_loop().run_in_executor(_LONG_BODIES, run)
+
+
+async def _body(request: Request) -> bytes:
+    """Read a body of bounded size; one that says that it is larger is not read at all."""
+    too_large = ApiError(f"the body has more than {MAX_BODY_BYTES} bytes, the most that are accepted", None, 413)
+    said = request.headers.get("content-length", "0")
+    if not said.isdecimal() or int(said[:20]) > MAX_BODY_BYTES:
+        raise too_large
+    data = bytearray()
+    async for part in request.stream():
+        data += part
+        if len(data) > MAX_BODY_BYTES:
+            raise too_large
+    return bytes(data)
+
+
+def _event(value: object) -> bytes:
+    """Return a server-sent event."""
+    return b"data: %b\n\n" % msgspec.json.encode(value)
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(value), status, headers, "application/json")
+
+
+def _failure(error: LRTDeployError) -> Response:
+    """Return an error in OpenAI's form."""
+    failure = Failure.of(error)
+    headers = {}
+    if failure.status in (429, 503):
+        headers["retry-after"] = str(_RETRY_AFTER_SECONDS)
+    if failure.status == 413:
+        headers["connection"] = "close"  # what is left of the body is not read
+    return _json(failure.body(), failure.status, headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = "there is no" if status == 404 else f"{request.method} is not a method of"
+    return _failure(ApiError(f"{what} {request.url.path[:200]}", None, status))
+
+
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx passes the events on as they come
+]
+_UNAUTHORIZED = _json(
+    Failure(
+        401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "authentication_error"
+    ).body(),
+    401,
+    {"www-authenticate": "Bearer"},
+)

@@ -1,0 +1,339 @@
+"""The engine: one thread that alone touches the batch; other threads submit requests and get their tokens as messages.
+
+A request is one or more prompts with one or more continuations each, which share a ticket. Its events are delivered
+once, all together, or, for a stream, step by step. Deliveries of one step are handed over together, because waking
+another thread costs more than a token of a small model. An error ends the request that it belongs to. An error of the
+backend is retried; when it persists, all running requests end with it and the engine takes no more (`Engine.trouble`).
+Knows no HTTP and no text formats.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError
+from lrt_deploy.runtime.batch import BatchDecoder, BatchEvent
+from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.generation import Event
+
+from .metrics import EngineMetrics
+
+RETRIES = 3  # of a step in which the backend failed
+_RETRY_SECONDS = 0.05
+
+
+class Draining(Busy):
+    """The engine takes no more requests, because its process is about to end."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down; send the request to another one, or again later")
+
+
+class Prompt(NamedTuple):
+    """The token ids of a prompt, and how many tokens each of its continuations may have."""
+
+    tokens: list[int]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """Prompts with `count` continuations each; `arguments` are those of `BatchDecoder.submit` beside the prompt."""
+
+    prompts: Sequence[Prompt]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    count: int = 1
+    stream: bool = False  # deliver the events of each step, not all at the end
+
+    @property
+    def size(self) -> int:
+        """Continuations of all prompts together; number `prompt * count + i` is continuation i of a prompt."""
+        return len(self.prompts) * self.count
+
+
+class Delivery(NamedTuple):
+    """Events of a request, each with the number of its continuation; `last` says that nothing follows."""
+
+    events: Sequence[tuple[int, Event]]
+    last: bool
+    error: LRTDeployError | None = None
+
+
+Deliver = Callable[[Delivery], None]
+Post = Callable[[Sequence[tuple[Deliver, Delivery]]], None]
+
+
+class Ticket:
+    """A request that was submitted; only the engine changes it."""
+
+    def __init__(self, request: EngineRequest, deliver: Deliver) -> None:
+        self.request, self.deliver = request, deliver
+        self.submitted_at = time.monotonic()
+        self.events: list[tuple[int, Event]] = []  # not delivered yet
+        self.numbers: list[int] = []  # in the batch
+        self.open = request.size  # continuations that have not ended
+        self.begun = self.ended = False
+
+
+@dataclass(eq=False)
+class _Continuation:
+    """What a request of the batch belongs to."""
+
+    ticket: Ticket
+    index: int
+    begun: bool = False  # whether it has had an event
+
+
+def deliver_directly(deliveries: Sequence[tuple[Deliver, Delivery]]) -> None:
+    """Deliver in the engine's own thread; the receivers must not block and must not raise."""
+    for deliver, delivery in deliveries:
+        deliver(delivery)
+
+
+class Engine:
+    """Runs requests on the slots of one decoder, at most `slots + max_waiting` continuations at a time.
+
+    `post` is called in the engine's thread with the deliveries of each step; a server hands them to its event loop.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        slots: int | None = None,
+        max_waiting: int = 256,
+        post: Post = deliver_directly,
+        metrics: EngineMetrics | None = None,
+    ) -> None:
+        self.batch = BatchDecoder(decoder, slots)
+        self.decoder, self.slots, self.max_waiting = decoder, self.batch.slots, max_waiting
+        self.metrics = metrics or EngineMetrics()
+        self.post = post
+        self.draining = False
+        self.trouble: str | None = None  # why the engine takes no more requests, after the backend has failed
+        self._messages: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of `_taken` and `_idle`
+        self._taken = 0  # continuations that were submitted and have not ended
+        self._idle = threading.Event()
+        self._idle.set()
+        self._running: dict[int, _Continuation] = {}  # by the number in the batch
+        self._streams: dict[Ticket, None] = {}  # with events of this step
+        self._failures = 0
+        self._outbox: list[tuple[Deliver, Delivery]] = []
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # From any thread
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken."""
+        return not self.draining and self.trouble is None and self._thread.is_alive()
+
+    @property
+    def outstanding(self) -> int:
+        """Continuations that wait or run."""
+        return self._taken
+
+    def submit(self, request: EngineRequest, deliver: Deliver) -> Ticket:
+        """Queue a request; `deliver` is called through `post` with all that becomes of it.
+
+        Raises Busy at once where there is no room for it or the engine is draining, InputError where there never will
+        be, and BackendError after the backend has failed. What else is wrong with a request is delivered as an error.
+        """
+        most = self.slots + self.max_waiting
+        if request.size > most:
+            raise InputError(f"{request.size} continuations were asked for at once; this server takes at most {most}")
+        with self._lock:
+            if self.trouble is not None:
+                raise BackendError(self.trouble)
+            if self.draining:
+                raise Draining
+            if self._taken + request.size > most:
+                raise Busy(f"{self._taken} continuations run or wait, of at most {most}; send the request again later")
+            self._taken += request.size
+            self._idle.clear()
+        ticket = Ticket(request, deliver)
+        self._messages.put(("submit", ticket))
+        return ticket
+
+    def cancel(self, ticket: Ticket) -> None:
+        """End a request; nothing more of it is delivered after the current step."""
+        self._messages.put(("cancel", ticket))
+
+    def drain(self) -> None:
+        """Take no more requests; those that were taken go on. See `wait_until_idle`."""
+        with self._lock:
+            self.draining = True
+
+    def wait_until_idle(self, seconds: float | None = None) -> bool:
+        """Wait until no request is left, at most so long; return whether that came."""
+        return self._idle.wait(seconds)
+
+    def stop(self) -> None:
+        """End the thread after its current step; requests that run are not answered."""
+        if self._thread.is_alive():
+            self._messages.put(("stop", None))
+            self._thread.join()
+        self.batch.close()
+
+    def stats(self) -> dict[str, tuple[str, float]]:
+        """Return what is the case now: name -> description and value."""
+        running = self.batch.running
+        return {
+            "lrt_slots": ("Continuations that can run at a time.", self.slots),
+            "lrt_running": ("Continuations that have a slot.", running),
+            "lrt_waiting": ("Continuations that wait for a slot.", max(0, self._taken - running)),
+            "lrt_ready": ("Whether requests are taken.", int(self.ready)),
+        }
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        while self._take_messages():
+            if not (self.batch.waiting or self.batch.running):
+                continue
+            try:
+                events = self.batch.step()
+            except Exception as error:
+                self._retry(error)
+                continue
+            self._failures = 0
+            self._route(events)
+            self._flush()
+
+    def _take_messages(self) -> bool:
+        """Do what other threads have asked for; wait for something while there is nothing to run. False: stop."""
+        if wait := not (self.batch.waiting or self.batch.running):
+            self.metrics.idle()
+        while True:
+            try:
+                kind, ticket = self._messages.get(block=wait)
+            except queue.Empty:
+                return True
+            wait = False
+            if kind == "stop" or ticket is None:
+                return False
+            if kind == "submit":
+                self._begin(ticket)
+            else:
+                self._cancel(ticket)
+            self._flush()
+
+    def _begin(self, ticket: Ticket) -> None:
+        """Give the continuations of a request to the batch; what is wrong with it ends it."""
+        request = ticket.request
+        try:
+            for at, prompt in enumerate(request.prompts):
+                for i in range(request.count):
+                    number = self.batch.submit(prompt.tokens, prompt.max_new_tokens, **self._arguments(request, i))
+                    ticket.numbers.append(number)
+                    self._running[number] = _Continuation(ticket, at * request.count + i)
+        except LRTDeployError as error:
+            self._fail(ticket, error)
+
+    @staticmethod
+    def _arguments(request: EngineRequest, index: int) -> dict[str, Any]:
+        arguments = dict(request.arguments)
+        if arguments.get("seed") is not None:
+            arguments["seed"] += index  # continuations of one prompt differ
+        return arguments
+
+    def _route(self, events: Sequence[BatchEvent]) -> None:
+        """Give each event to its ticket."""
+        now, metrics = time.monotonic(), self.metrics
+        metrics.step(now, len(events))
+        for found in events:
+            continuation = self._running.get(found.request)
+            if continuation is None:  # cancelled with its ticket
+                continue
+            ticket, event = continuation.ticket, found.event
+            if event is None:
+                assert found.error is not None
+                self._fail(ticket, found.error)
+                continue
+            if not continuation.begun:
+                continuation.begun = True
+                self._count_prompt(continuation, event, now)
+            ticket.events.append((continuation.index, event))
+            if ticket.request.stream:
+                self._streams[ticket] = None
+            if event.finish_reason is not None:
+                del self._running[found.request]
+                ticket.open -= 1
+                if ticket.open == 0:
+                    self._end(ticket)
+
+    def _count_prompt(self, continuation: _Continuation, event: Event, now: float) -> None:
+        """Count the time to the first token of a request, and each prompt once."""
+        ticket = continuation.ticket
+        at, i = divmod(continuation.index, ticket.request.count)
+        if not ticket.begun:
+            ticket.begun = True
+            self.metrics.first_token(now - ticket.submitted_at)
+        if i == 0:
+            self.metrics.prompt(len(ticket.request.prompts[at].tokens), event)
+
+    def _end(self, ticket: Ticket, error: LRTDeployError | None = None) -> None:
+        """Deliver the rest of a request."""
+        self._streams.pop(ticket, None)
+        self._outbox.append((ticket.deliver, Delivery(ticket.events, True, error)))
+        self._release(ticket)
+        self.metrics.ended("error" if error else "ok")
+
+    def _fail(self, ticket: Ticket, error: LRTDeployError) -> None:
+        if not ticket.ended:
+            self._forget(ticket)
+            self._end(ticket, error)
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if not ticket.ended:
+            self._forget(ticket)
+            self._streams.pop(ticket, None)
+            self._release(ticket)
+            self.metrics.ended("cancelled")
+
+    def _forget(self, ticket: Ticket) -> None:
+        """Take the continuations of a request that have not ended out of the batch."""
+        for number in ticket.numbers:
+            if self._running.pop(number, None) is not None:
+                self.batch.cancel(number)
+
+    def _release(self, ticket: Ticket) -> None:
+        """Make room for other requests."""
+        ticket.ended = True
+        with self._lock:
+            self._taken -= ticket.request.size
+            if self._taken == 0:
+                self._idle.set()
+
+    def _flush(self) -> None:
+        """Hand over what has come together for other threads."""
+        for ticket in self._streams:
+            self._outbox.append((ticket.deliver, Delivery(ticket.events, False)))
+            ticket.events = []
+        self._streams.clear()
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self.post(outbox)
+
+    def _retry(self, error: Exception) -> None:
+        """Let the step be done again, or, after `RETRIES` times, end everything: the batch has lost nothing so far."""
+        self._failures += 1
+        self.metrics.backend_errors += 1
+        if self._failures <= RETRIES:
+            time.sleep(_RETRY_SECONDS)
+            return
+        text = f"a decode step failed {self._failures} times: {' '.join(str(error).split()) or type(error).__name__}"
+        with self._lock:
+            self.trouble = text
+        for ticket in dict.fromkeys(continuation.ticket for continuation in [*self._running.values()]):
+            self._fail(ticket, BackendError(text))
+        self._flush()

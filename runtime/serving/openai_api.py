@@ -1,0 +1,472 @@
+"""OpenAI's API without HTTP: from a request's JSON value to prompts and options, with every check that it needs.
+
+`parse_completion` and `parse_chat` return a `Call`; `answers` turns what the engine delivers into the JSON of answers.
+Unknown fields are ignored, as in OpenAI's API; fields that are known and not supported raise an error that names them.
+Text prompts begin with `<|bos|>` as in `lrt-deploy generate`; token ids are taken as they are. Token ids and options
+beyond the types are checked where they are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError, NonFiniteError
+from lrt_deploy.fields import LARGEST_INTEGER, convert, shown
+from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.prefill import PrefillRequest
+from lrt_deploy.runtime.sampling import SamplingOptions
+from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
+from lrt_deploy.text.prompts import check_prompts
+from lrt_deploy.text.text_stream import TextStream
+from lrt_deploy.text.tokenizer import Tokenizer
+from lrt_deploy.types import PrefillPolicy
+
+from .engine import Draining, EngineRequest, Prompt
+
+COMPLETION_TOKENS = 16  # where a completion does not say
+_MOST_CHOICES, _MOST_STOPS, _MOST_PROMPTS = 128, 16, 256
+_MOST_TOP, _MOST_TOP_CHAT = 5, 20  # alternatives beside the chosen token, as in OpenAI's API
+_CHAT_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END)
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+_Body = TypeVar("_Body", bound=msgspec.Struct)
+_Number = float | None
+
+
+class ApiError(InputError):
+    """A request that is answered with an error: its HTTP status, and the field that is wrong."""
+
+    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.status, self.code = param, status, code
+
+
+class StreamOptions(msgspec.Struct):
+    """`include_usage` adds a last chunk with the counts of tokens."""
+
+    include_usage: bool | None = None
+
+
+class _Fields(msgspec.Struct, kw_only=True):
+    """Fields of completions and chats. None is what OpenAI's clients send for an option that is not given."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)] | None = None
+    n: Annotated[int, Meta(ge=1, le=_MOST_CHOICES)] | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    temperature: _Number = None
+    top_p: _Number = None
+    top_k: int | None = None
+    min_p: _Number = None
+    repetition_penalty: _Number = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    ignore_eos: bool | None = None
+    prefill: Literal["auto", "stepwise", "fixed-point", "zero"] | None = None
+    tolerance: _Number = None
+
+
+class CompletionFields(_Fields, kw_only=True):
+    """The body of `/v1/completions`."""
+
+    prompt: Any
+    echo: bool | None = None
+    best_of: Annotated[int, Meta(ge=1, le=_MOST_CHOICES)] | None = None
+
+
+class ChatFields(_Fields, kw_only=True):
+    """The body of `/v1/chat/completions`."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)] | None = None
+
+
+class TokenizeFields(msgspec.Struct, kw_only=True):
+    """The body of `/tokenize`."""
+
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeFields(msgspec.Struct, kw_only=True):
+    """The body of `/detokenize`."""
+
+    tokens: list[int]
+
+
+# Known fields that are not supported, and the values that ask for nothing.
+_REFUSED: dict[str, tuple[object, ...]] = {
+    "suffix": (None, ""),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "web_search_options": (None,),
+    "logit_bias": (None, {}),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logprobs": (None, False),
+    "top_logprobs": (None, 0),
+}
+
+
+@dataclass(frozen=True)
+class ApiOptions:
+    """What a server decides where requests are silent, and what it refuses."""
+
+    model: str
+    policy: PrefillPolicy = "auto"
+    tolerance: float | None = None
+    implicit_bos: bool = False  # put `<|bos|>` in front of token prompts that do not begin with it
+    max_tokens_limit: int | None = None  # new tokens of one continuation
+
+
+@dataclass
+class Call:
+    """A request that was checked: what the engine gets, and what the answer's form depends on."""
+
+    kind: Literal["completion", "chat"]
+    model: str
+    request: EngineRequest
+    choices: int  # of each prompt; the request may make more, of which the best are taken
+    stream: bool
+    include_usage: bool
+    echo: list[str] | None = None  # the text of each prompt, where it is shown
+    prompt_tokens: int = 0
+    id: str = ""
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = self.id or f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+
+
+class Api:
+    """Checks requests to one decoder."""
+
+    def __init__(self, decoder: Decoder, options: ApiOptions) -> None:
+        self.decoder, self.options = decoder, options
+        self.capacity = decoder.max_seq_len
+        self.created = int(time.time())
+
+    def parse_completion(self, body: object) -> Call:
+        """Check the body of `/v1/completions`."""
+        fields = _fields_of(CompletionFields, body)
+        self.check_model(fields.model)
+        prompts = self._prompts(fields.prompt)
+        arguments = self._arguments(fields)
+        wanted = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
+        limited = [self._limited(ids, wanted, fields.max_tokens is not None) for ids in prompts]
+        choices = fields.n or 1
+        made = fields.best_of or choices
+        if made < choices:
+            raise ApiError(f"best_of is {made}, expected n ({choices}) or more", "best_of")
+        if made > choices and fields.stream:
+            raise ApiError("best_of cannot be streamed: the best are known at the end", "best_of")
+        call = self._call("completion", fields, EngineRequest(limited, arguments, made, bool(fields.stream)), choices)
+        if fields.echo:
+            call.echo = [self._shown(ids, fields.prompt) for ids in prompts]
+        return call
+
+    def parse_chat(self, body: object) -> Call:
+        """Check the body of `/v1/chat/completions`."""
+        fields = _fields_of(ChatFields, body)
+        self.check_model(fields.model)
+        ids = self.render(fields.messages)
+        arguments = self._arguments(fields)
+        wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+        prompt = self._limited(ids, self.capacity if wanted is None else wanted, wanted is not None)
+        choices = fields.n or 1
+        return self._call("chat", fields, EngineRequest([prompt], arguments, choices, bool(fields.stream)), choices)
+
+    def _call(self, kind: Literal["completion", "chat"], fields: _Fields, request: EngineRequest, choices: int) -> Call:
+        stream, options = bool(fields.stream), fields.stream_options
+        if options is not None and not stream:
+            raise ApiError("stream_options is for requests with stream: true", "stream_options")
+        read = sum(len(prompt.tokens) for prompt in request.prompts)
+        usage = bool(options and options.include_usage)
+        return Call(kind, self.options.model, request, choices, stream, usage, prompt_tokens=read)
+
+    # Prompts
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The bundle's tokenizer; raises ApiError where there is none."""
+        if self.decoder.tokenizer is None:
+            raise ApiError("this model has no tokenizer: prompts must be token ids, and there is no chat", "prompt")
+        return self.decoder.tokenizer
+
+    def _prompts(self, prompt: object) -> list[list[int]]:
+        """Return the token ids of a text, a list of texts, token ids, or a list of lists of token ids."""
+        listed = prompt if isinstance(prompt, list) else [prompt]
+        if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
+            listed = [prompt]
+        if not listed:
+            raise ApiError("prompt is an empty list, expected at least one text or token id", "prompt")
+        if len(listed) > _MOST_PROMPTS:
+            raise ApiError(f"prompt is a list of {len(listed)}, expected at most {_MOST_PROMPTS} prompts", "prompt")
+        found = []
+        for item in listed:
+            if isinstance(item, str):
+                found.append(self.encode(item, "prompt"))
+            elif isinstance(item, list) and all(type(token) is int for token in item):
+                found.append(self._token_ids(item))
+            else:
+                raise ApiError(
+                    f"prompt is or holds {shown(item)}, expected a text, token ids, or a list of one of them", "prompt"
+                )
+        return found
+
+    def encode(self, text: str, param: str) -> list[int]:
+        """Return `<|bos|>` and the tokens of a text."""
+        if not text:
+            raise ApiError(f"{param} is empty, expected a text of at least one character", param)
+        try:
+            return self.tokenizer.encode_prompt(text, self.capacity)
+        except ApiError:
+            raise
+        except InputError as error:
+            raise ApiError(str(error), param, code="context_length_exceeded") from error
+
+    def _token_ids(self, ids: list[int]) -> list[int]:
+        try:
+            check_prompts([ids], self.decoder.config.vocab_size)
+        except InputError as error:
+            raise ApiError(str(error), "prompt") from error
+        hidden = self.options.implicit_bos and ids[0] != self.tokenizer.bos_id
+        return [self.tokenizer.bos_id, *ids] if hidden else ids
+
+    def _shown(self, ids: list[int], prompt: object) -> str:
+        """Return the text of a prompt without a `<|bos|>` that the caller did not write."""
+        given = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
+        hidden = not given or (self.options.implicit_bos and ids[:1] == [self.tokenizer.bos_id])
+        return self.tokenizer.decode(ids[1:] if hidden else ids)
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the tokens of a conversation in the authors' chat form."""
+        tokenizer = self.tokenizer
+        if missing := [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]:
+            raise ApiError(f"this model's tokenizer has no {missing[0]}, which chats need; use /v1/completions")
+        turns = [self._message(index, message) for index, message in enumerate(messages)]
+        try:
+            tokenizer.check_fits("".join(turn["content"] for turn in turns), self.capacity)
+        except InputError as error:
+            raise ApiError(str(error), "messages", code="context_length_exceeded") from error
+        try:
+            return tokenizer.render_chat(turns)
+        except InputError as error:
+            raise ApiError(str(error), "messages") from error
+
+    def tokenize(self, body: object) -> dict[str, Any]:
+        """Answer `/tokenize`: token ids of a text, or of chat messages.
+
+        A text that is the name of a special token gives the id of that token.
+        """
+        fields = _fields_of(TokenizeFields, body)
+        if (fields.prompt is None) == (fields.messages is None):
+            raise ApiError("the body needs prompt or messages, and exactly one of the two", "prompt")
+        if fields.messages is not None:
+            tokens = self.render(fields.messages)
+        elif fields.prompt in self.tokenizer.special_tokens:
+            tokens = [self.tokenizer.special_tokens[fields.prompt]]
+        else:
+            assert fields.prompt is not None
+            tokens = self.tokenizer.encode(fields.prompt)
+            if fields.add_special_tokens:
+                tokens = [self.tokenizer.bos_id, *tokens]
+        return {"count": len(tokens), "max_model_len": self.capacity, "tokens": tokens}
+
+    def detokenize(self, body: object) -> dict[str, Any]:
+        """Answer `/detokenize`: the text of token ids, special tokens by name."""
+        fields, tokenizer = _fields_of(DetokenizeFields, body), self.tokenizer
+        try:
+            return {"prompt": tokenizer.decode(fields.tokens)}
+        except InputError as error:
+            raise ApiError(str(error), "tokens") from error
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Answer `/tokenizer_info`: what lm-evaluation-harness asks for."""
+        special = self.tokenizer.special_tokens
+        bos = BOS if BOS in special else None
+        return {
+            "tokenizer_class": "lrt-deploy",
+            "vocab_size": self.tokenizer.vocab_size,
+            "model_max_length": self.capacity,
+            "bos_token": bos,
+            "eos_token": bos,  # documents are separated by it
+            "special_tokens": special,
+        }
+
+    @staticmethod
+    def _message(index: int, message: Mapping[str, Any]) -> dict[str, str]:
+        name, role, content = f"messages[{index}]", message.get("role"), message.get("content")
+        if role not in ("system", "developer", "user", "assistant"):
+            known = "expected system, user or assistant; this model has no messages of tools"
+            raise ApiError(f"{name}.role is {shown(role)}, {known}", f"{name}.role")
+        for refused in ("tool_calls", "function_call", "audio"):
+            if message.get(refused):
+                raise ApiError(f"{name}.{refused} is not supported: this model calls no tools", f"{name}.{refused}")
+        if isinstance(content, list):
+            content = "".join(_text_of(part, f"{name}.content[{i}]") for i, part in enumerate(content))
+        if not isinstance(content, str):
+            raise ApiError(
+                f"{name}.content is {shown(content)}, expected a text or a list of text parts", f"{name}.content"
+            )
+        return {"role": "system" if role == "developer" else role, "content": content}
+
+    # Options
+
+    def model(self) -> dict[str, Any]:
+        """Return what `/v1/models` says of the model."""
+        return {
+            "id": self.options.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "lrt-deploy",
+            "max_model_len": self.capacity,
+        }
+
+    def check_model(self, model: str | None) -> None:
+        """Raise ApiError for another model than the one that is served."""
+        if model is not None and model != self.options.model:
+            raise ApiError(
+                f"there is no model {shown(model)}; this server has {self.options.model!r}",
+                "model",
+                404,
+                "model_not_found",
+            )
+
+    def _limited(self, ids: list[int], wanted: int, said: bool) -> Prompt:
+        """Return a prompt with its number of new tokens, which must fit if the caller has said it.
+
+        A state of `capacity` tokens gives one more, which has no room in it.
+        """
+        room, limit = self.capacity - len(ids) + 1, self.options.max_tokens_limit
+        if room < 1 or (said and wanted > room):
+            asked = f" and {wanted} new ones were asked for" if said else ""
+            raise ApiError(
+                f"the prompt has {len(ids)} tokens{asked}; together they may be at most {self.capacity + 1}, because "
+                f"this model's capacity is {self.capacity} tokens",
+                "max_tokens" if room >= 1 else "prompt",
+                code="context_length_exceeded",
+            )
+        if limit is not None and wanted > limit:
+            if said:
+                raise ApiError(f"max_tokens is {wanted}; this server gives at most {limit}", "max_tokens")
+            wanted = limit
+        return Prompt(ids, min(wanted, room))
+
+    def _arguments(self, fields: _Fields) -> dict[str, Any]:
+        """Return the arguments of `BatchDecoder.submit`, checked."""
+        sampling: dict[str, Any] = {"temperature": 1.0}
+        sampling |= {name: value for name in _SAMPLING if (value := getattr(fields, name)) is not None}
+        if sampling.get("top_k") == -1:  # off, in the servers that have this field
+            sampling["top_k"] = 0
+        # OpenAI's seeds may be negative; ours are the same numbers without a sign.
+        sampling["seed"] = None if fields.seed is None else fields.seed % 2**64
+        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        if len(stops) > _MOST_STOPS:
+            raise ApiError(f"stop has {len(stops)} texts, expected at most {_MOST_STOPS}", "stop")
+        if stops:
+            _checked("stop", lambda: TextStream(self.tokenizer.token_bytes_of, stops))
+        policy = fields.prefill or self.options.policy
+        tolerance = self.options.tolerance if fields.tolerance is None else fields.tolerance
+        memory, precision = self.decoder.config.memory, self.decoder.precision
+        _checked("tolerance", lambda: PrefillRequest.of(policy, tolerance, memory, precision))
+        _checked(None, lambda: SamplingOptions(**sampling))
+        return {
+            "stop_strings": tuple(stops),
+            "stop_ids": [] if fields.ignore_eos else None,
+            "policy": policy,
+            "tolerance": tolerance,
+            **sampling,
+        }
+
+
+def _fields_of(kind: type[_Body], body: object) -> _Body:
+    """Convert a JSON value to its fields; raises ApiError that names the one that is wrong."""
+    if not isinstance(body, dict):
+        raise ApiError(f"the body is {shown(body)}, expected a JSON object")
+    for name, silent in _REFUSED.items():
+        if name in body and body[name] not in silent and name not in kind.__struct_fields__:
+            raise ApiError(f"{name} is not supported by this server", name, code="unsupported_parameter")
+    try:
+        return convert(kind, body)
+    except ValueError as error:
+        raise ApiError(str(error), _named(str(error))) from error
+
+
+def _checked(param: str | None, check: Any) -> None:  # noqa: ANN401 - a function without arguments
+    """Call `check`; what it says of a wrong value is the answer."""
+    try:
+        check()
+    except InputError as error:
+        raise ApiError(str(error), param or _named(str(error))) from error
+
+
+def _named(message: str) -> str | None:
+    """Return the field that a message begins with."""
+    found = re.match(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*) (?:is|has|holds) ", message)
+    return found[1] if found else None
+
+
+def _text_of(part: object, name: str) -> str:
+    """Return the text of one part of a message's content."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    kind = part.get("type") if isinstance(part, dict) else part
+    raise ApiError(f"{name} is {shown(kind)}, expected a part of the type text", name)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error as OpenAI's API shows it."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+    @classmethod
+    def of(cls, error: LRTDeployError) -> Failure:
+        """Return what an error means to a client."""
+        message = str(error)
+        if isinstance(error, ApiError):
+            kind = "not_found_error" if error.status == 404 else "invalid_request_error"
+            return cls(error.status, message, kind, error.param, error.code)
+        if isinstance(error, Draining):
+            return cls(503, message, "server_error", code="draining")
+        if isinstance(error, Busy):
+            return cls(429, message, "rate_limit_error", code="queue_full")
+        if isinstance(error, BackendError) and not isinstance(error, NonFiniteError):
+            return cls(503, message, "server_error", code="backend_failed")
+        if isinstance(error, BackendError):
+            return cls(500, message, "server_error", code="non_finite")
+        return cls(400, message, "invalid_request_error", _named(message))
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON value."""
+        fields = dataclasses.asdict(self)
+        del fields["status"]
+        return {"error": fields}

@@ -1,0 +1,120 @@
+"""The HTTP server's process: uvicorn on one socket, its start, and an end in which running answers are finished.
+
+Installs no signal handlers: who does calls `Server.drain` and `Server.stop`. uvicorn would refuse connections from its
+first signal on, where a load balancer still has to see that this server is not ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from lrt_deploy.errors import InputError
+
+from .app import App, AppOptions
+from .engine import Engine
+from .openai_api import Api
+
+KEEP_ALIVE_SECONDS = 620  # longer than a proxy keeps its idle connections, or it would use one that is closed
+_CLOSING_SECONDS = 2  # for connections when all requests have ended
+_POLL_SECONDS = 0.02
+
+_Transports = dict[tuple[str, int], asyncio.Transport]
+
+
+class _Uvicorn(uvicorn.Server):
+    """Without handlers of signals."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals to the command line."""
+        yield
+
+
+def _protocol_of(transports: _Transports) -> type[asyncio.Protocol]:
+    """Return uvicorn's protocol with a register of the connections, by the addresses of the clients."""
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if self.client is not None:
+                transports[self.client] = transport
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            if self.client is not None:
+                transports.pop(self.client, None)
+
+    return Protocol
+
+
+class Server:
+    """An engine behind HTTP. `run` returns when `drain` or `stop` has ended it."""
+
+    def __init__(self, engine: Engine, api: Api, options: AppOptions) -> None:
+        self.engine = engine
+        self._transports: _Transports = {}
+        self._app = App(engine, api, options, self._abort)
+        self._draining: asyncio.Task[None] | None = None
+        config = uvicorn.Config(
+            self._app.asgi,
+            http=_protocol_of(self._transports),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="error",
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_CLOSING_SECONDS,
+        )
+        self._uvicorn = _Uvicorn(config)
+
+    def _abort(self, client: Any) -> None:  # noqa: ANN401 - an address, from the scope of a request
+        if client is not None and (transport := self._transports.get(tuple(client))) is not None:
+            transport.abort()
+
+    async def run(self, listener: socket.socket, started: Callable[[], None]) -> None:
+        """Serve on a bound socket; `started` is called when connections are accepted."""
+        self._app.connect()
+        self.engine.start()
+        try:
+            serving = asyncio.create_task(self._uvicorn.serve([listener]))
+            while not (self._uvicorn.started or serving.done()):
+                await asyncio.sleep(_POLL_SECONDS)
+            started()
+            await serving
+        finally:
+            self.engine.stop()
+
+    def drain(self, seconds: float) -> None:
+        """Refuse new requests, let running ones end for at most so many seconds, then stop."""
+        self.engine.drain()
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drain(seconds))
+
+    async def _drain(self, seconds: float) -> None:
+        until = asyncio.get_running_loop().time() + seconds
+        while self.engine.outstanding and asyncio.get_running_loop().time() < until:
+            await asyncio.sleep(_POLL_SECONDS)
+        self._uvicorn.should_exit = True
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a socket; port 0 takes a free one. Raises InputError with the system's reason."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        found = socket.socket(family, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"the server cannot listen on {host} port {port}: {reason}") from error
+    return found
