@@ -26,7 +26,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,7 +89,7 @@ class PromptCache:
         """
         (row,) = check_prompts([tokens], check_is(decoder, Decoder, "decoder").config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
-        place, notes = self.folder / _name(_key(decoder, request)), list[str]()
+        place, notes = self._place(decoder, request), list[str]()
         found, shared = self._find(place, decoder, row, notes)
         state = decoder.prefill([tokens], state=found, reuse=found is not None, policy=policy, tolerance=tolerance)
         if len(row) - shared >= FEWEST_TOKENS:
@@ -99,9 +99,32 @@ class PromptCache:
             state.prefill = replace(state.prefill, note="; ".join([*before, *notes]))
         return state
 
-    def _find(self, place: Path, decoder: Decoder, row: IntArray, notes: list[str]) -> tuple[DecodeState | None, int]:
+    def find(
+        self, decoder: Decoder, tokens: Sequence[int], request: PrefillRequest, more_than: int
+    ) -> tuple[DecodeState | None, list[str]]:
+        """Load the state that shares the most tokens with a prompt, if these are more than `more_than`.
+
+        Returns None where there is none, and notes on what was wrong with the folder.
+        """
+        notes = list[str]()
+        row = np.array(tokens, np.int64)
+        found, _ = self._find(self._place(decoder, request), decoder, row, notes, more_than)
+        return found, notes
+
+    def store(self, decoder: Decoder, state: DecodeState, request: PrefillRequest) -> list[str]:
+        """Save a state of one sequence that was read as requested; returns notes on why it could not be saved."""
+        return self._store(self._place(decoder, request), state, np.array(state.tokens[0], np.int64))
+
+    def _place(self, decoder: Decoder, request: PrefillRequest) -> Path:
+        return self.folder / _name(_key(decoder, request))
+
+    def _find(
+        self, place: Path, decoder: Decoder, row: IntArray, notes: list[str], more_than: int = 0
+    ) -> tuple[DecodeState | None, int]:
         """Load the entry that shares the most, and count what it shares; removes entries that are damaged."""
         for shared, _, path in sorted(self._candidates(place, row, notes), reverse=True):
+            if shared <= more_than:
+                break
             try:
                 state = decoder.load_state(path)
                 if state.batch != 1 or common_prefix(np.array(state.tokens[0]), row) != shared:

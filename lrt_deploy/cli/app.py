@@ -21,7 +21,7 @@ from typer.core import TyperCommand, TyperGroup
 from lrt_deploy import machine
 from lrt_deploy.errors import LRTDeployError
 
-from . import bench, build, chat, doctor, evaluate, export, generate, options, output, parity, serve, signals
+from . import batch, bench, build, chat, doctor, evaluate, export, generate, options, output, parity, serve, signals
 from . import inspect as inspecting
 
 READER_GONE = 141
@@ -227,6 +227,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "parity": parity.parity,
     "eval": evaluate.evaluate,
     "serve": serve.serve,
+    "batch": batch.batch,
     "bench": bench.bench,
     "inspect": inspecting.inspect,
     "doctor": doctor.doctor,

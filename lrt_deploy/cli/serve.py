@@ -19,9 +19,15 @@ from lrt_deploy.errors import InputError
 from . import options, output
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from lrt_deploy.runtime.decoder import Decoder
+    from lrt_deploy.runtime.serving.engine import Engine
+    from lrt_deploy.runtime.serving.openai_api import Api
     from lrt_deploy.runtime.serving.server import Server
 
 API_KEY = "LRT_DEPLOY_API_KEY"
+MAX_WAITING = 256
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -55,7 +61,9 @@ def serve(
     *,
     host: Annotated[str, _serving(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, _serving(help="Port to listen on; 0 takes a free one.")] = 8000,
-    max_waiting: Annotated[int, _serving(help="Continuations that may wait for a slot; more are refused.")] = 256,
+    max_waiting: Annotated[
+        int, _serving(help="Continuations that may wait for a slot; more are refused.")
+    ] = MAX_WAITING,
     api_key: Annotated[
         str | None, _serving(metavar="KEY", envvar=API_KEY, help="Key that clients must send; better set by variable.")
     ] = None,
@@ -68,23 +76,19 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Serve a bundle over HTTP with OpenAI's API. With --json the address is printed as one document."""
-    from lrt_deploy.runtime.serving import openai_api
     from lrt_deploy.runtime.serving.app import AppOptions
-    from lrt_deploy.runtime.serving.engine import Engine
     from lrt_deploy.runtime.serving.server import Server, listen
 
     if api_key == "":
         raise InputError(f"the API key is empty; set {API_KEY} to a text, or leave it out for a server without a key")
     listener = listen(host, port)
     with listener, opening.open(bundle) as decoder:
-        name = api.served_model_name or bundle.resolve().name
-        settings = openai_api.ApiOptions(name, api.prefill, api.tolerance, api.implicit_bos, api.max_tokens_limit)
-        engine = Engine(decoder, api.slots, max_waiting)
-        server = Server(engine, openai_api.Api(decoder, settings), AppOptions(api_key, tuple(cors_origin or ())))
+        engine, checked = engine_of(decoder, bundle, api, max_waiting)
+        server = Server(engine, checked, AppOptions(api_key, tuple(cors_origin or ())))
         address = f"[{host}]" if ":" in host else host
         about = {
             "url": f"http://{address}:{listener.getsockname()[1]}",
-            "model": name,
+            "model": checked.options.model,
             "slots": engine.slots,
             "backend": decoder.backend,
             "precision": decoder.precision,
@@ -100,6 +104,16 @@ def serve(
             await server.run(listener, started)
 
         asyncio.run(run())
+
+
+def engine_of(decoder: Decoder, bundle: Path, api: ApiOptions, max_waiting: int = MAX_WAITING) -> tuple[Engine, Api]:
+    """Return an engine on a decoder, not started, and what checks requests to it."""
+    from lrt_deploy.runtime.serving import openai_api
+    from lrt_deploy.runtime.serving.engine import Engine
+
+    name = api.served_model_name or bundle.resolve().name
+    settings = openai_api.ApiOptions(name, api.prefill, api.tolerance, api.implicit_bos, api.max_tokens_limit)
+    return Engine(decoder, api.slots, max_waiting), openai_api.Api(decoder, settings)
 
 
 def _handle_signals(server: Server, drain_seconds: float) -> None:

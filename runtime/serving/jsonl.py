@@ -1,0 +1,223 @@
+"""Batches of requests in a file: OpenAI's batch format, run on the engine without HTTP.
+
+A line of the input is `{"custom_id", "method", "url", "body"}`; each has one line of output, in the order in which they
+are finished. The output is the progress: a run that was killed goes on after the lines that are there, and a last line
+that is torn is dropped. A request that is wrong has an error as its answer; an error of the backend ends the run, and
+its requests have no line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import stat
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import msgspec
+
+from lrt_deploy.errors import BackendError, InputError, NonFiniteError
+from lrt_deploy.fields import convert, shown
+from lrt_deploy.files import open_regular, parse_json, try_lock
+
+from .answers import Answer
+from .engine import Delivery, Engine
+from .openai_api import Api, ApiError, Call, Failure
+
+MAX_LINE_BYTES = 64 * 2**20
+_BEGINNING = b'{"id":"batch_req_'  # of every line of the output
+_WAITING = 2  # requests in the engine for each slot, so that none is empty
+
+Progress = Callable[[str, int, int], None]
+
+
+class Line(msgspec.Struct):
+    """One request of the input."""
+
+    custom_id: str
+    body: dict[str, Any]
+    url: Literal["/v1/completions", "/v1/chat/completions"]
+    method: Literal["POST"] = "POST"
+
+
+class _Result(msgspec.Struct):
+    """What is read of a line of the output."""
+
+    custom_id: str
+    response: dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """Requests of a run by what became of them, and the tokens of its answers."""
+
+    requests: int = 0
+    skipped: int = 0  # finished by an earlier run
+    answered: int = 0
+    failed: int = 0  # answered with an error
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Done(NamedTuple):
+    """An answer that is complete."""
+
+    line: Line
+    call: Call
+    delivery: Delivery
+
+
+def run(engine: Engine, api: Api, source: Path, target: Path, progress: Progress) -> Counts:
+    """Answer all requests of `source` into `target`, which is continued if it exists.
+
+    Raises InputError for lines that are no requests, before anything is run, and for a target that is something else.
+    """
+    counts = Counts(requests=sum(1 for _ in read_requests(source)))
+    with _output(target) as (file, finished):
+        runner = _Runner(engine, api, file, counts, progress)
+        for line in read_requests(source):
+            if line.custom_id in finished:
+                counts.skipped += 1
+            else:
+                runner.submit(line)
+        runner.finish()
+    return counts
+
+
+class _Runner:
+    """Keeps the engine's slots full and writes what comes out."""
+
+    def __init__(self, engine: Engine, api: Api, file: BinaryIO, counts: Counts, progress: Progress) -> None:
+        self._engine, self._api, self._file, self._counts, self._progress = engine, api, file, counts, progress
+        self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
+        self._running = 0
+
+    def submit(self, line: Line) -> None:
+        """Start a request, when there is room for it."""
+        parse = self._api.parse_chat if line.url == "/v1/chat/completions" else self._api.parse_completion
+        try:
+            call = parse(line.body)
+            if call.stream:
+                raise ApiError("stream is true, and a batch has no streams", "stream")
+            while self._running and self._engine.outstanding + call.request.size > _WAITING * self._engine.slots:
+                self._take()
+            self._engine.submit(call.request, lambda delivery: self._done.put(_Done(line, call, delivery)))
+        except InputError as error:
+            self._write(line, None, Failure.of(error))
+            return
+        self._running += 1
+
+    def finish(self) -> None:
+        """Write what still runs."""
+        while self._running:
+            self._take()
+
+    def _take(self) -> None:
+        """Wait for an answer, and write it."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                done = self._done.get(timeout=0.5)
+                break
+            self._show()  # raises a signal whose exception got lost
+        self._running -= 1
+        error = done.delivery.error
+        if isinstance(error, BackendError) and not isinstance(error, NonFiniteError):
+            raise error
+        if error is not None:
+            self._write(done.line, done.call.id, Failure.of(error))
+            return
+        answer = Answer(done.call)
+        answer.add(done.delivery)
+        body = answer.body()
+        self._counts.prompt_tokens += body["usage"]["prompt_tokens"]
+        self._counts.completion_tokens += body["usage"]["completion_tokens"]
+        self._write(done.line, done.call.id, body)
+
+    def _write(self, line: Line, call: str | None, answer: dict[str, Any] | Failure) -> None:
+        """Append a line to the output, in one piece."""
+        status, body = (answer.status, answer.body()) if isinstance(answer, Failure) else (200, answer)
+        response = {"status_code": status, "request_id": call, "body": body}
+        result = {"custom_id": line.custom_id, "response": response, "error": None}
+        text = msgspec.json.encode({"id": f"batch_req_{uuid.uuid4().hex}"} | result)
+        self._file.write(text + b"\n")
+        self._file.flush()
+        if isinstance(answer, Failure):
+            self._counts.failed += 1
+        else:
+            self._counts.answered += 1
+        self._show()
+
+    def _show(self) -> None:
+        counts = self._counts
+        self._progress("requests", counts.skipped + counts.answered + counts.failed, counts.requests)
+
+
+def read_requests(path: Path) -> Iterator[Line]:
+    """Yield the requests of a file; raises InputError that names the line that is none, or has an id twice."""
+    seen = set()
+    with open_regular(path, "the input", InputError) as file:
+        for number, text in enumerate(_lines(file), 1):
+            name = f"line {number} of {path}"
+            if not text.strip():
+                continue
+            if len(text) > MAX_LINE_BYTES:
+                raise InputError(f"{name} has more than {MAX_LINE_BYTES} bytes, the most that are accepted")
+            line = _line(Line, text, name)
+            if line.custom_id in seen:
+                raise InputError(f"{name} has the custom_id {shown(line.custom_id)}, which an earlier line has too")
+            seen.add(line.custom_id)
+            yield line
+
+
+def _lines(file: BinaryIO) -> Iterator[bytes]:
+    while line := file.readline(MAX_LINE_BYTES + 2):
+        yield line
+
+
+def _line(kind: type[Any], text: bytes, name: str) -> Any:  # noqa: ANN401 - of the kind that is given
+    try:
+        value = parse_json(text.decode(), name, InputError)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{name} is not UTF-8: {error.reason}") from error
+    try:
+        return convert(kind, value)
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
+def _output(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """Open the output at its end, without a torn last line; gives the ids that are finished too."""
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    try:
+        number = os.open(path, flags, 0o666)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise InputError(f"the output {path} cannot be written: {reason}") from error
+    with os.fdopen(number, "r+b") as file:
+        if not stat.S_ISREG(os.fstat(number).st_mode):
+            raise InputError(f"the output {path} is no regular file; a run is continued by what stands in it")
+        if try_lock(number) is False:
+            raise InputError(f"the output {path} is being written by another run; wait for its end")
+        finished, end = _finished(file, path)
+        file.truncate(end)
+        file.seek(end)
+        yield file, finished
+
+
+def _finished(file: BinaryIO, path: Path) -> tuple[set[str], int]:
+    """Return the ids of the complete lines of an output, and where they end."""
+    finished, end = set(), 0
+    for number, text in enumerate(_lines(file), 1):
+        name = f"line {number} of {path}"
+        if not text.endswith(b"\n"):
+            if text[: len(_BEGINNING)] != _BEGINNING[: len(text)]:
+                raise InputError(f"{name} is no result of a batch; name a new file for the output")
+            break
+        finished.add(_line(_Result, text, name).custom_id)
+        end += len(text)
+    return finished, end
