@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -73,7 +73,7 @@ class _Fields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     ignore_eos: bool | None = None
-    prefill: Literal["auto", "stepwise", "fixed-point", "zero"] | None = None
+    prefill: str | None = None
     tolerance: _Number = None
 
 
@@ -274,7 +274,7 @@ class Api:
         try:
             return tokenizer.render_chat(turns)
         except InputError as error:
-            raise ApiError(str(error), "messages") from error
+            raise ApiError(f"messages: {error}", "messages") from error
 
     def tokenize(self, body: object) -> dict[str, Any]:
         """Answer `/tokenize`: token ids of a text, or of chat messages.
@@ -388,9 +388,10 @@ class Api:
             raise ApiError(f"stop has {len(stops)} texts, expected at most {_MOST_STOPS}", "stop")
         if stops:
             _checked("stop", lambda: TextStream(self.tokenizer.token_bytes_of, stops))
-        policy = fields.prefill or self.options.policy
+        policy = cast(PrefillPolicy, fields.prefill or self.options.policy)
         tolerance = self.options.tolerance if fields.tolerance is None else fields.tolerance
         memory, precision = self.decoder.config.memory, self.decoder.precision
+        _checked("prefill", lambda: PrefillRequest.of(policy, None, memory, precision))
         _checked("tolerance", lambda: PrefillRequest.of(policy, tolerance, memory, precision))
         _checked(None, lambda: SamplingOptions(**sampling))
         return {
@@ -425,7 +426,7 @@ def _checked(param: str | None, check: Any) -> None:  # noqa: ANN401 - a functio
 
 def _named(message: str) -> str | None:
     """Return the field that a message begins with."""
-    found = re.match(r"([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*) (?:is|has|holds) ", message)
+    found = re.match(r"(?:sampling option )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*) (?:is|has|holds|=)", message)
     return found[1] if found else None
 
 
