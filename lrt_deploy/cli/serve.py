@@ -10,13 +10,15 @@ import asyncio
 import os
 import signal
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from math import inf
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lrt_deploy.errors import InputError
 
 from . import options, output
+from .options import option
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,22 +33,21 @@ MAX_WAITING = 256
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def _serving(*names: str, help: str, **settings: Any) -> Any:  # noqa: ANN401 - as typer calls it
-    return typer.Option(*names, help=help, rich_help_panel="The server", **settings)
+SERVING = "The server"  # the group of options in the help
 
 
 @dataclass(frozen=True)
 class ApiOptions:
     """What the API does where a request is silent; the same for `serve` and `batch`."""
 
-    slots: Annotated[int | None, _serving(help="Continuations that run at a time; default: all of the bundle.")] = None
-    served_model_name: Annotated[
-        str | None, _serving(metavar="NAME", help="Name of the model in requests; default: the bundle's folder.")
+    slots: Annotated[
+        int | None, option("Continuations that run at a time; default: all of the bundle.", panel=SERVING)
     ] = None
-    max_tokens_limit: Annotated[int | None, _serving(help="Most new tokens that a request may ask for.")] = None
-    implicit_bos: Annotated[
-        bool, _serving("--implicit-bos", help="Put <|bos|> in front of token prompts that lack it.")
-    ] = False
+    served_model_name: Annotated[
+        str | None, option("Name of the model in requests; default: the bundle's folder.", "NAME", SERVING)
+    ] = None
+    max_tokens_limit: Annotated[int | None, option("Most new tokens that a request may ask for.", panel=SERVING)] = None
+    implicit_bos: Annotated[bool, option("Put <|bos|> in front of token prompts that lack it.", panel=SERVING)] = False
     prefill: options.Prefill = "auto"
     tolerance: options.Tolerance = None
 
@@ -56,21 +57,37 @@ class ApiOptions:
             raise InputError(f"max_tokens_limit is {self.max_tokens_limit}, expected at least 1")
 
 
+@dataclass(frozen=True)
+class ServerOptions:
+    """Options of the HTTP server."""
+
+    host: Annotated[str, option("Address to listen on.", panel=SERVING)] = "127.0.0.1"
+    port: Annotated[int, option("Port to listen on; 0 takes a free one.", panel=SERVING)] = 8000
+    max_waiting: Annotated[int, option("Continuations that may wait for a slot; more are refused.", panel=SERVING)] = (
+        MAX_WAITING
+    )
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar=API_KEY, metavar="KEY", help="Key that clients must send.", rich_help_panel=SERVING),
+    ] = None
+    cors_origin: Annotated[
+        list[str] | None, option("Origin of web pages that may call; repeatable.", "URL", SERVING)
+    ] = None
+    drain_seconds: Annotated[float, option("Time for running answers after SIGTERM.", panel=SERVING)] = 30.0
+
+    def __post_init__(self) -> None:
+        if self.api_key == "":
+            raise InputError(f"the API key is empty; set {API_KEY} to a text, or leave it out for a server without one")
+        if self.max_waiting < 0 or not 0 <= self.drain_seconds < inf:
+            raise InputError(
+                f"max_waiting is {self.max_waiting} and drain_seconds {self.drain_seconds}, expected numbers from 0 on"
+            )
+
+
 def serve(
     bundle: options.BundlePath,
     *,
-    host: Annotated[str, _serving(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, _serving(help="Port to listen on; 0 takes a free one.")] = 8000,
-    max_waiting: Annotated[
-        int, _serving(help="Continuations that may wait for a slot; more are refused.")
-    ] = MAX_WAITING,
-    api_key: Annotated[
-        str | None, _serving(metavar="KEY", envvar=API_KEY, help="Key that clients must send; better set by variable.")
-    ] = None,
-    cors_origin: Annotated[
-        list[str] | None, _serving(metavar="URL", help="Origin of web pages that may call; repeatable.")
-    ] = None,
-    drain_seconds: Annotated[float, _serving(help="Time for running answers after SIGTERM.")] = 30.0,
+    server: ServerOptions,
     api: ApiOptions,
     opening: options.DecoderOptions,
     json: options.Json = False,
@@ -79,13 +96,10 @@ def serve(
     from lrt_deploy.runtime.serving.app import AppOptions
     from lrt_deploy.runtime.serving.server import Server, listen
 
-    if api_key == "":
-        raise InputError(f"the API key is empty; set {API_KEY} to a text, or leave it out for a server without a key")
-    listener = listen(host, port)
-    with listener, opening.open(bundle) as decoder:
-        engine, checked = engine_of(decoder, bundle, api, max_waiting)
-        server = Server(engine, checked, AppOptions(api_key, tuple(cors_origin or ())))
-        address = f"[{host}]" if ":" in host else host
+    with listen(server.host, server.port) as listener, opening.open(bundle) as decoder:
+        engine, checked = engine_of(decoder, bundle, api, server.max_waiting)
+        running = Server(engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ())))
+        address = f"[{server.host}]" if ":" in server.host else server.host
         about = {
             "url": f"http://{address}:{listener.getsockname()[1]}",
             "model": checked.options.model,
@@ -100,8 +114,8 @@ def serve(
             output.say("serving {model} on {url} ({backend}, {precision}, {slots} slots)".format(**about))
 
         async def run() -> None:
-            _handle_signals(server, drain_seconds)
-            await server.run(listener, started)
+            _handle_signals(running, server.drain_seconds)
+            await running.run(listener, started)
 
         asyncio.run(run())
 

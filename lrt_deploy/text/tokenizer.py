@@ -174,15 +174,19 @@ class Tokenizer:
         more bytes than so many of the longest token.
         """
         if capacity is not None:
-            longest, least = self.longest_token_bytes, len(text)  # a character has one byte or more
-            if least <= capacity * longest:
-                least = len(text.encode("utf-8", "replace"))
-            if least > capacity * longest:
-                raise InputError(
-                    f"the text has at least {least} bytes, which are {least // longest} tokens or more; "
-                    f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
-                )
+            self.check_fits(text, capacity)
         return [self.bos_id, *self.encode(text)]
+
+    def check_fits(self, text: str, capacity: int) -> None:
+        """Raise InputError if a text has more bytes than `capacity` tokens can stand for."""
+        longest, least = self.longest_token_bytes, len(text)  # a character has one byte or more
+        if least <= capacity * longest:
+            least = len(text.encode("utf-8", "replace"))
+        if least > capacity * longest:
+            raise InputError(
+                f"the text has at least {least} bytes, which are {least // longest} tokens or more; "
+                f"the capacity is {capacity} tokens. Shorten it, or export with a larger --max-seq-len"
+            )
 
     def _encode_piece(self, piece: str) -> list[int]:
         ids = self._pairs.encode(as_chars(piece.encode()))

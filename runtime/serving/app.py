@@ -106,7 +106,7 @@ class App:
             Route("/v2/health/ready", self.ready),
             Route("/metrics", self.metrics),
         ]
-        app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error})
+        app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
         app = Gate(app, options.api_key)
         if options.cors_origins:
             app = CORSMiddleware(
@@ -367,6 +367,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "there is no" if status == 404 else f"{request.method} is not a method of"
     return _failure(ApiError(f"{what} {request.url.path[:200]}", None, status))
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Answer a request that a fault of ours has ended; uvicorn logs the traceback."""
+    return _json(Failure(500, "something broke in the server; its log says what", "server_error").body(), 500)
 
 
 _STREAM_HEADERS = [

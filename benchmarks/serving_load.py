@@ -1,0 +1,120 @@
+"""Throughput of `lrt-deploy serve` beside `BatchDecoder.run` and `Decoder.generate`, as ratios within one run.
+
+    python benchmarks/serving_load.py BUNDLE [--clients 8] [--tokens 128] [--requests 64] [--rounds 5]
+
+Clients are threads of this process with raw sockets, because OpenAI's own client costs more than the server. In every
+round each way serves the same requests, one after another; the table has the medians of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lrt_deploy
+
+
+def request_bytes(index: int, tokens: int, stream: bool) -> bytes:
+    body = {"prompt": [1, 2 + index % 200, 3], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    data = json.dumps(body | {"stream": stream}).encode()
+    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+
+
+def read_response(connection: socket.socket, stream: bool) -> None:
+    """Read one response to its end."""
+    data = b""
+    end = b"0\r\n\r\n" if stream else None
+    while end is None or not data.endswith(end):
+        data += connection.recv(65536)
+        if end is None and b"\r\n\r\n" in data:
+            head, _, body = data.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200"), data
+            length = next(
+                int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
+            )
+            if len(body) == length:
+                return
+
+
+def through_http(port: int, clients: int, requests: int, tokens: int, stream: bool) -> float:
+    """Tokens per second of all clients together."""
+    numbers, lock = iter(range(requests)), threading.Lock()
+
+    def client() -> None:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            while True:
+                with lock:
+                    index = next(numbers, None)
+                if index is None:
+                    return
+                connection.sendall(request_bytes(index, tokens, stream))
+                read_response(connection, stream)
+
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return requests * tokens / (time.perf_counter() - started)
+
+
+def through_batch(decoder: lrt_deploy.Decoder, slots: int, requests: int, tokens: int) -> float:
+    """Tokens per second of `BatchDecoder.run`."""
+    batch = lrt_deploy.BatchDecoder(decoder, slots)
+    for index in range(requests):
+        batch.submit([1, 2 + index % 200, 3], tokens, stop_ids=[])
+    started = time.perf_counter()
+    count = sum(1 for _ in batch.run())
+    return count / (time.perf_counter() - started)
+
+
+def through_generate(decoder: lrt_deploy.Decoder, requests: int, tokens: int) -> float:
+    """Tokens per second of `Decoder.generate`, one request after another."""
+    started = time.perf_counter()
+    count = sum(1 for i in range(requests) for _ in decoder.generate([1, 2 + i % 200, 3], tokens, stop_ids=[]))
+    return count / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    for name, default in (("clients", 8), ("tokens", 128), ("requests", 64), ("rounds", 5), ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    command = [Path(sys.executable).parent / "lrt-deploy", "serve", options.bundle, "--port", "0", "--json"]
+    command += ["--threads", str(options.threads), "--slots", str(options.clients)]
+    found: dict[str, list[float]] = {}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server,
+        lrt_deploy.open_decoder(options.bundle, threads=options.threads) as decoder,
+    ):
+        assert server.stdout is not None
+        about = ""
+        while "}" not in about:
+            about += server.stdout.readline()
+        port = int(json.loads(about)["url"].rpartition(":")[2])
+        shape = (options.requests, options.tokens)
+        through_http(port, options.clients, options.clients, options.tokens, True)  # warms up
+        for _ in range(options.rounds):
+            batch = through_batch(decoder, options.clients, *shape)
+            for name, stream in (("full answers", False), ("streams", True)):
+                rate = through_http(port, options.clients, *shape, stream)
+                found.setdefault(f"{name} / BatchDecoder.run", []).append(rate / batch)
+            alone = through_generate(decoder, options.requests // options.clients, options.tokens)
+            rate = through_http(port, 1, options.requests // options.clients, options.tokens, False)
+            found.setdefault("one client, full answers / Decoder.generate", []).append(rate / alone)
+        server.terminate()
+    for name, ratios in found.items():
+        print(f"{name}: {statistics.median(ratios):.2f} (rounds: {', '.join(f'{ratio:.2f}' for ratio in ratios)})")
+
+
+if __name__ == "__main__":
+    main()
