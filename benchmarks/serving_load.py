@@ -22,6 +22,7 @@ import lrt_deploy
 
 
 def request_bytes(index: int, tokens: int, stream: bool) -> bytes:
+    """Return the request of this number."""
     body = {"prompt": [1, 2 + index % 200, 3], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     data = json.dumps(body | {"stream": stream}).encode()
     return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
@@ -84,6 +85,7 @@ def through_generate(decoder: lrt_deploy.Decoder, requests: int, tokens: int) ->
 
 
 def main() -> None:
+    """Measure, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     for name, default in (("clients", 8), ("tokens", 128), ("requests", 64), ("rounds", 5), ("threads", 1)):

@@ -29,7 +29,7 @@ from lrt_deploy.errors import LRTDeployError
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
-from .openai_api import Api, ApiError, Call, Failure
+from .openai_api import Api, ApiError, Call, Failure, json_value
 
 MAX_BODY_BYTES = 4 * 2**20
 SEND_SECONDS = 60.0  # a client that takes nothing of a stream for so long has left
@@ -316,13 +316,7 @@ async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Pars
     data = await _body(request)
 
     def run() -> _Parsed:
-        try:
-            value = msgspec.json.decode(data)
-        except RecursionError as error:
-            raise ApiError("the body is nested too deeply to be read") from error
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise ApiError(f"the body is not valid JSON: {error}") from error
-        return parse(value)
+        return parse(json_value(data))
 
     if len(data) < _LONG_BODY_BYTES:
         return run()

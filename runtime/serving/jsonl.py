@@ -22,11 +22,11 @@ import msgspec
 
 from lrt_deploy.errors import BackendError, InputError, NonFiniteError
 from lrt_deploy.fields import convert, shown
-from lrt_deploy.files import open_regular, parse_json, try_lock
+from lrt_deploy.files import open_regular, try_lock
 
 from .answers import Answer
 from .engine import Delivery, Engine
-from .openai_api import Api, ApiError, Call, Failure
+from .openai_api import Api, ApiError, Call, Failure, json_value
 
 MAX_LINE_BYTES = 64 * 2**20
 _BEGINNING = b'{"id":"batch_req_'  # of every line of the output
@@ -180,11 +180,7 @@ def _lines(file: BinaryIO) -> Iterator[bytes]:
 
 def _line(kind: type[Any], text: bytes, name: str) -> Any:  # noqa: ANN401 - of the kind that is given
     try:
-        value = parse_json(text.decode(), name, InputError)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8: {error.reason}") from error
-    try:
-        return convert(kind, value)
+        return convert(kind, json_value(text, name))
     except ValueError as error:
         raise InputError(f"{name}: {error}") from error
 

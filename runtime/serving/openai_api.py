@@ -403,6 +403,16 @@ class Api:
         }
 
 
+def json_value(data: bytes, name: str = "the body") -> Any:  # noqa: ANN401 - any JSON value
+    """Parse JSON that may be hostile; raises ApiError."""
+    try:
+        return msgspec.json.decode(data)
+    except RecursionError as error:
+        raise ApiError(f"{name} is nested too deeply to be read") from error
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise ApiError(f"{name} is not valid JSON: {error}") from error
+
+
 def _fields_of(kind: type[_Body], body: object) -> _Body:
     """Convert a JSON value to its fields; raises ApiError that names the one that is wrong."""
     if not isinstance(body, dict):
