@@ -1,10 +1,11 @@
-# make demo: export the demo checkpoint, check parity, generate.   make test: everything.   make check: before a commit.
+# make demo: export the demo checkpoint, check parity, generate.   make test: everything but servers.
+# make test-services: servers as processes.   make check: before a commit.
 # make fuzz: hostile inputs in great number (FUZZ_INPUTS, FUZZ_SEED, FUZZ_WORKERS, FUZZ_KINDS); goes on where it stopped.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test check kills interrupts fuzz clean
+.PHONY: install demo test test-services check kills interrupts fuzz clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -28,13 +29,17 @@ demo: install
 
 # One thread a worker: the test models are small, and two workers share the machine.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --ignore tests/services
+
+# Servers as processes, with real clients; none of these tests may be skipped.
+test-services: install
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/services
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pytest --quiet tests/test_types.py tests/test_layout.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --ignore tests/services -m "not slow"
 
 # 100 kills of each thing that writes files, and as many full disks and file limits; three minutes.
 kills: install

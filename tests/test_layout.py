@@ -131,6 +131,24 @@ RULES = (
         forbidden=("polygraphy",),
     ),
     Rule(
+        "HTTP is in two files",
+        files=("*",),
+        but=("runtime/serving/app.py", "runtime/serving/server.py"),
+        forbidden=("starlette", "uvicorn"),
+    ),
+    Rule(
+        "the API's logic, the engine and batches in files need no HTTP",
+        files=("runtime/*",),
+        but=("runtime/serving/app.py", "runtime/serving/server.py"),
+        forbidden=("lrt_deploy.runtime.serving.app", "lrt_deploy.runtime.serving.server"),
+    ),
+    Rule(
+        "what runs models does not know who serves them",
+        files=("runtime/*",),
+        but=("runtime/serving/*",),
+        forbidden=("lrt_deploy.runtime.serving",),
+    ),
+    Rule(
         "`lrt-deploy --help` and `import lrt_deploy` answer at once: heavy things come inside functions",
         files=("lrt_deploy/cli/*", "lrt_deploy/__init__.py"),
         forbidden=TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",) + MODEL + EXPORTERS + RUNTIME,
@@ -141,6 +159,7 @@ RULES = (
 # What loading a file must not load through any chain of the project's own modules.
 UNREACHABLE = {
     "runtime/*": TORCH + GRAPH_TOOLS,
+    "runtime/serving/jsonl.py": ("starlette", "uvicorn"),
     "lrt_deploy/cli/*": TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",),
     "lrt_deploy/__init__.py": TORCH + GRAPH_TOOLS + TENSORRT + ("onnxruntime",),
 }
@@ -362,6 +381,10 @@ def test_no_module_is_named_after_nothing():
         ("runtime/decoder.py", "if TYPE_CHECKING:\n    from onnx_ir import Model"),
         ("runtime/decoder.py", "from lrt_deploy.model.model import LRT"),
         ("runtime/decoder.py", "import onnxruntime as ort"),
+        ("runtime/batch.py", "from .serving.engine import Engine"),
+        ("runtime/serving/engine.py", "from starlette.routing import Route"),
+        ("runtime/serving/jsonl.py", "def f():\n    from .app import App"),
+        ("lrt_deploy/cli/serve.py", "def serve():\n    import uvicorn"),
         ("runtime/backends/ort_cpu.py", "import tensorrt"),
         ("exporters/graph/trace.py", "from tensorrt_rtx import Builder"),
         ("exporters/engine/build.py", "import polygraphy.backend.trt"),
@@ -389,6 +412,8 @@ def test_the_table_notices(path, source):
         ("runtime/backends/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),
         ("runtime/backends/tensorrt_rtx.py", "import tensorrt_rtx"),
         ("runtime/backends/cuda.py", "from cuda.bindings import runtime"),
+        ("runtime/serving/server.py", "import uvicorn\nfrom .app import App"),
+        ("lrt_deploy/cli/serve.py", "def serve():\n    from lrt_deploy.runtime.serving.server import Server"),
         ("runtime/torchless.py", "import onnxruntime_genai, torchless"),
         ("lrt_deploy/cli/app.py", "def run():\n    from lrt_deploy.runtime import open_decoder"),
         ("lrt_deploy/cli/app.py", "if TYPE_CHECKING:\n    from lrt_deploy.runtime import Decoder"),
