@@ -11,6 +11,7 @@ import os
 import signal
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,8 +22,6 @@ from . import options, output
 from .options import option
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.serving.engine import Engine
     from lrt_deploy.runtime.serving.openai_api import Api
@@ -48,11 +47,19 @@ class ApiOptions:
     ] = None
     max_tokens_limit: Annotated[int | None, option("Most new tokens that a request may ask for.", panel=SERVING)] = None
     implicit_bos: Annotated[bool, option("Put <|bos|> in front of token prompts that lack it.", panel=SERVING)] = False
+    state_bytes: Annotated[
+        int, option("Memory for states of earlier requests, which later ones continue; 0 keeps none.", panel=SERVING)
+    ] = 2**30
+    state_dir: Annotated[
+        Path | None, option("Keep these states in this folder too; other servers may share it.", "DIR", SERVING)
+    ] = None
     prefill: options.Prefill = "auto"
     tolerance: options.Tolerance = None
 
     def __post_init__(self) -> None:
         options.check_tolerance(self.tolerance)
+        if self.state_bytes < 0:
+            raise InputError(f"state_bytes is {self.state_bytes}, expected a number from 0 on")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
             raise InputError(f"max_tokens_limit is {self.max_tokens_limit}, expected at least 1")
 
@@ -124,10 +131,13 @@ def engine_of(decoder: Decoder, bundle: Path, api: ApiOptions, max_waiting: int 
     """Return an engine on a decoder, not started, and what checks requests to it."""
     from lrt_deploy.runtime.serving import openai_api
     from lrt_deploy.runtime.serving.engine import Engine
+    from lrt_deploy.runtime.serving.prefix_states import PrefixStates, StateFolder
 
     name = api.served_model_name or bundle.resolve().name
     settings = openai_api.ApiOptions(name, api.prefill, api.tolerance, api.implicit_bos, api.max_tokens_limit)
-    return Engine(decoder, api.slots, max_waiting), openai_api.Api(decoder, settings)
+    checked = openai_api.Api(decoder, settings)
+    folder = None if api.state_dir is None else StateFolder(api.state_dir, output.say)
+    return Engine(decoder, api.slots, max_waiting, PrefixStates(api.state_bytes), folder), checked
 
 
 def _handle_signals(server: Server, drain_seconds: float) -> None:

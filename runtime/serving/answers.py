@@ -1,16 +1,17 @@
 """Answers of OpenAI's API: from the engine's deliveries to the JSON of a whole answer, or to the chunks of a stream.
 
-Text comes with the event after which it is certain, so a token may bring none; no chunk is made for it. A chunk has one
-choice. Knows neither HTTP nor the engine's threads.
+Text comes with the event after which it is certain, so a token may bring none; no chunk is made for it, and its
+log-probability comes with the next one. A chunk has one choice. Knows neither HTTP nor the engine's threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+import codecs
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-from lrt_deploy.runtime.generation import Event
+from lrt_deploy.runtime.generation import NO_TOKEN, Event
+from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import PrefillReport
 
 from .engine import Delivery
@@ -19,30 +20,43 @@ from .openai_api import Call
 _REASONS = {"stop_token": "stop", "stop_string": "stop", "length": "length", "capacity": "length"}
 
 
-@dataclass
+class Scored(NamedTuple):
+    """A token of the answer or of an echoed prompt, its log-probability, and the likeliest tokens in its place."""
+
+    token: int
+    logprob: float | None
+    top: Sequence[tuple[int, float]]
+
+
 class Choice:
     """One continuation as far as it has come."""
 
-    text: list[str] = field(default_factory=list)
-    tokens: int = 0
-    logprob: float = 0.0  # sum over its tokens
-    reason: str | None = None
-    begun: bool = False  # whether a chunk of it was made
+    def __init__(self) -> None:
+        self.text: list[str] = []  # not shown yet
+        self.scored: list[Scored] = []  # not shown yet
+        self.tokens, self.logprob = 0, 0.0  # their number, and the sum of their log-probabilities
+        self.reason: str | None = None
+        self.stop: int | str | None = None  # what ended it: a token or a text
+        self.begun = False  # whether a chunk of it was made
+        self.shown = codecs.getincrementaldecoder("utf-8")("replace")  # of the tokens whose offsets were given
+        self.offset = 0
 
     def add(self, event: Event) -> None:
         """Append a token."""
         self.text.append(event.text)
-        self.tokens += 1
-        self.logprob += event.logprob
+        if event.token != NO_TOKEN:
+            self.tokens += 1
+            self.logprob += event.logprob
+            self.scored.append(Scored(event.token, event.logprob, event.top_logprobs))
         if event.finish_reason is not None:
-            self.reason = _REASONS[event.finish_reason]
+            self.reason, self.stop = _REASONS[event.finish_reason], event.stop
 
 
 class Answer:
     """The answer to a call, filled by deliveries."""
 
-    def __init__(self, call: Call) -> None:
-        self.call = call
+    def __init__(self, call: Call, tokenizer: Tokenizer) -> None:
+        self.call, self.tokenizer = call, tokenizer
         self.choices = [Choice() for _ in range(call.request.size)]
         self.prefills: dict[int, PrefillReport] = {}  # by the number of the prompt
         self._head = {
@@ -56,11 +70,25 @@ class Answer:
         """Take in events; return the numbers of the continuations that they belong to."""
         changed: dict[int, None] = {}
         for index, event in delivery.events:
-            self.choices[index].add(event)
+            choice, prompt = self.choices[index], index // self.call.request.count
+            if index not in changed and not (choice.tokens or choice.reason):
+                self.prefills[prompt] = event.prefill
+                self._echo(choice, prompt, event)
+            choice.add(event)
             changed[index] = None
-            if index % self.call.request.count == 0 and not self.choices[index].tokens > 1:
-                self.prefills[index // self.call.request.count] = event.prefill
         return list(changed)
+
+    def _echo(self, choice: Choice, prompt: int, event: Event) -> None:
+        """Begin a choice with its prompt, if that is to be shown."""
+        if not self.call.echo:
+            return
+        text, hidden = self.call.echo[prompt]
+        choice.text.append(text)
+        if event.prompt_logprobs is not None:
+            first, *rest = event.prompt_logprobs[hidden:] or (None,)
+            if first is not None:  # it has nothing before it, or nothing that the caller has written
+                choice.scored.append(Scored(first.token, None, ()))
+            choice.scored += [Scored(found.token, found.logprob, found.top) for found in rest]
 
     # Streams
 
@@ -70,21 +98,24 @@ class Answer:
             choice = self.choices[index]
             text = "".join(choice.text)
             choice.text.clear()
-            if not text and choice.reason is None and (choice.begun or not self._prefix(index)):
+            if not text and choice.reason is None:
                 continue
             yield self._chunk([self._part(index, choice, text)])
             choice.begun = True
-        return
 
     def _part(self, index: int, choice: Choice, text: str) -> dict[str, Any]:
         """Return the choice of a chunk."""
+        part: dict[str, Any] = {"index": index}
         if self.call.kind == "completion":
-            shown = text if choice.begun else self._prefix(index) + text
-            return {"index": index, "text": shown, "logprobs": None, "finish_reason": choice.reason}
-        delta = {} if choice.begun else {"role": "assistant"}
-        if text or not choice.begun:
-            delta["content"] = text
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": choice.reason}
+            part["text"] = text
+        else:
+            part["delta"] = ({} if choice.begun else {"role": "assistant"}) | ({"content": text} if text else {})
+        return part | self._rest(choice)
+
+    def _rest(self, choice: Choice) -> dict[str, Any]:
+        """Return the fields that choices of all kinds have."""
+        found = {"logprobs": self._logprobs(choice), "finish_reason": choice.reason}
+        return found if choice.stop is None else found | {"stop_reason": choice.stop}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | {"choices": choices} | ({"usage": None} if self.call.include_usage else {})
@@ -99,11 +130,10 @@ class Answer:
         """Return the whole answer."""
         found = []
         for prompt in range(len(self.call.request.prompts)):
-            found += [self._whole(index) for index in self._best(prompt)]
-        for at, choice in enumerate(found):
-            choice["index"] = at
+            found += [self.choices[index] for index in self._best(prompt)]
         kind = "chat.completion" if self.call.kind == "chat" else "text_completion"
-        return self._head | {"object": kind, "choices": found, "usage": self.usage()}
+        choices = [self._whole(index, choice) for index, choice in enumerate(found)]
+        return self._head | {"object": kind, "choices": choices, "usage": self.usage()}
 
     def _best(self, prompt: int) -> list[int]:
         """Return the continuations of a prompt that are shown: all, or those with the highest mean log-probability."""
@@ -114,22 +144,56 @@ class Answer:
         means = {i: self.choices[i].logprob / max(1, self.choices[i].tokens) for i in numbers}
         return sorted(numbers, key=lambda i: -means[i])[:wanted]
 
-    def _whole(self, index: int) -> dict[str, Any]:
-        choice = self.choices[index]
+    def _whole(self, index: int, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.text)
         if self.call.kind == "completion":
-            return {
-                "index": index,
-                "text": self._prefix(index) + text,
-                "logprobs": None,
-                "finish_reason": choice.reason,
-            }
+            return {"index": index, "text": text} | self._rest(choice)
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.reason}
+        return {"index": index, "message": message} | self._rest(choice)
 
-    def _prefix(self, index: int) -> str:
-        """Return the text of the prompt where it is to be shown."""
-        return self.call.echo[index // self.call.request.count] if self.call.echo else ""
+    # Log-probabilities
+
+    def _logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Return the log-probabilities that were not shown yet."""
+        scored, choice.scored = choice.scored, []
+        if not self.call.logprobs:
+            return None
+        if self.call.kind == "chat":
+            return {"content": [self._entry(found) for found in scored], "refusal": None}
+        offsets = []
+        for found in scored:
+            offsets.append(choice.offset)
+            choice.offset += len(choice.shown.decode(self.tokenizer.token_bytes_of(found.token)))
+        return {
+            "tokens": [self._name(found.token) for found in scored],
+            "token_logprobs": [found.logprob for found in scored],
+            "top_logprobs": [self._alternatives(found) for found in scored],
+            "text_offset": offsets,
+        }
+
+    def _entry(self, found: Scored) -> dict[str, Any]:
+        """Return a token as chats show it."""
+        assert found.logprob is not None
+        top = [self._alone(token, logprob) for token, logprob in found.top]
+        return self._alone(found.token, found.logprob) | {"top_logprobs": top}
+
+    def _alone(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self.tokenizer.token_bytes_of(token)
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+    def _alternatives(self, found: Scored) -> dict[str, float] | None:
+        """Return the likeliest tokens as completions show them, with the chosen one in any case."""
+        if found.logprob is None:
+            return None
+        return {self._name(token): logprob for token, logprob in (*found.top, (found.token, found.logprob))}
+
+    def _name(self, token: int) -> str:
+        """Return a token's text; that of a part of a character names its bytes, so that two do not look alike."""
+        data = self.tokenizer.token_bytes_of(token)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
     def usage(self) -> dict[str, Any]:
         """Return the counts of tokens, and under `lrt` how the prompts were read."""

@@ -145,7 +145,8 @@ class App:
             self.engine.metrics.ended("refused")
             return _failure(error)
         entry |= {"id": call.id, "prompt_tokens": call.prompt_tokens}
-        return Exchange(call, mailbox, entry, lambda: self.engine.cancel(ticket), lambda: self.abort(client))
+        answer = Answer(call, self.api.tokenizer)
+        return Exchange(answer, mailbox, entry, lambda: self.engine.cancel(ticket), lambda: self.abort(client))
 
     # Everything else
 
@@ -203,14 +204,14 @@ class Exchange(Response):
 
     def __init__(
         self,
-        call: Call,
+        answer: Answer,
         mailbox: Mailbox,
         entry: dict[str, Any],
         cancel: Callable[[], None],
         abort: Callable[[], None],
     ) -> None:
-        self.call, self.mailbox, self.entry, self.cancel, self.abort = call, mailbox, entry, cancel, abort
-        self.answer = Answer(call)
+        self.answer, self.mailbox, self.entry, self.cancel, self.abort = answer, mailbox, entry, cancel, abort
+        self.call = answer.call
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

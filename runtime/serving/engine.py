@@ -2,9 +2,9 @@
 
 A request is one or more prompts with one or more continuations each, which share a ticket. Its events are delivered
 once, all together, or, for a stream, step by step. Deliveries of one step are handed over together, because waking
-another thread costs more than a token of a small model. An error ends the request that it belongs to. An error of the
-backend is retried; when it persists, all running requests end with it and the engine takes no more (`Engine.trouble`).
-Knows no HTTP and no text formats.
+another thread costs more than a token of a small model. A prompt that continues an earlier one starts from its state
+(`prefix_states`). An error ends the request that it belongs to. An error of the backend is retried; when it persists,
+all running requests end with it and the engine takes no more (`Engine.trouble`). Knows no HTTP and no text formats.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError
-from lrt_deploy.runtime.batch import BatchDecoder, BatchEvent
+from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.decoder import Decoder
-from lrt_deploy.runtime.generation import Event
+from lrt_deploy.runtime.generation import NO_TOKEN, Event
+from lrt_deploy.runtime.prefill import PrefillRequest
+from lrt_deploy.runtime.shard import BatchEvent
+from lrt_deploy.runtime.state import DecodeState
 
 from .metrics import EngineMetrics
+from .prefix_states import PrefixStates, StateFolder
 
 RETRIES = 3  # of a step in which the backend failed
 _RETRY_SECONDS = 0.05
@@ -77,6 +81,7 @@ class Ticket:
         self.events: list[tuple[int, Event]] = []  # not delivered yet
         self.numbers: list[int] = []  # in the batch
         self.open = request.size  # continuations that have not ended
+        self.starts: dict[int, DecodeState] = {}  # by the number of the prompt whose beginning it holds
         self.begun = self.ended = False
 
 
@@ -86,7 +91,12 @@ class _Continuation:
 
     ticket: Ticket
     index: int
-    begun: bool = False  # whether it has had an event
+    made: int = 0  # tokens
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt that it continues."""
+        return self.ticket.request.prompts[self.index // self.ticket.request.count]
 
 
 def deliver_directly(deliveries: Sequence[tuple[Deliver, Delivery]]) -> None:
@@ -98,7 +108,8 @@ def deliver_directly(deliveries: Sequence[tuple[Deliver, Delivery]]) -> None:
 class Engine:
     """Runs requests on the slots of one decoder, at most `slots + max_waiting` continuations at a time.
 
-    `post` is called in the engine's thread with the deliveries of each step; a server hands them to its event loop.
+    `states` and `folder` keep what was read for later requests. `post` is called in the engine's thread with the
+    deliveries of each step; a server hands them to its event loop.
     """
 
     def __init__(
@@ -106,13 +117,14 @@ class Engine:
         decoder: Decoder,
         slots: int | None = None,
         max_waiting: int = 256,
+        states: PrefixStates | None = None,
+        folder: StateFolder | None = None,
         post: Post = deliver_directly,
-        metrics: EngineMetrics | None = None,
     ) -> None:
         self.batch = BatchDecoder(decoder, slots)
         self.decoder, self.slots, self.max_waiting = decoder, self.batch.slots, max_waiting
-        self.metrics = metrics or EngineMetrics()
-        self.post = post
+        self.metrics, self.post = EngineMetrics(), post
+        self.states, self.folder = states or PrefixStates(0), folder
         self.draining = False
         self.trouble: str | None = None  # why the engine takes no more requests, after the backend has failed
         self._messages: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
@@ -183,6 +195,8 @@ class Engine:
             self._messages.put(("stop", None))
             self._thread.join()
         self.batch.close()
+        if self.folder is not None:
+            self.folder.close()
 
     def stats(self) -> dict[str, tuple[str, float]]:
         """Return what is the case now: name -> description and value."""
@@ -192,7 +206,13 @@ class Engine:
             "lrt_running": ("Continuations that have a slot.", running),
             "lrt_waiting": ("Continuations that wait for a slot.", max(0, self._taken - running)),
             "lrt_ready": ("Whether requests are taken.", int(self.ready)),
+            "lrt_kept_states": ("States of earlier requests in memory.", len(self.states)),
+            "lrt_kept_state_bytes": ("Their bytes.", self.states.num_bytes),
+            "lrt_state_folder_problems": ("Reads and writes of the state folder that failed.", self._problems()),
         }
+
+    def _problems(self) -> int:
+        return self.folder.problems if self.folder else 0
 
     # In the engine's thread
 
@@ -222,34 +242,71 @@ class Engine:
             if kind == "stop" or ticket is None:
                 return False
             if kind == "submit":
-                self._begin(ticket)
+                self._find_states(ticket)
+            elif kind == "start":
+                self._start(ticket)
             else:
                 self._cancel(ticket)
             self._flush()
 
-    def _begin(self, ticket: Ticket) -> None:
-        """Give the continuations of a request to the batch; what is wrong with it ends it."""
+    def _find_states(self, ticket: Ticket) -> None:
+        """Look for states that hold the beginnings of a request's prompts, then start it."""
         request = ticket.request
+        if "prompt_logprobs" in request.arguments or not (self.states.max_bytes or self.folder):
+            self._start(ticket)
+            return
+        try:
+            reading = self._reading(request)
+        except LRTDeployError as error:
+            self._fail(ticket, error)
+            return
+        held = {}
+        for at, prompt in enumerate(request.prompts):
+            state, held[at] = self.states.find(prompt.tokens, reading)
+            if state is not None:
+                ticket.starts[at] = state
+        if self.folder is None:
+            self._start(ticket)
+            return
+
+        def found(states: Mapping[int, DecodeState]) -> None:
+            ticket.starts |= states
+            self._messages.put(("start", ticket))
+
+        wanted = {at: (prompt.tokens, held[at]) for at, prompt in enumerate(request.prompts)}
+        self.folder.load(self.decoder, wanted, reading, found)
+
+    def _reading(self, request: EngineRequest) -> PrefillRequest:
+        """Return how the prompts of a request are read."""
+        policy, tolerance = request.arguments.get("policy", "stepwise"), request.arguments.get("tolerance")
+        return PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
+
+    def _start(self, ticket: Ticket) -> None:
+        """Give the continuations of a request to the batch; what is wrong with it ends it."""
+        request, keep = ticket.request, self.states.max_bytes > 0 or self.folder is not None
+        if ticket.ended:  # cancelled while the folder was read
+            return
         try:
             for at, prompt in enumerate(request.prompts):
-                for i in range(request.count):
-                    number = self.batch.submit(prompt.tokens, prompt.max_new_tokens, **self._arguments(request, i))
+                state = ticket.starts.pop(at, None)
+                numbers = self.batch.submit(
+                    prompt.tokens,
+                    prompt.max_new_tokens,
+                    state=state,
+                    n=request.count,
+                    keep_state=keep,
+                    **request.arguments,
+                )
+                for i, number in enumerate([numbers] if isinstance(numbers, int) else numbers):
                     ticket.numbers.append(number)
                     self._running[number] = _Continuation(ticket, at * request.count + i)
         except LRTDeployError as error:
             self._fail(ticket, error)
 
-    @staticmethod
-    def _arguments(request: EngineRequest, index: int) -> dict[str, Any]:
-        arguments = dict(request.arguments)
-        if arguments.get("seed") is not None:
-            arguments["seed"] += index  # continuations of one prompt differ
-        return arguments
-
     def _route(self, events: Sequence[BatchEvent]) -> None:
         """Give each event to its ticket."""
         now, metrics = time.monotonic(), self.metrics
-        metrics.step(now, len(events))
+        metrics.step(now, sum(found.event is not None and found.event.token != NO_TOKEN for found in events))
         for found in events:
             continuation = self._running.get(found.request)
             if continuation is None:  # cancelled with its ticket
@@ -259,9 +316,12 @@ class Engine:
                 assert found.error is not None
                 self._fail(ticket, found.error)
                 continue
-            if not continuation.begun:
-                continuation.begun = True
+            if continuation.made == 0:
                 self._count_prompt(continuation, event, now)
+            continuation.made += event.token != NO_TOKEN
+            if event.state is not None:
+                self._keep(event.state, continuation)
+                event = replace(event, state=None)
             ticket.events.append((continuation.index, event))
             if ticket.request.stream:
                 self._streams[ticket] = None
@@ -274,12 +334,21 @@ class Engine:
     def _count_prompt(self, continuation: _Continuation, event: Event, now: float) -> None:
         """Count the time to the first token of a request, and each prompt once."""
         ticket = continuation.ticket
-        at, i = divmod(continuation.index, ticket.request.count)
         if not ticket.begun:
             ticket.begun = True
             self.metrics.first_token(now - ticket.submitted_at)
-        if i == 0:
-            self.metrics.prompt(len(ticket.request.prompts[at].tokens), event)
+        if continuation.index % ticket.request.count == 0:
+            self.metrics.prompt(len(continuation.prompt.tokens), event)
+
+    def _keep(self, state: DecodeState, continuation: _Continuation) -> None:
+        """Keep the state of a continuation that has ended, for prompts that go on from there.
+
+        Its last token has not been run, and would be each time that the state is copied: it is left out.
+        """
+        state.rewind(len(continuation.prompt.tokens) + max(0, continuation.made - 1))
+        kept = self.states.keep(state) or self.states.max_bytes == 0
+        if kept and self.folder is not None:
+            self.folder.store(self.decoder, state, self._reading(continuation.ticket.request))
 
     def _end(self, ticket: Ticket, error: LRTDeployError | None = None) -> None:
         """Deliver the rest of a request."""

@@ -130,7 +130,7 @@ class _Runner:
         if error is not None:
             self._write(done.line, done.call.id, Failure.of(error))
             return
-        answer = Answer(done.call)
+        answer = Answer(done.call, self._api.tokenizer)
         answer.add(done.delivery)
         body = answer.body()
         self._counts.prompt_tokens += body["usage"]["prompt_tokens"]

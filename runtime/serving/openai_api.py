@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 from msgspec import Meta
@@ -22,12 +22,11 @@ from msgspec import Meta
 from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError, NonFiniteError
 from lrt_deploy.fields import LARGEST_INTEGER, convert, shown
 from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.generation import Generation
 from lrt_deploy.runtime.prefill import PrefillRequest
-from lrt_deploy.runtime.sampling import SamplingOptions
 from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.text.text_stream import TextStream
-from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import PrefillPolicy
 
 from .engine import Draining, EngineRequest, Prompt
@@ -36,7 +35,10 @@ COMPLETION_TOKENS = 16  # where a completion does not say
 _MOST_CHOICES, _MOST_STOPS, _MOST_PROMPTS = 128, 16, 256
 _MOST_TOP, _MOST_TOP_CHAT = 5, 20  # alternatives beside the chosen token, as in OpenAI's API
 _CHAT_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END)
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_SAMPLING = (
+    *("temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty"),
+)
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 _Number = float | None
@@ -69,6 +71,9 @@ class _Fields(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: _Number = None
     repetition_penalty: _Number = None
+    frequency_penalty: _Number = None
+    presence_penalty: _Number = None
+    logit_bias: dict[str, float] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -83,6 +88,7 @@ class CompletionFields(_Fields, kw_only=True):
     prompt: Any
     echo: bool | None = None
     best_of: Annotated[int, Meta(ge=1, le=_MOST_CHOICES)] | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=_MOST_TOP)] | None = None
 
 
 class ChatFields(_Fields, kw_only=True):
@@ -90,6 +96,8 @@ class ChatFields(_Fields, kw_only=True):
 
     messages: list[dict[str, Any]]
     max_completion_tokens: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=_MOST_TOP_CHAT)] | None = None
 
 
 class TokenizeFields(msgspec.Struct, kw_only=True):
@@ -122,11 +130,6 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
-    "logit_bias": (None, {}),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
 }
 
 
@@ -141,6 +144,20 @@ class ApiOptions:
     max_tokens_limit: int | None = None  # new tokens of one continuation
 
 
+class _Tokens(NamedTuple):
+    """The token ids of a prompt, and how many at its beginning the caller did not write."""
+
+    ids: list[int]
+    hidden: int
+
+
+class Echo(NamedTuple):
+    """A prompt as it is shown: its text, and how many tokens before it are not."""
+
+    text: str
+    hidden: int
+
+
 @dataclass
 class Call:
     """A request that was checked: what the engine gets, and what the answer's form depends on."""
@@ -151,7 +168,8 @@ class Call:
     choices: int  # of each prompt; the request may make more, of which the best are taken
     stream: bool
     include_usage: bool
-    echo: list[str] | None = None  # the text of each prompt, where it is shown
+    logprobs: bool = False  # whether log-probabilities are shown
+    echo: list[Echo] | None = None  # of each prompt, where it is shown
     prompt_tokens: int = 0
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -161,10 +179,12 @@ class Call:
 
 
 class Api:
-    """Checks requests to one decoder."""
+    """Checks requests to one decoder. Raises InputError for a bundle without a tokenizer."""
 
     def __init__(self, decoder: Decoder, options: ApiOptions) -> None:
-        self.decoder, self.options = decoder, options
+        if decoder.tokenizer is None:
+            raise InputError("this bundle has no tokenizer, and the API's answers are text; export it with --tokenizer")
+        self.decoder, self.options, self.tokenizer = decoder, options, decoder.tokenizer
         self.capacity = decoder.max_seq_len
         self.created = int(time.time())
 
@@ -175,16 +195,25 @@ class Api:
         prompts = self._prompts(fields.prompt)
         arguments = self._arguments(fields)
         wanted = COMPLETION_TOKENS if fields.max_tokens is None else fields.max_tokens
-        limited = [self._limited(ids, wanted, fields.max_tokens is not None) for ids in prompts]
+        limited = [self._limited(prompt.ids, wanted, fields.max_tokens is not None) for prompt in prompts]
         choices = fields.n or 1
         made = fields.best_of or choices
         if made < choices:
             raise ApiError(f"best_of is {made}, expected n ({choices}) or more", "best_of")
         if made > choices and fields.stream:
             raise ApiError("best_of cannot be streamed: the best are known at the end", "best_of")
+        if fields.logprobs is not None:
+            arguments["logprobs"] = fields.logprobs
+            if fields.echo:
+                arguments["prompt_logprobs"] = fields.logprobs
+                if arguments["policy"] not in ("auto", "stepwise"):
+                    raise ApiError(
+                        "prompts with logprobs are read stepwise: prefill must be auto or stepwise", "prefill"
+                    )
         call = self._call("completion", fields, EngineRequest(limited, arguments, made, bool(fields.stream)), choices)
+        call.logprobs = fields.logprobs is not None
         if fields.echo:
-            call.echo = [self._shown(ids, fields.prompt) for ids in prompts]
+            call.echo = [Echo(self.tokenizer.decode(ids[hidden:]), hidden) for ids, hidden in prompts]
         return call
 
     def parse_chat(self, body: object) -> Call:
@@ -195,8 +224,14 @@ class Api:
         arguments = self._arguments(fields)
         wanted = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
         prompt = self._limited(ids, self.capacity if wanted is None else wanted, wanted is not None)
+        if fields.top_logprobs and not fields.logprobs:
+            raise ApiError(f"top_logprobs is {fields.top_logprobs}, which needs logprobs: true", "top_logprobs")
+        if fields.logprobs:
+            arguments["logprobs"] = fields.top_logprobs or 0
         choices = fields.n or 1
-        return self._call("chat", fields, EngineRequest([prompt], arguments, choices, bool(fields.stream)), choices)
+        call = self._call("chat", fields, EngineRequest([prompt], arguments, choices, bool(fields.stream)), choices)
+        call.logprobs = bool(fields.logprobs)
+        return call
 
     def _call(self, kind: Literal["completion", "chat"], fields: _Fields, request: EngineRequest, choices: int) -> Call:
         stream, options = bool(fields.stream), fields.stream_options
@@ -208,15 +243,8 @@ class Api:
 
     # Prompts
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The bundle's tokenizer; raises ApiError where there is none."""
-        if self.decoder.tokenizer is None:
-            raise ApiError("this model has no tokenizer: prompts must be token ids, and there is no chat", "prompt")
-        return self.decoder.tokenizer
-
-    def _prompts(self, prompt: object) -> list[list[int]]:
-        """Return the token ids of a text, a list of texts, token ids, or a list of lists of token ids."""
+    def _prompts(self, prompt: object) -> list[_Tokens]:
+        """Return the token ids of each prompt in a text, a list of texts, token ids, or a list of lists of them."""
         listed = prompt if isinstance(prompt, list) else [prompt]
         if isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt):
             listed = [prompt]
@@ -224,17 +252,22 @@ class Api:
             raise ApiError("prompt is an empty list, expected at least one text or token id", "prompt")
         if len(listed) > _MOST_PROMPTS:
             raise ApiError(f"prompt is a list of {len(listed)}, expected at most {_MOST_PROMPTS} prompts", "prompt")
-        found = []
-        for item in listed:
-            if isinstance(item, str):
-                found.append(self.encode(item, "prompt"))
-            elif isinstance(item, list) and all(type(token) is int for token in item):
-                found.append(self._token_ids(item))
-            else:
-                raise ApiError(
-                    f"prompt is or holds {shown(item)}, expected a text, token ids, or a list of one of them", "prompt"
-                )
-        return found
+        return [self._prompt(item) for item in listed]
+
+    def _prompt(self, prompt: object) -> _Tokens:
+        """Return the token ids of one text, or of token ids."""
+        if isinstance(prompt, str):
+            return _Tokens(self.encode(prompt, "prompt"), 1)
+        if not isinstance(prompt, list) or not all(type(token) is int for token in prompt):
+            expected = "expected a text, token ids, or a list of one of them"
+            raise ApiError(f"prompt is or holds {shown(prompt)}, {expected}", "prompt")
+        try:
+            check_prompts([prompt], self.decoder.config.vocab_size)
+        except InputError as error:
+            raise ApiError(str(error), "prompt") from error
+        if self.options.implicit_bos and prompt[0] != self.tokenizer.bos_id:
+            return _Tokens([self.tokenizer.bos_id, *prompt], 1)
+        return _Tokens(prompt, 0)
 
     def encode(self, text: str, param: str) -> list[int]:
         """Return `<|bos|>` and the tokens of a text."""
@@ -242,24 +275,8 @@ class Api:
             raise ApiError(f"{param} is empty, expected a text of at least one character", param)
         try:
             return self.tokenizer.encode_prompt(text, self.capacity)
-        except ApiError:
-            raise
         except InputError as error:
             raise ApiError(str(error), param, code="context_length_exceeded") from error
-
-    def _token_ids(self, ids: list[int]) -> list[int]:
-        try:
-            check_prompts([ids], self.decoder.config.vocab_size)
-        except InputError as error:
-            raise ApiError(str(error), "prompt") from error
-        hidden = self.options.implicit_bos and ids[0] != self.tokenizer.bos_id
-        return [self.tokenizer.bos_id, *ids] if hidden else ids
-
-    def _shown(self, ids: list[int], prompt: object) -> str:
-        """Return the text of a prompt without a `<|bos|>` that the caller did not write."""
-        given = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], str)
-        hidden = not given or (self.options.implicit_bos and ids[:1] == [self.tokenizer.bos_id])
-        return self.tokenizer.decode(ids[1:] if hidden else ids)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Return the tokens of a conversation in the authors' chat form."""
@@ -381,6 +398,7 @@ class Api:
         sampling |= {name: value for name in _SAMPLING if (value := getattr(fields, name)) is not None}
         if sampling.get("top_k") == -1:  # off, in the servers that have this field
             sampling["top_k"] = 0
+        sampling["logit_bias"] = _biases(fields.logit_bias or {})
         # OpenAI's seeds may be negative; ours are the same numbers without a sign.
         sampling["seed"] = None if fields.seed is None else fields.seed % 2**64
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
@@ -393,7 +411,8 @@ class Api:
         memory, precision = self.decoder.config.memory, self.decoder.precision
         _checked("prefill", lambda: PrefillRequest.of(policy, None, memory, precision))
         _checked("tolerance", lambda: PrefillRequest.of(policy, tolerance, memory, precision))
-        _checked(None, lambda: SamplingOptions(**sampling))
+        vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
+        _checked(None, lambda: Generation.of(vocabulary, 1, ((), ()), None, sampling))
         return {
             "stop_strings": tuple(stops),
             "stop_ids": [] if fields.ignore_eos else None,
@@ -424,6 +443,14 @@ def _fields_of(kind: type[_Body], body: object) -> _Body:
         return convert(kind, body)
     except ValueError as error:
         raise ApiError(str(error), _named(str(error))) from error
+
+
+def _biases(given: Mapping[str, float]) -> dict[int, float]:
+    """Return the logit bias by token id; keys of JSON objects are texts."""
+    for token in given:
+        if not re.fullmatch("[0-9]{1,18}", token):
+            raise ApiError(f"logit_bias has the key {shown(token)}, expected a token id", "logit_bias")
+    return {int(token): bias for token, bias in given.items()}
 
 
 def _checked(param: str | None, check: Any) -> None:  # noqa: ANN401 - a function without arguments
