@@ -269,6 +269,7 @@ class Exchange(Response):
         except TimeoutError:
             self.abort()
             self.mailbox.leave()
+            await asyncio.sleep(0)  # the connection is lost now, and uvicorn expects no more of this answer
 
 
 class Gate:

@@ -124,7 +124,7 @@ class Engine:
         self.batch = BatchDecoder(decoder, slots)
         self.decoder, self.slots, self.max_waiting = decoder, self.batch.slots, max_waiting
         self.metrics, self.post = EngineMetrics(), post
-        self.states, self.folder = states or PrefixStates(0), folder
+        self.states, self.folder = PrefixStates(0) if states is None else states, folder
         self.draining = False
         self.trouble: str | None = None  # why the engine takes no more requests, after the backend has failed
         self._messages: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()

@@ -58,17 +58,19 @@ def test_a_client_that_leaves_frees_its_slots_streaming_or_not(server):
 
 def test_a_slow_reader_costs_bounded_memory_and_nobody_elses_answer(server, decoder):
     expected = "".join(event.text for event in decoder.generate(PROMPT, 20))
-    before = server.gauge("process_resident_memory_bytes")
-    body = {"prompt": [1], "n": 2, "max_tokens": 640, "ignore_eos": True}
-    slow = [server.open_stream("/v1/completions", body, receive_buffer=4096) for _ in range(3)]
-    try:
-        answer = server.complete(PROMPT, max_tokens=20, temperature=0)
-        assert answer["choices"][0]["text"] == expected
-        assert server.gauge("process_resident_memory_bytes") - before < 200 * 2**20
-    finally:
-        for stream in slow:
-            stream.close()
     idle(server)
+    before = server.gauge("process_resident_memory_bytes")
+    body = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 600, "ignore_eos": True, "n": 4}
+    body |= {"logprobs": True, "top_logprobs": 20}  # 4 MB
+    slow = server.open_stream("/v1/chat/completions", body, receive_buffer=4096)
+    assert server.complete(PROMPT, max_tokens=20, temperature=0)["choices"][0]["text"] == expected
+    idle(server)  # the slots are free, although most of the answer was not taken
+    assert server.gauge("process_resident_memory_bytes") - before < 100 * 2**20
+    *chunks, done = slow.events()
+    assert done == "[DONE]"
+    entries = [entry for chunk in chunks for entry in chunk["choices"][0]["logprobs"]["content"]]
+    assert len(entries) == 4 * 600
+    slow.close()
 
 
 def test_health_answers_while_prompts_are_read(server):
