@@ -132,6 +132,7 @@ class Engine:
         self._taken = 0  # continuations that were submitted and have not ended
         self._idle = threading.Event()
         self._idle.set()
+        self._open: dict[Ticket, None] = {}  # requests that have not ended
         self._running: dict[int, _Continuation] = {}  # by the number in the batch
         self._streams: dict[Ticket, None] = {}  # with events of this step
         self._failures = 0
@@ -189,6 +190,10 @@ class Engine:
         """Wait until no request is left, at most so long; return whether that came."""
         return self._idle.wait(seconds)
 
+    def end_all(self) -> None:
+        """End all requests with an error: their time is over."""
+        self._messages.put(("end", None))
+
     def stop(self) -> None:
         """End the thread after its current step; requests that run are not answered."""
         if self._thread.is_alive():
@@ -239,9 +244,12 @@ class Engine:
             except queue.Empty:
                 return True
             wait = False
-            if kind == "stop" or ticket is None:
+            if kind == "stop":
                 return False
-            if kind == "submit":
+            if ticket is None:
+                self._fail_all(Draining())
+            elif kind == "submit":
+                self._open[ticket] = None
                 self._find_states(ticket)
             elif kind == "start":
                 self._start(ticket)
@@ -378,6 +386,7 @@ class Engine:
     def _release(self, ticket: Ticket) -> None:
         """Make room for other requests."""
         ticket.ended = True
+        self._open.pop(ticket, None)
         with self._lock:
             self._taken -= ticket.request.size
             if self._taken == 0:
@@ -403,6 +412,9 @@ class Engine:
         text = f"a decode step failed {self._failures} times: {' '.join(str(error).split()) or type(error).__name__}"
         with self._lock:
             self.trouble = text
-        for ticket in dict.fromkeys(continuation.ticket for continuation in [*self._running.values()]):
-            self._fail(ticket, BackendError(text))
+        self._fail_all(BackendError(text))
         self._flush()
+
+    def _fail_all(self, error: LRTDeployError) -> None:
+        for ticket in [*self._open]:
+            self._fail(ticket, error)

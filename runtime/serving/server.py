@@ -1,6 +1,6 @@
 """The HTTP server's process: uvicorn on one socket, its start, and an end in which running answers are finished.
 
-Installs no signal handlers: who does calls `Server.drain` and `Server.stop`. uvicorn would refuse connections from its
+Installs no signal handlers: the command line does, and calls `Server.drain`. uvicorn would refuse connections from its
 first signal on, where a load balancer still has to see that this server is not ready.
 """
 
@@ -55,7 +55,7 @@ def _protocol_of(transports: _Transports) -> type[asyncio.Protocol]:
 
 
 class Server:
-    """An engine behind HTTP. `run` returns when `drain` or `stop` has ended it."""
+    """An engine behind HTTP. `run` returns when `drain` has ended it."""
 
     def __init__(self, engine: Engine, api: Api, options: AppOptions) -> None:
         self.engine = engine
@@ -95,16 +95,25 @@ class Server:
             self.engine.stop()
 
     def drain(self, seconds: float) -> None:
-        """Refuse new requests, let running ones end for at most so many seconds, then stop."""
+        """Refuse new requests, let running ones end for at most so many seconds, end the rest with an error, stop."""
         self.engine.drain()
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(seconds))
 
     async def _drain(self, seconds: float) -> None:
-        until = asyncio.get_running_loop().time() + seconds
-        while self.engine.outstanding and asyncio.get_running_loop().time() < until:
-            await asyncio.sleep(_POLL_SECONDS)
+        if not await self._idle_within(seconds):
+            self.engine.end_all()
+            await self._idle_within(_CLOSING_SECONDS)
         self._uvicorn.should_exit = True
+
+    async def _idle_within(self, seconds: float) -> bool:
+        """Wait for the end of all requests, at most so long; return whether it came."""
+        until = asyncio.get_running_loop().time() + seconds
+        while self.engine.outstanding:
+            if asyncio.get_running_loop().time() >= until:
+                return False
+            await asyncio.sleep(_POLL_SECONDS)
+        return True
 
 
 def listen(host: str, port: int) -> socket.socket:

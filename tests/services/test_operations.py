@@ -208,6 +208,8 @@ def test_a_drain_ends_in_time_and_a_second_signal_at_once(launch):
     stream = server.open_stream("/v1/completions", ENDLESS)
     next(stream.events())
     server.signal(signal.SIGINT)
+    *_, error = stream.events()
+    assert "shutting down" in error["error"]["message"]
     assert server.wait() == 0
     stream.close()
     server = launch("--drain-seconds", 1000)
@@ -245,7 +247,9 @@ def test_metrics_are_prometheus_text_and_count_what_was_done(server):
 
 def test_each_request_is_one_json_line_on_stderr(server):
     answer = server.complete([1, 2], max_tokens=3, ignore_eos=True)
-    lines = [line for line in server.log.read_text().splitlines() if answer["id"] in line]
+    until = time.monotonic() + 60  # it is written after the answer was sent
+    while not (lines := [line for line in server.log.read_text().splitlines() if answer["id"] in line]):
+        assert time.monotonic() < until
     (line,) = map(json.loads, lines)
     assert (line["path"], line["status"], line["prompt_tokens"], line["tokens"]) == ("/v1/completions", 200, 2, 3)
     assert line["ms"] > 0 and line["method"] == "POST"
