@@ -1,0 +1,51 @@
+"""What README and docs/serving.md tell people to type is run, on a free port."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ADDRESS = "http://127.0.0.1:8000"
+
+
+def blocks(document, language):
+    return [body for kind, body in FENCE.findall((ROOT / document).read_text()) if kind == language]
+
+
+@pytest.mark.parametrize(("document", "count"), [("README.md", 1), ("docs/serving.md", 4)])
+def test_the_calls_of_the_documents_are_answered(server, document, count):
+    lines = [line[2:] for body in blocks(document, "console") for line in body.splitlines() if line.startswith("$ ")]
+    assert any(line.startswith("lrt-deploy serve my-bundle --port 8000") for line in lines)
+    calls = [line for line in lines if line.startswith("curl ")]
+    assert len(calls) == count
+    for line in calls:
+        words = shlex.split(line.replace(ADDRESS, server.about["url"]))
+        result = subprocess.run([*words, "--max-time", "60"], capture_output=True, text=True, check=True)
+        if "/metrics" in line:
+            assert "lrt_slots" in result.stdout
+        elif "stream" in line:
+            assert result.stdout.endswith("data: [DONE]\n\n")
+        else:
+            assert json.loads(result.stdout)["choices"]
+
+
+def test_the_python_client_of_the_document_runs(server):
+    (code,) = blocks("docs/serving.md", "python")
+    command = [sys.executable, "-c", code.replace(ADDRESS, server.about["url"])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "stepwise" in result.stdout
+
+
+def test_the_metrics_of_the_document_are_those_of_the_server(server):
+    named = set(re.findall(r"`((?:lrt|process)_[a-z_]+)`", (ROOT / "docs" / "serving.md").read_text()))
+    lines = server.get("/metrics").body.decode().splitlines()
+    assert named == {line.split()[2] for line in lines if line.startswith("# TYPE")}
