@@ -321,8 +321,9 @@ class BatchDecoder:
             source, reading = self._iterated.state, self._iterated.reading
             next(reading)
         except StopIteration as end:
-            source.commit(end.value, None)
-            request.prompt.report = source.prefill
+            content: Content = end.value
+            request.prompt.report = request.prompt.report or content.prefill  # not of a reading of what has been read
+            source.commit(content, None)
             shard = self._roomiest()
             shard.state.add(source, tag=request)
             self._seat(request, shard)
@@ -330,9 +331,9 @@ class BatchDecoder:
             self._book = self._book.without({request.number}, BatchEvent(request.number, error=error))
 
     def _start_reading(self, prompt: Prompt) -> tuple[DecodeState, InBlocks[Content]]:
-        """Begin to iterate a prompt, in a state that later prompts use again, or in the copy that has its beginning."""
+        """Begin to iterate a prompt, in a state that later prompts use again, or in the copy of its beginning."""
         if prompt.start is not None:
-            return self.decoder.reading([prompt.ids], prompt.start.fork(), prompt.reading, reuse=True)
+            return self.decoder.reading([prompt.ids], prompt.start, prompt.reading, reuse=True)
         if self._reader is None:
             reader = self.decoder.new_state(1)
             reader.add()

@@ -157,7 +157,7 @@ class Continuation:
         if reason is not None and reason != "stop_string" and self._stream:
             text += self._stream.finish()
         self.made = made
-        top = top_logprobs(logits[: options.choices], normalizer, options.logprobs)
+        top = top_logprobs(logits[: options.choices], normalizer, options.logprobs) if options.logprobs else ()
         return Event(token, text, reason, prefill, logits.item(token) - normalizer, top, stop)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:

@@ -224,8 +224,6 @@ def log_normalizers(logits: NDArray[np.float32]) -> list[float]:
 
 def top_logprobs(logits: NDArray[np.float32], normalizer: float, count: int) -> tuple[TokenLogprob, ...]:
     """Return the `count` likeliest tokens of logits (V), the likeliest first, of equal ones the lowest id."""
-    if count == 0:
-        return ()
     ids = _largest(logits, min(count, logits.size))
     ranked = ids[np.argsort(-logits[ids], kind="stable")].tolist()
     return tuple(TokenLogprob(token, logits.item(token) - normalizer) for token in ranked)

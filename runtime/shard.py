@@ -72,7 +72,7 @@ class Prompt:
         """Set the log-probabilities at a position, from the logits (V) before it."""
         assert self.top is not None
         token, normalizer = self.ids[position], log_normalizers(logits[None])[0]
-        top = top_logprobs(logits, normalizer, self.top)
+        top = top_logprobs(logits, normalizer, self.top) if self.top else ()
         self.scores[position] = PromptLogprob(token, logits.item(token) - normalizer, top)
 
     def scored(self) -> tuple[PromptLogprob, ...] | None:

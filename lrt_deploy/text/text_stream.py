@@ -50,6 +50,8 @@ class TextStream:
     def _advance(self, text: str) -> str:
         if self.stopped is not None or not text:
             return ""
+        if not self._searches:
+            return text
         held, stop = self._held_back()
         for position, char in enumerate(text, start=1):
             if found := [search.stop for search in self._searches if search.advance(char)]:

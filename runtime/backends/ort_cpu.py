@@ -239,7 +239,7 @@ class OrtCpuBuffers(StateBuffers):
         Begins as many steps before the caches are full as there are caches. When they shrink, the memory of the large
         ones is kept for the next time: fresh pages cost most of growing.
         """
-        end = min(max(soon, *lengths, 0) + 2 + len(self._caches), self.capacity)
+        end = min(max(soon, max(lengths, default=0)) + 2 + len(self._caches), self.capacity)
         resized, room = self._resized, min(room_for(end), self.capacity)
         if resized is None or end > resized.room:
             if end <= self._bound.room < 2 * room:
