@@ -190,6 +190,7 @@ class PrefillLimits:
     noise: float
     smallest: float
     default: float
+    noise_rms: float = 0.0
 
 
 # Measured on the trained golden and the demo checkpoint, 100 and 400 tokens, sweeps 5 to 9 (docs/precisions.md): passes
@@ -202,9 +203,9 @@ _PREFILL = {
     "fp32": _FP32_PREFILL,
     "fp16": PrefillLimits(noise=1e-2, smallest=2e-2, default=2e-2),
     "bf16": PrefillLimits(noise=8e-2, smallest=0.16, default=0.16),
-    "int8": PrefillLimits(noise=0.5, smallest=1.0, default=1.5),
-    "int8-weight-only": PrefillLimits(noise=0.12, smallest=0.25, default=0.25),
-    "int4-weight-only": PrefillLimits(noise=0.12, smallest=0.25, default=0.25),
+    "int8": PrefillLimits(noise=0.5, smallest=1.0, default=1.5, noise_rms=3e-2),
+    "int8-weight-only": PrefillLimits(noise=0.15, smallest=0.3, default=0.3, noise_rms=1.2e-2),
+    "int4-weight-only": PrefillLimits(noise=0.12, smallest=0.25, default=0.25, noise_rms=9e-3),
 }
 
 

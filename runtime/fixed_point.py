@@ -42,11 +42,13 @@ class SweepOptions:
     max_sweeps: int = 16
     min_block_tokens: int = 8
     noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: how much sweeps differ at the fixed point, max abs
+    noise_rms: float = 0.0  # the same as root mean square, where the precision rounds activations; else 0
 
     def __post_init__(self) -> None:
         for name in ("stride", "chunk_tokens", "largest_chunk_tokens", "max_sweeps", "min_block_tokens"):
             check_whole(getattr(self, name), name, 1)
-        check_number(self.noise, "noise", 0)
+        for name in ("noise", "noise_rms"):
+            check_number(getattr(self, name), name, 0)
 
 
 # To compare with: a sweep is one parallel pass over the chunk.
@@ -57,6 +59,7 @@ JACOBI = SweepOptions(stride=1)
 CACHE_TOLERANCE_RATIO = 5.0
 
 CLEAR_CHANGE = 2.0  # the first change is 5 to 8: it stands above the noise of every precision
+NOISE_BELOW_RATIOS = 0.15  # of `noise_rms`: root mean squares of 3 times that give ratios, see `ratios`
 LARGE_VALUE = 50.0  # from here on, 5e-5 is less than eight units in the last place of float32
 SWEEPS_OF_RATIOS = 3  # contraction drifts, so that older ratios say less
 # While no block has shown more than one ratio, the margin is the larger one; keys and values vary more than latents.
@@ -161,6 +164,7 @@ class Sweeps:
         # Of each block against the sweep before, from the second sweep on; the first one's is from nothing.
         self.latent_changes: list[float] = []
         self.cache_changes: list[float] = []
+        self.rms_changes: list[float] = []  # of latents, in place of the caches' changes where there is `noise_rms`
         self.residual, self.verdict = math.inf, ""
 
     @property
@@ -200,11 +204,17 @@ class Sweeps:
         head = bool(last and self.head)
         block = Block(self.row, self.tokens[members], self.start + members, first, live, self.start, head)
         slots = (self.row, first, end)
-        before = {k: v.copy() for k, v in self.buffers.read_slots(*slots).items()} if self.done else {}
+        noisy = self.options.noise_rms > 0
+        compares = self.done and not noisy
+        before = {k: v.copy() for k, v in self.buffers.read_slots(*slots).items()} if compares else {}
         latents, logits = self.buffers.read(block, self.latents[members])
         if self.done:
-            self.latent_changes.append(float(np.abs(latents - self.latents[members + 1]).max()))
-            self.cache_changes.append(largest_change(before, self.buffers.read_slots(*slots)))
+            change = latents - self.latents[members + 1]
+            self.latent_changes.append(float(np.abs(change).max()))
+            if noisy:
+                self.rms_changes.append(float(np.sqrt(np.mean(np.square(change, dtype=np.float64)))))
+            else:
+                self.cache_changes.append(largest_change(before, self.buffers.read_slots(*slots)))
         self.latents[members + 1] = latents
         if last:
             self.logits = logits.copy()
@@ -225,7 +235,10 @@ class Sweeps:
         if self.done and self.exact == len(self.tokens):
             self.residual = 0.0
             return True
-        stride, noise = self.stride, self.options.noise
+        stride, noise, noise_rms = self.stride, self.options.noise, self.options.noise_rms
+        if noise_rms:
+            self.residual = noisy_error_bound(self.latent_changes, self.rms_changes, stride, noise, noise_rms)
+            return self.residual <= tolerance
         self.residual = error_bound(self.latent_changes, stride, noise)
         cache = error_bound(self.cache_changes, stride, noise, FIRST_MARGIN_CACHE)
         return self.residual <= tolerance and cache <= CACHE_TOLERANCE_RATIO * tolerance
@@ -238,13 +251,16 @@ class Sweeps:
             return True
         if len(changes) < 3 * stride or len(changes) % stride:
             return False
+        target = tolerance
+        if noise_rms := self.options.noise_rms:
+            changes, target, noise = above_noise(self.rms_changes, noise_rms), noise_rms, NOISE_BELOW_RATIOS * noise_rms
         sweeps = [max(changes[i : i + stride]) for i in range(0, len(changes), stride)]
         if max(sweeps[-2:]) <= noise:
-            self.verdict = f"is down to its noise of {noise:.0e}, too much for {tolerance:.0e}"
+            self.verdict = f"is down to its noise of {self.options.noise:.0e}, too much for {tolerance:.0e}"
             return True
         q = contraction(sweeps, noise=noise)
         allowed = self.options.max_sweeps - self.done
-        if q < 1 and sweeps[-1] * q**allowed <= tolerance:
+        if q < 1 and sweeps[-1] * q**allowed <= target:
             return False
         self.verdict = f"contracts by {q:.2f} a sweep, too slowly for {tolerance:.0e}"
         return True
@@ -283,6 +299,35 @@ def error_bound(
         return math.inf
     margin = MARGIN if len(ratios(changes, blocks, noise)) > blocks else first_margin
     return margin * float(np.max(changes[-blocks:])) * q / (1 - q) + noise  # not max, which can lose NaN
+
+
+def above_noise(rms_changes: Sequence[float], noise_rms: float) -> list[float]:
+    """Return what is left of changes, as root mean squares, without the rounding noise that is in each of them."""
+    return [math.sqrt(max(change**2 - noise_rms**2, 0.0)) if math.isfinite(change) else change for change in rms_changes]
+
+
+def noisy_error_bound(
+    changes: Sequence[float], rms_changes: Sequence[float], blocks: int, noise: float, noise_rms: float
+) -> float:
+    """Bound the error, max abs, of iterating in a precision that rounds activations; inf until the rest is noise.
+
+    A root mean square over a block varies little, so that it tells a change from `noise_rms` where the largest change,
+    of a few outliers, does not. The error to come, change * q / (1 - q) as in `error_bound`, has to be no more than
+    `noise_rms`: two readings of the same prompt differ by that anyway. The bound scales it to the largest number, by
+    how far the changes of the last sweep peak, and adds `noise`. Its margin is that of two blocks the larger change is
+    taken, although the other block has been computed since.
+    """
+    if len(rms_changes) <= blocks:
+        return math.inf
+    clear = above_noise(rms_changes, noise_rms)
+    q = contraction(clear, blocks, NOISE_BELOW_RATIOS * noise_rms)
+    if not q < 1:
+        return math.inf
+    missing = float(np.max(clear[-blocks:])) * q / (1 - q)
+    if not missing <= noise_rms:
+        return math.inf
+    peak = max(largest / rms for largest, rms in zip(changes[-blocks:], rms_changes[-blocks:], strict=True) if rms)
+    return missing * peak + noise
 
 
 def largest_change(before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]) -> float:

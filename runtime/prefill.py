@@ -225,7 +225,7 @@ def _read_row(
     buffers, past = place.buffers, place.past[index]
     if policy == "zero" or not place.memory:
         return read_row_once(buffers, index, row, past, options.sweeps)
-    sweeps = replace(options.sweeps, noise=request.limits.noise)
+    sweeps = replace(options.sweeps, noise=request.limits.noise, noise_rms=request.limits.noise_rms)
     return read_row(buffers, index, row, past, None if policy == "stepwise" else request.tolerance, sweeps)
 
 
