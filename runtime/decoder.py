@@ -67,7 +67,7 @@ class Decoder:
 
     @prefill_options.setter
     def prefill_options(self, options: PrefillOptions) -> None:
-        self._prefill_options = resolve(options.clamp(self._live.backend.blocks), self.config)
+        self._prefill_options = resolve(options.clamp(self._live.backend.blocks), self.config, self.precision)
 
     def prefill(
         self,

@@ -303,7 +303,9 @@ def error_bound(
 
 def above_noise(rms_changes: Sequence[float], noise_rms: float) -> list[float]:
     """Return what is left of changes, as root mean squares, without the rounding noise that is in each of them."""
-    return [math.sqrt(max(change**2 - noise_rms**2, 0.0)) if math.isfinite(change) else change for change in rms_changes]
+    return [
+        math.sqrt(max(change**2 - noise_rms**2, 0.0)) if math.isfinite(change) else change for change in rms_changes
+    ]
 
 
 def noisy_error_bound(
@@ -326,8 +328,8 @@ def noisy_error_bound(
     missing = float(np.max(clear[-blocks:])) * q / (1 - q)
     if not missing <= noise_rms:
         return math.inf
-    peak = max(largest / rms for largest, rms in zip(changes[-blocks:], rms_changes[-blocks:], strict=True) if rms)
-    return missing * peak + noise
+    last = zip(changes[-blocks:], rms_changes[-blocks:], strict=True)
+    return missing * max((largest / rms for largest, rms in last if rms), default=0.0) + noise
 
 
 def largest_change(before: Mapping[str, NDArray[Any]], after: Mapping[str, NDArray[Any]]) -> float:

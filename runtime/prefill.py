@@ -34,7 +34,7 @@ ZERO_NOTE = "zero memory: this is not the model as trained"
 class PrefillOptions:
     """How a decoder reads prompts. `auto` reads prompts of fewer tokens than `stepwise_below` stepwise.
 
-    `stepwise_below` None: by the size of the model, see `resolve`; `LARGEST_COUNT`: `auto` never iterates.
+    `stepwise_below` None: by precision and size of the model, see `resolve`; `LARGEST_COUNT`: `auto` never iterates.
     """
 
     stepwise_below: int | None = None
@@ -60,19 +60,29 @@ class PrefillOptions:
         return replace(options, sweeps=sweeps)
 
 
-# From which length iteration is faster, measured with ort-cpu (benchmarks/README.md). Steps are expensive where weights
-# come from memory: 24 tokens are read 1.7 x faster by iteration. Where weights stay in the processor's cache, iterating
-# took 0.8 to 1.1 times as long as stepping, so prompts are read stepwise, which is exact, unless they are long.
-_CACHED_ELEMENTS = 8 * 2**20  # 32 MiB in float32
-_STEPWISE_BELOW_CACHED, _STEPWISE_BELOW = 256, 24
+# From which length `auto` iterates, by precision, for small, medium and large models: where passes ÷ (time of a step ÷
+# time of a token in a block) falls below 1, measured with ort-cpu (docs/numerics.md). A step of a small model is the
+# cost of launching its ops, and one of a large model that of reading its weights from memory; a block divides both
+# among its tokens. In between weights come from the cache, and a block of MatMulNBits gains less than passes cost.
+_SMALL_ELEMENTS, _MEDIUM_ELEMENTS = 4 * 2**20, 16 * 2**20
+_NEVER = LARGEST_COUNT
+_STEPWISE_BELOW = {
+    "fp32": (_NEVER, 32, 16),
+    "fp16": (_NEVER, 32, 32),
+    "bf16": (_NEVER, 32, 32),  # not measured
+    "int8": (16, 32, 16),
+    "int8-weight-only": (32, _NEVER, 32),
+    "int4-weight-only": (48, _NEVER, 64),
+}
 
 
-def resolve(options: PrefillOptions, config: LRTConfig) -> PrefillOptions:
-    """Set `stepwise_below` where it is None, by the model's size alone: a bundle reads alike wherever it is opened."""
+def resolve(options: PrefillOptions, config: LRTConfig, precision: str = "fp32") -> PrefillOptions:
+    """Set `stepwise_below` where it is None, by precision and size: a bundle reads alike wherever it is opened."""
     if options.stepwise_below is not None:
         return options
-    cached = matrix_elements(config) <= _CACHED_ELEMENTS
-    return replace(options, stepwise_below=_STEPWISE_BELOW_CACHED if cached else _STEPWISE_BELOW)
+    elements = matrix_elements(config)
+    size = (elements > _SMALL_ELEMENTS) + (elements > _MEDIUM_ELEMENTS)
+    return replace(options, stepwise_below=_STEPWISE_BELOW.get(precision, _STEPWISE_BELOW["fp32"])[size])
 
 
 @dataclass(frozen=True)

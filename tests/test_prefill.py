@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lrt_deploy
+from lrt_deploy.arguments import LARGEST_COUNT
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import kl_divergence
@@ -291,7 +292,7 @@ def decoder(random_decoder):
 @pytest.mark.parametrize(("length", "policy"), [(255, "stepwise"), (256, "fixed-point")])
 def test_auto_goes_by_length_and_records_the_threshold(truths, trained, length, policy):
     """On a model that contracts, so that nothing falls back."""
-    with lrt_deploy.open_decoder(trained[0]) as decoder:
+    with lrt_deploy.open_decoder(trained[0], prefill_options=PrefillOptions(stepwise_below=256)) as decoder:
         state = decoder.prefill([trained[1][:length]])
         again = decoder.prefill([trained[1][:length]], policy=policy)
     assert (state.prefill.policy, state.prefill.stepwise_below) == (policy, 256)
@@ -299,10 +300,16 @@ def test_auto_goes_by_length_and_records_the_threshold(truths, trained, length, 
     assert np.array_equal(state.logits, again.logits)
 
 
-def test_the_threshold_of_auto_goes_by_the_size_of_the_model():
+def test_the_threshold_of_auto_goes_by_the_size_and_precision_of_the_model():
     small = LRTConfig(64, vocab_size=64, n_layer=4, n_head=4, n_kv_head=4, n_embd=256)
-    large = dataclasses.replace(small, n_layer=12)
-    assert [resolve(PrefillOptions(), config).stepwise_below for config in (small, large)] == [256, 24]
+    medium, large = (dataclasses.replace(small, n_layer=layers) for layers in (12, 24))
+
+    def below(precision):
+        return [resolve(PrefillOptions(), config, precision).stepwise_below for config in (small, medium, large)]
+
+    assert below("fp32") == below("unknown") == [LARGEST_COUNT, 32, 16]
+    assert below("int8") == [16, 32, 16]
+    assert below("int8-weight-only") == [32, LARGEST_COUNT, 32]
     assert resolve(PrefillOptions(stepwise_below=7), large).stepwise_below == 7
 
 
