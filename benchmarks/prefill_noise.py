@@ -156,9 +156,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    print(
-        "| precision | read | passes | latent, max | RMS | largest residual | worst error ÷ residual | KL | same | fell |"
-    )
+    print("| precision | read | passes | latent, max | RMS | residual | error ÷ residual, max | KL | same | fell |")
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     precisions = args.precision or list(lrt_deploy.bundle.manifest.read_manifest(args.bundle).precisions)
     for precision in precisions:

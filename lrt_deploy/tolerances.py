@@ -184,9 +184,9 @@ class PrefillLimits:
     """Exactness of prefill by iteration in a precision: max abs error of the latent, whose RMS is 1.
 
     `noise` is the difference between passes at the fixed point, `noise_rms` the same as root mean square where the
-    precision rounds activations to integers, else 0 (see `fixed_point.noisy_error_bound`), `smallest` the smallest tolerance to
-    which errors can be estimated, `default` the default tolerance. `mean_kl` bounds the mean KL, in nats, of tokens
-    after a prompt that was read to the default tolerance, against stepwise reading.
+    precision rounds activations to integers, else 0 (see `fixed_point.noisy_error_bound`), `smallest` the smallest
+    tolerance to which errors can be estimated, `default` the default tolerance. `mean_kl` bounds the mean KL, in nats,
+    of tokens after a prompt that was read to the default tolerance, against stepwise reading.
     """
 
     noise: float
@@ -201,8 +201,8 @@ class PrefillLimits:
 # weights and 0.12 with int4 weights (ONNX Runtime rounds activations to int8 by block there), 0.5 in W8A8, where one
 # number that falls to the other side of a rounding limit moves the latent by that. The RMS of the same differences is
 # 6e-4 to 8e-4, 9.3e-3 to 1.6e-2, 7e-3 to 1.2e-2, and 2.6e-2 to 3.2e-2. Stepwise reading has this noise too: that is
-# what the precision is. KL is 2 to 8 times the largest mean measured. bf16 runs on GPUs only and has 3 bits less than fp16: 8
-# times its noise and 64 times its KL, not measured.
+# what the precision is. KL is 2 to 8 times the largest mean measured. bf16 runs on GPUs only and has 3 bits less than
+# fp16: 8 times its noise and 64 times its KL, not measured.
 _FP32_PREFILL = PrefillLimits(FLOAT32_RESIDUAL_NOISE, SMALLEST_PREFILL_TOLERANCE, DEFAULT_PREFILL_TOLERANCE, 1e-6)
 _PREFILL = {
     "fp32": _FP32_PREFILL,
