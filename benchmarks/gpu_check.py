@@ -1,100 +1,330 @@
-"""What only a machine with a GPU can tell, in one command: parity, CUDA graphs and speed of each backend there.
+"""What only a machine with a GPU can tell, in one command of at most six minutes: the questions that builds leave open.
 
-    .venv/bin/python benchmarks/gpu_check.py [BUNDLE] [--precision fp16 ...] [--steps 256] [--out FILE.json]
+    .venv/bin/python benchmarks/gpu_check.py [--seconds 360] [--out gpu_check.json] [--backend tensorrt-rtx]
 
-Without BUNDLE the demo checkpoint is exported. For each TensorRT that is installed an engine is built per precision,
-unless the bundle has one; then each backend decodes beside ONNX Runtime on the CPU (parity), with and without its CUDA
-graph (every bit must be equal), and alone (tokens/s, and the bytes a step must read as a share of the copy bandwidth
-that is measured on the same GPU). What fails is written down with its message and fails nothing else: that a plan does
-not run on some GPU is an answer too. Exits with 1 where there is no GPU or something was not as it should be.
+Questions, in this order; the report is written after each, so that a run that is cut off is still worth something:
+ 1. `environment`   which GPU and versions, and how fast it copies
+ 2. `plan_loads`    whether a plan that was built without regard to this GPU is read and run by it, documented or not
+ 3. `capture`       whether decoding as a CUDA graph gives the bits of decoding without
+ 4. `steps`         a decode step of a d20-shaped model by context and batch, as a share of the copy bandwidth, and its
+                    kernels' times
+ 5. `prompts`       how fast prompts are read by each policy, in how many passes
+ 6. `threads`       whether threads with states of their own get the numbers that they get alone
+ 7. `out_of_memory` whether states that do not fit are refused, and what is there goes on
+ 8. `parity`        the demo beside ONNX Runtime on the CPU
+
+Each runs in a process of its own, because an error of CUDA ends all later calls of a process. Needs torch for the
+bundles, which are made here: the demo, and random weights of 20 layers and width 1280. Exits with 1 where there is no
+GPU or an answer is not as it should be. The model is smaller with --layers, --width and --vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-PROMPT_TOKENS, PARITY_STEPS, GRAPH_STEPS = 16, 64, 32
+REPORT_FORMAT = 2
+PRECISION, PROMPT_TOKENS, GRAPH_STEPS, PARITY_STEPS, WARM_UP = "fp16", 16, 32, 64, 8
 
 
-def candidates(bundle: Path, precisions: list[str]) -> Iterator[tuple[str, str]]:
-    """Backend and precision of all that could run here."""
-    from lrt_deploy.bundle.precisions import QUANTIZED
-    from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
+@dataclass(frozen=True)
+class Settings:
+    """What a step is told. `work` holds the bundles, which the first step that needs one makes."""
 
-    for name, flavour in LIBRARIES.items():
-        if flavour.installed:
-            yield from ((name, precision) for precision in precisions)
-    yield from (("ort-cuda", precision) for precision in precisions if precision not in QUANTIZED)
-
-
-def check(bundle: Path, backend: str, precision: str, args: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
-    """All findings about one backend in one precision; each that fails leaves its message instead."""
-    from lrt_deploy import open_decoder
-
-    def opened(cuda_graph: bool = True) -> Any:  # noqa: ANN401
-        return open_decoder(bundle, backend, precision, cuda_graph=cuda_graph)
-
-    found: dict[str, Any] = {"backend": backend, "precision": precision}
-    if backend != "ort-cuda":
-        found["build"] = attempt(lambda: build(bundle, backend, precision))
-    found["parity"] = attempt(lambda: with_open(opened, lambda decoder: parity(bundle, decoder)))
-    if backend != "ort-cuda":
-        found["cuda_graph"] = attempt(lambda: graph_changes_nothing(opened))
-    found["speed"] = attempt(lambda: with_open(opened, lambda decoder: speed(decoder, args.steps, bandwidth)))
-    return found
+    work: Path
+    backend: str
+    layers: int = 20
+    width: int = 1280
+    vocabulary: int = 32768
+    contexts: tuple[int, ...] = (16, 1000, 2000)
+    batches: tuple[int, ...] = (1, 8)
+    prompts: tuple[int, ...] = (64, 512)
+    steps: int = 64
 
 
-def attempt(act: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What `act` returns, or why it did not; only errors raised on purpose are findings."""
-    from lrt_deploy.errors import LRTDeployError
-
-    try:
-        return act()
-    except LRTDeployError as error:
-        return {"failed": str(error)}
+# Bundles and engines
 
 
-def with_open(opened: Callable[[], Any], act: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Open, act, close."""
-    with opened() as decoder:
-        return act(decoder)
+def bundle_of(settings: Settings, name: str) -> Path:
+    """The bundle `demo` or `d20` with an engine of the backend, made on first use."""
+    import lrt_deploy
+    from lrt_deploy.bundle.backends import PLAN_BACKENDS
+    from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder
+
+    folder = settings.work / name
+    if not folder.exists():
+        if name == "demo":
+            lrt_deploy.export_bundle(
+                ROOT / "demo" / "checkpoint", folder, precision=("fp32", PRECISION), max_seq_len=1024
+            )
+        else:
+            export_random(settings, folder)
+    if settings.backend in PLAN_BACKENDS:
+        plan = engine_folder(folder, settings.backend, PRECISION) / PLAN
+        if not plan.exists():
+            lrt_deploy.build_engine(folder, backend=settings.backend, precision=PRECISION)
+        admit_this_gpu(plan)
+    return folder
 
 
-def build(bundle: Path, backend: str, precision: str) -> dict[str, Any]:
-    """Build the engine, unless there is one."""
-    from lrt_deploy import build_engine
+def export_random(settings: Settings, folder: Path) -> None:
+    """Export random weights of the shape asked for, with tables in bfloat16 as released checkpoints have them."""
+    import torch
+
+    import lrt_deploy
+    from lrt_deploy.config import LRTConfig
+    from lrt_deploy.model.checkpoint import write_native
+    from lrt_deploy.model.random_weights import random_model
+
+    longest = max(settings.contexts) + settings.steps + WARM_UP
+    config = LRTConfig(
+        sequence_len=max(longest, 512),
+        vocab_size=settings.vocabulary,
+        n_layer=settings.layers,
+        n_head=max(1, settings.width // 128),
+        n_kv_head=max(1, settings.width // 128),
+        n_embd=settings.width,
+        window_pattern="SSSL",
+    )
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint")
+    write_native(random_model(config, table_dtype=torch.bfloat16), checkpoint)
+    lrt_deploy.export_bundle(checkpoint, folder, precision=PRECISION, max_batch_size=max(settings.batches))
+
+
+def admit_this_gpu(plan: Path) -> None:
+    """Add this GPU to those of a sidecar: whether the plan runs on it is a question here."""
+    import msgspec
+
+    from lrt_deploy.bundle.engine_sidecar import read_sidecar, write_sidecar
+    from lrt_deploy.machine import find_gpu
+
+    gpu, sidecar = find_gpu()[0], read_sidecar(plan)
+    if gpu is not None and gpu.capability_text not in sidecar.compute_capabilities:
+        known = (*sidecar.compute_capabilities, gpu.capability_text)
+        write_sidecar(plan, msgspec.structs.replace(sidecar, compute_capabilities=known))
+
+
+@contextmanager
+def opened(settings: Settings, name: str, *, cuda_graph: bool = True) -> Iterator[Any]:
+    """An open decoder of a bundle."""
+    import lrt_deploy
+
+    folder = bundle_of(settings, name)
+    with lrt_deploy.open_decoder(folder, settings.backend, PRECISION, cuda_graph=cuda_graph) as decoder:
+        yield decoder
+
+
+def tokens_for(decoder: Any, count: int, first: int = 13) -> list[int]:  # noqa: ANN401
+    """Token ids that the model has."""
+    return [(7919 * i + first) % decoder.config.vocab_size for i in range(count)]
+
+
+# The questions: each returns what was found; `passed` where there is a right answer
+
+
+def environment(settings: Settings) -> dict[str, Any]:
+    """Machine, versions and the bandwidth of copies."""
+    from lrt_deploy.cli import doctor
+    from lrt_deploy.machine import find_gpu
+    from lrt_deploy.runtime.backends.cuda import CudaDevice
+    from lrt_deploy.runtime.bench.roofline import device_copy_gb_s
+
+    gpu, reason = find_gpu()
+    if gpu is None:
+        return {"failed": reason}
+    found = {"gpu": gpu.name, "compute_capability": gpu.capability_text, **doctor.environment()}
+    return found | {"copy_bandwidth_gb_s": device_copy_gb_s(CudaDevice())}
+
+
+def plan_loads(settings: Settings) -> dict[str, Any]:
+    """What the build said of the demo's plan, and one step of it."""
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 
-    plan = engine_folder(bundle, backend, precision) / PLAN
-    sidecar = read_sidecar(plan) if plan.exists() else build_engine(bundle, backend=backend, precision=precision)
-    return {"tensorrt_version": sidecar.tensorrt_version, "layers": sidecar.layers, "build": sidecar.build}
+    folder = bundle_of(settings, "demo")
+    plan = engine_folder(folder, settings.backend, PRECISION) / PLAN
+    found: dict[str, Any] = {}
+    if plan.exists():
+        sidecar = read_sidecar(plan)
+        found = {"tensorrt_version": sidecar.tensorrt_version, "kernels": sidecar.layers.get("kernels")}
+    with opened(settings, "demo") as decoder:
+        state = decoder.prefill([tokens_for(decoder, PROMPT_TOKENS)], policy="stepwise")
+        return found | {"passed": bool(np.isfinite(state.logits).all()), "detail": decoder.backend_detail}
 
 
-def prompt_for(decoder: Any) -> list[int]:  # noqa: ANN401
-    """Token ids that any model has."""
-    return [(7919 * i + 13) % decoder.config.vocab_size for i in range(PROMPT_TOKENS)]
+def capture(settings: Settings) -> dict[str, Any]:
+    """Greedy tokens, logits and latent as a CUDA graph and without: equal to the bit."""
+    found = []
+    for cuda_graph in (True, False):
+        with opened(settings, "demo", cuda_graph=cuda_graph) as decoder:
+            found.append(greedy(decoder, GRAPH_STEPS))
+    equal = {name: bool(np.array_equal(found[0][name], found[1][name])) for name in found[0]}
+    return {"passed": all(equal.values()), "steps": GRAPH_STEPS, "equal": equal}
 
 
-def parity(bundle: Path, decoder: Any) -> dict[str, Any]:  # noqa: ANN401
-    """A rollout beside ONNX Runtime on the CPU, in the most precise precision that the bundle has for it."""
-    from lrt_deploy import open_decoder
-    from lrt_deploy.evaluation import verdict as library
+def greedy(decoder: Any, steps: int, first: int = 13) -> dict[str, Any]:  # noqa: ANN401
+    """Tokens and logits of a greedy rollout, and the latent at its end."""
+    state = decoder.prefill([tokens_for(decoder, PROMPT_TOKENS, first)], policy="stepwise")
+    tokens, logits = [], []
+    for _ in range(steps):
+        logits.append(state.logits)
+        tokens.append(int(state.logits.argmax()))
+        decoder.step(state, tokens[-1:])
+    return {"tokens": np.array(tokens), "logits": np.stack(logits), "latent": state.latent}
 
-    with open_decoder(bundle, "ort-cpu") as reference:
-        report = library.compare(
+
+def steps(settings: Settings) -> dict[str, Any]:
+    """Times of decode steps by context and batch, and of the kernels of one of them."""
+    from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
+    from lrt_deploy.runtime.backends.cuda import CudaDevice
+    from lrt_deploy.runtime.bench import roofline
+
+    bandwidth, rows = 1e9 * roofline.device_copy_gb_s(CudaDevice()), []
+    with opened(settings, "d20") as decoder:
+        weights = roofline.weight_bytes_per_step(decoder.manifest, PRECISION, "full")
+        for batch in settings.batches:
+            for context in settings.contexts:
+                # What the entries hold costs no time, so most of a context is read in one pass.
+                prompts = [tokens_for(decoder, context, row) for row in range(batch)]
+                times = timed_steps(decoder, decoder.prefill(prompts, policy="zero"), settings.steps)
+                seconds = float(np.median(times))
+                read = weights + batch * roofline.state_bytes_per_step(
+                    decoder.config, context, ITEM_BYTES[base_dtype(PRECISION, "full")]
+                )
+                rows.append(
+                    {
+                        "batch": batch,
+                        "context": context,
+                        "tpot_ms": {"p50": 1e3 * seconds, "p99": 1e3 * float(np.percentile(times, 99))},
+                        "tokens_per_s": batch / seconds,
+                        "bytes_per_step": read,
+                        "copy_bandwidth_share": read / seconds / bandwidth,
+                    }
+                )
+    return {"copy_bandwidth_gb_s": bandwidth / 1e9, "rows": rows, "kernels": kernel_times(settings)}
+
+
+def timed_steps(decoder: Any, state: Any, count: int) -> list[float]:  # noqa: ANN401
+    """Seconds of each of `count` steps; the first steps, which warm up and capture, are not among them."""
+    ids, times = [1] * state.batch, []
+    for _ in range(WARM_UP + count):
+        start = time.perf_counter()
+        decoder.step(state, ids)
+        times.append(time.perf_counter() - start)
+    return times[WARM_UP:]
+
+
+def kernel_times(settings: Settings) -> dict[str, Any]:
+    """Milliseconds of each kernel of one step at batch 1, by TensorRT's profiler, without a CUDA graph."""
+    from lrt_deploy.bundle.backends import PLAN_BACKENDS
+
+    if settings.backend not in PLAN_BACKENDS:
+        return {"failed": "only TensorRT has a profiler of kernels"}
+    with opened(settings, "d20", cuda_graph=False) as decoder:
+        state = decoder.prefill([tokens_for(decoder, PROMPT_TOKENS)], policy="stepwise")
+        context, times = decoder._backend.steps.decode(1)._context, {}
+        trt = context.runner.engine.trt
+
+        class Profiler(trt.IProfiler):
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times[layer_name] = float(ms)
+
+        context.context.profiler = Profiler()
+        decoder.step(state, [1])
+    slowest = dict(sorted(times.items(), key=lambda item: -item[1])[:40])
+    return {"count": len(times), "total_ms": sum(times.values()), "slowest_ms": slowest}
+
+
+def prompts(settings: Settings) -> dict[str, Any]:
+    """Seconds and passes of each way to read a prompt, and how far its latent is from the exact one."""
+    rows = []
+    with opened(settings, "d20") as decoder:
+        for count in settings.prompts:
+            prompt, exact = tokens_for(decoder, count), None
+            for policy in ("stepwise", "fixed-point", "zero"):
+                decoder.prefill([prompt], policy=policy)  # kernels are compiled
+                start = time.perf_counter()
+                state = decoder.prefill([prompt], policy=policy)
+                seconds = time.perf_counter() - start
+                exact = state.latent if exact is None else exact
+                error = float(np.abs(state.latent - exact).max())
+                report = {"asked": policy, "policy": state.prefill.policy, "passes": state.prefill.passes}
+                rows.append({"tokens": count, **report, "seconds": seconds, "max_abs_latent_error": error})
+    return {"rows": rows}
+
+
+def threads(settings: Settings) -> dict[str, Any]:
+    """Three threads with states of their own, three times."""
+    with opened(settings, "demo") as decoder:
+        alone = [greedy(decoder, GRAPH_STEPS, first) for first in (1, 2, 3)]
+        wrong, errors = [], []
+
+        def work(index: int) -> None:
+            try:
+                found = greedy(decoder, GRAPH_STEPS, index + 1)
+                if any(not np.array_equal(found[name], alone[index][name]) for name in found):
+                    wrong.append(index)
+            except Exception as error:
+                errors.append(repr(error))
+
+        for _ in range(3):
+            running = [threading.Thread(target=work, args=(index,)) for index in range(3)]
+            for thread in running:
+                thread.start()
+            for thread in running:
+                thread.join()
+    return {"passed": not wrong and not errors, "rollouts": 9, "wrong": len(wrong), "errors": errors}
+
+
+def out_of_memory(settings: Settings) -> dict[str, Any]:
+    """Fill the GPU's memory with states; the refusal must leave those that are there as they are."""
+    from lrt_deploy.errors import BackendError
+
+    with opened(settings, "d20") as decoder:
+        state, twin = (decoder.prefill([tokens_for(decoder, PROMPT_TOKENS)], policy="stepwise") for _ in range(2))
+        expected, held, refusal = decoder.step(twin, [1]).copy(), [], None
+        size = max(settings.batches)
+        while refusal is None and len(held) < 20_000:
+            try:
+                held.append(decoder.new_state(size))
+            except BackendError as error:
+                refusal = str(error)
+        found = decoder.step(state, [1])
+        count = len(held)
+        held.clear()
+        again = decoder.new_state(size).slots == size
+    passed = refusal is not None and "out of memory" in refusal and np.array_equal(found, expected) and again
+    return {"passed": bool(passed), "states": count, "rows_each": size, "refusal": refusal}
+
+
+def parity(settings: Settings) -> dict[str, Any]:
+    """A rollout of the demo beside ONNX Runtime on the CPU in float32."""
+    import lrt_deploy
+    from lrt_deploy.evaluation import verdict
+
+    with (
+        opened(settings, "demo") as decoder,
+        lrt_deploy.open_decoder(settings.work / "demo", "ort-cpu", "fp32") as reference,
+    ):
+        report = verdict.compare(
             reference,
             decoder,
-            prompt_for(decoder),
+            tokens_for(decoder, PROMPT_TOKENS),
             PARITY_STEPS,
             precision=decoder.precision,
             checkpoint_matches=None,
@@ -104,138 +334,140 @@ def parity(bundle: Path, decoder: Any) -> dict[str, Any]:  # noqa: ANN401
         return {name: getattr(report, name) for name in names} | {"beside": reference.precision}
 
 
-def graph_changes_nothing(opened: Callable[[bool], Any]) -> dict[str, Any]:
-    """Greedy tokens, logits and latent with the CUDA graph and without it: equal to the bit."""
-    with opened(True) as one, opened(False) as other:
-        with_graph, without = (greedy(decoder, GRAPH_STEPS) for decoder in (one, other))
-    equal = {name: bool(np.array_equal(with_graph[name], without[name])) for name in with_graph}
-    return {"passed": all(equal.values()), "steps": GRAPH_STEPS, "equal": equal}
+QUESTIONS: dict[str, Callable[[Settings], dict[str, Any]]] = {
+    question.__name__: question
+    for question in (environment, plan_loads, capture, steps, prompts, threads, out_of_memory, parity)
+}
 
 
-def greedy(decoder: Any, steps: int) -> dict[str, Any]:  # noqa: ANN401
-    """Tokens and logits of a greedy rollout, and the latent at its end."""
-    state = decoder.prefill([prompt_for(decoder)], policy="stepwise")
-    tokens, logits = [], []
-    for _ in range(steps):
-        logits.append(state.logits)
-        tokens.append(int(state.logits.argmax()))
-        decoder.step(state, tokens[-1:])
-    return {"tokens": np.array(tokens), "logits": np.stack(logits), "latent": state.latent}
+# Running them
 
 
-def speed(decoder: Any, steps: int, bandwidth: float) -> dict[str, Any]:  # noqa: ANN401
-    """Median time of a decode step at batch 1, and the share of the copy bandwidth that its bytes stand for."""
-    from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
-    from lrt_deploy.runtime.bench import roofline
-
-    steps = min(steps, decoder.max_seq_len - PROMPT_TOKENS - 8)
-    state = decoder.prefill([prompt_for(decoder)], policy="stepwise")
-    for _ in range(8):  # the first steps warm up and capture
-        decoder.step(state, [1])
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        decoder.step(state, [1])
-        times.append(time.perf_counter() - start)
-    step = float(np.median(times))
-    read = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision)
-    item = ITEM_BYTES[base_dtype(decoder.precision, "full")]
-    read += roofline.state_bytes_per_step(decoder.config, int(state.lengths[0]) - steps // 2, item)
-    return {
-        "steps": steps,
-        "tpot_ms": {"p50": 1e3 * step, "p99": 1e3 * float(np.percentile(times, 99))},
-        "tokens_per_s": 1 / step,
-        "bytes_per_step": read,
-        "copy_bandwidth_share": read / step / bandwidth,
-        "detail": decoder.backend_detail,
-    }
+def answer(name: str, settings: Settings) -> dict[str, Any]:
+    """What a question finds, or why it found nothing; no error ends the run."""
+    try:
+        return QUESTIONS[name](settings)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {error}"}
 
 
-def run(bundle: Path, args: argparse.Namespace, gpu: Any) -> dict[str, Any]:  # noqa: ANN401
-    """All findings."""
-    from lrt_deploy.bundle.manifest import read_manifest
-    from lrt_deploy.cli.doctor import environment
-    from lrt_deploy.runtime.backends.cuda import CudaDevice
-    from lrt_deploy.runtime.bench.roofline import device_copy_gb_s
-
-    held = read_manifest(bundle).precisions
-    precisions = [precision for precision in args.precision or held if precision in held]
-    bandwidth = 1e9 * device_copy_gb_s(CudaDevice())
-    findings = []
-    for backend, precision in candidates(bundle, precisions):
-        say(f"{backend} in {precision}")
-        findings.append(check(bundle, backend, precision, args, bandwidth))
-    return {
-        "gpu": gpu.name,
-        "compute_capability": gpu.capability_text,
-        "copy_bandwidth_gb_s": bandwidth / 1e9,
-        "findings": findings,
-        "environment": environment(),
-    }
-
-
-def lines(report: dict[str, Any]) -> Iterator[str]:
-    """The report for people: one line for each finding."""
-    yield f"{report['gpu']} ({report['compute_capability']}), copies {report['copy_bandwidth_gb_s']:.0f} GB/s"
-    for found in report["findings"]:
-        parts = [f"{name}: {outcome(name, found[name])}" for name in found if isinstance(found[name], dict)]
-        yield f"{found['backend']} {found['precision']}: {'; '.join(parts)}"
+def isolated(name: str, settings: Settings, arguments: list[str], seconds: float) -> dict[str, Any]:
+    """The same in a process of its own, which is ended after `seconds`."""
+    out = settings.work / f"{name}.json"
+    command = [
+        sys.executable,
+        __file__,
+        *arguments,
+        "--question",
+        name,
+        "--work",
+        str(settings.work),
+        "--out",
+        str(out),
+    ]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(0.01, seconds))
+    except subprocess.TimeoutExpired:
+        return {"failed": f"cut off after {seconds:.0f} s"}
+    if out.exists():
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+    return {"failed": f"its process ended with {ended.returncode}: {ended.stderr[-500:]}"}
 
 
-def outcome(name: str, found: dict[str, Any]) -> str:
-    """One finding in a few words."""
+def ask(
+    settings: Settings, limit: float, out: Path | None, run: Callable[[str, Settings, float], dict[str, Any]]
+) -> dict[str, Any]:
+    """Ask all questions within `limit` seconds; `run` is called with a question, settings and the seconds left.
+
+    Where a plan is not read or does not run, ONNX Runtime on the GPU is asked the questions that follow.
+    """
+    started = time.monotonic()
+    report: dict[str, Any] = {"format": REPORT_FORMAT, "answers": {}}
+    for name in QUESTIONS:
+        left = limit - (time.monotonic() - started)
+        say(f"{name} …")
+        begun = time.monotonic()
+        found = run(name, settings, left) if left > 0 else {"failed": "no time was left"}
+        report["answers"][name] = {
+            "backend": settings.backend,
+            "seconds": round(time.monotonic() - begun, 3),
+            **found,
+        }
+        say(line(name, report["answers"][name]))
+        if out is not None:
+            partial = out.with_suffix(".partial")
+            partial.write_text(json.dumps(report, indent=2, default=str) + "\n")
+            partial.replace(out)
+        if name == "environment" and "failed" in found:
+            break
+        if name == "plan_loads" and not found.get("passed"):
+            settings = replace(settings, backend="ort-cuda")
+    return report
+
+
+def line(name: str, found: dict[str, Any]) -> str:
+    """An answer in a few words."""
     if "failed" in found:
-        return f"FAILED, {found['failed']}"
-    if name == "speed":
-        return f"{found['tokens_per_s']:.0f} tokens/s, {found['copy_bandwidth_share']:.0%} of the copy bandwidth"
-    if name == "build":
-        return f"built with {found['tensorrt_version']}"
-    return f"{'passed' if found['passed'] else 'FAILED'}, {found.get('verdict') or found.get('equal')}"
+        return f"{name}: FAILED, {found['failed']}"
+    if "rows" in found:
+        return f"{name}: {json.dumps(found['rows'])}"
+    words = "" if "passed" not in found else "passed" if found["passed"] else "NOT AS IT SHOULD BE"
+    rest = {key: value for key, value in found.items() if key in ("gpu", "copy_bandwidth_gb_s", "verdict", "equal")}
+    return f"{name}: {words} {json.dumps(rest)}"
 
 
 def good(report: dict[str, Any]) -> bool:
-    """Whether everything ran and nothing differed that must not."""
-    parts = [part for found in report["findings"] for part in found.values() if isinstance(part, dict)]
-    return all("failed" not in part and part.get("passed", True) for part in parts)
+    """Whether every question has an answer, and the right one where there is one."""
+    answers = report["answers"]
+    return len(answers) == len(QUESTIONS) and all(
+        "failed" not in found and found.get("passed", True) for found in answers.values()
+    )
 
 
-def say(line: str) -> None:
+def say(text: str) -> None:
     """A line for people."""
-    print(line, file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("bundle", nargs="?", type=Path, help="default: the demo checkpoint, exported")
-    parser.add_argument("--precision", action="append", help="of those in the bundle; repeatable; default: all")
-    parser.add_argument("--steps", type=int, default=256, help="decode steps that are timed")
-    parser.add_argument("--out", type=Path, help="where to write the report as JSON")
+
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in text.split(","))
+
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--backend", default="tensorrt-rtx", help="tensorrt-rtx, tensorrt or ort-cuda")
+    parser.add_argument("--seconds", type=float, default=360, help="after which no question is asked any more")
+    parser.add_argument("--out", type=Path, help="where to write the report as JSON, after each answer")
+    parser.add_argument("--work", type=Path, help="keep bundles and engines there; default: a temporary folder")
+    parser.add_argument("--question", choices=QUESTIONS, help="ask one question, in this process")
+    for name in ("layers", "width", "vocabulary", "steps"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name), help="of the d20-shaped model")
+    for name in ("contexts", "batches", "prompts"):
+        parser.add_argument(f"--{name}", type=numbers, default=getattr(Settings, name), help="as 16,1000")
     return parser.parse_args(arguments)
 
 
-def main(arguments: list[str]) -> int:
-    """Check, report, and say by the exit code whether all is well."""
-    import lrt_deploy
-    from lrt_deploy.machine import find_gpu
+def settings_of(args: argparse.Namespace, work: Path) -> Settings:
+    """The settings that the command line asks for."""
+    names = ("backend", "layers", "width", "vocabulary", "steps", "contexts", "batches", "prompts")
+    return Settings(work=work, **{name: getattr(args, name) for name in names})
 
+
+def main(arguments: list[str]) -> int:
+    """Ask, report, and say by the exit code whether all is well."""
     args = parse(arguments)
-    gpu, reason = find_gpu()
-    if gpu is None:
-        say(f"nothing was checked: {reason}")
-        return 1
+    if args.question:
+        settings = settings_of(args, args.work)
+        args.out.write_text(json.dumps(answer(args.question, settings), indent=2, default=str) + "\n")
+        return 0
     with tempfile.TemporaryDirectory() as folder:
-        bundle = args.bundle
-        if bundle is None:
-            bundle = Path(folder) / "bundle"
-            say("exporting the demo checkpoint")
-            precisions = args.precision or ["fp32", "fp16", "bf16"]
-            lrt_deploy.export_bundle(ROOT / "demo" / "checkpoint", bundle, precision=precisions, max_seq_len=1024)
-        report = run(bundle, args, gpu)
-    for line in lines(report):
-        print(line)
-    if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        work = args.work or Path(folder)
+        work.mkdir(parents=True, exist_ok=True)
+        settings = settings_of(args, work)
+        report = ask(settings, args.seconds, args.out, lambda name, now, left: isolated(name, now, arguments, left))
+    say("all is well" if good(report) else "not all is well")
     return 0 if good(report) else 1
 
 

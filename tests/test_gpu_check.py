@@ -1,96 +1,148 @@
-"""The check for machines with a GPU: says so where there is none, and its findings find what they should."""
+"""The check for machines with a GPU: it runs from start to end on the fakes, and its answers find what they should."""
 
 from __future__ import annotations
 
-import argparse
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent))
+from fake_cuda import FakeDriver
+from fake_tensorrt import FakeContext, FakeEngine, build_fake_engine, fake_library
+
 import lrt_deploy
-from lrt_deploy.errors import EngineError
+from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.machine import Gpu, find_gpu
+from lrt_deploy.runtime.bench import roofline
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check  # noqa: E402
 
-GOLDEN = "mr_gqa_SSSL"
+GPU = Gpu("Fake H200", (9, 0))  # for which no plan of TensorRT-RTX is documented
+SMALL = ["--layers", "2", "--width", "64", "--vocabulary", "128", "--steps", "4", "--contexts", "8,40"]
+SMALL += ["--batches", "1,2", "--prompts", "24"]
+
+
+@pytest.fixture(scope="module")
+def bundles(in_every_precision, tmp_path_factory):
+    """The folder of the check's bundles: the demo, exported before, and the other one as the check makes it."""
+    work = tmp_path_factory.mktemp("check")
+    shutil.copytree(in_every_precision("demo"), work / "demo")
+    gpu_check.export_random(gpu_check.settings_of(gpu_check.parse(SMALL), work), work / "d20")
+    return work
 
 
 @pytest.fixture
-def bundle(export_once):
-    return export_once(GOLDEN)
+def settings(bundles, tmp_path):
+    work = shutil.copytree(bundles, tmp_path / "work")
+    return gpu_check.settings_of(gpu_check.parse(SMALL), work)
 
 
-def test_without_a_gpu_it_says_so_and_checks_nothing():
-    if find_gpu()[0] is not None:
-        pytest.skip("there is a GPU here")
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+@pytest.fixture
+def driver(monkeypatch):
+    """As if there were a GPU with 64 MiB, and engines for it."""
+    driver = FakeDriver(seed=5, memory_bytes=2**26)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(None, driver))
+    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
+        monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake H200"))
+    monkeypatch.setattr(lrt_deploy, "build_engine", build_fake_engine, raising=False)
+    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**15)
+    yield driver
+    assert driver.violations == []
+
+
+@pytest.mark.skipif(find_gpu()[0] is not None, reason="there is a GPU here")
+def test_without_a_gpu_it_says_so_and_asks_nothing_else(tmp_path):
+    out = tmp_path / "report.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_check.py"), "--out", str(out)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith("nothing was checked: no GPU")
+    assert f"environment: FAILED, {find_gpu()[1]}" in result.stderr and "not all is well" in result.stderr
+    answers = json.loads(out.read_text())["answers"]
+    assert list(answers) == ["environment"] and answers["environment"]["failed"] == find_gpu()[1]
 
 
-def test_its_findings_are_right_where_they_can_be_held_against_something(bundle):
-    """The same functions on a decoder that runs here."""
-    with lrt_deploy.open_decoder(bundle) as decoder:
-        parity = gpu_check.parity(bundle, decoder)
-        assert parity["passed"] and parity["beside"] == "fp32" and parity["max_abs_logit_error"] == 0
-        found = gpu_check.speed(decoder, 20, bandwidth=1e9)
-        assert found["steps"] == 20 and found["bytes_per_step"] > 4 * 218_624
-        expected = found["bytes_per_step"] / (found["tpot_ms"]["p50"] / 1e3) / 1e9
-        assert found["copy_bandwidth_share"] == pytest.approx(expected)
-    found = gpu_check.graph_changes_nothing(lambda cuda_graph: lrt_deploy.open_decoder(bundle))
-    assert found["passed"] and all(found["equal"].values())
+@pytest.mark.slow
+def test_it_runs_from_start_to_end(settings, driver, tmp_path, capsys):
+    out, seen = tmp_path / "report.json", []
+
+    def run(name, now, left):
+        assert 0 < left <= 360
+        if name != "environment":  # what was answered before is on the disk
+            seen.append(list(json.loads(out.read_text())["answers"])[-1])
+        return gpu_check.answer(name, now)
+
+    report = gpu_check.ask(settings, 360, out, run)
+    assert gpu_check.good(report), report
+    assert seen == list(gpu_check.QUESTIONS)[:-1] and json.loads(out.read_text())["answers"].keys() == {*seen, "parity"}
+    answers = report["answers"]
+    assert answers["environment"]["gpu"] == "Fake H200" and answers["environment"]["copy_bandwidth_gb_s"] > 0
+    assert answers["plan_loads"]["detail"].endswith("Fake H200")
+    sidecar = read_sidecar(engine_folder(settings.work / "demo", "tensorrt-rtx", "fp16") / PLAN)
+    assert sidecar.compute_capabilities == ("8.6", "8.9", "12.0", "9.0")
+    rows = answers["steps"]["rows"]
+    assert [(row["batch"], row["context"]) for row in rows] == [(1, 8), (1, 40), (2, 8), (2, 40)]
+    assert all(row["tokens_per_s"] > 0 and row["bytes_per_step"] > 10**5 for row in rows)
+    assert answers["steps"]["kernels"] == {"count": 1, "total_ms": 0.5, "slowest_ms": {"all of it": 0.5}}
+    read = answers["prompts"]["rows"]
+    assert [row["asked"] for row in read] == ["stepwise", "fixed-point", "zero"]
+    assert read[0]["max_abs_latent_error"] == 0 < read[2]["max_abs_latent_error"]
+    assert answers["out_of_memory"]["states"] > 3 and "out of memory" in answers["out_of_memory"]["refusal"]
+    assert answers["parity"]["beside"] == "fp32" and answers["threads"]["wrong"] == 0
+    assert "steps: [{" in capsys.readouterr().err
 
 
-def test_a_graph_that_changes_something_is_found(bundle, monkeypatch):
-    original, count = gpu_check.greedy, []
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["capture", "threads", "out_of_memory", "parity"])
+def test_what_is_not_as_it_should_be_is_found(settings, driver, monkeypatch, name):
+    """The twins: each with one thing that goes wrong."""
+    compute, runs = FakeEngine.compute, []
 
-    def greedy(decoder, steps):
-        found = original(decoder, steps)
-        count.append(1)
-        if len(count) == 2:
-            found["latent"][0, 0] += 1
-        return found
+    def disturbed(self, shapes, addresses):
+        compute(self, shapes, addresses)
+        runs.append(1)
+        self.view("logits", shapes, addresses)[...] += np.float32(0.25 if name == "parity" else 1e-3 * len(runs))
 
-    monkeypatch.setattr(gpu_check, "greedy", greedy)
-    found = gpu_check.graph_changes_nothing(lambda cuda_graph: lrt_deploy.open_decoder(bundle))
-    assert not found["passed"] and found["equal"] == {"tokens": True, "logits": True, "latent": False}
-
-
-def test_what_fails_is_written_down_and_fails_nothing_else(bundle, monkeypatch):
-    def refuse(*_, **__):
-        raise EngineError("this GPU is not supported")
-
-    monkeypatch.setattr(gpu_check, "build", refuse)
-    args = argparse.Namespace(steps=4)
-    found = gpu_check.check(bundle, "tensorrt-rtx", "fp32", args, bandwidth=1e9)
-    assert found["build"] == {"failed": "this GPU is not supported"}
-    assert {"parity", "cuda_graph", "speed"} < set(found)
-    report = {"gpu": "X", "compute_capability": "9.0", "copy_bandwidth_gb_s": 1.0, "findings": [found]}
-    assert not gpu_check.good(report)
-    assert "build: FAILED, this GPU is not supported" in list(gpu_check.lines(report))[1]
+    if name == "parity":
+        monkeypatch.setattr(
+            FakeEngine, "compute", lambda *a: (compute(*a), a[0].view("present_latent", *a[1:]).fill(0.5))
+        )
+    else:
+        monkeypatch.setattr(FakeEngine, "compute", disturbed)
+    found = gpu_check.answer(name, settings)
+    assert found.get("passed") is False, found
 
 
-def test_speed_is_held_against_the_copies_of_the_runtime(bundle, monkeypatch):
-    monkeypatch.setattr("lrt_deploy.runtime.backends.cuda.CudaDevice", lambda: "the device")
-    monkeypatch.setattr("lrt_deploy.runtime.bench.roofline.device_copy_gb_s", {"the device": 1234.0}.__getitem__)
-    monkeypatch.setattr(gpu_check, "candidates", lambda *_: [("tensorrt", "fp32")])
-    monkeypatch.setattr(gpu_check, "check", lambda *found: {"bandwidth": found[-1]})
-    report = gpu_check.run(bundle, argparse.Namespace(precision=None), Gpu("X", (9, 0)))
-    assert report["copy_bandwidth_gb_s"] == 1234.0
-    assert report["findings"] == [{"bandwidth": 1234e9}]  # bytes a second
+@pytest.mark.slow
+def test_a_plan_that_does_not_run_is_written_down_and_onnx_runtime_is_asked_instead(settings, driver, monkeypatch):
+    monkeypatch.setattr(FakeContext, "execute_async_v3", lambda self, stream: self.refuse("no kernel image"))
+    asked = []
+
+    def run(name, now, left):
+        asked.append((name, now.backend))
+        return gpu_check.answer(name, now) if name == "plan_loads" else {"passed": True}
+
+    report = gpu_check.ask(settings, 360, None, run)
+    assert "no kernel image" in report["answers"]["plan_loads"]["failed"] and not gpu_check.good(report)
+    assert [backend for _, backend in asked] == ["tensorrt-rtx"] * 2 + ["ort-cuda"] * 6
 
 
-def test_a_report_in_which_all_is_well_is_good():
-    speed = {"tokens_per_s": 100.0, "copy_bandwidth_share": 0.5}
-    found = {"backend": "tensorrt", "precision": "fp16", "parity": {"passed": True, "verdict": "same"}, "speed": speed}
-    report = {"gpu": "X", "compute_capability": "9.0", "copy_bandwidth_gb_s": 1.0, "findings": [found]}
-    assert gpu_check.good(report)
-    assert list(gpu_check.lines(report))[1] == (
-        "tensorrt fp16: parity: passed, same; speed: 100 tokens/s, 50% of the copy bandwidth"
-    )
+def test_no_question_begins_after_the_time(tmp_path):
+    settings = gpu_check.Settings(tmp_path, "tensorrt-rtx")
+    report = gpu_check.ask(settings, 0, None, lambda *_: pytest.fail("asked"))
+    assert report["answers"]["environment"]["failed"] == "no time was left"
+
+
+@pytest.mark.skipif(find_gpu()[0] is not None, reason="there is a GPU here")
+def test_a_process_that_takes_too_long_or_dies_is_an_answer(tmp_path, monkeypatch):
+    settings = gpu_check.Settings(tmp_path, "tensorrt-rtx")
+    assert gpu_check.isolated("environment", settings, [], 0.0) == {"failed": "cut off after 0 s"}
+    found = gpu_check.isolated("environment", settings, ["--no-such-option"], 100)
+    assert found["failed"].startswith("its process ended with 2: ") and "--no-such-option" in found["failed"]
