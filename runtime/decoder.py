@@ -19,7 +19,7 @@ from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, c
 from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
-from lrt_deploy.runtime.backends.cuda import Device
+from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.backends.select import choose
 from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ class Decoder:
         # The backend's name, what it is made of (for people), and the precision of weights and graphs that run.
         self.backend, self.backend_detail, self.precision = backend.name, backend.detail, backend.precision
         self.backend_reason = "given"  # why this backend runs, for people; `open_decoder` knows
-        self.device: Device | None = backend.device  # the GPU that holds the weights; None: they are in host memory
+        self.device: CudaDevice | None = backend.device  # the GPU that holds the weights; None: they are in host memory
         # The CPU threads that the backend was given; None where it decides itself, or runs on a GPU.
         self.threads: int | None = getattr(backend, "threads", None)
         self.prefill_options = prefill_options or PrefillOptions()

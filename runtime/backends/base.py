@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from lrt_deploy.errors import NonFiniteError
 from lrt_deploy.types import FloatArray, IntArray
 
-from .cuda import Device
+from .cuda import CudaDevice
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Backend(Protocol):
     state_dtype: str  # of the caches: float32, float16 or bfloat16
 
     @property
-    def device(self) -> Device | None:
+    def device(self) -> CudaDevice | None:
         """The GPU that holds weights and states; None where they are in the host's memory."""
 
     def allocate(self, batch: int) -> StateBuffers:

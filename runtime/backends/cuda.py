@@ -1,6 +1,6 @@
 """One GPU as the runtime uses it: memory by address, one stream, copies, and CUDA graphs, on CUDA's driver API.
 
-`Device` is the protocol. Everything is enqueued on the one stream, in order; nothing has happened before `synchronize`.
+Everything is enqueued on the one stream, in order; nothing has happened before `synchronize`.
 Addresses are plain integers, as TensorRT takes them. Knows neither tensors nor TensorRT.
 
 Several threads may use a device, one at a time: an operation, from its first call to its last `synchronize`, holds
@@ -20,7 +20,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,80 +47,22 @@ _STICKY = (
 )
 
 
-class Device(Protocol):
-    """Memory and a stream."""
-
-    stream: int
-
-    @property
-    def lock(self) -> threading.Lock:
-        """The lock of all operations; raises BackendError in a process that was forked from the one that opened it."""
-
-    def begin(self) -> None:
-        """Begin an operation, with `lock` held: bind the device to this thread, and end what an earlier one left.
-
-        Raises BackendError with the first error where an earlier one has made the device unusable.
-        """
-
-    def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = ()) -> None:
-        """Free memory and graphs as soon as no operation runs; may be called in any thread at any time."""
-
-    def allocate(self, count_bytes: int) -> int:
-        """Address of zeroed device memory, aligned to 256 bytes."""
-
-    def zero(self, address: int, count_bytes: int) -> None:
-        """Enqueue the zeroing of device memory."""
-
-    def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """A zeroed host array that copies may use while the host goes on; freed with its last view."""
-
-    def copy_in(self, address: int, array: Array) -> None:
-        """Enqueue a copy of a contiguous host array to the device."""
-
-    def copy_out(self, array: Array, address: int) -> None:
-        """Enqueue a copy from the device into a contiguous host array."""
-
-    def copy_rows_in(self, address: int, pitch: int, array: Array) -> None:
-        """Enqueue a copy of each row of a contiguous array (rows, bytes) to addresses that are `pitch` apart."""
-
-    def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
-        """Enqueue the reverse of `copy_rows_in`."""
-
-    def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
-        """Enqueue a copy of rows of `width` bytes, which are `pitch` apart in both places on the device."""
-
-    def copy_within(self, target: int, source: int, count_bytes: int) -> None:
-        """Enqueue a copy from one address on the device to another."""
-
-    def cache_bytes(self) -> int:
-        """Size of the last cache before the device's memory; 0 where it does not say."""
-
-    def synchronize(self) -> None:
-        """Wait until everything enqueued has happened."""
-
-    def capture(self, enqueue: Callable[[], None]) -> Any:  # noqa: ANN401 - an opaque handle
-        """Record what `enqueue` enqueues, without running it, as a graph."""
-
-    def launch(self, graph: Any) -> None:  # noqa: ANN401
-        """Enqueue a recorded graph."""
-
-
 class Arena:
     """Device memory and graphs that belong together; given back by `release`, or when the arena is no longer used."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self.device = device
         self._addresses: list[int] = []
         self._graphs: list[Any] = []
         weakref.finalize(self, device.give_back, self._addresses, self._graphs).atexit = False
 
     def allocate(self, count_bytes: int) -> int:
-        """See `Device`."""
+        """Address of zeroed device memory, aligned to 256 bytes."""
         self._addresses.append(self.device.allocate(count_bytes))
         return self._addresses[-1]
 
     def capture(self, enqueue: Callable[[], None]) -> Any:  # noqa: ANN401
-        """See `Device`."""
+        """Record what `enqueue` enqueues, without running it, as a graph."""
         self._graphs.append(self.device.capture(enqueue))
         return self._graphs[-1]
 
@@ -141,7 +83,7 @@ class _Rows(NamedTuple):
 
 
 class CudaDevice:
-    """The current CUDA device, or the first one, through `cuda.bindings.driver`; see `Device`."""
+    """The current CUDA device, or the first one, through `cuda.bindings.driver`: memory and a stream."""
 
     def __init__(self) -> None:
         try:
@@ -164,7 +106,7 @@ class CudaDevice:
 
     @property
     def lock(self) -> threading.Lock:
-        """See `Device`."""
+        """The lock of all operations; raises BackendError in a process that was forked from the one that opened it."""
         if os.getpid() != self._process:  # checked before the lock, which another thread may have held at the fork
             raise BackendError(
                 f"this process ({os.getpid()}) was forked from the one that opened the GPU ({self._process}), and CUDA "
@@ -173,7 +115,10 @@ class CudaDevice:
         return self._lock
 
     def begin(self) -> None:
-        """See `Device`."""
+        """Begin an operation, with `lock` held: bind the device to this thread, and end what an earlier one left.
+
+        Raises BackendError with the first error where an earlier one has made the device unusable.
+        """
         if self._failure is None:
             self._ask("binding the device to a thread", self._cuda.cuCtxSetCurrent(self._context))
             if self._capturing:
@@ -189,11 +134,11 @@ class CudaDevice:
         self._free_returned()
 
     def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = ()) -> None:
-        """See `Device`."""
+        """Free memory and graphs as soon as no operation runs; may be called in any thread at any time."""
         self._return([(_GRAPH, graph) for graph in graphs] + [(_MEMORY, address) for address in memory])
 
     def allocate(self, count_bytes: int) -> int:
-        """See `Device`."""
+        """Address of zeroed device memory, aligned to 256 bytes."""
         address = int(self._ask(f"allocating {count_bytes} bytes", self._cuda.cuMemAlloc(count_bytes)))
         try:
             self.zero(address, count_bytes)
@@ -203,12 +148,12 @@ class CudaDevice:
         return address
 
     def zero(self, address: int, count_bytes: int) -> None:
-        """See `Device`."""
+        """Enqueue the zeroing of device memory."""
         self._enqueued = True
         self._ask("zeroing memory", self._cuda.cuMemsetD8Async(address, 0, count_bytes, self.stream))
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """See `Device`."""
+        """A zeroed host array that copies may use while the host goes on; freed with its last view."""
         size = int(np.prod(shape)) * dtype.itemsize
         address = int(self._ask("pinning host memory", self._cuda.cuMemHostAlloc(max(1, size), 0)))
         buffer = (ctypes.c_byte * max(1, size)).from_address(address)
@@ -219,53 +164,53 @@ class CudaDevice:
         return array
 
     def copy_in(self, address: int, array: Array) -> None:
-        """See `Device`."""
+        """Enqueue a copy of a contiguous host array to the device."""
         if array.nbytes:
             self._enqueued = True
             copied = self._cuda.cuMemcpyHtoDAsync(address, array.ctypes.data, array.nbytes, self.stream)
             self._ask(f"copying {array.nbytes} bytes to the GPU", copied)
 
     def copy_out(self, array: Array, address: int) -> None:
-        """See `Device`."""
+        """Enqueue a copy from the device into a contiguous host array."""
         if array.nbytes:
             self._enqueued = True
             copied = self._cuda.cuMemcpyDtoHAsync(array.ctypes.data, address, array.nbytes, self.stream)
             self._ask(f"copying {array.nbytes} bytes from the GPU", copied)
 
     def copy_rows_in(self, address: int, pitch: int, array: Array) -> None:
-        """See `Device`."""
+        """Enqueue a copy of each row of a contiguous array (rows, bytes) to addresses that are `pitch` apart."""
         host, device = _Rows(array.ctypes.data, array.shape[1], on_host=True), _Rows(address, pitch)
         self._copy_rows("copying rows to the GPU", device, host, array.shape)
 
     def copy_rows_out(self, array: Array, address: int, pitch: int) -> None:
-        """See `Device`."""
+        """Enqueue the reverse of `copy_rows_in`."""
         host, device = _Rows(array.ctypes.data, array.shape[1], on_host=True), _Rows(address, pitch)
         self._copy_rows("copying rows from the GPU", host, device, array.shape)
 
     def copy_rows_within(self, target: int, source: int, pitch: int, rows: int, width: int) -> None:
-        """See `Device`."""
+        """Enqueue a copy of rows of `width` bytes, which are `pitch` apart in both places on the device."""
         self._copy_rows("copying rows", _Rows(target, pitch), _Rows(source, pitch), (rows, width))
 
     def copy_within(self, target: int, source: int, count_bytes: int) -> None:
-        """See `Device`."""
+        """Enqueue a copy from one address on the device to another."""
         if count_bytes:
             self._enqueued = True
             copied = self._cuda.cuMemcpyDtoDAsync(target, source, count_bytes, self.stream)
             self._ask(f"copying {count_bytes} bytes", copied)
 
     def cache_bytes(self) -> int:
-        """See `Device`."""
+        """Size of the last cache before the device's memory; 0 where it does not say."""
         attribute = self._cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE
         answer = self._cuda.cuDeviceGetAttribute(attribute, self._number)
         return int(self._ask("asking for the size of its cache", answer))
 
     def synchronize(self) -> None:
-        """See `Device`."""
+        """Wait until everything enqueued has happened."""
         self._ask("running on the GPU", self._cuda.cuStreamSynchronize(self.stream))
         self._enqueued = False
 
     def capture(self, enqueue: Callable[[], None]) -> Any:  # noqa: ANN401
-        """See `Device`."""
+        """Record what `enqueue` enqueues, without running it, as a graph."""
         mode = self._cuda.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         try:
             self._collect_garbage(False)  # a collected engine would free memory, which breaks a capture
@@ -285,7 +230,7 @@ class CudaDevice:
             self._cuda.cuGraphDestroy(graph)  # an error of its own would hide the first one
 
     def launch(self, graph: Any) -> None:  # noqa: ANN401
-        """See `Device`."""
+        """Enqueue a recorded graph."""
         self._enqueued = True
         self._ask("launching a CUDA graph", self._cuda.cuGraphLaunch(graph, self.stream))
 

@@ -20,8 +20,8 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.types import FloatArray, IntArray
 
-from .base import Block, SlotArrays, StateBuffers
-from .cuda import Arena, Array, Device
+from .base import Block, BlockLimits, SlotArrays, StateBuffers
+from .cuda import Arena, Array, CudaDevice
 from .host_tables import HostTables, Rows
 
 Specs = Sequence[Mapping[str, Any]]  # name, dtype and shape of each input or output; a free dimension has its name
@@ -64,7 +64,7 @@ class Setup:
     """What all steps of a backend share."""
 
     runner: Runner
-    device: Device
+    device: CudaDevice
     config: LRTConfig
     dtype: np.dtype[Any]  # of caches and latent
     inputs: Specs
@@ -89,7 +89,7 @@ class Setup:
 class _Inputs:
     """The small inputs, in pinned memory with a twin on the device: integers in one piece, and rows of host tables."""
 
-    device: Device
+    device: CudaDevice
     tables: HostTables
     host: Array  # (4, stride) int64: ids, positions, write index, last index
     address: int
@@ -480,6 +480,20 @@ class DeviceBuffers(StateBuffers):
     def _head_bytes(self) -> int:
         """From one head's slots to the next one's."""
         return self._setup.capacity * self._slot_bytes
+
+
+class DeviceBackend:
+    """A graph or an engine on a device, whose states share the steps. See `base.Backend`."""
+
+    def __init__(self, name: str, precision: str, setup: Setup, max_seq_len: int, detail: str) -> None:
+        self.name, self.precision, self.capacity, self.detail = name, precision, max_seq_len, detail
+        self.setup, self.device, self.state_dtype = setup, setup.device, setup.dtype.name
+        self.steps = Steps(setup)
+        self.blocks = BlockLimits(setup.chunk_tokens, in_order=True, auto_iterates=False)
+
+    def allocate(self, batch: int) -> DeviceBuffers:
+        """Zeroed device memory for a state of this many sequences."""
+        return DeviceBuffers(self.steps, batch, self.capacity)
 
 
 def _as_rows(array: Array) -> Array:

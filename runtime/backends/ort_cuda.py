@@ -23,9 +23,8 @@ from lrt_deploy.bundle.precisions import QUANTIZED, base_dtype
 from lrt_deploy.errors import BackendError
 from lrt_deploy.machine import find_gpu
 
-from .base import BlockLimits
-from .cuda import CudaDevice, Device
-from .device import DeviceBuffers, Setup, Steps
+from .cuda import CudaDevice
+from .device import DeviceBackend, Setup
 from .host_tables import HostTables
 from .ort_session import ORT_ERRORS, check_session, raise_backend_error
 
@@ -37,38 +36,33 @@ _LOG_LEVEL = 3  # errors
 _KEPT = 8  # bindings of a context; decoding alternates between two, prefill between a few block lengths
 
 
-class OrtCudaBackend:
+class OrtCudaBackend(DeviceBackend):
     """A session on the CUDA provider. `kind` is where memory lies and kernels run: `cuda`, in tests `cpu`."""
 
-    name = "ort-cuda"
-
-    def __init__(self, folder: Path, manifest: Manifest, precision: str, device: Device, kind: str = "cuda") -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, precision: str, device: CudaDevice, kind: str = "cuda"
+    ) -> None:
         base = base_dtype(precision, "full")
-        dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
-        self.precision, self.capacity, self.state_dtype = precision, manifest.max_seq_len, dtype.name
         graph = folder / graph_path(precision, "prefill", "full")
         check_graph_file(graph, folder / weights_path(precision))
         session = open_session(graph, kind, device.stream)
         check_session(session, graph, manifest, precision, "full")
+        inputs = contract.graph_inputs(manifest.model, "full", base, manifest.host_embeddings)
         outputs = [spec.to_dict() for spec in contract.graph_outputs(manifest.model, base)]
-        self.device = device
-        self.setup = Setup(
+        setup = Setup(
             runner=OrtRunner(session, kind, outputs),
             device=device,
             config=manifest.model,
-            dtype=dtype,
-            inputs=[
-                spec.to_dict() for spec in contract.graph_inputs(manifest.model, "full", base, manifest.host_embeddings)
-            ],
+            dtype=np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base),
+            inputs=[spec.to_dict() for spec in inputs],
             state=[pair.to_dict() for pair in contract.state_pairs(manifest.model, base)],
             capacity=cache_capacity(manifest.max_seq_len),
             chunk_tokens=min(CHUNK_TOKENS, manifest.max_seq_len),
             cuda_graph=False,
             tables=HostTables.open(folder, manifest, precision),
         )
-        self.steps = Steps(self.setup)
-        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
-        self.detail = f"ONNX Runtime {ort.__version__}, {_PROVIDERS[kind]}"
+        detail = f"ONNX Runtime {ort.__version__}, {_PROVIDERS[kind]}"
+        super().__init__("ort-cuda", precision, setup, manifest.max_seq_len, detail)
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, precision: str) -> OrtCudaBackend:
@@ -86,10 +80,6 @@ class OrtCudaBackend:
         opened = cls(folder, manifest, precision, CudaDevice())
         opened.detail += f", {gpu.name}"
         return opened
-
-    def allocate(self, batch: int) -> DeviceBuffers:
-        """Zeroed device memory for a state of this many sequences."""
-        return DeviceBuffers(self.steps, batch, self.capacity)
 
 
 class OrtRunner:

@@ -37,9 +37,8 @@ from lrt_deploy.errors import BackendError, EngineError
 from lrt_deploy.files import atomic_write, read_bytes
 from lrt_deploy.machine import Gpu, find_gpu
 
-from .base import BlockLimits
-from .cuda import Arena, CudaDevice, Device
-from .device import DeviceBuffers, Setup, Steps
+from .cuda import Arena, CudaDevice
+from .device import DeviceBackend, Setup
 from .host_tables import HostTables
 
 _LARGEST_CACHE = 2**30  # bytes of compiled kernels; those of one model take a few MB
@@ -79,7 +78,7 @@ class TensorRTRunner:
     first run, and keeps them in `cache`, a file beside the plan.
     """
 
-    def __init__(self, engine: Engine, device: Device, cache: Path | None = None) -> None:
+    def __init__(self, engine: Engine, device: CudaDevice, cache: Path | None = None) -> None:
         self.engine, self._arena, self._cache = engine, Arena(device), cache
         self._workspace_bytes = max(1, int(engine.engine.device_memory_size_v2))
         self._workspace = self._arena.allocate(self._workspace_bytes)
@@ -272,31 +271,27 @@ def find_io_misfit(opened: Engine) -> str | None:
     return None
 
 
-class TensorRTBackend:
+class TensorRTBackend(DeviceBackend):
     """An opened engine on a device; see `open`."""
 
     def __init__(
         self,
         engine: Engine,
-        device: Device,
+        device: CudaDevice,
         manifest: Manifest,
         cuda_graph: bool = True,
         tables: HostTables | None = None,
         cache: Path | None = None,
     ) -> None:
         sidecar, base = engine.sidecar, base_dtype(engine.sidecar.precision, "full")
-        dtype = np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base)
-        self.name, self.precision, self.capacity = sidecar.backend, sidecar.precision, manifest.max_seq_len
-        self.state_dtype = dtype.name
-        self.device = device
         with device.lock:
             device.begin()
             runner = TensorRTRunner(engine, device, cache)
-        self.setup = Setup(
+        setup = Setup(
             runner=runner,
             device=device,
             config=manifest.model,
-            dtype=dtype,
+            dtype=np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base),
             inputs=sidecar.inputs,
             state=sidecar.state,
             capacity=sidecar.capacity,
@@ -304,10 +299,9 @@ class TensorRTBackend:
             cuda_graph=cuda_graph,
             tables=tables or HostTables({}),
         )
-        self.steps = Steps(self.setup)
-        self.blocks = BlockLimits(self.setup.chunk_tokens, in_order=True, auto_iterates=False)
         graph = "decoding as a CUDA graph" if cuda_graph else "no CUDA graph"
-        self.detail = f"{sidecar.backend} {sidecar.tensorrt_version}, {sidecar.precision} engine, {graph}"
+        detail = f"{sidecar.backend} {sidecar.tensorrt_version}, {sidecar.precision} engine, {graph}"
+        super().__init__(sidecar.backend, sidecar.precision, setup, manifest.max_seq_len, detail)
 
     @classmethod
     def open(
@@ -324,7 +318,3 @@ class TensorRTBackend:
         opened = cls(engine, device, manifest, cuda_graph, tables, cache)
         opened.detail += f", {gpu.name}"
         return opened
-
-    def allocate(self, batch: int) -> DeviceBuffers:
-        """Zeroed device memory for a state of this many sequences."""
-        return DeviceBuffers(self.steps, batch, self.capacity)

@@ -24,7 +24,7 @@ from lrt_deploy.bundle.manifest import Manifest, weights_path
 from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.runtime.backends.cuda import Arena, Device
+from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
 
 
 def weight_bytes_per_step(manifest: Manifest, precision: str, flavour: Flavour = "windowed") -> int:
@@ -123,7 +123,7 @@ class Bandwidth:
     cache_bytes: int
 
 
-def measure(device: Device | None, threads: int = 1) -> Bandwidth:
+def measure(device: CudaDevice | None, threads: int = 1) -> Bandwidth:
     """Measure a GPU, or without `device` the host's memory with `threads` threads. BackendError where CUDA fails."""
     if device is not None:
         return Bandwidth(device_copy_gb_s(device), None, "device-to-device copy", device.cache_bytes())
@@ -131,7 +131,7 @@ def measure(device: Device | None, threads: int = 1) -> Bandwidth:
     return Bandwidth(triad_gb_s(threads), read_gb_s(threads), name, last_level_cache_bytes() or 0)
 
 
-def device_copy_gb_s(device: Device, array_bytes: int | None = None) -> float:
+def device_copy_gb_s(device: CudaDevice, array_bytes: int | None = None) -> float:
     """Bandwidth of copies within a GPU's memory; bytes read and bytes written both count.
 
     `array_bytes` defaults to four times the GPU's cache, at least 256 MiB; two such arrays are allocated meanwhile.
