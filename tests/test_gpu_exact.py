@@ -104,7 +104,7 @@ class PlainBuffers(StateBuffers):
         pass
 
     def cache(self, layer, length):
-        names = contract.past_key(layer), contract.past_value(layer)
+        names = contract.past_cache(layer)
         return tuple(self.caches[name][:, :, :length].astype(np.float32) for name in names)
 
     def read_slots(self, row, start, stop):

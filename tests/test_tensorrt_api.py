@@ -123,6 +123,7 @@ OURS = {
     "size",
     "start",
     "tensorrt_version",
+    "value",
 }
 
 
