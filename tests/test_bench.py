@@ -123,6 +123,7 @@ def test_every_policy_is_compared_at_every_length_that_fits(document):
         assert all(row["max_abs_latent_error"] <= max(row["residual"], 1e-5) for row in iterated)
         assert (zero["passes"], zero["residual"]) == (1, None)
         assert zero["max_abs_latent_error"] > 0.1 and zero["kl"] > 1e-3  # what the others are not
+        assert [row["auto"] for row in found] == [True, False, False, False]  # a small model in float32
         for row in found:
             assert 0 < row["min_seconds"] <= row["seconds"]
             assert row["speedup"] == pytest.approx(stepwise["seconds"] / row["seconds"])

@@ -20,6 +20,7 @@ from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import Progress, distance, kl_divergence
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.fixed_point import JACOBI, SweepOptions, Sweeps, finish
+from lrt_deploy.runtime.prefill import PrefillRequest, policy_of
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.tolerances import SMALLEST_PREFILL_TOLERANCE
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
@@ -143,6 +144,7 @@ class PrefillTiming:
     report: PrefillReport | None = None
     max_abs_latent_error: float | None = None
     kl: float = 0.0
+    auto: bool = False  # whether the policy `auto` reads this prompt in this way
 
     def run(self, decoder: Decoder, tokens: Sequence[int], tolerance: float | None) -> DecodeState:
         """Time one prefill; a tolerance applies to iterations only."""
@@ -175,6 +177,7 @@ class PrefillTiming:
             "kl": self.kl,
             "speedup": of_stepwise / median,
             "note": self.report.note,
+            "auto": self.auto,
         }
 
 
@@ -203,6 +206,9 @@ def compare_prefill(
         ways.append(PrefillTiming("zero", "one pass with zero memory"))
     else:
         ways.append(PrefillTiming("fixed-point", "one pass"))
+    request = PrefillRequest.of("auto", tolerance, memory, decoder.precision)
+    taken = policy_of(np.asarray(tokens), memory, request, decoder.prefill_options)
+    next(way for way in ways if way.policy == taken).auto = True
     # Memory is committed and kernels have run before anything is timed.
     decoder.prefill([tokens], policy=ways[-1].policy)
     decoder.prefill([tokens[:_WARM_UP_TOKENS]], policy="stepwise")
