@@ -53,6 +53,7 @@ class RequestOptions(SamplingArguments, total=False):
     keep_state: bool
     priority: int
     deadline_s: float | None
+    latent_cosine: bool
 
 
 class Iterated(NamedTuple):
@@ -151,6 +152,7 @@ class BatchDecoder:
         keep_state: bool = False,
         priority: int = 0,
         deadline_s: float | None = None,
+        latent_cosine: bool = False,
         **sampling: Unpack[SamplingArguments],
     ) -> int | list[int]:
         """Queue a request, options as in `Decoder.generate`; returns its number.
@@ -165,7 +167,8 @@ class BatchDecoder:
         `max_new_tokens` 0 reads the prompt only: one event with the token `NO_TOKEN` (-1) and the finish reason
         `length`. `logprobs` is how many of the likeliest tokens each event lists. `prompt_logprobs` is how many the
         first event's `prompt_logprobs` list for each token of the prompt; the prompt is then read stepwise and as a
-        whole. With `keep_state`, the last event has the state that holds every token.
+        whole. With `keep_state`, the last event has the state that holds every token. With `latent_cosine`, every event
+        has one.
 
         Of the requests that wait, those of a higher `priority` are admitted first. A request that has not ended
         `deadline_s` seconds from now ends with the error `Busy`. Raises `Busy` at once where `max_waiting` is reached,
@@ -176,6 +179,7 @@ class BatchDecoder:
         reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
         n = check_whole(n, "n", 1, _MOST_CHOICES)
         check_flag(keep_state, "keep_state")
+        check_flag(latent_cosine, "latent_cosine")
         priority = check_whole(priority, "priority", -(2**31))
         deadline = math.inf if deadline_s is None else self._clock() + check_number(deadline_s, "deadline_s", 0)
         self._timed = self._timed or deadline < math.inf
@@ -192,7 +196,7 @@ class BatchDecoder:
         for i in range(n):
             sampler = Sampler(replace(chosen, seed=None if chosen.seed is None else chosen.seed + i))
             continuation = Continuation(replace(options, sampler=sampler), source.ids)
-            requests.append(Request(first + i, source, continuation, keep_state, priority, deadline))
+            requests.append(Request(first + i, source, continuation, keep_state, latent_cosine, priority, deadline))
         book = _queued(self._book._replace(submitted=first + n), *requests)
         return self._commit(book, first if n == 1 else list(range(first, first + n)))
 

@@ -45,7 +45,9 @@ class Event:
     is the token id or the string that matched. `logprob` is the natural log-probability of the token under the model's
     own logits, before temperature, penalties and cuts; `top_logprobs` those of the likeliest tokens, the likeliest
     first, as many as were asked for. `prompt_logprobs` is on the first event, and `state` on the last, where a batch
-    was asked for them: one entry for each token of the prompt, and the state that holds every token.
+    was asked for them: one entry for each token of the prompt, and the state that holds every token. `latent_cosine`,
+    too, is what a batch can be asked for: the cosine of the latent that the token was chosen from and the one before
+    it, None where there is no other one.
     """
 
     token: int
@@ -57,6 +59,7 @@ class Event:
     stop: int | str | None = None
     prompt_logprobs: tuple[PromptLogprob, ...] | None = field(default=None, compare=False)
     state: DecodeState | None = field(default=None, compare=False)
+    latent_cosine: float | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

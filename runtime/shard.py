@@ -90,6 +90,7 @@ class Request:
     prompt: Prompt
     continuation: Continuation  # of the prompt's tokens
     keep_state: bool = False
+    latent_cosine: bool = False  # whether events have it
     priority: int = 0
     deadline: float = math.inf  # of the batch's clock
     row: DecodeState | None = None  # a copy of its row, from when it was suspended
@@ -186,6 +187,8 @@ class Shard:
                 token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
                 assert request.prompt.report is not None
                 event = continuation.take(token, logits[i], normalizers[i], request.prompt.report, full)
+                if request.latent_cosine:
+                    event = replace(event, latent_cosine=self.state.latent_cosine(row))
             if count == 0 and request.prompt.top is not None:
                 event = replace(event, prompt_logprobs=request.prompt.scored())
             made[request.number] += 1

@@ -170,6 +170,14 @@ class DecodeState:
         self.computed()
         return self.buffers.latent[: self.batch].copy() if self.owner.config.memory else None
 
+    def latent_cosine(self, row: int) -> float | None:
+        """Return the cosine of the latents after the last two tokens of a row; None where there are no two of them."""
+        found = self.computed().rows[row]
+        if found.length < 2 or not self.owner.config.memory:
+            return None
+        before, last = np.array(found.latents[found.length - 2 : found.length], np.float64)  # (2, C)
+        return float(before @ last / np.sqrt((before @ before) * (last @ last)))
+
     def cache(self, layer: int) -> tuple[FloatArray, FloatArray]:
         """Return keys (after RoPE and norm) and values (after gates), (B, G, max length, D) each, as copies.
 

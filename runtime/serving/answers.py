@@ -34,6 +34,7 @@ class Choice:
     def __init__(self) -> None:
         self.text: list[str] = []  # not shown yet
         self.scored: list[Scored] = []  # not shown yet
+        self.latent_cosine: list[float | None] = []  # not shown yet
         self.tokens, self.logprob = 0, 0.0  # their number, and the sum of their log-probabilities
         self.reason: str | None = None
         self.stop: int | str | None = None  # what ended it: a token or a text
@@ -48,6 +49,7 @@ class Choice:
             self.tokens += 1
             self.logprob += event.logprob
             self.scored.append(Scored(event.token, event.logprob, event.top_logprobs))
+            self.latent_cosine.append(event.latent_cosine)
         if event.finish_reason is not None:
             self.reason, self.stop = _REASONS[event.finish_reason], event.stop
 
@@ -115,7 +117,12 @@ class Answer:
     def _rest(self, choice: Choice) -> dict[str, Any]:
         """Return the fields that choices of all kinds have."""
         found = {"logprobs": self._logprobs(choice), "finish_reason": choice.reason}
-        return found if choice.stop is None else found | {"stop_reason": choice.stop}
+        if choice.stop is not None:
+            found["stop_reason"] = choice.stop
+        cosines, choice.latent_cosine = choice.latent_cosine, []
+        if self.call.request.arguments["latent_cosine"]:
+            found["lrt"] = {"latent_cosine": cosines}
+        return found
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | {"choices": choices} | ({"usage": None} if self.call.include_usage else {})

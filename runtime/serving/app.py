@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,6 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lrt_deploy.errors import LRTDeployError
 
+from . import chat_page
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
@@ -37,7 +39,8 @@ _LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so
 _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
 _LEFT = 499  # the status that the log shows for a client that has gone
-_OPEN_PATHS = ("/health", "/ready", "/v2/health/live", "/v2/health/ready")  # without the key
+# Without the key. The page has nothing of the model; it asks its user for the key.
+_OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *chat_page.FILES})
 
 _LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
 
@@ -105,6 +108,7 @@ class App:
             Route("/v2/health/live", self.health),
             Route("/v2/health/ready", self.ready),
             Route("/metrics", self.metrics),
+            *chat_page.routes(),
         ]
         app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
         app = Gate(app, options.api_key)
@@ -152,7 +156,7 @@ class App:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return _json({"object": "list", "data": [self.api.model()]})
+        return _json({"object": "list", "data": [await run_in_threadpool(self.api.model)]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
@@ -160,7 +164,7 @@ class App:
             self.api.check_model(request.path_params["model"])
         except LRTDeployError as error:
             return _failure(error)
-        return _json(self.api.model())
+        return _json(await run_in_threadpool(self.api.model))
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: the token ids of a text or of chat messages."""

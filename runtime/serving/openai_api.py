@@ -9,11 +9,13 @@ beyond the types are checked where they are used.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -40,6 +42,12 @@ _SAMPLING = (
     *("repetition_penalty", "frequency_penalty", "presence_penalty"),
 )
 
+_SHORT_CHAT = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hello! How can I help you?"},
+    {"role": "user", "content": "Thanks"},
+)
+
 _Body = TypeVar("_Body", bound=msgspec.Struct)
 _Number = float | None
 
@@ -56,6 +64,12 @@ class StreamOptions(msgspec.Struct):
     """`include_usage` adds a last chunk with the counts of tokens."""
 
     include_usage: bool | None = None
+
+
+class LatentFields(msgspec.Struct):
+    """`latent_cosine` adds to each choice the cosine of the latents before each of its tokens."""
+
+    latent_cosine: bool = False
 
 
 class _Fields(msgspec.Struct, kw_only=True):
@@ -80,6 +94,7 @@ class _Fields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     prefill: str | None = None
     tolerance: _Number = None
+    lrt: LatentFields | None = None
 
 
 class CompletionFields(_Fields, kw_only=True):
@@ -360,7 +375,25 @@ class Api:
             "created": self.created,
             "owned_by": "lrt-deploy",
             "max_model_len": self.capacity,
+            "lrt": {"chat": self.knows_chat, "max_seq_len": self.capacity, "latent": self.decoder.config.memory},
         }
+
+    @cached_property
+    def knows_chat(self) -> bool:
+        """Whether the model was trained on the chat form: its tokenizer has the tokens, and the model expects them.
+
+        Tokenizers of models that never saw a chat have the tokens too. Such a model gives the end of an answer less
+        probability than a uniform choice would.
+        """
+        tokenizer = self.decoder.tokenizer
+        if tokenizer is None or any(name not in tokenizer.special_tokens for name in _CHAT_TOKENS):
+            return False
+        ids = tokenizer.render_chat(_SHORT_CHAT)
+        ids = ids[: ids.index(tokenizer.special_tokens[ASSISTANT_END]) + 1]
+        if len(ids) > self.capacity:
+            return True
+        (logprobs,) = self.decoder.score([ids])
+        return bool(logprobs[-1] > -math.log(tokenizer.vocab_size))
 
     def check_model(self, model: str | None) -> None:
         """Raise ApiError for another model than the one that is served."""
@@ -413,7 +446,11 @@ class Api:
         _checked("tolerance", lambda: PrefillRequest.of(policy, tolerance, memory, precision))
         vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
         _checked(None, lambda: Generation.of(vocabulary, 1, ((), ()), None, sampling))
+        latent_cosine = fields.lrt is not None and fields.lrt.latent_cosine
+        if latent_cosine and not memory:
+            raise ApiError("lrt.latent_cosine is true, and this model carries no latent state", "lrt.latent_cosine")
         return {
+            "latent_cosine": latent_cosine,
             "stop_strings": tuple(stops),
             "stop_ids": [] if fields.ignore_eos else None,
             "policy": policy,
