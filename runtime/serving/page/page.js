@@ -31,7 +31,14 @@ function show() {
   for (const view of views.values()) view.update(writing !== null);
   showWelcome(!shown.length);
   showControls();
-  if (focus) document.querySelector(`[data-focus="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
+  if (focus) focusAgain(focus);
+}
+
+// Puts the focus on the button that has taken the place of another one; at the last version, on its neighbour.
+function focusAgain(name) {
+  const button = document.querySelector(`[data-focus="${CSS.escape(name)}"]`);
+  const enabled = button?.disabled ? button.parentElement.querySelector("button:enabled") : button;
+  enabled?.focus({ preventScroll: true });
 }
 
 function showWelcome(empty) {
@@ -53,6 +60,7 @@ function showWelcome(empty) {
 function showControls() {
   const completion = conversation.kind === "completion";
   const goesOn = completion && views.size > 0 && !message.value;
+  document.body.classList.toggle("writing", writing !== null);
   send.textContent = writing ? "Stop" : goesOn ? "Continue" : "Send";
   send.disabled = !model || !(writing || goesOn || message.value.trim());
   message.placeholder = completion ? (views.size ? "Add text, or go on as it is" : "The beginning of a text") : "Message";
