@@ -13,8 +13,9 @@ import pytest
 
 CHROMIUM = os.environ.get("LRT_DEPLOY_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 # Nothing of it needs a network, and nothing of it looks for one.
-FLAGS = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync")
-FLAGS = (*FLAGS, "--disable-component-update", "--no-sandbox")
+FLAGS = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-sync"]
+FLAGS += ["--disable-component-update"]
+FLAGS += ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
 PROMPT = "def emit(self, record):\n"
 MARKUP = "<img src=x onerror=document.title='broken'><b>bold</b> &amp; <script>document.title='broken'</script>"
 

@@ -7,6 +7,7 @@ import { TurnView } from "./turns.js";
 
 const COMPLETION_TOKENS = 128; // where the options do not say
 const SAVE_MS = 1000; // while an answer is being written
+const TOUCH = matchMedia("(pointer: coarse)").matches; // no Shift+Enter: Enter is a new line, and the button sends
 const NEAR_END = 80; // pixels from the end of the page, within which it follows an answer
 
 const $ = (selector) => document.querySelector(selector);
@@ -63,7 +64,7 @@ function showControls() {
   document.body.classList.toggle("writing", writing !== null);
   send.textContent = writing ? "Stop" : goesOn ? "Continue" : "Send";
   send.disabled = !model || !(writing || goesOn || message.value.trim());
-  message.placeholder = completion ? (views.size ? "Add text, or go on as it is" : "The beginning of a text") : "Message";
+  message.placeholder = completion ? (views.size ? "Add text, or continue" : "The beginning of a text") : "Message";
   $("label[for=message]").textContent = completion ? "Text to continue" : "Message";
   const usage = [...views.values()].findLast((view) => view.turn.usage)?.turn.usage;
   const all = model?.lrt.max_seq_len.toLocaleString("en");
@@ -99,9 +100,12 @@ function open(next) {
   show();
 }
 
-function start(kind = store.settings().kind ?? (model?.lrt.chat ? "chat" : "completion")) {
+function start() {
+  const kind = store.settings()[kindSetting()] ?? (model?.lrt.chat ? "chat" : "completion");
   open(tree.newConversation(kind, model?.id));
 }
+
+const kindSetting = () => `kind of ${model?.id}`; // what was chosen last for this model
 
 function showHistory() {
   const item = $("#conversation").content;
@@ -304,7 +308,7 @@ const actions = {
 };
 
 message.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || TOUCH) return;
   event.preventDefault();
   submit();
 });
@@ -323,7 +327,7 @@ $("#new").addEventListener("click", () => {
   message.focus();
 });
 $(".modes").addEventListener("change", (event) => {
-  store.saveSettings({ ...store.settings(), kind: event.target.value });
+  store.saveSettings({ ...store.settings(), [kindSetting()]: event.target.value });
   conversation.kind = event.target.value;
   show();
 });
@@ -359,7 +363,7 @@ settings.elements.key.addEventListener("change", () => {
   if (!model) connect();
 });
 $("#defaults").addEventListener("click", () => {
-  store.saveSettings({ kind: store.settings().kind });
+  store.saveSettings({});
   fillOptions();
 });
 

@@ -66,7 +66,7 @@ export class Strip {
     this.values.forEach((value, token) => {
       if (value === null) return;
       const low = value < 0;
-      context.globalAlpha = this.chosen === null || this.chosen === token ? 1 : 0.4;
+      context.globalAlpha = this.chosen === null || this.chosen === token ? 1 : 0.5;
       context.fillStyle = color(low ? "--bar-low" : "--bar");
       context.beginPath();
       const length = Math.max(1, Math.abs(y(value) - y(0)));
