@@ -31,7 +31,7 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --ignore tests/services
 
-# Servers as processes, with real clients; none of these tests may be skipped.
+# Servers as processes, with real clients, Chromium among them; none of these tests may be skipped.
 test-services: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/services
 

@@ -185,6 +185,7 @@ REQUEST = {
     "n": COUNT,
     "prompt_logprobs": {"None", *WHOLE},
     "keep_state": FLAGS,
+    "latent_cosine": FLAGS,
     "priority": WHOLE | {"-1"},
     "deadline_s": {"None", "1e308", "2**70", *NUMBER},
 }

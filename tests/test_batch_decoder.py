@@ -145,6 +145,7 @@ BAD = [
     (([1],), {"n": 0}, InputError, "n is 0"),
     (([1],), {"logprobs": -1}, InputError, "logprobs"),
     (([1],), {"keep_state": 1}, InputError, "keep_state"),
+    (([1],), {"latent_cosine": 1}, InputError, "latent_cosine"),
     (([1],), {"priority": "high"}, InputError, "priority"),
     (([1],), {"deadline_s": -1}, InputError, "deadline_s"),
     (([1],), {"logit_bias": {300: 1.0}}, InputError, "logit_bias holds the token id 300"),

@@ -24,7 +24,8 @@ MARKUP = "<img src=x onerror=document.title='broken'><b>bold</b> &amp; <script>d
 def browser():
     from playwright.sync_api import sync_playwright
 
-    assert CHROMIUM, "the tests of the chat page need Chromium: apt-get install chromium, or set LRT_DEPLOY_CHROMIUM"
+    missing = "the tests of the chat page drive Chromium, and none was found: apt-get install chromium, or set "
+    assert CHROMIUM, f"{missing}LRT_DEPLOY_CHROMIUM to the path of one"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield browser
