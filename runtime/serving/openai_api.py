@@ -385,8 +385,8 @@ class Api:
         Tokenizers of models that never saw a chat have the tokens too. Such a model gives the end of an answer less
         probability than a uniform choice would.
         """
-        tokenizer = self.decoder.tokenizer
-        if tokenizer is None or any(name not in tokenizer.special_tokens for name in _CHAT_TOKENS):
+        tokenizer = self.tokenizer
+        if any(name not in tokenizer.special_tokens for name in _CHAT_TOKENS):
             return False
         ids = tokenizer.render_chat(_SHORT_CHAT)
         ids = ids[: ids.index(tokenizer.special_tokens[ASSISTANT_END]) + 1]
