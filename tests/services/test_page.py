@@ -59,8 +59,8 @@ def visit(browser):
 
 @pytest.fixture(scope="module")
 def chat_server(launch, export_once):
-    """A server of a random model."""
-    return launch(where=export_once("mr_gqa_SSSL"))
+    """A server of a random model that happens to expect the end of an answer."""
+    return launch(where=export_once("gate32"))
 
 
 def choose(page, **options):
@@ -144,7 +144,7 @@ def test_the_strip_has_the_cosine_of_each_token(server, visit):
 
 def test_an_empty_field_goes_on_with_the_text_as_it_is(server, visit):
     page = visit(server)
-    choose(page, temperature=0, max_tokens=5)
+    choose(page, temperature=0, max_tokens=5, stop="END")
     send(page, PROMPT)
     page.click("#send")
     written(page)
@@ -154,7 +154,6 @@ def test_an_empty_field_goes_on_with_the_text_as_it_is(server, visit):
 
 def test_a_chat_sends_the_whole_conversation_and_the_system_message(chat_server, visit):
     page = visit(chat_server)
-    page.check("[name=kind][value=chat]", force=True)
     choose(page, temperature=0, max_tokens=6, system="Be brief.")
     send(page, "Hi")
     send(page, "And?")
@@ -163,6 +162,32 @@ def test_a_chat_sends_the_whole_conversation_and_the_system_message(chat_server,
         messages.append({"role": role, "content": text})
     last = messages.pop()["content"]
     assert chat_server.chat(messages, max_tokens=6, temperature=0)["choices"][0]["message"]["content"] == last
+
+
+def test_models_begin_in_the_form_that_they_know_and_a_choice_is_remembered(server, chat_server, visit):
+    page = visit(server)
+    assert page.is_checked("[value=completion]")
+    page.check("[value=chat]", force=True)
+    page.reload()
+    page.wait_for_selector("body.connected")
+    assert page.is_checked("[value=chat]")
+    assert visit(chat_server).is_checked("[value=chat]")
+
+
+def test_options_go_into_the_request_and_each_retry_has_a_seed_of_its_own(server, visit):
+    page = visit(server)
+    choose(page, temperature=0.9, top_p=0.95, top_k=50, min_p=0.01, repetition_penalty=1.1)
+    choose(page, frequency_penalty=0.1, presence_penalty=0.1, seed=7, max_tokens=30, stop="END\n\\n\\n")
+    fields = {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "min_p": 0.01, "repetition_penalty": 1.1}
+    fields |= {"frequency_penalty": 0.1, "presence_penalty": 0.1, "max_tokens": 30, "stop": ["END", "\n\n"]}
+    send(page, PROMPT)
+    assert texts(page)[1] == server.complete(PROMPT, seed=7, **fields)["choices"][0]["text"]
+    page.click(".retry")
+    written(page)
+    assert texts(page)[1] == server.complete(PROMPT, seed=8, **fields)["choices"][0]["text"]
+    page.click("#open-options")
+    page.click("#defaults")
+    assert {page.input_value(f"[name={name}]") for name in ("temperature", "seed", "stop")} == {""}
 
 
 def test_stop_keeps_what_was_written_and_frees_the_slot(server, visit):
@@ -198,7 +223,7 @@ def test_an_error_is_shown_as_the_server_says_it_and_can_be_retried(server, visi
 
 
 def test_the_page_asks_for_the_key_that_the_server_wants(launch, export_once, browser):
-    server = launch(where=export_once("mr_gqa_SSSL"), environment={"LRT_DEPLOY_API_KEY": "secret"})
+    server = launch(where=export_once("gate32"), environment={"LRT_DEPLOY_API_KEY": "secret"})
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{server.port}/")
     page.wait_for_selector("#options[open]")
@@ -456,7 +481,7 @@ def test_models_tell_the_kind_of_model_and_its_capacity(server, chat_server):
     (model,) = server.get("/v1/models").json["data"]
     assert model["lrt"] == {"chat": False, "max_seq_len": 640, "latent": True}
     (model,) = chat_server.get("/v1/models").json["data"]
-    assert model["lrt"]["max_seq_len"] == 128
+    assert model["lrt"] == {"chat": True, "max_seq_len": 128, "latent": True}
 
 
 def test_latent_cosines_are_those_of_the_states_one_for_each_token(server, decoder):

@@ -81,7 +81,7 @@ function notice(text) {
 }
 
 function save(kept = conversation) {
-  if (!kept.turns.length) return;
+  if (!kept.turns.length || kept.deleted) return;
   if (!store.saveConversation(kept)) {
     notice("The browser's storage is full or closed: this conversation will not outlive the page. Delete others in History.");
   }
@@ -119,14 +119,17 @@ function showHistory() {
       if (kept.id === conversation.id) opener.ariaCurrent = "true";
       opener.onclick = () => {
         $("#history").close();
-        open(kept.id === conversation.id ? conversation : kept);
+        if (kept.id !== conversation.id) open(kept);
         message.focus();
       };
       deleter.ariaLabel = `Delete ${tree.title(kept)}`;
       deleter.onclick = () => {
         if (deleter.dataset.sure) {
           store.deleteConversation(kept.id);
-          if (kept.id === conversation.id) start();
+          if (kept.id === conversation.id) {
+            conversation.deleted = true; // what still comes of it is not saved
+            start();
+          }
           showHistory();
           $("#history .close").focus();
         }
@@ -147,7 +150,7 @@ function options() {
   for (const { name, value, type, checked } of settings.elements) {
     if (!name || name === "key" || name === "system" || !value) continue;
     if (type === "number") found[name] = Number(value);
-    else if (name === "stop") found.stop = value.split("\n").filter(Boolean);
+    else if (name === "stop") found.stop = value.split("\n").filter(Boolean).map((text) => text.replaceAll("\\n", "\n"));
     else if (name === "prefill") found.prefill = value;
     else if (name === "latent_cosine") found.lrt = { latent_cosine: checked && model.lrt.latent };
   }
@@ -157,6 +160,10 @@ function options() {
 async function request(number, signal) {
   const turns = tree.before(conversation, number);
   const body = { model: model.id, stream: true, stream_options: { include_usage: true }, ...options() };
+  // With a seed, each version of an answer has one of its own.
+  if (body.seed !== undefined) {
+    body.seed += tree.children(conversation, conversation.turns[number].parent).indexOf(number);
+  }
   if (conversation.kind === "chat") {
     const system = settings.elements.system.value;
     const messages = turns.map(({ role, text }) => ({ role, content: text }));
@@ -342,6 +349,10 @@ for (const [button, dialog] of [["#open-history", "#history"], ["#open-options",
     if (event.target === $(dialog) && (event.offsetX < 0 || event.offsetX > event.target.offsetWidth)) $(dialog).close();
   });
 }
+
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  for (const view of views.values()) view.strip?.draw();
+});
 
 // Options
 

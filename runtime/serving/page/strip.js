@@ -13,7 +13,6 @@ export class Strip {
     this.values = [];
     this.chosen = null;
     new ResizeObserver(() => this.draw()).observe(canvas);
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
     canvas.addEventListener("pointermove", (event) => this.choose(Math.floor(event.offsetX / this.step)));
     canvas.addEventListener("pointerleave", () => this.choose(null));
     canvas.addEventListener("blur", () => this.choose(null));
