@@ -157,6 +157,7 @@ def test_a_chat_sends_the_whole_conversation_and_the_system_message(chat_server,
     choose(page, temperature=0, max_tokens=6, system="Be brief.")
     send(page, "Hi")
     send(page, "And?")
+    assert "reused" in facts(page)["Prompt"]  # the state of the first turn
     messages = [{"role": "system", "content": "Be brief."}]
     for text, role in zip(texts(page), ("user", "assistant", "user", "assistant"), strict=True):
         messages.append({"role": role, "content": text})

@@ -164,7 +164,7 @@ function facts(turn) {
     const reused = usage.prompt_tokens_details.cached_tokens;
     found.push(["Prompt", plural(usage.prompt_tokens, "token") + (reused ? `, ${number(reused)} reused` : "")]);
     found.push(["Read", policy ? `${policy}, ${plural(passes, "pass")}` : "from memory"]);
-    if (residual !== null) found.push(["Residual", residual.toExponential(1)]);
+    if (residual !== null) found.push(["Residual", residual ? residual.toExponential(1) : "0"]);
   }
   const made = usage?.completion_tokens ?? turn.cosines?.length;
   if (made) {
