@@ -116,7 +116,7 @@ class Answer:
 
     def _rest(self, choice: Choice) -> dict[str, Any]:
         """Return the fields that choices of all kinds have."""
-        found = {"logprobs": self._logprobs(choice), "finish_reason": choice.reason}
+        found: dict[str, Any] = {"logprobs": self._logprobs(choice), "finish_reason": choice.reason}
         if choice.stop is not None:
             found["stop_reason"] = choice.stop
         cosines, choice.latent_cosine = choice.latent_cosine, []

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -108,7 +108,7 @@ class App:
             Route("/v2/health/live", self.health),
             Route("/v2/health/ready", self.ready),
             Route("/metrics", self.metrics),
-            *chat_page.routes(),
+            *(Route(path, _file(file)) for path, file in chat_page.FILES.items()),
         ]
         app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
         app = Gate(app, options.api_key)
@@ -341,6 +341,16 @@ async def _body(request: Request) -> bytes:
         if len(data) > MAX_BODY_BYTES:
             raise too_large
     return bytes(data)
+
+
+def _file(file: chat_page.PageFile) -> Callable[[Request], Awaitable[Response]]:
+    """Return the handler of a file of the chat page."""
+    response = Response(file.content, 200, chat_page.HEADERS, file.media_type)
+
+    async def respond(request: Request) -> Response:
+        return response
+
+    return respond
 
 
 def _event(value: object) -> bytes:
