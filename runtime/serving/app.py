@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lrt_deploy.errors import LRTDeployError
 
-from . import chat_page
+from . import page
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
@@ -40,7 +40,7 @@ _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
 _LEFT = 499  # the status that the log shows for a client that has gone
 # Without the key. The page has nothing of the model; it asks its user for the key.
-_OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *chat_page.FILES})
+_OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
 
 _LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
 
@@ -108,7 +108,7 @@ class App:
             Route("/v2/health/live", self.health),
             Route("/v2/health/ready", self.ready),
             Route("/metrics", self.metrics),
-            *(Route(path, _file(file)) for path, file in chat_page.FILES.items()),
+            *(Route(path, _file(file)) for path, file in page.FILES.items()),
         ]
         app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
         app = Gate(app, options.api_key)
@@ -343,9 +343,9 @@ async def _body(request: Request) -> bytes:
     return bytes(data)
 
 
-def _file(file: chat_page.PageFile) -> Callable[[Request], Awaitable[Response]]:
+def _file(file: page.PageFile) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler of a file of the chat page."""
-    response = Response(file.content, 200, chat_page.HEADERS, file.media_type)
+    response = Response(file.content, 200, page.HEADERS, file.media_type)
 
     async def respond(request: Request) -> Response:
         return response

@@ -1,7 +1,7 @@
 """The chat page at `/`: static files, read once, and the headers that bind a browser to them.
 
 The page talks to the API of its own server and to nothing else; the content security policy allows no inline code and
-no insertion of HTML by scripts. The files are in `page/`; there is no build step. Knows no HTTP server.
+no insertion of HTML by scripts. The files are in this folder; there is no build step. Knows no HTTP server.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-_FOLDER = Path(__file__).parent / "page"
+_FOLDER = Path(__file__).parent
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
