@@ -222,8 +222,10 @@ class Engine:
     # In the engine's thread
 
     def _run(self) -> None:
-        while self._take_messages():
-            if not (self.batch.waiting or self.batch.running):
+        while True:
+            if not (self._running and self._messages.empty()) and not self._take_messages():
+                return
+            if not self._running:
                 continue
             try:
                 events = self.batch.step()
@@ -236,14 +238,13 @@ class Engine:
 
     def _take_messages(self) -> bool:
         """Do what other threads have asked for; wait for something while there is nothing to run. False: stop."""
-        if wait := not (self.batch.waiting or self.batch.running):
+        if not self._running:
             self.metrics.idle()
         while True:
             try:
-                kind, ticket = self._messages.get(block=wait)
+                kind, ticket = self._messages.get(block=not self._running)
             except queue.Empty:
                 return True
-            wait = False
             if kind == "stop":
                 return False
             if ticket is None:
@@ -313,8 +314,7 @@ class Engine:
 
     def _route(self, events: Sequence[BatchEvent]) -> None:
         """Give each event to its ticket."""
-        now, metrics = time.monotonic(), self.metrics
-        metrics.step(now, sum(found.event is not None and found.event.token != NO_TOKEN for found in events))
+        now, made = time.monotonic(), 0
         for found in events:
             continuation = self._running.get(found.request)
             if continuation is None:  # cancelled with its ticket
@@ -326,7 +326,9 @@ class Engine:
                 continue
             if continuation.made == 0:
                 self._count_prompt(continuation, event, now)
-            continuation.made += event.token != NO_TOKEN
+            if event.token != NO_TOKEN:
+                continuation.made += 1
+                made += 1
             if event.state is not None:
                 self._keep(event.state, continuation)
                 event = replace(event, state=None)
@@ -338,6 +340,7 @@ class Engine:
                 ticket.open -= 1
                 if ticket.open == 0:
                     self._end(ticket)
+        self.metrics.step(now, made)
 
     def _count_prompt(self, continuation: _Continuation, event: Event, now: float) -> None:
         """Count the time to the first token of a request, and each prompt once."""
