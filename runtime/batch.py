@@ -102,6 +102,7 @@ class BatchDecoder:
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
         self._clock: Callable[[], float] = time.monotonic
         self._book = Book()
+        self._chosen = True  # tokens follow from all logits that are there
         self._timed = False  # whether any request had a deadline
         self._iterated: Iterated | None = None  # the prompt that is being iterated
         self._reader: DecodeState | None = None  # where prompts are iterated, one after the other
@@ -243,7 +244,7 @@ class BatchDecoder:
             self._advance()
 
     def step(self) -> list[BatchEvent]:
-        """Choose a token for every row whose logits are there, fill the slots, and run one step of all rows.
+        """Fill the slots, run one step of all rows, and choose a token for every row whose logits are there.
 
         Raises what a backend raises; then nothing is lost, and the next step goes on from there. The same holds for an
         interrupt.
@@ -254,11 +255,12 @@ class BatchDecoder:
     def _advance(self) -> None:
         """Do everything of `step` but delivering events."""
         self._wait()
-        for shard in self._shards:
-            self._book = shard.report(self._book)
-            self._choose(shard)
+        if not self._chosen:  # the last step was interrupted
+            self._choose()
         if self._timed:
             self._expire()
+        for shard in self._shards:
+            shard.free(self._book.made)
         while self._book.waiting and self.running < self.slots and (request := self._next()):
             self._admit(request)
         for _ in range(self.blocks_per_step):
@@ -267,6 +269,7 @@ class BatchDecoder:
         for shard in self._shards:
             shard.soon = 0
         self._roomiest().soon = max((len(request.prompt.ids) for request in self._book.reading), default=0)
+        self._chosen = False
         if self._threads is None:
             self._shards[0].run(self._book.made)
         else:
@@ -277,13 +280,14 @@ class BatchDecoder:
             wait(running)
             for done in running:
                 done.result()
-        for shard in self._shards:
-            self._book = shard.report(self._book)
+        self._choose()
+        self._chosen = True
 
-    def _choose(self, shard: Shard) -> None:
-        """Choose tokens for the rows of a shard whose logits are there, and evict those that have ended."""
-        self._book = shard.choose(self._book)
-        shard.free(self._book.made)
+    def _choose(self) -> None:
+        """Choose tokens for the rows whose logits are there, and evict those that have ended."""
+        for shard in self._shards:
+            self._book = shard.choose(shard.report(self._book))
+            shard.free(self._book.made)
 
     def _roomiest(self) -> Shard:
         return max(self._shards, key=lambda shard: shard.room)
@@ -315,7 +319,8 @@ class BatchDecoder:
         self._book, request.row, prompt = self._book.seated(request), None, request.prompt
         if prompt.choices == 1 or not any(other.prompt is prompt for other in self._book.waiting):
             prompt.start, prompt.done, prompt.shared = None, None, 0
-        self._choose(shard)
+        self._book = shard.choose(self._book)
+        shard.free(self._book.made)
 
     def _read_block(self, request: Request) -> None:
         """Read a block of a prompt that is iterated; after the last one the request has its row."""
