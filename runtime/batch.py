@@ -268,7 +268,8 @@ class BatchDecoder:
                 self._read_block(self._book.reading[0])
         for shard in self._shards:
             shard.soon = 0
-        self._roomiest().soon = max((len(request.prompt.ids) for request in self._book.reading), default=0)
+        if self._book.reading:
+            self._roomiest().soon = max(len(request.prompt.ids) for request in self._book.reading)
         self._chosen = False
         if self._threads is None:
             self._shards[0].run(self._book.made)

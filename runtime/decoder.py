@@ -30,7 +30,7 @@ from .generation import Continuation, Event, Generation
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
 from .owner import ModelFingerprint, Owner
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, resolve, reused, shared_tokens
-from .sampling import SamplingArguments, log_normalizers
+from .sampling import SamplingArguments, log_normalizers, top_logprobs
 from .state import Content, DecodeState, Reading
 
 
@@ -221,8 +221,9 @@ class Decoder:
                 self.check_own(state)
                 logits = state.row_logits(0)  # (V)
                 full = state.row_lengths[0] == state.capacity
-                normalizer = log_normalizers(logits[None])[0]
-                event = continuation.take(continuation.choose(logits), logits, normalizer, state.prefill, full)
+                token, normalizer = continuation.choose(logits), log_normalizers(logits[None])[0]
+                top = top_logprobs(logits[: options.choices], normalizer, options.logprobs) if options.logprobs else ()
+                event = continuation.take(token, logits.item(token) - normalizer, top, state.prefill, full)
                 reason = event.finish_reason
                 yield continuation.emit(state, event, full)
         except BaseException:

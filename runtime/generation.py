@@ -17,7 +17,7 @@ from lrt_deploy.text.text_stream import TextStream
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, PrefillReport
 
-from .sampling import Sampler, SamplingOptions, TokenLogprob, top_logprobs
+from .sampling import Sampler, SamplingOptions, TokenLogprob
 from .state import DecodeState
 
 FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
@@ -144,11 +144,10 @@ class Continuation:
         """Choose the next token from logits (V), among those that have a text."""
         return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made)
 
-    def take(self, token: int, logits: FloatArray, normalizer: float, prefill: PrefillReport, full: bool) -> Event:
-        """Append a token chosen from logits (V) and return its event; `full`: the state has no room for it.
-
-        `normalizer` is the log-sum-exp of the logits.
-        """
+    def take(
+        self, token: int, logprob: float, top: tuple[TokenLogprob, ...], prefill: PrefillReport, full: bool
+    ) -> Event:
+        """Append a chosen token and return its event; `full` says that the state has no room for it."""
         options, made = self.options, self.made + 1
         self.made = -1  # until all of it is done
         self.history.append(token)
@@ -160,8 +159,7 @@ class Continuation:
         if reason is not None and reason != "stop_string" and self._stream:
             text += self._stream.finish()
         self.made = made
-        top = top_logprobs(logits[: options.choices], normalizer, options.logprobs) if options.logprobs else ()
-        return Event(token, text, reason, prefill, logits.item(token) - normalizer, top, stop)
+        return Event(token, text, reason, prefill, logprob, top, stop)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
         """Return the event, in one step with appending its token to the state where there is room."""

@@ -158,12 +158,12 @@ class Shard:
 
     def choose(self, book: Book) -> Book:
         """Choose a token for every row whose logits are there, and score the tokens of prompts that were read."""
-        requests, lengths = self.requests, self.state.row_lengths
-        ready = []
+        requests, lengths, made, ready = self.requests, self.state.row_lengths, dict(book.made), []
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-            if request.number not in book.made:
+            count = made.get(request.number)
+            if count is None:
                 continue
-            if length == request.continuation.read + book.made[request.number]:
+            if length == request.continuation.read + count:
                 ready.append(row)
             elif request.prompt.needs_score(length):
                 request.prompt.score(length, self.state.row_logits(row))
@@ -173,30 +173,32 @@ class Shard:
         tokenizer = self.decoder.tokenizer
         choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
         largest, normalizers = logits[:, :choices].argmax(axis=1).tolist(), log_normalizers(logits)
-        made, events = dict(book.made), []
+        capacity, events = self.state.capacity, []
         for i, row in enumerate(ready):
-            request, full = requests[row], lengths[row] == self.state.capacity
-            count, continuation = made[request.number], request.continuation
+            request, full = requests[row], lengths[row] == capacity
+            number, continuation, report = request.number, request.continuation, request.prompt.report
+            assert report is not None
+            count = made[number]
             continuation.resume(count)
             if count == 0:
                 self._share(row, request, book)
             if continuation.options.max_new_tokens == 0:
-                assert request.prompt.report is not None
-                event = Event(NO_TOKEN, "", "length", request.prompt.report, 0.0)
+                event = Event(NO_TOKEN, "", "length", report, 0.0)
             else:
                 token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
-                assert request.prompt.report is not None
-                event = continuation.take(token, logits[i], normalizers[i], request.prompt.report, full)
+                logprob, more = logits.item(i, token) - normalizers[i], continuation.options.logprobs
+                top = top_logprobs(logits[i, :choices], normalizers[i], more) if more else ()
+                event = continuation.take(token, logprob, top, report, full)
                 if request.latent_cosine:
                     event = replace(event, latent_cosine=self.state.latent_cosine(row))
             if count == 0 and request.prompt.top is not None:
                 event = replace(event, prompt_logprobs=request.prompt.scored())
-            made[request.number] += 1
+            made[number] = count + 1
             if event.finish_reason is not None:
-                del made[request.number]
+                del made[number]
                 if request.keep_state:
                     event = replace(event, state=self._kept(row, event, full))
-            events.append(BatchEvent(request.number, event))
+            events.append(BatchEvent(number, event))
         return book._replace(made=made, events=(*book.events, *events))
 
     def _share(self, row: int, request: Request, book: Book) -> None:

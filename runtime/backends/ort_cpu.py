@@ -234,14 +234,17 @@ class OrtCpuBuffers(StateBuffers):
         self._growing = None
 
     def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
-        """Fill the next cache of the size that rows of these lengths need; after the last one, change to that size.
+        """Fill the next cache of the size that rows of these lengths need, and change to that size when it is needed.
 
         Begins as many steps before the caches are full as there are caches. When they shrink, the memory of the large
         ones is kept for the next time: fresh pages cost most of growing.
         """
-        end = min(max(soon, max(lengths, default=0)) + 2 + len(self._caches), self.capacity)
-        resized, room = self._resized, min(room_for(end), self.capacity)
+        longest = max(soon, max(lengths, default=0))
+        end, resized = min(longest + 2 + len(self._caches), self.capacity), self._resized
         if resized is None or end > resized.room:
+            if end <= self._bound.room < 2 * end:  # no cache for `end` has fewer slots
+                return
+            room = min(room_for(end), self.capacity)
             if end <= self._bound.room < 2 * room:
                 return
             self._resized = resized = _Resized(room, {}, [self.capacity] * self.batch)
@@ -252,6 +255,8 @@ class OrtCpuBuffers(StateBuffers):
                 new[row, :, :length] = old[row, :, :length]
             resized.caches[name] = new
             return
+        if self._bound.room < resized.room and longest < self._bound.room:
+            return  # steps cost more with larger caches
         for name, new in resized.caches.items():
             for row, (start, length) in enumerate(zip(resized.written, lengths, strict=False)):
                 new[row, :, start:length] = self._caches[name][row, :, start:length]
