@@ -455,6 +455,20 @@ def test_caches_shrink_when_the_longest_row_has_left(one, work):
         assert [event.event for event in events if event.request == number] == alone(one, prompt, budget, stop_ids=[])
 
 
+def test_caches_shrink_when_a_row_has_left_for_which_they_were_to_grow(one):
+    state, alone = one.prefill([[1] * 90, [2, 3]], policy="stepwise"), one.prefill([[2, 3]], policy="stepwise")
+    while state.lengths[0] < 95:
+        state.fit()
+        assert np.abs(one.step(state, [7, 8])[1] - one.step(alone, [8])[0]).max() < 1e-4
+    buffers = state.buffers
+    assert buffers._resized.room > buffers._bound.room
+    state.drop(0)
+    for _ in range(2 * one.config.n_layer + 2):
+        state.fit()
+        assert np.abs(one.step(state, [9]) - one.step(alone, [9])).max() < 1e-4
+    assert buffers._bound.room <= 64
+
+
 def test_rows_that_come_go_and_move_while_caches_change_their_size_give_what_they_give_alone(one):
     draw = np.random.default_rng(5)
     lengths = draw.choice([1, 2, 5, 30, 60, 100], 40).tolist()

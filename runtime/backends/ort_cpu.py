@@ -241,7 +241,9 @@ class OrtCpuBuffers(StateBuffers):
         """
         longest = max(soon, max(lengths, default=0))
         end, resized = min(longest + 2 + len(self._caches), self.capacity), self._resized
-        if resized is None or end > resized.room:
+        if resized is not None and (end > resized.room or end <= self._bound.room < resized.room):
+            self._resized = resized = None  # the rows are others now
+        if resized is None:
             if end <= self._bound.room < 2 * end:  # no cache for `end` has fewer slots
                 return
             room = min(room_for(end), self.capacity)
