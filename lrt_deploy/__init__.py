@@ -8,7 +8,7 @@
             print(event.text)
 
 Functions: `export_bundle`, `build_engine`, `open_decoder`, `parity`. Classes: `Decoder`, `DecodeState`, `BatchDecoder`,
-`PromptCache`, `SamplingOptions`, `PrefillOptions`, `Event`. Errors: all are `LRTDeployError`.
+`PromptCache`, `SamplingOptions`, `PrefillOptions`, `Grammar`, `Event`. Errors: all are `LRTDeployError`.
 
 Importing this package is cheap: torch, onnx and onnxruntime are imported when a function needs them, torch only by
 exports and parity.
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .runtime.prompt_cache import PromptCache
     from .runtime.sampling import SamplingOptions
     from .runtime.state import DecodeState
+    from .text.grammar import Grammar
 
     __version__: str
 
@@ -70,6 +71,7 @@ __all__ = [
     "EngineError",
     "Event",
     "ExportError",
+    "Grammar",
     "InputError",
     "LRTDeployError",
     "NonFiniteError",
@@ -91,6 +93,7 @@ _LAZY = {
     "DecodeState": "runtime.state",
     "Decoder": "runtime.decoder",
     "Event": "runtime.generation",
+    "Grammar": "text.grammar",
     "PrefillOptions": "runtime.prefill",
     "PromptCache": "runtime.prompt_cache",
     "SamplingOptions": "runtime.sampling",

@@ -97,12 +97,13 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-Extra = Literal["export", "serve", "bench", "report", "tensorrt", "tensorrt-rtx"]
+Extra = Literal["export", "serve", "grammar", "bench", "report", "tensorrt", "tensorrt-rtx"]
 
 # The modules that each extra brings, in the order in which people would look for them.
 MODULES: dict[Extra, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnxscript", "onnx_ir"),
     "serve": ("starlette", "uvicorn"),
+    "grammar": ("llguidance",),
     "bench": ("matplotlib",),
     "report": ("jinja2", "matplotlib"),
     "tensorrt": ("tensorrt", "polygraphy", "onnx", "onnx_ir"),

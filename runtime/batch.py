@@ -25,6 +25,7 @@ import numpy as np
 
 from lrt_deploy.arguments import LARGEST_COUNT, check_flag, check_is, check_number, check_whole
 from lrt_deploy.errors import Busy, InputError, LRTDeployError, StateError
+from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.types import PrefillPolicy
 
 from .decoder import Decoder
@@ -54,6 +55,7 @@ class RequestOptions(SamplingArguments, total=False):
     priority: int
     deadline_s: float | None
     latent_cosine: bool
+    grammar: Grammar | None
 
 
 class Iterated(NamedTuple):
@@ -154,6 +156,7 @@ class BatchDecoder:
         priority: int = 0,
         deadline_s: float | None = None,
         latent_cosine: bool = False,
+        grammar: Grammar | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> int | list[int]:
         """Queue a request, options as in `Decoder.generate`; returns its number.
@@ -176,7 +179,7 @@ class BatchDecoder:
         InputError for options that cannot be used, and StateError for a prompt beyond the capacity.
         """
         vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
-        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, dict(sampling))
+        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, sampling, grammar)
         reading = PrefillRequest.of(policy, tolerance, self.decoder.config.memory, self.decoder.precision)
         n = check_whole(n, "n", 1, _MOST_CHOICES)
         check_flag(keep_state, "keep_state")

@@ -21,6 +21,7 @@ from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.backends.select import choose
+from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
@@ -176,6 +177,7 @@ class Decoder:
         tolerance: float | None = None,
         reuse: bool = False,
         logprobs: int | None = None,
+        grammar: Grammar | None = None,
         **sampling: Unpack[SamplingArguments],
     ) -> Iterator[Event]:
         """Continue a prompt (text, or token ids taken as they are), yielding one event per token as it is chosen.
@@ -183,13 +185,14 @@ class Decoder:
         `state` continues an existing state of one sequence; without a prompt (None) from where it stands, with `reuse`
         as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
-        `logprobs` is how many of the likeliest tokens each event lists. Sampling options: temperature, top_k, top_p,
+        `logprobs` is how many of the likeliest tokens each event lists. The text of an answer that ends with the finish
+        reason `stop_token` or `grammar` matches `grammar` as a whole. Sampling options: temperature, top_k, top_p,
         min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, logit_bias; see `SamplingOptions`.
         Random numbers start again with each call: with one seed, two calls draw the same numbers.
         """
         check_whole(max_new_tokens, "max_new_tokens", 1)
         vocabulary = (self.tokenizer, self.config.vocab_size)
-        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, sampling)
+        options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, sampling, grammar)
         check_flag(reuse, "reuse")
         if state is not None:
             check_is(state, DecodeState, "state")

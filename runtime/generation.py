@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from lrt_deploy.arguments import check_texts, check_whole
+from lrt_deploy.arguments import check_is, check_texts, check_whole
 from lrt_deploy.errors import InputError
+from lrt_deploy.text.grammar import Grammar, Matcher
 from lrt_deploy.text.prompts import check_ids
 from lrt_deploy.text.text_stream import TextStream
 from lrt_deploy.text.tokenizer import Tokenizer
@@ -20,7 +21,7 @@ from lrt_deploy.types import FloatArray, PrefillReport
 from .sampling import Sampler, SamplingOptions, TokenLogprob
 from .state import DecodeState
 
-FinishReason = Literal["stop_token", "stop_string", "length", "capacity"]
+FinishReason = Literal["stop_token", "stop_string", "grammar", "length", "capacity"]
 NO_TOKEN = -1  # in the event of a request for no tokens
 
 
@@ -41,13 +42,13 @@ class Event:
 
     `text` is the text that is final after this token: whole UTF-8 characters that cannot begin a stop string. It may be
     empty, and that of the last event may belong to earlier tokens too. `finish_reason` is set on the last event: a stop
-    token (the event's token, without text), a stop string, `max_new_tokens` (length) or a full state (capacity). `stop`
-    is the token id or the string that matched. `logprob` is the natural log-probability of the token under the model's
-    own logits, before temperature, penalties and cuts; `top_logprobs` those of the likeliest tokens, the likeliest
-    first, as many as were asked for. `prompt_logprobs` is on the first event, and `state` on the last, where a batch
-    was asked for them: one entry for each token of the prompt, and the state that holds every token. `latent_cosine`,
-    too, is what a batch can be asked for: the cosine of the latent that the token was chosen from and the one before
-    it, None where there is no other one.
+    token (the event's token, without text), a stop string, a grammar that allows nothing more (grammar),
+    `max_new_tokens` (length) or a full state (capacity). `stop` is the token id or the string that matched. `logprob`
+    is the natural log-probability of the token under the model's own logits, before temperature, penalties, grammar
+    and cuts; `top_logprobs` those of the likeliest tokens, the likeliest first, as many as were asked for.
+    `prompt_logprobs` is on the first event, and `state` on the last, where a batch was asked for them: one entry for
+    each token of the prompt, and the state that holds every token. `latent_cosine`, too, is what a batch can be asked
+    for: the cosine of the latent that the token was chosen from and the one before it, None where there is no other one.
     """
 
     token: int
@@ -72,6 +73,7 @@ class Generation:
     tokenizer: Tokenizer | None
     sampler: Sampler
     logprobs: int = 0  # alternatives of each token
+    grammar: Grammar | None = None
 
     @classmethod
     def of(
@@ -81,6 +83,7 @@ class Generation:
         stops: tuple[Sequence[int] | None, Sequence[str]],
         logprobs: int | None,
         sampling: Mapping[str, object],
+        grammar: Grammar | None = None,
     ) -> Generation:
         """Check a caller's options and fill in the defaults.
 
@@ -88,6 +91,8 @@ class Generation:
         strings.
         """
         (tokenizer, vocab_size), (stop_ids, stop_strings) = vocabulary, stops
+        if grammar is not None:
+            _check_grammar(check_is(grammar, Grammar, "grammar"), tokenizer, stops)
         if tokenizer is None and check_texts(stop_strings, "stop strings"):
             raise InputError("stop strings need a tokenizer, and this bundle has none; use stop token ids")
         if stop_ids is None:
@@ -102,7 +107,8 @@ class Generation:
             TextStream(tokenizer.token_bytes_of, stop_strings)  # checks them
         count = 0 if logprobs is None else check_whole(logprobs, "logprobs", 0, vocab_size)
         max_new_tokens = check_whole(max_new_tokens, "max_new_tokens", 0)
-        return cls(max_new_tokens, frozenset(stop_ids), tuple(stop_strings), tokenizer, Sampler(options), count)
+        ids, strings = frozenset(stop_ids), tuple(stop_strings)
+        return cls(max_new_tokens, ids, strings, tokenizer, Sampler(options), count, grammar)
 
     @property
     def choices(self) -> int | None:
@@ -112,6 +118,22 @@ class Generation:
     def stream(self) -> TextStream | None:
         """Start a stream of text, where there is a tokenizer."""
         return TextStream(self.tokenizer.token_bytes_of, self.stop_strings) if self.tokenizer else None
+
+    def matcher(self) -> Matcher | None:
+        """Start a match of the grammar, where there is one."""
+        return Matcher(self.grammar, self.tokenizer) if self.grammar and self.tokenizer else None
+
+
+def _check_grammar(
+    grammar: Grammar, tokenizer: Tokenizer | None, stops: tuple[Sequence[int] | None, Sequence[str]]
+) -> None:
+    """Compile a grammar; raises InputError for one that cannot be used, or with other rules of where to stop."""
+    if tokenizer is None:
+        raise InputError("a grammar needs a tokenizer, and this bundle has none; export it with --tokenizer")
+    for name, given in (("stop_ids", stops[0] is not None), ("stop_strings", bool(stops[1]))):
+        if given:
+            raise InputError(f"{name} and a grammar exclude each other: an answer ends where its grammar ends")
+    grammar.check(tokenizer)
 
 
 class Continuation:
@@ -127,7 +149,8 @@ class Continuation:
         self.read, self._stream = len(self.history), options.stream()  # tokens that were there before
         sampling = options.sampler.options
         # Whether `choose` is argmax, which a batch computes for all rows together.
-        self.takes_the_largest = sampling.temperature == 0 and not sampling.change_logits
+        self._matcher = options.matcher()
+        self.takes_the_largest = sampling.temperature == 0 and not sampling.change_logits and self._matcher is None
 
     def resume(self, made: int) -> None:
         """Return to the state after `made` tokens, if an interrupt came while the next one was being taken."""
@@ -141,8 +164,9 @@ class Continuation:
         self._stream, self.made = stream, made
 
     def choose(self, logits: FloatArray) -> int:
-        """Choose the next token from logits (V), among those that have a text."""
-        return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made)
+        """Choose the next token from logits (V), among those that have a text and that the grammar allows."""
+        allowed = self._matcher.allowed(self.history[self.read :]) if self._matcher else None
+        return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made, allowed)
 
     def take(
         self, token: int, logprob: float, top: tuple[TokenLogprob, ...], prefill: PrefillReport, full: bool
@@ -178,4 +202,6 @@ class Continuation:
         if self._stream is None:
             return "", None, None
         text = self._stream.push(token)
+        if self._matcher is not None:
+            return text, "grammar" if self._matcher.ended(self.history[self.read :]) else None, None
         return (text, None, None) if self._stream.stopped is None else (text, "stop_string", self._stream.stopped)

@@ -118,12 +118,20 @@ class Sampler:
         self._start = np.random.PCG64(options.seed).state
         self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
 
-    def choose(self, logits: NDArray[np.float32], history: Sequence[int], index: int) -> int:
+    def choose(
+        self, logits: NDArray[np.float32], history: Sequence[int], index: int, allowed: _Ids | None = None
+    ) -> int:
         """Choose token number `index` from finite logits (V) of the tokens that may be chosen.
 
-        `history` is all tokens so far, of which the last `index` were chosen; penalties read it.
+        `history` is all tokens so far, of which the last `index` were chosen; penalties read it. `allowed` are the ids,
+        ascending, that a grammar leaves: the others are taken out after step 3, so that top-p counts what is left.
         """
         scores = self._changed(logits, history, index) if self.options.change_logits else logits
+        if allowed is not None:
+            return int(allowed[self._choose(scores[allowed], index)])
+        return self._choose(scores, index)
+
+    def _choose(self, scores: _Floats, index: int) -> int:
         if self.options.temperature == 0:
             return int(scores.argmax())
         ids, weights = self._kept(scores)

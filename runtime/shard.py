@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from lrt_deploy.errors import LRTDeployError, NonFiniteError
+from lrt_deploy.errors import InputError, LRTDeployError, NonFiniteError
 from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 
 from .decoder import Decoder
@@ -185,10 +185,15 @@ class Shard:
             if continuation.options.max_new_tokens == 0:
                 event = Event(NO_TOKEN, "", "length", report, 0.0)
             else:
-                token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
-                logprob, more = logits.item(i, token) - normalizers[i], continuation.options.logprobs
-                top = top_logprobs(logits[i, :choices], normalizers[i], more) if more else ()
-                event = continuation.take(token, logprob, top, report, full)
+                try:
+                    token = largest[i] if continuation.takes_the_largest else continuation.choose(logits[i])
+                    logprob, more = logits.item(i, token) - normalizers[i], continuation.options.logprobs
+                    top = top_logprobs(logits[i, :choices], normalizers[i], more) if more else ()
+                    event = continuation.take(token, logprob, top, report, full)
+                except InputError as error:  # a grammar that has become too costly
+                    del made[number]
+                    events.append(BatchEvent(number, error=error))
+                    continue
                 if request.latent_cosine:
                     event = replace(event, latent_cosine=self.state.latent_cosine(row))
             if count == 0 and request.prompt.top is not None:

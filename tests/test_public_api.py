@@ -21,7 +21,7 @@ ERRORS = {name for name, thing in vars(errors).items() if inspect.isclass(thing)
 NAMES = {
     *ERRORS,
     *("export_bundle", "build_engine", "open_decoder", "parity", "__version__"),
-    *("Decoder", "DecodeState", "BatchDecoder", "PromptCache", "SamplingOptions", "PrefillOptions", "Event"),
+    *("Decoder", "DecodeState", "BatchDecoder", "PromptCache", "SamplingOptions", "PrefillOptions", "Event", "Grammar"),
 }
 CLIENT = """
 import lrt_deploy

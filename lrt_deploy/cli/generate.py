@@ -5,15 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lrt_deploy import files
+from lrt_deploy.errors import InputError
 
 from . import options, output
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.generation import Event
+    from lrt_deploy.text.grammar import Grammar
     from lrt_deploy.types import PrefillReport
 
 
@@ -25,6 +30,10 @@ def generate(
         str | None, typer.Option(metavar="FILE", help="Prompt text from a file, - for stdin; its last newline is cut.")
     ] = None,
     tokens: options.Tokens = None,
+    json_schema: Annotated[
+        Path | None,
+        options.option("Text that is JSON under the schema in this file; needs llguidance.", "FILE", options.SAMPLING),
+    ] = None,
     generation: options.GenerationOptions,
     reading: options.PromptOptions,
     opening: options.DecoderOptions,
@@ -35,16 +44,17 @@ def generate(
     if chosen is None:
         raise typer.BadParameter("a prompt is missing; give --prompt, --prompt-file or --tokens")
     cache = reading.open_cache()
+    arguments = generation.arguments() | ({} if json_schema is None else {"grammar": read_schema(json_schema)})
     with opening.open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
 
         def events() -> Iterator[Event]:  # lazily: the first token's time begins before the prompt is read
             if cache is None:
-                yield from decoder.generate(ids, **reading.arguments, **generation.arguments())
+                yield from decoder.generate(ids, **reading.arguments, **arguments)
             else:
                 state = cache.prefill(decoder, ids, **reading.arguments)
-                yield from decoder.generate(None, state=state, **generation.arguments())
+                yield from decoder.generate(None, state=state, **arguments)
 
         for event in answer.timed(events()):
             if not json:
@@ -57,6 +67,13 @@ def generate(
         output.say(summary(report))
         if note := report["prefill"]["note"]:
             output.say(f"prefill: {note}")
+
+
+def read_schema(path: Path) -> Grammar:
+    """Read a JSON schema from a file."""
+    from lrt_deploy.text.grammar import MAX_SCHEMA_BYTES, Grammar
+
+    return Grammar.json_schema(files.read_text(path, "the JSON schema", InputError, 4 * MAX_SCHEMA_BYTES))
 
 
 @dataclass

@@ -104,7 +104,7 @@ class Tokenizer:
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self._tokens = vocabulary.tokens
+        self._vocabulary, self._tokens = vocabulary, vocabulary.tokens
         self._splitter = Splitter(vocabulary.pattern)
         self._pairs = BytePairs(vocabulary.ids, vocabulary.merges, vocabulary.whole)
         self._cache: dict[str, list[int]] = {}
@@ -152,6 +152,10 @@ class Tokenizer:
     def stop_ids(self) -> frozenset[int]:
         """Ids of the tokens that end an answer; all others, special or not, are output."""
         return frozenset(self.special_tokens[name] for name in (ASSISTANT_END, BOS) if name in self.special_tokens)
+
+    def to_json(self) -> str:
+        """Return the text of a `tokenizer.json` of this tokenizer."""
+        return tokenizer_file.to_json(self._vocabulary)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of ordinary text; the name of a special token in it is text like any other."""

@@ -17,7 +17,7 @@ from lrt_deploy.types import PrefillReport
 from .engine import Delivery
 from .openai_api import Call
 
-_REASONS = {"stop_token": "stop", "stop_string": "stop", "length": "length", "capacity": "length"}
+_REASONS = {"stop_token": "stop", "stop_string": "stop", "grammar": "stop", "length": "length", "capacity": "length"}
 
 
 class Scored(NamedTuple):

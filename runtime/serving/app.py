@@ -31,7 +31,7 @@ from . import page
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
-from .openai_api import Api, ApiError, Call, Failure, json_value
+from .openai_api import Api, ApiError, Call, Failure, json_value, takes_long
 
 MAX_BODY_BYTES = 4 * 2**20
 SEND_SECONDS = 60.0  # a client that takes nothing of a stream for so long has left
@@ -43,6 +43,7 @@ _LEFT = 499  # the status that the log shows for a client that has gone
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
 
 _LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
+_GRAMMARS = ThreadPoolExecutor(2, "compiling")
 
 _Parsed = TypeVar("_Parsed")
 
@@ -321,12 +322,16 @@ async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Pars
     """Read a body and parse it."""
     data = await _body(request)
 
-    def run() -> _Parsed:
-        return parse(json_value(data))
-
+    loop = asyncio.get_running_loop()
     if len(data) < _LONG_BODY_BYTES:
-        return run()
-    return await asyncio.get_running_loop().run_in_executor(_LONG_BODIES, run)
+        body = json_value(data)
+    else:
+        body = await loop.run_in_executor(_LONG_BODIES, json_value, data)
+    if takes_long(body):
+        return await loop.run_in_executor(_GRAMMARS, parse, body)
+    if len(data) < _LONG_BODY_BYTES:
+        return parse(body)
+    return await loop.run_in_executor(_LONG_BODIES, parse, body)
 
 
 async def _body(request: Request) -> bytes:

@@ -13,7 +13,7 @@ import math
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
@@ -27,6 +27,7 @@ from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.generation import Generation
 from lrt_deploy.runtime.prefill import PrefillRequest
 from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
+from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.text.text_stream import TextStream
 from lrt_deploy.types import PrefillPolicy
@@ -49,6 +50,7 @@ _SHORT_CHAT = (
 )
 
 _Body = TypeVar("_Body", bound=msgspec.Struct)
+_Checked = TypeVar("_Checked")
 _Number = float | None
 
 
@@ -92,6 +94,8 @@ class _Fields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
     ignore_eos: bool | None = None
+    response_format: dict[str, Any] | None = None
+    guided_regex: str | None = None
     prefill: str | None = None
     tolerance: _Number = None
     lrt: LatentFields | None = None
@@ -136,9 +140,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
     "guided_json": (None,),
-    "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "modalities": (None, ["text"]),
@@ -449,12 +451,20 @@ class Api:
         latent_cosine = fields.lrt is not None and fields.lrt.latent_cosine
         if latent_cosine and not memory:
             raise ApiError("lrt.latent_cosine is true, and this model carries no latent state", "lrt.latent_cosine")
+        grammar = _grammar(fields)
+        if grammar is not None:
+            param, found = grammar
+            for name in ("stop", "ignore_eos"):
+                if getattr(fields, name):
+                    raise ApiError(f"{name} and {param} exclude each other: an answer ends where its form ends", name)
+            _checked(param, lambda: found.check(self.tokenizer))
         return {
             "latent_cosine": latent_cosine,
             "stop_strings": tuple(stops),
             "stop_ids": [] if fields.ignore_eos else None,
             "policy": policy,
             "tolerance": tolerance,
+            **({"grammar": grammar[1]} if grammar else {}),
             **sampling,
         }
 
@@ -482,6 +492,34 @@ def _fields_of(kind: type[_Body], body: object) -> _Body:
         raise ApiError(str(error), _named(str(error))) from error
 
 
+def takes_long(body: object) -> bool:
+    """Return whether parsing a body compiles a grammar, which may take seconds."""
+    return isinstance(body, dict) and any(body.get(name) is not None for name in ("response_format", "guided_regex"))
+
+
+def _grammar(fields: _Fields) -> tuple[str, Grammar] | None:
+    """Return the form that the answer must have, and the field that says so."""
+    form, regex, found = fields.response_format, fields.guided_regex, []
+    if regex is not None:
+        found.append(("guided_regex", _checked("guided_regex", lambda: Grammar.regex(regex))))
+    kind = "text" if form is None else form.get("type")
+    if kind == "json_object":
+        found.append(("response_format", Grammar.json_schema({"type": "object"})))
+    elif kind == "json_schema":
+        assert form is not None
+        name, described = "response_format.json_schema", form.get("json_schema")
+        if not isinstance(described, dict) or not isinstance(schema := described.get("schema"), dict):
+            raise ApiError(f"{name} is {shown(described)}, expected an object with a JSON schema in schema", name)
+        name += ".schema"
+        found.append((name, _checked(name, lambda: Grammar.json_schema(schema))))
+    elif kind != "text":
+        known = "expected text, json_object or json_schema"
+        raise ApiError(f"response_format.type is {shown(kind)}, {known}", "response_format.type")
+    if len(found) > 1:
+        raise ApiError("guided_regex and response_format exclude each other; give one of them", "guided_regex")
+    return found[0] if found else None
+
+
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
     """Return the logit bias by token id; keys of JSON objects are texts."""
     for token in given:
@@ -490,10 +528,10 @@ def _biases(given: Mapping[str, float]) -> dict[int, float]:
     return {int(token): bias for token, bias in given.items()}
 
 
-def _checked(param: str | None, check: Any) -> None:  # noqa: ANN401 - a function without arguments
+def _checked(param: str | None, check: Callable[[], _Checked]) -> _Checked:
     """Call `check`; what it says of a wrong value is the answer."""
     try:
-        check()
+        return check()
     except InputError as error:
         raise ApiError(str(error), param or _named(str(error))) from error
 

@@ -193,7 +193,7 @@ WRONG = [
     ({"prompt": "a", "prefill": "fast"}, "prefill"),
     ({"prompt": "a", "tolerance": -1}, "tolerance"),
     ({"prompt": "a", "suffix": "b"}, "suffix"),
-    ({"prompt": "a", "response_format": {"type": "json_object"}}, "response_format"),
+    ({"prompt": "a", "guided_json": {"type": "object"}}, "guided_json"),
     ({"messages": []}, "messages"),
     ({"messages": "hello"}, "messages"),
     ({"messages": [{"role": "user"}]}, "messages[0].content"),

@@ -20,7 +20,7 @@ def blocks(document, language):
     return [body for kind, body in FENCE.findall((ROOT / document).read_text()) if kind == language]
 
 
-@pytest.mark.parametrize(("document", "count"), [("README.md", 1), ("docs/serving.md", 4)])
+@pytest.mark.parametrize(("document", "count"), [("README.md", 1), ("docs/serving.md", 5)])
 def test_the_calls_of_the_documents_are_answered(server, document, count):
     lines = [line[2:] for body in blocks(document, "console") for line in body.splitlines() if line.startswith("$ ")]
     assert any(line.startswith("lrt-deploy serve my-bundle --port 8000") for line in lines)
