@@ -48,7 +48,7 @@ class Event:
     and cuts; `top_logprobs` those of the likeliest tokens, the likeliest first, as many as were asked for.
     `prompt_logprobs` is on the first event, and `state` on the last, where a batch was asked for them: one entry for
     each token of the prompt, and the state that holds every token. `latent_cosine`, too, is what a batch can be asked
-    for: the cosine of the latent that the token was chosen from and the one before it, None where there is no other one.
+    for: the cosine of the latent that the token was chosen from and the one before it, None where there is none.
     """
 
     token: int
