@@ -120,7 +120,8 @@ def listen(host: str, port: int) -> socket.socket:
     """Bind a socket; port 0 takes a free one. Raises InputError with the system's reason."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        found = socket.socket(family, socket.SOCK_STREAM)
+        # asyncio sends small packets at once (TCP_NODELAY) only where the protocol is named.
+        found = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
     except (OSError, OverflowError) as error:

@@ -145,3 +145,14 @@ def test_a_client_that_takes_too_little_is_dropped_before_much_waits_for_it(loca
         time.sleep(0.01)
     never.close()
     assert server.complete({}).status == 200
+
+
+def test_small_answers_are_sent_at_once(local):
+    server = local()
+    with socket.create_connection(("127.0.0.1", server.port)):
+        until = time.monotonic() + 60
+        while not server.server._transports:
+            assert time.monotonic() < until
+        (transport,) = server.server._transports.values()
+        accepted = transport.get_extra_info("socket")
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
