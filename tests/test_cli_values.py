@@ -182,6 +182,7 @@ def test_a_row_of_bench_fits_80_columns():
         {
             "tokens": 2048, "policy": policy, "stride": stride, "ran": policy, "seconds": 99.9999,
             "speedup": 99.99, "passes": 99.99, "max_abs_latent_error": 1e-3, "kl": 1e-9, "note": None,
+            "auto": True,
         }
         for policy, stride in (("fixed-point", 16), ("fixed-point", None), ("zero", None))
     ]  # fmt: skip

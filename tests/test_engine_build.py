@@ -186,7 +186,7 @@ def test_full_tensorrt_takes_its_own_way_through_the_builder(bundle):
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
         assert result.returncode == expected, result.stderr
         if gpu == "none":
-            assert "tensorrt builds for the GPU that it runs on, and here is no GPU" in result.stderr
+            assert "tensorrt builds for the GPU that it runs on, and there is none here" in result.stderr
             assert not (engines / "tensorrt-fp32").exists()
     sidecar = read_sidecar(engines / "tensorrt-fp32" / PLAN)
     assert (sidecar.backend, sidecar.tensorrt_version) == ("tensorrt", "11.4.0")

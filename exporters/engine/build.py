@@ -289,7 +289,7 @@ def _compute_capabilities(library: TensorRTLibrary) -> tuple[str, ...]:
         return _RTX_CAPABILITIES
     gpu, reason = find_gpu()
     if gpu is None:
-        raise EngineError(f"{library.backend} builds for the GPU that it runs on, and here is {reason}")
+        raise EngineError(f"{library.backend} builds for the GPU that it runs on, and there is none here: {reason}")
     return (gpu.capability_text,)
 
 

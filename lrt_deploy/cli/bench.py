@@ -77,11 +77,13 @@ def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
         latent = "" if row["max_abs_latent_error"] is None else f"  latent {row['max_abs_latent_error']:7.1e}"
         error = "" if row["policy"] == "stepwise" else f"{latent}  KL {row['kl']:7.1e}"
         ran = "" if row["ran"] == row["policy"] else f"  ({row['note']})"
-        ran += "  <- auto" if row["auto"] else ""
         name = row["policy"] if row["stride"] is None else f"stride {row['stride']}"
+        name += "*" if row["auto"] else ""
         rows[f"{row['tokens']} {name}"] = (
-            f"{row['seconds'] * 1e3:8.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
+            f"{row['seconds'] * 1e3:7.1f} ms  {row['speedup']:5.2f}x  {row['passes']:5.2f} passes{error}{ran}"
         )
+    if any(row["auto"] for row in fields["prefill"]):
+        rows["*"] = "what auto takes"
     if left_out := fields["prefill_lengths_left_out"]:
         rows["left out"] = f"{', '.join(map(str, left_out))} tokens do not fit"
     return rows | ({"plot": fields["plot"]} if fields["plot"] else {})
