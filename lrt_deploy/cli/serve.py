@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 API_KEY = "LRT_DEPLOY_API_KEY"
 MAX_WAITING = 256
+_FLUSH_SECONDS = 0.2  # for the last line before the process is ended
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -100,12 +102,13 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Serve a bundle over HTTP with OpenAI's API. With --json the address is printed as one document."""
-    from lrt_deploy.runtime.serving.app import AppOptions
+    from lrt_deploy.runtime.serving.app import AppOptions, Log
     from lrt_deploy.runtime.serving.server import Server, listen
 
+    log = Log()
     with listen(server.host, server.port) as listener, opening.open(bundle) as decoder:
-        engine, checked = engine_of(decoder, bundle, api, server.max_waiting)
-        running = Server(engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ())))
+        engine, checked = engine_of(decoder, bundle, api, server.max_waiting, log.put)
+        running = Server(engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ()), log))
         address = f"[{server.host}]" if ":" in server.host else server.host
         about = {
             "url": f"http://{address}:{listener.getsockname()[1]}",
@@ -118,7 +121,7 @@ def serve(
         def started() -> None:
             if json:
                 output.document(about)
-            output.say("serving {model} on {url} ({backend}, {precision}, {slots} slots)".format(**about))
+            log.put("serving {model} on {url} ({backend}, {precision}, {slots} slots)".format(**about))
 
         async def run() -> None:
             _handle_signals(running, server.drain_seconds)
@@ -127,8 +130,14 @@ def serve(
         asyncio.run(run())
 
 
-def engine_of(decoder: Decoder, bundle: Path, api: ApiOptions, max_waiting: int = MAX_WAITING) -> tuple[Engine, Api]:
-    """Return an engine on a decoder, not started, and what checks requests to it."""
+def engine_of(
+    decoder: Decoder,
+    bundle: Path,
+    api: ApiOptions,
+    max_waiting: int = MAX_WAITING,
+    say: Callable[[str], None] = output.say,
+) -> tuple[Engine, Api]:
+    """Return an engine on a decoder, not started, and what checks requests to it. `say` shows notes to a person."""
     from lrt_deploy.runtime.serving import openai_api
     from lrt_deploy.runtime.serving.engine import Engine
     from lrt_deploy.runtime.serving.prefix_states import PrefixStates, StateFolder
@@ -136,7 +145,7 @@ def engine_of(decoder: Decoder, bundle: Path, api: ApiOptions, max_waiting: int 
     name = api.served_model_name or bundle.resolve().name
     settings = openai_api.ApiOptions(name, api.prefill, api.tolerance, api.implicit_bos, api.max_tokens_limit)
     checked = openai_api.Api(decoder, settings)
-    folder = None if api.state_dir is None else StateFolder(api.state_dir, output.say)
+    folder = None if api.state_dir is None else StateFolder(api.state_dir, say)
     return Engine(decoder, api.slots, max_waiting, PrefixStates(api.state_bytes), folder), checked
 
 
@@ -147,9 +156,10 @@ def _handle_signals(server: Server, drain_seconds: float) -> None:
     def on_signal(number: int) -> None:
         received.append(number)
         if len(received) > 1:
-            output.say(f"ended by a second {signal.Signals(number).name}; running answers are lost")
+            server.log.put(f"ended by a second {signal.Signals(number).name}; running answers are lost")
+            server.log.flush(_FLUSH_SECONDS)
             os._exit(128 + number)
-        output.say(
+        server.log.put(
             f"{signal.Signals(number).name}: draining for at most {drain_seconds:g} s; a second one ends at once"
         )
         server.drain(drain_seconds)

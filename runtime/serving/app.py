@@ -8,12 +8,16 @@ form, and in the middle of a stream as its last event.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
+import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -38,6 +42,7 @@ SEND_SECONDS = 60.0  # a client that takes nothing of a stream for so long has l
 _LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
 _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
+_MOST_LINES = 4096  # of the log that wait to be written
 _LEFT = 499  # the status that the log shows for a client that has gone
 # Without the key. The page has nothing of the model; it asks its user for the key.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
@@ -48,12 +53,71 @@ _GRAMMARS = ThreadPoolExecutor(2, "compiling")
 _Parsed = TypeVar("_Parsed")
 
 
+class Log:
+    """Write lines to a file descriptor, stderr's by default, in a thread of its own: no caller waits for a reader.
+
+    At most `most` lines wait. Further ones are dropped, and a line says how many when writing goes on.
+    """
+
+    def __init__(self, descriptor: int | None = None, most: int = _MOST_LINES) -> None:
+        self._descriptor = _stderr() if descriptor is None else descriptor
+        self._lines: queue.Queue[str | threading.Event] = queue.Queue(most)
+        self._lock = threading.Lock()  # of `_dropped` and `_thread`
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    def put(self, line: str | threading.Event) -> None:
+        """Write a line, or set an event when all lines before it were written; both may be dropped."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+                self._thread.start()
+            try:
+                self._lines.put_nowait(line)
+            except queue.Full:
+                self._dropped += isinstance(line, str)
+
+    def flush(self, seconds: float) -> None:
+        """Wait until all lines were written, at most so long."""
+        written = threading.Event()
+        self.put(written)
+        written.wait(seconds)
+
+    def _run(self) -> None:
+        while True:
+            line = self._lines.get()
+            if isinstance(line, threading.Event):
+                line.set()
+            else:
+                self._write(line)
+            with self._lock:
+                dropped, self._dropped = self._dropped, 0
+            if dropped:
+                self._write(f"{dropped} lines of the log were dropped here: stderr was not read")
+
+    def _write(self, line: str) -> None:
+        # Not sys.stderr: this thread would hold its lock while it waits, and the process could not end.
+        data = f"{line}\n".encode(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # stderr is closed
+            while data and self._descriptor is not None:
+                data = data[os.write(self._descriptor, data) :]
+
+
+def _stderr() -> int | None:
+    """Return the file descriptor of stderr; None if it is closed."""
+    try:
+        return None if sys.stderr is None else sys.stderr.fileno()
+    except (OSError, ValueError):
+        return None
+
+
 @dataclass(frozen=True)
 class AppOptions:
     """Options of the HTTP server."""
 
     api_key: str | None = None
     cors_origins: Sequence[str] = ()
+    log: Log = field(default_factory=Log)
 
 
 class Mailbox:
@@ -112,7 +176,7 @@ class App:
             *(Route(path, _file(file)) for path, file in page.FILES.items()),
         ]
         app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
-        app = Gate(app, options.api_key)
+        app = Gate(app, options)
         if options.cors_origins:
             app = CORSMiddleware(
                 app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -280,11 +344,12 @@ class Exchange(Response):
 class Gate:
     """Everything that comes before and after a request: the key, the log. A middleware."""
 
-    def __init__(self, app: ASGIApp, api_key: str | None) -> None:
-        self.app, self._expected = app, None if api_key is None else f"Bearer {api_key}".encode()
+    def __init__(self, app: ASGIApp, options: AppOptions) -> None:
+        self.app, self.log = app, options.log
+        self._expected = None if options.api_key is None else f"Bearer {options.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, and write a line about it to stderr."""
+        """Answer a request, and log a line about it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -308,14 +373,12 @@ class Gate:
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return hmac.compare_digest(given, self._expected)
 
-    @staticmethod
-    def _log(scope: Scope, entry: dict[str, Any], seconds: float) -> None:
+    def _log(self, scope: Scope, entry: dict[str, Any], seconds: float) -> None:
         if scope["path"] in _OPEN_PATHS and entry.get("status") == 200:
             return
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": _LEFT, **entry}
-        text = msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode()
-        sys.stderr.write(f"{text}\n")
+        self.log.put(msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode())
 
 
 async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:

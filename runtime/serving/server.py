@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +18,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lrt_deploy.errors import InputError
 
-from .app import App, AppOptions
+from .app import App, AppOptions, Log
 from .engine import Engine
 from .openai_api import Api
 
 KEEP_ALIVE_SECONDS = 620  # longer than a proxy keeps its idle connections, or it would use one that is closed
 _CLOSING_SECONDS = 2  # for connections when all requests have ended
+_FLUSH_SECONDS = 1  # for the last lines of the log
 _POLL_SECONDS = 0.02
 
 _Transports = dict[tuple[str, int], asyncio.Transport]
@@ -35,6 +37,18 @@ class _Uvicorn(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals to the command line."""
         yield
+
+
+class _LogHandler(logging.Handler):
+    """Passes uvicorn's errors to the log, so that they do not wait for a reader of stderr either."""
+
+    def __init__(self, log: Log) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log a record, with its traceback."""
+        self._log.put(self.format(record))
 
 
 def _protocol_of(transports: _Transports) -> type[asyncio.Protocol]:
@@ -58,7 +72,7 @@ class Server:
     """An engine behind HTTP. `run` returns when `drain` has ended it."""
 
     def __init__(self, engine: Engine, api: Api, options: AppOptions) -> None:
-        self.engine = engine
+        self.engine, self.log = engine, options.log
         self._transports: _Transports = {}
         self._app = App(engine, api, options, self._abort)
         self._draining: asyncio.Task[None] | None = None
@@ -85,6 +99,8 @@ class Server:
         """Serve on a bound socket; `started` is called when connections are accepted."""
         self._app.connect()
         self.engine.start()
+        handler, logger = _LogHandler(self.log), logging.getLogger("uvicorn.error")
+        logger.addHandler(handler)
         try:
             serving = asyncio.create_task(self._uvicorn.serve([listener]))
             while not (self._uvicorn.started or serving.done()):
@@ -93,6 +109,8 @@ class Server:
             await serving
         finally:
             self.engine.stop()
+            logger.removeHandler(handler)
+            self.log.flush(_FLUSH_SECONDS)
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones end for at most so many seconds, end the rest with an error, stop."""

@@ -49,12 +49,22 @@ class Reply:
 class Server:
     """`lrt-deploy serve` as a process."""
 
-    def __init__(self, bundle: Path, log: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        log: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+        stderr: int | None = None,
+    ) -> None:
         self.log = log
         command = [str(BIN / "lrt-deploy"), "serve", str(bundle), "--port", "0", "--json", "--threads", "1", *options]
-        with log.open("ab") as stderr:
+        with log.open("ab") as file:
             self.process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, env={**os.environ, **(environment or {})}
+                command,
+                stdout=subprocess.PIPE,
+                stderr=file if stderr is None else stderr,
+                env={**os.environ, **(environment or {})},
             )
         self.about = self._first_document()
         self.port = int(self.about["url"].rpartition(":")[2])

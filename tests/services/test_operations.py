@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+
+from lrt_deploy.runtime.serving.app import Log
 
 PROMPT = "import os\n"
 # 64 continuations of all the capacity: minutes of work, which nothing but a cancellation ends soon.
@@ -253,6 +256,47 @@ def test_each_request_is_one_json_line_on_stderr(server):
     (line,) = map(json.loads, lines)
     assert (line["path"], line["status"], line["prompt_tokens"], line["tokens"]) == ("/v1/completions", 200, 2, 3)
     assert line["ms"] > 0 and line["method"] == "POST"
+
+
+def test_a_stderr_that_nobody_reads_stops_neither_answers_nor_signals(launch):
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    servers = [launch("--drain-seconds", 1000, stderr=writing) for _ in range(2)]
+    for server in servers:
+        for _ in range(40):
+            assert server.get(f"/{'a' * 200}").status == 404
+    draining, ended = servers
+    draining.signal()
+    assert draining.wait() == 0
+    stream = ended.open_stream("/v1/completions", ENDLESS)
+    next(stream.events())
+    ended.signal()
+    while ended.get("/ready").status == 200:
+        time.sleep(0.01)
+    ended.signal()
+    assert ended.wait() == 143
+    stream.close()
+    os.close(reading)
+    os.close(writing)
+
+
+def test_lines_that_the_log_has_no_room_for_are_counted():
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    log = Log(writing, most=8)
+    for number in range(1000):
+        log.put(f"{number:099d}")
+    found, written, dropped = b"", 0, 0
+    while written + dropped < 1000:
+        found += os.read(reading, 65536)
+        lines = found.decode().splitlines() if found.endswith(b"\n") else []
+        notes = [line for line in lines if "dropped" in line]
+        written, dropped = len(lines) - len(notes), sum(int(line.split()[0]) for line in notes)
+    assert written + dropped == 1000 and dropped
+    log.put("again")
+    assert os.read(reading, 100) == b"again\n"
+    os.close(reading)
+    os.close(writing)
 
 
 def test_only_serve_loads_starlette_and_uvicorn(bundle, tmp_path):
