@@ -24,7 +24,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -175,7 +175,12 @@ class App:
             Route("/metrics", self.metrics),
             *(Route(path, _file(file)) for path, file in page.FILES.items()),
         ]
-        app: ASGIApp = Starlette(routes=routes, exception_handlers={404: _http_error, 405: _http_error, 500: _broken})
+        handlers: dict[Any, Callable[[Request, Exception], Awaitable[Response]]] = {
+            **dict.fromkeys((404, 405), _http_error),
+            500: _broken,
+            ClientDisconnect: _client_left,
+        }
+        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
         app = Gate(app, options)
         if options.cors_origins:
             app = CORSMiddleware(
@@ -445,6 +450,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "there is no" if status == 404 else f"{request.method} is not a method of"
     return _failure(ApiError(f"{what} {request.url.path[:200]}", None, status))
+
+
+async def _client_left(request: Request, error: Exception) -> Response:
+    """Answer a client that has left before its body was read: nothing is sent, the log has the status."""
+    return Response(status_code=_LEFT)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -59,6 +59,22 @@ def test_a_client_that_leaves_frees_its_slots_streaming_or_not(server):
         assert server.gauge("lrt_generated_tokens_total") - generated < 64 * 640
 
 
+def test_a_client_that_leaves_while_it_sends_its_body_is_a_499(launch):
+    server = launch()
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+        connection = server.connect()
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b'{"prompt": ')
+        time.sleep(0.1)  # the server waits for the rest
+        connection.close()
+    until = time.monotonic() + 60
+    while len(lines := [line for line in server.log.read_text().splitlines() if line.startswith("{")]) < 3:
+        assert time.monotonic() < until
+    assert [json.loads(line)["status"] for line in lines] == [499] * 3
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_slow_reader_costs_bounded_memory_and_nobody_elses_answer(server, decoder):
     expected = "".join(event.text for event in decoder.generate(PROMPT, 20))
     idle(server)
