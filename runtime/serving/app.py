@@ -38,7 +38,6 @@ from .metrics import CONTENT_TYPE, gauges, process_gauges
 from .openai_api import Api, ApiError, Call, Failure, json_value, takes_long
 
 MAX_BODY_BYTES = 4 * 2**20
-SEND_SECONDS = 60.0  # a client that takes nothing of a stream for so long has left
 _LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
 _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
@@ -187,6 +186,9 @@ class App:
                 app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
         self.asgi = app
+        self.answering = (
+            0  # requests that the engine has or had, and whose answers are not all handed to the connection
+        )
 
     def connect(self) -> None:
         """Let deliveries come to the running event loop."""
@@ -220,7 +222,8 @@ class App:
             return _failure(error)
         entry |= {"id": call.id, "prompt_tokens": call.prompt_tokens}
         answer = Answer(call, self.api.tokenizer)
-        return Exchange(answer, mailbox, entry, lambda: self.engine.cancel(ticket), lambda: self.abort(client))
+        exchange = Exchange(answer, mailbox, entry, lambda: self.engine.cancel(ticket))
+        return _Counted(self, exchange)
 
     # Everything else
 
@@ -273,6 +276,21 @@ class App:
         return Response("\n".join(lines) + "\n", headers={"content-type": CONTENT_TYPE})
 
 
+class _Counted(Response):
+    """A response that the app counts in `answering` until it has ended."""
+
+    def __init__(self, app: App, response: Response) -> None:
+        self._app, self._response, self.background = app, response, None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        self._app.answering += 1
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._app.answering -= 1
+
+
 class Exchange(Response):
     """One call and its answer on their way from the engine to the client."""
 
@@ -282,9 +300,8 @@ class Exchange(Response):
         mailbox: Mailbox,
         entry: dict[str, Any],
         cancel: Callable[[], None],
-        abort: Callable[[], None],
     ) -> None:
-        self.answer, self.mailbox, self.entry, self.cancel, self.abort = answer, mailbox, entry, cancel, abort
+        self.answer, self.mailbox, self.entry, self.cancel = answer, mailbox, entry, cancel
         self.call = answer.call
         self.background = None
 
@@ -337,13 +354,7 @@ class Exchange(Response):
             chunks.append(b"data: [DONE]\n\n")
         if not (chunks or first):
             return
-        try:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not delivery.last})
-        except TimeoutError:
-            self.abort()
-            self.mailbox.leave()
-            await asyncio.sleep(0)  # the connection is lost now, and uvicorn expects no more of this answer
+        await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not delivery.last})
 
 
 class Gate:

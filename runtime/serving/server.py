@@ -23,6 +23,7 @@ from .engine import Engine
 from .openai_api import Api
 
 KEEP_ALIVE_SECONDS = 620  # longer than a proxy keeps its idle connections, or it would use one that is closed
+SEND_SECONDS = 60.0  # a client that takes nothing of what is sent to it for so long has left
 _CLOSING_SECONDS = 2  # for connections when all requests have ended
 _FLUSH_SECONDS = 1  # for the last lines of the log
 _POLL_SECONDS = 0.02
@@ -52,15 +53,45 @@ class _LogHandler(logging.Handler):
 
 
 def _protocol_of(transports: _Transports) -> type[asyncio.Protocol]:
-    """Return uvicorn's protocol with a register of the connections, by the addresses of the clients."""
+    """Return uvicorn's protocol with a register of the connections, by the addresses of the clients.
+
+    It ends a connection whose client takes nothing for `SEND_SECONDS`.
+    """
 
     class Protocol(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            transport.set_write_buffer_limits(0)  # whatever the system does not take at once starts the timer
             if self.client is not None:
                 transports[self.client] = transport
 
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._wait(self.transport.get_write_buffer_size())
+
+        def resume_writing(self) -> None:
+            self._stop_timer()
+            super().resume_writing()
+
+        def _wait(self, size: int) -> None:
+            self._timer = asyncio.get_running_loop().call_later(SEND_SECONDS, self._check, size)
+
+        def _check(self, size: int) -> None:
+            left = self.transport.get_write_buffer_size()
+            if left < size:
+                self._wait(left)
+            else:
+                self.transport.abort()
+
+        def _stop_timer(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
         def connection_lost(self, exc: Exception | None) -> None:
+            self._stop_timer()
             super().connection_lost(exc)
             if self.client is not None:
                 transports.pop(self.client, None)
@@ -121,17 +152,23 @@ class Server:
     async def _drain(self, seconds: float) -> None:
         if not await self._idle_within(seconds):
             self.engine.end_all()
-            await self._idle_within(_CLOSING_SECONDS)
+            if not await self._idle_within(_CLOSING_SECONDS):
+                for transport in self._writing():
+                    transport.abort()
         self._uvicorn.should_exit = True
 
     async def _idle_within(self, seconds: float) -> bool:
-        """Wait for the end of all requests, at most so long; return whether it came."""
+        """Wait until all requests have ended and all answers were sent, at most so long; return whether that came."""
         until = asyncio.get_running_loop().time() + seconds
-        while self.engine.outstanding:
+        while self.engine.outstanding or self._app.answering or self._writing():
             if asyncio.get_running_loop().time() >= until:
                 return False
             await asyncio.sleep(_POLL_SECONDS)
         return True
+
+    def _writing(self) -> list[asyncio.Transport]:
+        """Return the connections whose clients have not taken all that was sent to them."""
+        return [transport for transport in self._transports.values() if transport.get_write_buffer_size()]
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ import pytest
 
 import lrt_deploy
 from lrt_deploy.runtime.serving import app
+from lrt_deploy.runtime.serving import server as serving
 from lrt_deploy.runtime.serving.engine import Engine
 from lrt_deploy.runtime.serving.openai_api import Api, ApiOptions
 from lrt_deploy.runtime.serving.server import Server, listen
@@ -43,12 +45,13 @@ class Local:
         self.loop.close()
 
     def stop(self):
-        self.loop.call_soon_threadsafe(self.server.drain, 0)
+        if self.thread.is_alive():
+            self.loop.call_soon_threadsafe(self.server.drain, 0)
         self.thread.join(60)
         assert not self.thread.is_alive()
 
     def stream(self, body, receive_buffer=None):
-        return Stream(self.port, "/v1/completions", BODY | body | {"stream": True}, receive_buffer)
+        return Stream(self.port, "/v1/completions", BODY | {"stream": True} | body, receive_buffer)
 
     def complete(self, body):
         stream = Stream(self.port, "/v1/completions", BODY | body, None)
@@ -114,11 +117,12 @@ def test_a_backend_that_is_lost_makes_the_server_unready_and_says_why(local, dec
     assert not server.engine.ready
 
 
-def test_a_client_that_never_reads_is_dropped_in_the_end(local, monkeypatch, caplog):
-    monkeypatch.setattr(app, "SEND_SECONDS", 0.3)
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_client_that_never_reads_is_dropped_in_the_end(local, monkeypatch, caplog, whole):
+    monkeypatch.setattr(serving, "SEND_SECONDS", 0.3)
     server = local(send_buffer=4096)
     big = {"max_tokens": 600, "logprobs": 5, "n": 4}
-    never = server.stream(big, receive_buffer=2048)
+    never = server.stream(big | ({"stream": False} if whole else {}), receive_buffer=2048)
     until = time.monotonic() + 60
     while not server.server._transports:
         assert time.monotonic() < until
@@ -131,7 +135,7 @@ def test_a_client_that_never_reads_is_dropped_in_the_end(local, monkeypatch, cap
     with contextlib.suppress(ConnectionError):
         while part := never.socket.recv(65536):
             received += part
-    assert received and b"[DONE]" not in received
+    assert received and b"[DONE]" not in received and b'"usage"' not in received
     assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
 
 
@@ -145,6 +149,24 @@ def test_a_client_that_takes_too_little_is_dropped_before_much_waits_for_it(loca
         time.sleep(0.01)
     never.close()
     assert server.complete({}).status == 200
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_drain_waits_for_a_client_that_still_reads_a_finished_answer(local, monkeypatch, whole):
+    monkeypatch.setattr(serving, "_CLOSING_SECONDS", 0.1)
+    server = local(send_buffer=4096)
+    slow = server.stream({"max_tokens": 600, "logprobs": 5, "stream": not whole}, receive_buffer=2048)
+    until = time.monotonic() + 60
+    while server.engine.metrics.requests["ok"] == 0:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    server.loop.call_soon_threadsafe(server.server.drain, 1000)
+    time.sleep(1)  # more than the time for closing
+    received = slow.response.read()
+    assert received.endswith(b"data: [DONE]\n\n") or json.loads(received)["usage"]["completion_tokens"] == 600
+    slow.close()
+    server.thread.join(60)
+    assert not server.thread.is_alive()
 
 
 def test_small_answers_are_sent_at_once(local):
