@@ -358,10 +358,10 @@ class Exchange(Response):
 
 
 class Gate:
-    """Everything that comes before and after a request: the key, the log. A middleware."""
+    """Everything that comes before and after a request: its origin, the key, the log. A middleware."""
 
     def __init__(self, app: ASGIApp, options: AppOptions) -> None:
-        self.app, self.log = app, options.log
+        self.app, self.log, self._origins = app, options.log, frozenset(options.cors_origins)
         self._expected = None if options.api_key is None else f"Bearer {options.api_key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -377,14 +377,29 @@ class Gate:
                 entry.setdefault("status", message["status"])
             await send(message)
 
-        app = self.app if self._allowed(scope) else _UNAUTHORIZED
         try:
-            await app(scope, receive, noted)
+            await self._answering(scope)(scope, receive, noted)
         finally:
             self._log(scope, entry, time.perf_counter() - started)
 
-    def _allowed(self, scope: Scope) -> bool:
-        if self._expected is None or scope["path"] in _OPEN_PATHS:
+    def _answering(self, scope: Scope) -> ASGIApp:
+        """Return what answers a request: the app, or an error."""
+        if scope["path"] in _OPEN_PATHS:
+            return self.app
+        if not self._from_here(scope):
+            return _FOREIGN
+        return self.app if self._has_key(scope) else _UNAUTHORIZED
+
+    def _from_here(self, scope: Scope) -> bool:
+        """Return whether no page of another site sends a request, unless its origin is among the options."""
+        origins = [value.decode("latin-1") for name, value in scope["headers"] if name == b"origin"]
+        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        return "*" in self._origins or all(
+            origin in self._origins or origin.partition("://")[2].lower() in hosts for origin in origins
+        )
+
+    def _has_key(self, scope: Scope) -> bool:
+        if self._expected is None:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return hmac.compare_digest(given, self._expected)
@@ -478,6 +493,14 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx passes the events on as they come
 ]
+_FOREIGN = _json(
+    Failure(
+        403,
+        "the Origin of this request is neither this server's nor one that --cors-origin allows",
+        "permission_error",
+    ).body(),
+    403,
+)
 _UNAUTHORIZED = _json(
     Failure(
         401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "authentication_error"

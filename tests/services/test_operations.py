@@ -190,7 +190,33 @@ def test_with_a_key_only_health_and_preflights_answer_without_it(launch):
 
 def test_without_origins_no_page_of_others_may_call(server):
     reply = server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers={"Origin": "https://example.org"})
-    assert reply.status == 200 and not [name for name in reply.headers if name.startswith("access-control")]
+    assert reply.status == 403 and not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_requests_of_pages_from_elsewhere_are_refused_before_any_work(server, launch):
+    body = {"prompt": "a", "max_tokens": 1}
+    host, work = f"127.0.0.1:{server.port}", server.gauge("lrt_prompt_tokens_total")
+    foreign = (
+        "https://example.org",
+        "null",
+        "",
+        f"http://{host}.example.org",
+        "http://127.0.0.1",
+        f"x@{host}",
+        "http://[",
+    )
+    for origin in foreign:
+        for path in ("/v1/completions", "/v1/chat/completions", "/tokenize"):
+            reply = server.post(path, body, headers={"Origin": origin, "Content-Type": "text/plain"})
+            assert reply.status == 403 and "Origin" in reply.error["message"], origin
+    assert server.gauge("lrt_prompt_tokens_total") == work
+    own = {"Origin": f"http://{host}"}
+    assert server.post("/v1/completions", body, headers=own).status == 200
+    allowing = launch("--cors-origin", "https://a.example", "--cors-origin", "https://b.example")
+    for origin, status in (("https://b.example", 200), ("https://c.example", 403)):
+        assert allowing.post("/v1/completions", body, headers={"Origin": origin}).status == status
+    everyone = launch("--cors-origin", "*")
+    assert everyone.post("/v1/completions", body, headers={"Origin": "https://c.example"}).status == 200
 
 
 # The end
