@@ -5,12 +5,11 @@ step gives all logits. The other policies read row by row: a pass over a prompt 
 gain nothing, and a row is read the same way whatever shares its batch.
 
 With `reuse`, tokens that a state shares with the prompts are kept and only the rest is read, unless the state was read
-less exactly than the request allows.
+less exactly than the request allows. Zero keeps nothing: what follows would be read with the state's latent.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -113,9 +112,13 @@ class PrefillRequest:
         return prefill_limits(self.precision)
 
     @property
-    def allowed_error(self) -> float:
-        """The largest error of the latent that this request puts up with."""
-        return {"stepwise": 0.0, "zero": math.inf}.get(self.policy, self.tolerance)
+    def reuses(self) -> bool:
+        """Whether states may be reused; zero memory would not be zero after one."""
+        return self.policy != "zero"
+
+    def accepts(self, read_within: float) -> bool:
+        """Return whether tokens whose latent has at most this error may be reused."""
+        return self.reuses and read_within <= (0.0 if self.policy == "stepwise" else self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -204,7 +207,7 @@ def shared_tokens(
 
     A prompt that is wholly there is left one token to read when others have some: all rows are read together.
     """
-    if read_within > request.allowed_error:
+    if not request.accepts(read_within):
         return [0] * len(rows)
     shared = [common_prefix(np.array(held), row) for held, row in zip(tokens, rows, strict=True)]
     if any(count < len(row) for count, row in zip(shared, rows, strict=True)):

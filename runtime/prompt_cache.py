@@ -85,10 +85,13 @@ class PromptCache:
     ) -> DecodeState:
         """Read `tokens` as `Decoder.prefill` does; the state's report says how many of them were in the cache.
 
-        A cache that cannot be used costs time and is no error: the report's note says what was wrong.
+        A cache that cannot be used costs time and is no error: the report's note says what was wrong. Prompts that are
+        read with zero memory are neither looked for nor saved.
         """
         (row,) = check_prompts([tokens], check_is(decoder, Decoder, "decoder").config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
+        if not request.reuses:
+            return decoder.prefill([tokens], policy=policy, tolerance=tolerance)
         place, notes = self._place(decoder, request), list[str]()
         found, shared = self._find(place, decoder, row, notes)
         state = decoder.prefill([tokens], state=found, reuse=found is not None, policy=policy, tolerance=tolerance)
@@ -107,12 +110,16 @@ class PromptCache:
         Returns None where there is none, and notes on what was wrong with the folder.
         """
         notes = list[str]()
+        if not request.reuses:
+            return None, notes
         row = np.array(tokens, np.int64)
         found, _ = self._find(self._place(decoder, request), decoder, row, notes, more_than)
         return found, notes
 
     def store(self, decoder: Decoder, state: DecodeState, request: PrefillRequest) -> list[str]:
         """Save a state of one sequence that was read as requested; returns notes on why it could not be saved."""
+        if not request.reuses:
+            return []
         return self._store(self._place(decoder, request), state, np.array(state.tokens[0], np.int64))
 
     def _place(self, decoder: Decoder, request: PrefillRequest) -> Path:

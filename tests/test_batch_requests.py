@@ -89,6 +89,18 @@ def test_a_state_that_was_read_less_exactly_than_asked_for_is_not_taken(one):
     assert found == alone(one, PROMPTS[2] + PROMPTS[1], 4, stop_ids=[])  # the report says that nothing was reused
 
 
+@pytest.mark.parametrize("held", ["zero", "stepwise"])
+def test_zero_memory_takes_no_state(one, held):
+    state = one.prefill([PROMPTS[2]], policy=held)
+    batch = BatchDecoder(one, 2)
+    prompts = (PROMPTS[2], PROMPTS[2] + PROMPTS[1], PROMPTS[2][:20])
+    numbers = [batch.submit(prompt, 6, state=state, policy="zero", stop_ids=[]) for prompt in prompts]
+    found = collected(batch)
+    for number, prompt in zip(numbers, prompts, strict=True):
+        expected = alone(one, prompt, 6, policy="zero", stop_ids=[])
+        assert [(event.token, event.prefill) for event in found[number]] == [(e.token, e.prefill) for e in expected]
+
+
 # Several choices
 
 

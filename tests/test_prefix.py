@@ -69,14 +69,24 @@ def test_rows_share_what_each_of_them_shares(decoder, tolerances):
 
 def test_nothing_is_reused_that_was_read_less_exactly_than_asked_for(decoder):
     rough = decoder.prefill([LONG], policy="zero")
-    assert read(decoder, [LONG + OTHER], rough.fork(), policy="zero").prefill.reused_tokens == len(LONG)
-    assert read(decoder, [LONG + OTHER], rough, policy="auto").prefill.reused_tokens == 0
+    for policy in ("auto", "fixed-point", "stepwise"):
+        found = read(decoder, [LONG + OTHER], rough.fork(), policy=policy, tolerance=1e6)
+        assert found.prefill.reused_tokens == 0
     exact = decoder.prefill([LONG], policy="stepwise").logits
     again = decoder.prefill([LONG], policy="zero")
     assert np.array_equal(read(decoder, [LONG], again, policy="stepwise").logits, exact)
     loose = decoder.prefill([LONG], policy="fixed-point", tolerance=0.1)
     assert loose.read_within > 1e-4
     assert read(decoder, [LONG + OTHER], loose, tolerance=1e-4).prefill.reused_tokens == 0
+
+
+@pytest.mark.parametrize("held", ["zero", "stepwise", "fixed-point"])
+@pytest.mark.parametrize("prompt", [LONG, LONG + OTHER, LONG[:40] + OTHER, LONG[:40]])
+def test_zero_memory_gives_the_same_numbers_whatever_the_state_holds(decoder, held, prompt):
+    expected = decoder.prefill([prompt], policy="zero")
+    state = read(decoder, [prompt], decoder.prefill([LONG], policy=held), policy="zero")
+    assert np.array_equal(state.logits, expected.logits) and np.array_equal(state.latent, expected.latent)
+    assert state.prefill == expected.prefill
 
 
 def test_what_is_refused_changes_nothing(decoder):

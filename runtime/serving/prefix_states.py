@@ -9,6 +9,7 @@ never changed, so both threads may read it.
 from __future__ import annotations
 
 import itertools
+import math
 import queue
 import threading
 from collections import OrderedDict
@@ -55,7 +56,7 @@ class PrefixStates:
         row = np.array(tokens, np.int64)
         best, most = None, FEWEST_TOKENS - 1
         for entry in self._beginning.get(_key(row), ()):
-            if entry.state.read_within <= request.allowed_error and (shared := common_prefix(entry.tokens, row)) > most:
+            if request.accepts(entry.state.read_within) and (shared := common_prefix(entry.tokens, row)) > most:
                 best, most = entry, shared
         if best is None:
             return None, 0
@@ -63,13 +64,13 @@ class PrefixStates:
         return best.state, most
 
     def keep(self, state: DecodeState) -> bool:
-        """Keep a state of one sequence; return False if it is too short, too large or there already.
+        """Keep a state of one sequence; return False if it is too short, too large, read by zero, or there already.
 
         A state that the new one continues is dropped, because the new one can be rewound to it.
         """
         row = np.array(state.tokens[0], np.int64)
         entry = _Entry(state, row, state.num_bytes)
-        if len(row) < FEWEST_TOKENS or entry.num_bytes > self.max_bytes:
+        if len(row) < FEWEST_TOKENS or entry.num_bytes > self.max_bytes or math.isinf(state.read_within):
             return False
         for other in [*self._beginning.get(_key(row), ())]:
             shared = common_prefix(other.tokens, row)

@@ -97,6 +97,22 @@ def test_the_memory_for_states_is_bounded(launch, decoder):
     assert 1 <= server.gauge("lrt_kept_states") < 12
 
 
+@pytest.mark.parametrize("before", ["zero", "stepwise"])
+def test_with_zero_memory_the_answer_is_the_same_whatever_was_asked_before(launch, decoder, tmp_path, before):
+    folder = tmp_path / "states"
+    server = launch("--state-dir", folder)
+    prompt = "The quick brown fox jumps over the lazy dog, and the dog sleeps"
+    expected = "".join(event.text for event in decoder.generate(prompt, 16, policy="zero"))
+    server.complete(prompt, max_tokens=16, temperature=0, prefill=before)
+    for again in (server, launch("--state-dir", folder)):  # in memory, and in the folder alone
+        for _ in range(2):
+            answer = again.complete(prompt, max_tokens=16, temperature=0, prefill="zero")
+            assert answer["choices"][0]["text"] == expected
+            assert answer["usage"]["lrt"]["reused_tokens"] == 0
+    if before == "zero":
+        assert server.gauge("lrt_kept_states") == 0 and not list(folder.glob("*/*.state"))
+
+
 # In a folder
 
 
@@ -212,13 +228,16 @@ def test_the_least_recently_used_leave_first(small):
 
 def test_a_state_that_was_read_less_exactly_serves_no_request_for_more(small):
     states, tokens = PrefixStates(), np.random.default_rng(1).integers(1, 200, 60).tolist()
-    states.keep(state_of(small, tokens, "zero"))
-    for request in (STEPWISE, PrefillRequest("fixed-point")):
+    assert not states.keep(state_of(small, tokens, "zero"))  # of use to no request
+    loose = small.prefill([tokens], policy="fixed-point", tolerance=0.1)
+    assert states.keep(loose)
+    for request in (STEPWISE, PrefillRequest("fixed-point", 1e-4)):
         assert states.find(tokens, request) == (None, 0)
-    assert states.find(tokens, PrefillRequest("zero"))[1] == 60
+    assert states.find(tokens, PrefillRequest("fixed-point", 0.1)) == (loose, 60)
     exact = state_of(small, tokens)
     assert states.keep(exact) and len(states) == 1
     assert states.find(tokens, STEPWISE) == (exact, 60)
+    assert states.find(tokens, PrefillRequest("zero")) == (None, 0)
 
 
 def test_a_request_that_continues_a_state_is_as_if_read_from_the_beginning(small):
