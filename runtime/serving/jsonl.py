@@ -194,9 +194,10 @@ def _output(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"the output {path} cannot be written: {reason}") from error
+    if not stat.S_ISREG(os.fstat(number).st_mode):  # before `fdopen`, which refuses what cannot seek
+        os.close(number)
+        raise InputError(f"the output {path} is no regular file; a run is continued by what stands in it")
     with os.fdopen(number, "r+b") as file:
-        if not stat.S_ISREG(os.fstat(number).st_mode):
-            raise InputError(f"the output {path} is no regular file; a run is continued by what stands in it")
         if try_lock(number) is False:
             raise InputError(f"the output {path} is being written by another run; wait for its end")
         finished, end = _finished(file, path)

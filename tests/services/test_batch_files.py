@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -141,6 +142,16 @@ def test_two_runs_do_not_write_one_file(bundle, tmp_path):
     first.terminate()
     assert first.wait() == 143
     assert second.returncode == 1 and "another run" in second.stderr
+
+
+@pytest.mark.parametrize("kind", ["named pipe", "link to one", "device"])
+def test_an_output_that_is_no_regular_file_is_refused_as_that(bundle, source, tmp_path, kind):
+    target = tmp_path / "out.jsonl"
+    os.mkfifo(tmp_path / "pipe")
+    target.symlink_to("/dev/null" if kind == "device" else tmp_path / "pipe")
+    result = run(bundle, source, tmp_path / "pipe" if kind == "named pipe" else target)
+    assert result.returncode == 1 and "is no regular file" in result.stderr, result.stderr
+    assert "something broke" not in result.stderr
 
 
 @pytest.mark.parametrize("target", ["nowhere/out.jsonl", ".", "out\0"])
