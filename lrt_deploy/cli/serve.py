@@ -60,6 +60,8 @@ class ApiOptions:
 
     def __post_init__(self) -> None:
         options.check_tolerance(self.tolerance)
+        if self.served_model_name == "":
+            raise InputError("served_model_name is empty; set it to a name, or leave it out for the bundle's folder")
         if self.state_bytes < 0:
             raise InputError(f"state_bytes is {self.state_bytes}, expected a number from 0 on")
         if self.max_tokens_limit is not None and self.max_tokens_limit < 1:
@@ -87,6 +89,10 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.api_key == "":
             raise InputError(f"the API key is empty; set {API_KEY} to a text, or leave it out for a server without one")
+        if self.host == "":
+            raise InputError("host is empty; set it to an address (0.0.0.0 for all), or leave it out for 127.0.0.1")
+        if "" in (self.cors_origin or ()):
+            raise InputError("cors_origin is empty; set it to an origin such as https://example.org, or leave it out")
         if self.max_waiting < 0 or not 0 <= self.drain_seconds < inf:
             raise InputError(
                 f"max_waiting is {self.max_waiting} and drain_seconds {self.drain_seconds}, expected numbers from 0 on"

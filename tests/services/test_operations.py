@@ -11,7 +11,11 @@ import sys
 import threading
 import time
 
+import pytest
+
 from lrt_deploy.runtime.serving.app import Log
+
+from .conftest import BIN
 
 PROMPT = "import os\n"
 # 64 continuations of all the capacity: minutes of work, which nothing but a cancellation ends soon.
@@ -217,6 +221,22 @@ def test_requests_of_pages_from_elsewhere_are_refused_before_any_work(server, la
         assert allowing.post("/v1/completions", body, headers={"Origin": origin}).status == status
     everyone = launch("--cors-origin", "*")
     assert everyone.post("/v1/completions", body, headers={"Origin": "https://c.example"}).status == 200
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        ("--host", "host"),
+        ("--cors-origin", "cors_origin"),
+        ("--served-model-name", "served_model_name"),
+        ("--api-key", "API key"),
+    ],
+)
+def test_an_empty_option_is_an_error_that_names_it(bundle, name, named):
+    command = [str(BIN / "lrt-deploy"), "serve", str(bundle), "--port", "0", name, ""]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1 and f"{named} is empty" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 # The end
