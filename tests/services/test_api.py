@@ -99,13 +99,13 @@ def test_echo_shows_the_prompt_without_the_hidden_token(server, decoder):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_a_stream_has_one_id_no_empty_chunk_one_reason_and_its_usage_last(server, path):
-    body = {"max_tokens": 24, "temperature": 0, "stream_options": {"include_usage": True}}
+    body = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
     body |= {"prompt": PROMPT} if path == "/v1/completions" else {"messages": MESSAGES}
     stream = server.open_stream(path, body)
     assert stream.response.getheader("content-type").startswith("text/event-stream")
     *chunks, usage, done = stream.events()
     assert done == "[DONE]"
-    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 24
+    assert usage["choices"] == [] and usage["usage"]["completion_tokens"] == 200
     kind = "text_completion" if path == "/v1/completions" else "chat.completion.chunk"
     for event in (*chunks, usage):
         assert (event["object"], event["model"], event["id"]) == (kind, server.model, chunks[0]["id"])
@@ -113,7 +113,7 @@ def test_a_stream_has_one_id_no_empty_chunk_one_reason_and_its_usage_last(server
     parts = [chunk["choices"][0] for chunk in chunks]
     assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
     texts = [part["text"] if "text" in part else part["delta"].get("content", "") for part in parts]
-    assert all(texts[:-1]) and len(texts) > 5
+    assert all(texts[:-1]) and len(texts) > 2  # tokens that come while the loop is busy share a chunk
     whole = server.post(path, body | {"stream_options": None}).json["choices"][0]
     assert "".join(texts) == (whole["text"] if "text" in whole else whole["message"]["content"])
     if "messages" in body:
