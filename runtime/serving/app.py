@@ -179,13 +179,16 @@ class App:
             500: _broken,
             ClientDisconnect: _client_left,
         }
-        app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
+        inner = Starlette(routes=routes, exception_handlers=handlers)
+        inner.router.redirect_slashes = False  # Starlette's redirects name http://, also behind a proxy with TLS
+        app: ASGIApp = inner
         app = Gate(app, options)
         if options.cors_origins:
             app = CORSMiddleware(
                 app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
         self.asgi = app
+        self._describing = asyncio.Lock()  # the first description of the model scores a text; others wait for it
         self.answering = (
             0  # requests that the engine has or had, and whose answers are not all handed to the connection
         )
@@ -229,7 +232,7 @@ class App:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return _json({"object": "list", "data": [await run_in_threadpool(self.api.model)]})
+        return _json({"object": "list", "data": [await self._description()]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
@@ -237,7 +240,11 @@ class App:
             self.api.check_model(request.path_params["model"])
         except LRTDeployError as error:
             return _failure(error)
-        return _json(await run_in_threadpool(self.api.model))
+        return _json(await self._description())
+
+    async def _description(self) -> dict[str, Any]:
+        async with self._describing:
+            return await run_in_threadpool(self.api.model)
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`: the token ids of a text or of chat messages."""
@@ -362,7 +369,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, options: AppOptions) -> None:
         self.app, self.log, self._origins = app, options.log, frozenset(options.cors_origins)
-        self._expected = None if options.api_key is None else f"Bearer {options.api_key}".encode()
+        self._expected = None if options.api_key is None else options.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, and log a line about it."""
@@ -402,7 +409,8 @@ class Gate:
         if self._expected is None:
             return True
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._expected)
+        scheme, _, key = given.partition(b" ")
+        return hmac.compare_digest(key.strip(), self._expected) and scheme.lower() == b"bearer"
 
     def _log(self, scope: Scope, entry: dict[str, Any], seconds: float) -> None:
         if scope["path"] in _OPEN_PATHS and entry.get("status") == 200:

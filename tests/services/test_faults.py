@@ -8,6 +8,8 @@ import json
 import socket
 import threading
 import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -167,6 +169,26 @@ def test_a_drain_waits_for_a_client_that_still_reads_a_finished_answer(local, mo
     slow.close()
     server.thread.join(60)
     assert not server.thread.is_alive()
+
+
+def test_first_requests_for_the_model_score_its_text_once(local, decoder, monkeypatch):
+    calls, real = [], decoder.score
+
+    def score(texts):
+        calls.append(texts)
+        time.sleep(0.2)
+        return real(texts)
+
+    monkeypatch.setattr(decoder, "score", score)
+    server = local()
+
+    def get(_):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/v1/models", timeout=60) as response:
+            return response.status
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(get, range(8))) == [200] * 8
+    assert len(calls) == 1
 
 
 def test_small_answers_are_sent_at_once(local):

@@ -168,6 +168,12 @@ def test_an_implicit_bos_is_put_before_token_prompts_that_lack_it(launch, decode
     assert echoed["choices"][0]["text"] == PROMPT + expected
 
 
+def test_a_slash_at_the_end_of_a_path_is_a_404_and_no_redirect(server):
+    for path in ("/v1/completions/", "/health/", "/metrics/"):
+        reply = server.get(path)
+        assert reply.status == 404 and "location" not in reply.headers and path in reply.error["message"]
+
+
 # Keys and origins
 
 
@@ -183,6 +189,8 @@ def test_with_a_key_only_health_and_preflights_answer_without_it(launch):
     key = {"Authorization": "Bearer s3cret", "Origin": origin}
     reply = server.post("/v1/completions", body, headers=key)
     assert reply.status == 200 and reply.headers["access-control-allow-origin"] == origin
+    for scheme in ("bearer", "BEARER"):  # RFC 9110, 11.1: the scheme's case does not matter
+        assert server.get("/v1/models", headers={"Authorization": f"{scheme} s3cret"}).status == 200
     for path in ("/health", "/ready", "/v2/health/live", "/v2/health/ready"):
         assert server.get(path).status == 200
     asking = {"Origin": origin, "Access-Control-Request-Method": "POST"}
