@@ -9,6 +9,8 @@ its requests have no line.
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import os
 import queue
 import stat
@@ -33,6 +35,7 @@ _BEGINNING = b'{"id":"batch_req_'  # of every line of the output
 _WAITING = 2  # requests in the engine for each slot, so that none is empty
 
 Progress = Callable[[str, int, int], None]
+Append = Callable[[bytes], None]  # to the output
 
 
 class Line(msgspec.Struct):
@@ -74,11 +77,12 @@ class _Done(NamedTuple):
 def run(engine: Engine, api: Api, source: Path, target: Path, progress: Progress) -> Counts:
     """Answer all requests of `source` into `target`, which is continued if it exists.
 
-    Raises InputError for lines that are no requests, before anything is run, and for a target that is something else.
+    Raises InputError for lines that are no requests, before anything is run, for a target that is something else, and
+    for one that cannot be written any further; what stands in it by then is skipped by the next run.
     """
     counts = Counts(requests=sum(1 for _ in read_requests(source)))
-    with _output(target) as (file, finished):
-        runner = _Runner(engine, api, file, counts, progress)
+    with _output(target) as (append, finished):
+        runner = _Runner(engine, api, append, counts, progress)
         for line in read_requests(source):
             if line.custom_id in finished:
                 counts.skipped += 1
@@ -91,8 +95,8 @@ def run(engine: Engine, api: Api, source: Path, target: Path, progress: Progress
 class _Runner:
     """Keeps the engine's slots full and writes what comes out."""
 
-    def __init__(self, engine: Engine, api: Api, file: BinaryIO, counts: Counts, progress: Progress) -> None:
-        self._engine, self._api, self._file, self._counts, self._progress = engine, api, file, counts, progress
+    def __init__(self, engine: Engine, api: Api, append: Append, counts: Counts, progress: Progress) -> None:
+        self._engine, self._api, self._append, self._counts, self._progress = engine, api, append, counts, progress
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._running = 0
 
@@ -103,8 +107,12 @@ class _Runner:
             call = parse(line.body)
             if call.stream:
                 raise ApiError("stream is true, and a batch has no streams", "stream")
-            while self._running and self._engine.outstanding + call.request.size > _WAITING * self._engine.slots:
-                self._take()
+        except InputError as error:
+            self._write(line, None, Failure.of(error))
+            return
+        while self._running and self._engine.outstanding + call.request.size > _WAITING * self._engine.slots:
+            self._take()  # an output that is full ends the run; it is no error of this line
+        try:
             self._engine.submit(call.request, lambda delivery: self._done.put(_Done(line, call, delivery)))
         except InputError as error:
             self._write(line, None, Failure.of(error))
@@ -143,8 +151,7 @@ class _Runner:
         response = {"status_code": status, "request_id": call, "body": body}
         result = {"custom_id": line.custom_id, "response": response, "error": None}
         text = msgspec.json.encode({"id": f"batch_req_{uuid.uuid4().hex}"} | result)
-        self._file.write(text + b"\n")
-        self._file.flush()
+        self._append(text + b"\n")
         if isinstance(answer, Failure):
             self._counts.failed += 1
         else:
@@ -186,8 +193,8 @@ def _line(kind: type[Any], text: bytes, name: str) -> Any:  # noqa: ANN401 - of 
 
 
 @contextlib.contextmanager
-def _output(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
-    """Open the output at its end, without a torn last line; gives the ids that are finished too."""
+def _output(path: Path) -> Iterator[tuple[Append, set[str]]]:
+    """Open the output without a torn last line; gives what appends to it, and the ids that are finished."""
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         number = os.open(path, flags, 0o666)
@@ -197,13 +204,27 @@ def _output(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
     if not stat.S_ISREG(os.fstat(number).st_mode):  # before `fdopen`, which refuses what cannot seek
         os.close(number)
         raise InputError(f"the output {path} is no regular file; a run is continued by what stands in it")
-    with os.fdopen(number, "r+b") as file:
+    with os.fdopen(number, "r+b", buffering=0) as file:  # no buffer that would be written again when it is closed
         if try_lock(number) is False:
             raise InputError(f"the output {path} is being written by another run; wait for its end")
-        finished, end = _finished(file, path)
+        reader = io.BufferedReader(file)
+        finished, end = _finished(reader, path)
+        reader.detach()
         file.truncate(end)
         file.seek(end)
-        yield file, finished
+        yield functools.partial(_append, number, path), finished
+
+
+def _append(number: int, path: Path, text: bytes) -> None:
+    """Write a line at the end of the output; part of it may stand there after an error, and the next run drops it."""
+    while text:
+        try:
+            text = text[os.write(number, text) :]
+        except OSError as error:
+            raise InputError(
+                f"the output {path} cannot be written any further: {error.strerror}; the answers that stand in it "
+                "stay, and the same command goes on after them when there is room"
+            ) from error
 
 
 def _finished(file: BinaryIO, path: Path) -> tuple[set[str], int]:

@@ -144,6 +144,22 @@ def test_two_runs_do_not_write_one_file(bundle, tmp_path):
     assert second.returncode == 1 and "another run" in second.stderr
 
 
+def test_an_output_on_a_full_disk_is_named_and_the_next_run_goes_on(bundle, source, tmp_path):
+    source.write_text("".join(completions(40, 8)))
+    target = tmp_path / "out.jsonl"
+    limit = ["prlimit", "--fsize=3000", *command(bundle, source, target)]
+    result = subprocess.run(limit, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 1 and f"the output {target} cannot be written" in result.stderr, result.stderr
+    assert "goes on" in result.stderr and "--debug" not in result.stderr
+    kept = target.read_bytes()
+    assert len(kept) == 3000 and kept.count(b"\n") > 1
+    counts = json.loads(run(bundle, source, target, "--json").stdout)
+    assert counts["skipped"] == kept.count(b"\n") and counts["answered"] == 40 - counts["skipped"]
+    assert target.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    found = results(target)
+    assert len(found) == 40 and {line["response"]["status_code"] for line in found.values()} == {200}
+
+
 @pytest.mark.parametrize("kind", ["named pipe", "link to one", "device"])
 def test_an_output_that_is_no_regular_file_is_refused_as_that(bundle, source, tmp_path, kind):
     target = tmp_path / "out.jsonl"
