@@ -431,7 +431,8 @@ class BatchDecoder:
             (shared,) = shared_tokens(state.tokens, rows, state.read_within, reading)
             if shared == len(ids) == state.lengths[0]:
                 found.done = state.fork()
-                found.report = reused(replace(state.prefill, passes=0.0, note=None), [shared], rows)
+                report = replace(state.prefill, passes=0.0, note=None)
+                found.report = reused(report, [shared], rows, state.read_within)
             elif shared := min(shared, len(ids) - 1):  # the last token is read again, beside the other rows
                 found.start, found.shared = state.fork(), shared
                 found.start.rewind(shared)

@@ -111,13 +111,14 @@ class Decoder:
         if not reuse:
             past = state.row_lengths
             return state, state.read(past, rows, lambda: self._read(state, past, rows, request))
-        shared = shared_tokens(state.tokens, rows, state.read_within, request)
+        within = state.read_within
+        shared = shared_tokens(state.tokens, rows, within, request)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
             run = lambda: self._read(state, shared, rest, request)  # noqa: E731
-            return state, state.read(shared, rest, run, lambda report: reused(report, shared, rows))
+            return state, state.read(shared, rest, run, lambda report: reused(report, shared, rows, within))
         found = dataclasses.replace(state.prefill, passes=0.0, note=None)
-        return state, state.read(shared, rest, None, lambda _: reused(found, shared, rows))
+        return state, state.read(shared, rest, None, lambda _: reused(found, shared, rows, within))
 
     def _read(
         self, state: DecodeState, past: Sequence[int], rows: Sequence[IntArray], request: PrefillRequest

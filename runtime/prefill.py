@@ -215,11 +215,15 @@ def shared_tokens(
     return shared
 
 
-def reused(report: PrefillReport, shared: Sequence[int], rows: Sequence[IntArray]) -> PrefillReport:
-    """Return the report of reading what follows `shared` tokens, with passes counted over whole prompts."""
+def reused(report: PrefillReport, shared: Sequence[int], rows: Sequence[IntArray], read_within: float) -> PrefillReport:
+    """Return the report of reading what follows `shared` tokens, which were read within an error of `read_within`.
+
+    Passes are counted over whole prompts, and the residual is not below the error of what was reused.
+    """
     total = sum(len(row) for row in rows)
     passes = report.passes * (total - sum(shared)) / total
-    return replace(report, passes=passes, reused_tokens=sum(shared))
+    residual = max(report.residual or 0.0, read_within) if any(shared) and read_within else report.residual
+    return replace(report, passes=passes, residual=residual, reused_tokens=sum(shared))
 
 
 def stepwise_note(request: PrefillRequest) -> str | None:

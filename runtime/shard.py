@@ -62,7 +62,9 @@ class Prompt:
         below = decoder.prefill_options.stepwise_below if self.reading.policy == "auto" else None
         report = PrefillReport("stepwise", 1.0, note=stepwise_note(self.reading), stepwise_below=below)
         whole: list[IntArray] = [np.array(self.ids)]
-        self.report = reused(report, [self.shared], whole) if self.shared else report
+        self.report = report
+        if self.start is not None:
+            self.report = reused(report, [self.shared], whole, self.start.read_within)
 
     def needs_score(self, position: int) -> bool:
         """Return whether the log-probabilities at a position are wanted and not known yet."""

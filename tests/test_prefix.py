@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lrt_deploy.errors import InputError, StateError
+from lrt_deploy.runtime.batch import BatchDecoder
 
 RNG = np.random.default_rng(9)
 LONG, OTHER = RNG.integers(0, 250, 60).tolist(), RNG.integers(0, 250, 20).tolist()
@@ -87,6 +88,20 @@ def test_zero_memory_gives_the_same_numbers_whatever_the_state_holds(decoder, he
     state = read(decoder, [prompt], decoder.prefill([LONG], policy=held), policy="zero")
     assert np.array_equal(state.logits, expected.logits) and np.array_equal(state.latent, expected.latent)
     assert state.prefill == expected.prefill
+
+
+@pytest.mark.parametrize("prompt", [LONG, LONG + OTHER, LONG[:40]])
+@pytest.mark.parametrize("policy", ["fixed-point", "auto"])
+def test_the_residual_is_not_below_that_of_what_is_reused(decoder, policy, prompt):
+    state = decoder.prefill([LONG], policy="fixed-point", tolerance=100)
+    within = state.read_within
+    assert within > 0 and state.prefill.residual == within
+    decoder.step(state, [3])
+    batch = BatchDecoder(decoder, 1)
+    batch.submit(prompt, 1, state=state, policy=policy, tolerance=100, stop_ids=[])
+    assert next(iter(batch.run())).event.prefill.residual >= within
+    assert read(decoder, [prompt], state, policy=policy, tolerance=100).prefill.residual >= within
+    assert read(decoder, [OTHER], state, policy="stepwise").prefill.residual is None
 
 
 def test_what_is_refused_changes_nothing(decoder):
