@@ -189,9 +189,7 @@ class App:
             )
         self.asgi = app
         self._describing = asyncio.Lock()  # the first description of the model scores a text; others wait for it
-        self.answering = (
-            0  # requests that the engine has or had, and whose answers are not all handed to the connection
-        )
+        self.answering = 0  # requests whose answers are not all handed to their connections
 
     def connect(self) -> None:
         """Let deliveries come to the running event loop."""
@@ -423,7 +421,6 @@ class Gate:
 async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:
     """Read a body and parse it."""
     data = await _body(request)
-
     loop = asyncio.get_running_loop()
     if len(data) < _LONG_BODY_BYTES:
         body = json_value(data)
