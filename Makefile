@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test test-services check kills interrupts fuzz clean
+.PHONY: install demo test test-services docs check kills interrupts fuzz clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -34,6 +34,10 @@ test: install
 # Servers as processes, with real clients, Chromium among them; none of these tests may be skipped.
 test-services: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/services
+
+# The documentation site, into build/site; a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 check: install
 	$(BIN)/ruff format --check .
