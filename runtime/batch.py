@@ -100,7 +100,7 @@ class BatchDecoder:
         self.max_waiting = unlimited if max_waiting is None else check_whole(max_waiting, "max_waiting")
         tokens = unlimited if max_waiting_tokens is None else check_whole(max_waiting_tokens, "max_waiting_tokens")
         self.max_waiting_tokens, self.blocks_per_step = tokens, check_whole(blocks_per_step, "blocks_per_step", 1)
-        self._shards = [Shard(decoder, (slots + i) // lanes) for i in range(lanes)]
+        self._lanes, self._shards = lanes, [*self._new_shards(lanes)]
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
         self._clock: Callable[[], float] = time.monotonic
         self._book = Book()
@@ -108,6 +108,10 @@ class BatchDecoder:
         self._timed = False  # whether any request had a deadline
         self._iterated: Iterated | None = None  # the prompt that is being iterated
         self._reader: DecodeState | None = None  # where prompts are iterated, one after the other
+
+    def _new_shards(self, lanes: int) -> Iterator[Shard]:
+        """Make shards without rows, which have all slots together."""
+        return (Shard(self.decoder, (self.slots + i) // lanes) for i in range(lanes))
 
     @property
     def waiting(self) -> int:
@@ -233,6 +237,22 @@ class BatchDecoder:
         if (found := self._book.suspended.get(number)) is not None:
             self._book = _queued(self._book.without({number}), found)
 
+    def largest(self) -> int | None:
+        """Return the request with the most tokens among those that have a slot, else the first that waits."""
+        sizes = [(len(request.prompt.ids), request.number) for request in self._book.reading]
+        for shard in self._shards:
+            sizes += [(n, r.number) for r, n in zip(shard.requests, shard.state.row_lengths, strict=True)]
+        sizes = [(length, number) for length, number in sizes if number in self._live()]
+        waiting = [request.number for request in self._book.waiting[:1]]
+        return max(sizes)[1] if sizes else next(iter(waiting), None)
+
+    def clear(self) -> None:
+        """Forget all requests and let go of the memory of their rows."""
+        self._wait()
+        self._book, self._chosen = Book(submitted=self._book.submitted), True
+        self._iterated = self._reader = None
+        self._shards = []  # made again by the next step
+
     def run(self) -> Iterator[BatchEvent]:
         """Yield events of all requests as they come, until none is left but suspended ones; more may be submitted.
 
@@ -258,6 +278,8 @@ class BatchDecoder:
     def _advance(self) -> None:
         """Do everything of `step` but delivering events."""
         self._wait()
+        if not self._shards:
+            self._shards = [*self._new_shards(self._lanes)]
         if not self._chosen:  # the last step was interrupted
             self._choose()
         if self._timed:
@@ -296,9 +318,13 @@ class BatchDecoder:
     def _roomiest(self) -> Shard:
         return max(self._shards, key=lambda shard: shard.room)
 
+    def _live(self) -> set[int]:
+        """Return the numbers of the requests that have a slot."""
+        return self._book.made.keys() | {request.number for request in self._book.reading}
+
     def _next(self) -> Request | None:
         """Return the first request in the queue that need not wait for another one to read its prompt."""
-        live = self._book.made.keys() | {request.number for request in self._book.reading}
+        live = self._live()
         for request in self._book.waiting:
             prompt = request.prompt
             if request.row or prompt.done or prompt.reader not in live:

@@ -270,7 +270,7 @@ class App:
         return _json({"status": "alive"})
 
     async def ready(self, request: Request) -> Response:
-        """Whether it takes requests; 503 while it drains, or after the backend has failed."""
+        """Whether it takes requests; 503 while it drains, or while the backend fails."""
         if self.engine.ready:
             return _json({"status": "ready"})
         return _json({"status": "draining" if self.engine.draining else self.engine.trouble or "stopped"}, 503)

@@ -3,8 +3,9 @@
 A request is one or more prompts with one or more continuations each, which share a ticket. Its events are delivered
 once, all together, or, for a stream, step by step. Deliveries of one step are handed over together, because waking
 another thread costs more than a token of a small model. A prompt that continues an earlier one starts from its state
-(`prefix_states`). An error ends the request that it belongs to. An error of the backend is retried; when it persists,
-all running requests end with it and the engine takes no more (`Engine.trouble`). Knows no HTTP and no text formats.
+(`prefix_states`). An error ends the request that it belongs to. A step in which the backend fails is done again; when
+it goes on failing, requests end with the error, all that they hold is freed, and the engine takes no more until a
+trial step succeeds (`Engine.trouble`). Knows no HTTP and no text formats.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .prefix_states import PrefixStates, StateFolder
 
 RETRIES = 3  # of a step in which the backend failed
 _RETRY_SECONDS = 0.05
+TRIAL_SECONDS = (0.25, 30.0)  # from the failure to the first trial step, and at most between two; each wait is doubled
 
 
 class Draining(Busy):
@@ -126,7 +128,7 @@ class Engine:
         self.metrics, self.post = EngineMetrics(), post
         self.states, self.folder = PrefixStates(0) if states is None else states, folder
         self.draining = False
-        self.trouble: str | None = None  # why the engine takes no more requests, after the backend has failed
+        self.trouble: str | None = None  # why the engine takes no requests: the backend fails
         self._messages: queue.SimpleQueue[tuple[str, Ticket | None]] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of `_taken` and `_idle`
         self._taken = 0  # continuations that were submitted and have not ended
@@ -135,7 +137,8 @@ class Engine:
         self._open: dict[Ticket, None] = {}  # requests that have not ended
         self._running: dict[int, _Continuation] = {}  # by the number in the batch
         self._streams: dict[Ticket, None] = {}  # with events of this step
-        self._failures = 0
+        self._failures = self._ended = 0  # steps that failed one after another, and requests that ended for memory
+        self._trial_at, self._trial_wait = 0.0, 0.0  # when the next trial step is due, and the seconds after it
         self._outbox: list[tuple[Deliver, Delivery]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -159,7 +162,7 @@ class Engine:
         """Queue a request; `deliver` is called through `post` with all that becomes of it.
 
         Raises Busy at once where there is no room for it or the engine is draining, InputError where there never will
-        be, and BackendError after the backend has failed. What else is wrong with a request is delivered as an error.
+        be, and BackendError while the backend fails. What else is wrong with a request is delivered as an error.
         """
         most = self.slots + self.max_waiting
         if request.size > most:
@@ -225,15 +228,23 @@ class Engine:
         while True:
             if not (self._running and self._messages.empty()) and not self._take_messages():
                 return
-            if not self._running:
-                continue
             try:
-                events = self.batch.step()
+                if self.trouble is not None:
+                    self._try_again()
+                elif self._running:
+                    self._step()
             except Exception as error:
                 self._retry(error)
-                continue
-            self._failures = 0
+
+    def _step(self) -> None:
+        """Run a step, and deliver what has come of it."""
+        events = self.batch.step()
+        self._failures = self._ended = 0
+        try:
             self._route(events)
+            self._flush()
+        except Exception as error:  # memory, or a fault of ours: no answer may lack a token
+            self._give_up(f"events of a step could not be delivered: {_shown(error)}")
             self._flush()
 
     def _take_messages(self) -> bool:
@@ -242,21 +253,37 @@ class Engine:
             self.metrics.idle()
         while True:
             try:
-                kind, ticket = self._messages.get(block=not self._running)
+                kind, ticket = self._messages.get(not self._running, self._patience())
             except queue.Empty:
                 return True
             if kind == "stop":
                 return False
-            if ticket is None:
-                self._fail_all(Draining())
-            elif kind == "submit":
-                self._open[ticket] = None
-                self._find_states(ticket)
-            elif kind == "start":
-                self._start(ticket)
-            else:
-                self._cancel(ticket)
-            self._flush()
+            try:
+                self._do(kind, ticket)
+                self._flush()
+            except Exception as error:  # memory, or a fault of ours: it must not end the thread
+                self.states.clear()
+                if ticket is not None:
+                    self._fail(ticket, BackendError(f"the request could not be taken: {_shown(error)}"))
+                    self._flush()
+
+    def _patience(self) -> float | None:
+        """Return how long to wait for a message while nothing runs; None: until one comes."""
+        return None if self.trouble is None else max(0.0, self._trial_at - time.monotonic())
+
+    def _do(self, kind: str, ticket: Ticket | None) -> None:
+        """Do one thing that another thread has asked for."""
+        if ticket is None:
+            self._fail_all(Draining())
+        elif kind == "cancel":
+            self._cancel(ticket)
+        elif self.trouble is not None:  # it was sent before its sender could know
+            self._fail(ticket, BackendError(self.trouble))
+        elif kind == "submit":
+            self._open[ticket] = None
+            self._find_states(ticket)
+        else:
+            self._start(ticket)
 
     def _find_states(self, ticket: Ticket) -> None:
         """Look for states that hold the beginnings of a request's prompts, then start it."""
@@ -356,7 +383,11 @@ class Engine:
 
         Its last token has not been run, and would be each time that the state is copied: it is left out.
         """
-        state.rewind(len(continuation.prompt.tokens) + max(0, continuation.made - 1))
+        try:
+            state.rewind(len(continuation.prompt.tokens) + max(0, continuation.made - 1))
+        except MemoryError:
+            self.states.clear()
+            return
         kept = self.states.keep(state) or self.states.max_bytes == 0
         if kept and self.folder is not None:
             self.folder.store(self.decoder, state, self._reading(continuation.ticket.request))
@@ -406,18 +437,70 @@ class Engine:
             self.post(outbox)
 
     def _retry(self, error: Exception) -> None:
-        """Let the step be done again, or, after `RETRIES` times, end everything: the batch has lost nothing so far."""
+        """Let a step that failed be done again, since the batch has lost nothing; after `RETRIES` times, end requests.
+
+        Where memory is short, kept states go first, then, one after another, the requests that hold the most.
+        """
         self._failures += 1
         self.metrics.backend_errors += 1
+        short = _is_shortage(error)
+        if short:
+            self.states.clear()
         if self._failures <= RETRIES:
             time.sleep(_RETRY_SECONDS)
             return
-        text = f"a decode step failed {self._failures} times: {' '.join(str(error).split()) or type(error).__name__}"
+        text = f"a decode step failed {self._failures} times: {_shown(error)}"
+        largest = self.batch.largest() if short and self._ended < self.slots else None
+        if largest is None or (found := self._running.get(largest)) is None:
+            self._give_up(text)
+        else:
+            self._ended += 1
+            self._fail(found.ticket, BackendError(f"{text}; of the requests that run, this one held the most memory"))
+        self._flush()
+
+    def _give_up(self, text: str) -> None:
+        """End all requests, let go of what they hold, and take no more until a trial step succeeds."""
         with self._lock:
             self.trouble = text
         self._fail_all(BackendError(text))
-        self._flush()
+        self.states.clear()
+        self.batch.clear()
+        self._failures = self._ended = 0
+        self._trial_wait = TRIAL_SECONDS[0]
+        self._trial_at = time.monotonic() + self._trial_wait
+
+    def _try_again(self) -> None:
+        """Run a step of one token if it is time to; if that computes, requests are taken again."""
+        if time.monotonic() < self._trial_at:
+            return
+        try:
+            self.batch.submit([0], 1, stop_ids=[])
+            for _ in self.batch.run():
+                pass
+        except Exception as error:
+            self.metrics.backend_errors += 1
+            self.batch.clear()
+            self._trial_wait = min(2 * self._trial_wait, TRIAL_SECONDS[1])
+            self._trial_at = time.monotonic() + self._trial_wait
+            with self._lock:
+                self.trouble = f"a trial step failed: {_shown(error)}"
+            return
+        with self._lock:
+            self.trouble = None
 
     def _fail_all(self, error: LRTDeployError) -> None:
         for ticket in [*self._open]:
             self._fail(ticket, error)
+
+
+def _shown(error: Exception) -> str:
+    """Return the words of an error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory was short; backends say so only in words."""
+    words = ("alloc", "out of memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, BackendError) and any(word in str(error).lower() for word in words)
+    )

@@ -86,6 +86,12 @@ class PrefixStates:
             self._drop(next(iter(self._entries)))
         return True
 
+    def clear(self) -> None:
+        """Drop all states."""
+        self._entries.clear()
+        self._beginning.clear()
+        self.num_bytes = 0
+
     def _drop(self, entry: _Entry) -> None:
         del self._entries[entry]
         self.num_bytes -= entry.num_bytes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,7 +12,9 @@ import numpy as np
 import pytest
 
 from lrt_deploy.errors import BackendError, Busy, InputError, StateError
+from lrt_deploy.runtime.serving import engine as engine_module
 from lrt_deploy.runtime.serving.engine import RETRIES, Draining, Engine, EngineRequest, Prompt
+from lrt_deploy.runtime.serving.prefix_states import PrefixStates
 
 NAME = "padded_vocab"
 PROMPT = [1, 2, 3, 4, 5]
@@ -180,21 +185,154 @@ def test_a_backend_that_fails_for_a_while_costs_time_only(engine_of, decoder, mo
     assert engine.ready and engine.metrics.backend_errors == RETRIES
 
 
-@pytest.mark.parametrize("error", [BackendError("the device was lost"), MemoryError()])
-def test_a_backend_that_goes_on_failing_ends_all_requests_and_the_readiness(engine_of, decoder, monkeypatch, error):
-    engine = engine_of(slots=1)
+@pytest.fixture
+def failing(decoder, monkeypatch):
+    """While the list holds an error, every step raises it."""
+    errors, advance = [], decoder.advance
 
-    def always(*args):
-        raise error
+    def sometimes(*args):
+        if errors:
+            raise errors[0]
+        return advance(*args)
 
-    monkeypatch.setattr(decoder, "advance", always)
-    receivers = [submit(engine, stream=bool(i)) for i in range(3)]
-    for receiver in receivers:
-        found = receiver.wait().deliveries[-1].error
-        assert isinstance(found, BackendError) and "failed" in str(found)
-    assert not engine.ready and engine.outstanding == 0
+    monkeypatch.setattr(decoder, "advance", sometimes)
+    return errors
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+SHORTAGES = [MemoryError(), BackendError("ONNX Runtime failed: Failed to allocate memory for requested buffer")]
+
+
+@pytest.mark.parametrize("error", [BackendError("the device was lost"), *SHORTAGES])
+def test_a_backend_that_goes_on_failing_ends_all_requests_and_the_readiness_until_a_step_computes(
+    engine_of, decoder, monkeypatch, failing, error
+):
+    monkeypatch.setattr(engine_module, "TRIAL_SECONDS", (0.01, 0.04))
+    found = engine_of(slots=1, states=PrefixStates(2**24))
+    assert submit(found, new=20).wait().tokens() and len(found.states) == 1
+    shards = found.batch._shards
+    failing.append(error)
+    for receiver in [submit(found, stream=bool(i)) for i in range(3)]:
+        ended = receiver.wait().deliveries[-1].error
+        assert isinstance(ended, BackendError) and "failed" in str(ended)
+    until(lambda: not found.ready)
+    assert found.outstanding == 0 and len(found.states) == found.states.num_bytes == 0
+    assert found.batch._shards is not shards and found.batch.running == found.batch.waiting == 0
     with pytest.raises(BackendError, match="failed"):
-        submit(engine)
+        submit(found)
+    errors = found.metrics.backend_errors
+    until(lambda: found.metrics.backend_errors >= errors + 3)  # it goes on trying
+    assert not found.ready and found._trial_wait == 0.04
+    failing.clear()
+    until(lambda: found.ready)
+    for stream in (False, True):
+        assert submit(found, stream=stream).wait().tokens() == alone(decoder, PROMPT, 10)
+
+
+@pytest.mark.parametrize("error", SHORTAGES)
+def test_where_memory_is_short_the_largest_request_ends_and_the_others_go_on(engine_of, decoder, monkeypatch, error):
+    advance = decoder.advance
+
+    def short(state, ids):
+        if max(state.row_lengths) >= 40:
+            raise error
+        return advance(state, ids)
+
+    monkeypatch.setattr(decoder, "advance", short)
+    found = engine_of(slots=3)
+    large = submit(found, [7] * 30, 60)
+    small = [submit(found, PROMPT[: 1 + i], 20, temperature=1.0, seed=i) for i in range(4)]
+    ended = large.wait().deliveries[-1].error
+    assert isinstance(ended, BackendError) and "this one held the most memory" in str(ended)
+    for i, receiver in enumerate(small):
+        assert receiver.wait().tokens() == alone(decoder, PROMPT[: 1 + i], 20, temperature=1.0, seed=i)
+    assert found.ready and found.metrics.requests == {"ok": 4, "error": 1, "cancelled": 0, "refused": 0}
+
+
+def test_a_shortage_of_memory_costs_kept_states_before_any_request(engine_of, decoder, monkeypatch):
+    found = engine_of(slots=2, states=PrefixStates(2**24))
+    assert submit(found, new=20).wait().tokens() and len(found.states) == 1
+    advance = decoder.advance
+
+    def short(*args):
+        if len(found.states):
+            raise MemoryError
+        return advance(*args)
+
+    monkeypatch.setattr(decoder, "advance", short)
+    assert submit(found).wait().tokens() == alone(decoder, PROMPT, 10)
+    assert found.ready and found.metrics.requests["error"] == 0
+
+
+@pytest.mark.parametrize("where", ["submit", "step"])
+def test_memory_that_is_short_outside_of_a_step_ends_requests_and_not_the_engine(
+    engine_of, decoder, monkeypatch, where
+):
+    monkeypatch.setattr(engine_module, "TRIAL_SECONDS", (0.01, 0.04))
+    found = engine_of(slots=2)
+
+    def short(*args, **options):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*{"submit": (found.batch, "submit", short), "step": (found, "_count_prompt", short)}[where])
+        error = submit(found).wait().deliveries[-1].error
+        assert isinstance(error, BackendError) and "MemoryError" in str(error)
+    until(lambda: found.ready)
+    assert found.outstanding == 0
+    assert submit(found).wait().tokens() == alone(decoder, PROMPT, 10)
+
+
+LIMITED = """
+import resource, sys, time
+from pathlib import Path
+from tests.services.test_engine import Receiver, Engine, PrefixStates, engine_module, alone, submit, until
+from lrt_deploy import BackendError, open_decoder
+
+engine_module.TRIAL_SECONDS = (0.05, 0.2)
+
+def limit_data(spare):
+    used = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))
+    soft = int(used.split()[1]) * 1024 + spare if spare else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, resource.RLIM_INFINITY))
+
+with open_decoder(sys.argv[1], threads=1) as decoder:
+    long = [1 + i % 90 for i in range(600)]
+    expected = {n: alone(decoder, [n], 25) for n in range(1, 9)} | {600: alone(decoder, long, 9)}
+    engine = Engine(decoder, 8, states=PrefixStates(2**24))
+    engine.start()
+    assert submit(engine, [3], 25).wait().tokens() == expected[3]
+    limit_data(2**22)
+    for policy in ("stepwise", "fixed-point"):
+        large, small = submit(engine, long, 9, policy=policy), [submit(engine, [n], 25) for n in range(1, 9)]
+        error = large.wait().deliveries[-1].error
+        assert isinstance(error, BackendError), error
+        for n, receiver in enumerate(small, 1):
+            ended = receiver.wait().deliveries[-1].error
+            assert isinstance(ended, BackendError) if ended else receiver.tokens() == expected[n], (n, ended)
+        until(lambda: engine.ready)
+        assert submit(engine, [2], 25).wait().tokens() == expected[2]
+    limit_data(0)
+    assert submit(engine, long, 9).wait().tokens() == expected[600]
+    assert engine.ready and engine.outstanding == 0 and engine.batch.running == engine.batch.waiting == 0
+    engine.stop()
+"""
+
+
+def test_a_real_shortage_of_memory_ends_requests_and_not_the_service(bundle, root):
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }  # caches: memory of their own
+    command = [sys.executable, "-c", LIMITED, bundle]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_too_much_work_is_refused_at_once(engine_of):
