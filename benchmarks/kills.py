@@ -1,6 +1,6 @@
 """Kill what writes files at random moments, fill its disk, bound its files: the old or the new stays, never a half.
 
-For each operation (export, export --force over a bundle, build, saving a state, writing to a prompt cache):
+For each operation (export, export --force over a bundle, export --add to one, build, saving a state, a prompt cache):
 
 - kills: SIGKILL at a random moment of the time that it takes. Afterwards the target is whole, old or new, or it is
   absent where there was no old one, and at most one temporary file or folder lies beside it: each run has removed what
@@ -102,6 +102,7 @@ def operations(checkpoint: Path, folder: Path, whole: bool) -> Iterator[Operatio
     size = folder_bytes(bundles[NEW_CAPACITY])
     yield Operation("export", nothing, exporting(checkpoint), check_bundle, size)
     yield Operation("export --force", copying(bundles[OLD_CAPACITY]), exporting(checkpoint), check_bundle, size)
+    yield Operation("export --add", copying(bundles[OLD_CAPACITY]), adding(checkpoint), check_added(bundles), size)
     yield from build_operation(bundles[NEW_CAPACITY], whole)
     yield from state_operations(bundles[NEW_CAPACITY])
 
@@ -144,6 +145,25 @@ def check_bundle(folder: Path) -> str:
     manifest = read_manifest(folder / "target")
     verify_files(folder / "target", manifest, force=True)
     return {OLD_CAPACITY: "old", NEW_CAPACITY: "new"}[manifest.max_seq_len]
+
+
+def adding(checkpoint: Path) -> Callable[[Path], None]:
+    """Add a precision to what is there."""
+    return lambda folder: lrt_deploy.export_bundle(checkpoint, folder / "target", precision="bf16", add=True) and None
+
+
+def check_added(bundles: dict[int, Path]) -> Callable[[Path], str]:
+    """Whether the target is the old bundle or the one with the added precision; the old files never change."""
+    old = read_manifest(bundles[OLD_CAPACITY])
+
+    def check(folder: Path) -> str:
+        manifest = read_manifest(folder / "target")
+        verify_files(folder / "target", manifest, force=True)
+        if not manifest.files.items() >= old.files.items():
+            raise LRTDeployError("files that were there have changed")
+        return {("fp32",): "old", ("fp32", "bf16"): "new"}[manifest.precisions]
+
+    return check
 
 
 def build_operation(bundle: Path, whole: bool) -> Iterator[Operation]:

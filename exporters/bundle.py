@@ -23,6 +23,7 @@ from lrt_deploy.files import check_writable, read_json, read_text
 from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
 
 from .atomic_folder import atomic_folder, recover
+from .existing import ExistingBundle
 from .export_options import ExportRequest, check_space
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def export_bundle(
     *,
     precision: str | Sequence[str] = "fp32",
     max_seq_len: int | None = None,
-    max_batch_size: int = 8,
+    max_batch_size: int | None = None,
     tokenizer: str | Path | None = None,
     step: int | None = None,
     force: bool = False,
+    add: bool = False,
     calibration: str | Path | None = None,
     keep_high: Sequence[str] | None = None,
     compensate: bool = False,
@@ -63,11 +65,13 @@ def export_bundle(
         bundle: the folder to make. It is whole or absent.
         precision: one or several of `fp32`, `fp16`, `bf16`, `int8` (W8A8), `int8-weight-only`, `int4-weight-only`.
         max_seq_len: tokens that a sequence can hold; None: the model's `sequence_len`. At most 10 times that.
-        max_batch_size: sequences that can run together.
+        max_batch_size: sequences that can run together; None: 8.
         tokenizer: a folder with `tokenizer.pkl` or `tokenizer.json`, or one of these files; `none`: no tokenizer;
             None: the one that belongs to the checkpoint, if any.
         step: which of several saved steps; None: the last.
         force: replace an existing bundle.
+        add: put the precisions into an existing bundle of the same checkpoint, as a whole or not at all. It keeps its
+            files, engines, tokenizer, `max_seq_len` and `max_batch_size`; processes that have it open go on.
         calibration: a text file on which ranges and int8 activations are measured; None: the one that is shipped.
         keep_high: matrices that stay precise, as `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0`; None: the
             default of each precision; empty: none.
@@ -79,6 +83,7 @@ def export_bundle(
     Raises:
         CheckpointError, ConfigError: the checkpoint cannot be read, or its model is not known to this version.
         ExportError: the bundle cannot be made as asked for. Nothing is left behind.
+        BundleError: with `add`, the bundle is not intact.
         InputError: an argument is not of its type.
 
     """
@@ -86,10 +91,11 @@ def export_bundle(
     options = ExportRequest(
         precisions=(precision,) if isinstance(precision, str) else check_texts(precision, "precision"),
         max_seq_len=None if max_seq_len is None else check_whole(max_seq_len, "max_seq_len"),
-        max_batch_size=check_whole(max_batch_size, "max_batch_size"),
+        max_batch_size=None if max_batch_size is None else check_whole(max_batch_size, "max_batch_size"),
         tokenizer=None if tokenizer is None else check_path(tokenizer, "tokenizer"),
         step=None if step is None else check_whole(step, "step"),
         force=check_flag(force, "force"),
+        add=check_flag(add, "add"),
         calibration=None if calibration is None else check_path(calibration, "calibration"),
         keep_high=None if keep_high is None else check_texts(keep_high, "keep_high"),
         compensate=check_flag(compensate, "compensate"),
@@ -101,12 +107,18 @@ def export_bundle(
 
 def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
     target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
+    if options.add:  # to the bundle itself where `target` is a link to it
+        target = target.resolve()
     recover(target)
-    if os.path.lexists(target):
-        if not options.force:
-            raise ExportError(f"{target} exists; choose another folder, or pass --force (force=True) to replace it")
-        check_replaceable(target)
     options.check()
+    existing = ExistingBundle.open(target, options) if options.add else None
+    if existing is None and os.path.lexists(target):
+        if not options.force:
+            raise ExportError(
+                f"{target} exists; choose another folder, or pass --force (force=True) to replace it, or --add "
+                "(add=True) to put a precision into it"
+            )
+        check_replaceable(target)
     check_writable(target, ExportError)
     from lrt_deploy.model.checkpoint import open_checkpoint
 
@@ -114,16 +126,33 @@ def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progre
 
     progress("reading the checkpoint", 0, 0)
     opened = open_checkpoint(source, options.step)
+    if existing is not None:
+        options = existing.complete(options, opened)
     capacity = options.capacity(opened.config)
-    tokenizer = find_tokenizer(opened, options.tokenizer)
     check_space(target, opened.config, options.precisions)
+    if existing is not None:
+        return _add(opened, capacity, options, existing, progress)
+    tokenizer = find_tokenizer(opened, options.tokenizer)
     with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
         details, tables = _write_graphs(opened, capacity, options, folder, progress)
         progress("hashing", 0, 0)
-        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokenizer, details, tables))
+        tokens = None if tokenizer is None else len(tokenizer.byte_lengths)
+        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokens, details, tables))
+
+
+def _add(
+    opened: Checkpoint, capacity: int, options: ExportRequest, existing: ExistingBundle, progress: Progress
+) -> Manifest:
+    """Make the bundle with the added precisions beside the old one, and exchange the two."""
+    with atomic_folder(existing.folder, lambda _: existing.take_rest(folder), ExportError) as folder:
+        existing.take_files(folder)
+        details, tables = _write_graphs(opened, capacity, options, folder, progress)
+        progress("hashing", 0, 0)
+        added = _manifest(opened, options, capacity, existing.manifest.tokenizer_tokens, details, tables)
+        return manifest.write_manifest(folder, existing.join(added), existing.manifest.files)
 
 
 def check_replaceable(target: Path) -> None:
@@ -230,7 +259,7 @@ def _manifest(
     checkpoint: Checkpoint,
     options: ExportRequest,
     capacity: int,
-    tokenizer: SourceTokenizer | None,
+    tokenizer_tokens: int | None,
     details: dict[str, Any],
     tables: Tables,
 ) -> Manifest:
@@ -239,7 +268,7 @@ def _manifest(
     return Manifest(
         model=config,
         max_seq_len=capacity,
-        max_batch_size=options.max_batch_size,
+        max_batch_size=options.batch_size,
         precisions=options.precisions,
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),
         contracts={
@@ -249,7 +278,7 @@ def _manifest(
             }
             for precision in options.precisions
         },
-        tokenizer_tokens=None if tokenizer is None else len(tokenizer.byte_lengths),
+        tokenizer_tokens=tokenizer_tokens,
         precision_details=details,
         tables=tables,
         provenance={

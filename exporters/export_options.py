@@ -23,6 +23,7 @@ from lrt_deploy.files import existing_parent
 
 # Elements of one tensor that TensorRT, and kernels that index with 32 bits, can address.
 _LARGEST_TENSOR = 2**31 - 1
+DEFAULT_BATCH_SIZE = 8
 _BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int8-weight-only": 8, "int4-weight-only": 4}
 
 
@@ -32,15 +33,21 @@ class ExportRequest:
 
     precisions: tuple[str, ...]
     max_seq_len: int | None
-    max_batch_size: int
+    max_batch_size: int | None
     tokenizer: Path | None
     step: int | None
     force: bool
+    add: bool
     calibration: Path | None
     keep_high: tuple[str, ...] | None
     compensate: bool
     int4_block: int | None
     host_embeddings: bool
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences that can run together."""
+        return DEFAULT_BATCH_SIZE if self.max_batch_size is None else self.max_batch_size
 
     def check(self) -> None:
         """Raise ExportError or InputError for values that no model could be exported with."""
@@ -68,15 +75,15 @@ class ExportRequest:
                 f"max_seq_len is {capacity}; this model's rotary tables cover 1 to {config.max_positions} positions "
                 f"(10 x sequence_len, as the authors built them)"
             )
-        if self.max_batch_size < 1:
-            raise ExportError(f"max_batch_size is {self.max_batch_size}, expected at least 1")
+        if self.batch_size < 1:
+            raise ExportError(f"max_batch_size is {self.batch_size}, expected at least 1")
         most = _LARGEST_TENSOR // (config.n_kv_head * config.head_dim * capacity)
-        if self.max_batch_size > most:
-            taken = max(_state_bytes(config, name, capacity) for name in self.precisions) * self.max_batch_size
+        if self.batch_size > most:
+            taken = max(_state_bytes(config, name, capacity) for name in self.precisions) * self.batch_size
             raise ExportError(
-                f"max_batch_size is {self.max_batch_size}; with a max_seq_len of {capacity} a cache tensor of this "
+                f"max_batch_size is {self.batch_size}; with a max_seq_len of {capacity} a cache tensor of this "
                 f"model holds at most {most} sequences (2^31 elements, the limit of TensorRT and of 32-bit kernels), "
-                f"and the state of {self.max_batch_size} would take {taken / 1e9:.3g} GB of memory"
+                f"and the state of {self.batch_size} would take {taken / 1e9:.3g} GB of memory"
             )
         matching(self.keep_high or (), matrix_shapes(config), strict=True)
         return capacity

@@ -13,7 +13,7 @@ import time
 import pytest
 
 SCRIPT = "benchmarks/kills.py"
-OPERATIONS = ["export", "export --force", "build", "state save", "prompt cache"]
+OPERATIONS = ["export", "export --force", "export --add", "build", "state save", "prompt cache"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Annotated, Any
 
@@ -135,12 +135,14 @@ def graph_path(precision: str, phase: str, flavour: Flavour) -> str:
     return f"graphs/{precision}/{phase}{suffix}.onnx"
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
-    """Hash every file in `folder`, write the manifest and its digest; return the manifest with the files."""
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileRecord] | None = None) -> Manifest:
+    """Hash every file in `folder` but the `known` ones, write the manifest and its digest; return the manifest."""
+    known = known or {}
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     files = {
-        path.relative_to(folder).as_posix(): FileRecord(path.stat().st_size, hash_file(path))
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (MANIFEST, DIGEST)
+        name: known.get(name) or FileRecord((folder / name).stat().st_size, hash_file(folder / name))
+        for name in names
+        if name not in (MANIFEST, DIGEST)
     }
     manifest = msgspec.structs.replace(manifest, files=files)
     text = manifest.to_json().encode()
@@ -158,9 +160,12 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder} {found}; expected a bundle folder, made by `lrt-deploy export`")
     if missing := [name for name in (MANIFEST, DIGEST) if not (folder / name).exists()]:
         raise BundleError(f"{folder} is not a bundle: it has no {missing[0]}; bundles are made by `lrt-deploy export`")
-    data = read_bytes(folder / MANIFEST, "the manifest", BundleError, _LARGEST_MANIFEST_BYTES)
-    digest = read_bytes(folder / DIGEST, "the manifest's digest", BundleError, _LARGEST_DIGEST_BYTES)
-    if digest != f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode():
+    for _ in range(2):  # again where an export has replaced the bundle between the two
+        data = read_bytes(folder / MANIFEST, "the manifest", BundleError, _LARGEST_MANIFEST_BYTES)
+        digest = read_bytes(folder / DIGEST, "the manifest's digest", BundleError, _LARGEST_DIGEST_BYTES)
+        if intact := digest == f"{hashlib.sha256(data).hexdigest()}  {MANIFEST}\n".encode():
+            break
+    if not intact:
         raise BundleError(
             f"{folder / MANIFEST} does not match {DIGEST}: one of the two was altered; export the bundle again"
         )

@@ -28,7 +28,7 @@ class ExportOptions:
         option(f"Precision to export: {options.listed(options.PrecisionName)}; repeatable; default: fp32.", "NAME"),
     ] = None
     max_seq_len: Annotated[int | None, option("Tokens a sequence can hold; default: the model's sequence_len.")] = None
-    max_batch_size: Annotated[int, option("Sequences that can run together.")] = 8
+    max_batch_size: Annotated[int | None, option("Sequences that can run together; default: 8.")] = None
     calibration: Annotated[
         Path | None, option("Text on which ranges and int8 activations are measured; default: our own.", "FILE")
     ] = None
@@ -41,6 +41,7 @@ class ExportOptions:
     ] = None
     host_embeddings: Annotated[bool, option("Keep embedding tables out of graphs, engines and GPU memory.")] = False
     force: Annotated[bool, option("Replace an existing bundle.")] = False
+    add: Annotated[bool, option("Put the precisions into an existing bundle of this checkpoint.")] = False
 
     def arguments(self) -> dict[str, Any]:
         """Return keyword arguments for `export_bundle`: plain types, and `--keep-high none` as an empty list."""
@@ -70,4 +71,5 @@ def export(
     seconds = time.perf_counter() - started
     fields = manifest.to_dict() | {"bundle": str(bundle), "seconds": round(seconds, 3)}
     size = output.bytes_text(sum(path.stat().st_size for path in bundle.rglob("*") if path.is_file()))
-    output.result(json, fields, f"exported {bundle} ({size}) in {seconds:.1f} s", summary.bundle_rows(manifest))
+    what = f"added {', '.join(chosen.arguments()['precision'])} to" if chosen.add else "exported"
+    output.result(json, fields, f"{what} {bundle} ({size}) in {seconds:.1f} s", summary.bundle_rows(manifest))
