@@ -83,11 +83,10 @@ def bundle_of(settings: Settings, name: str) -> Path:
 def export_random(settings: Settings, folder: Path) -> None:
     """Export random weights of the shape asked for, with tables in bfloat16 as released checkpoints have them."""
     import torch
+    from random_models import random_model, write_native
 
     import lrt_deploy
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
 
     longest = max(settings.contexts) + settings.steps + WARM_UP
     config = LRTConfig(

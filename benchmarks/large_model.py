@@ -32,10 +32,9 @@ PROMPT_TOKENS, DECODE_TOKENS, MANY_TOKENS = 64, 32, 1024
 def make_checkpoint(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Write random weights in the native form, tables in bfloat16 as training leaves them."""
     import torch
+    from random_models import random_model, write_native
 
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(
         sequence_len=2048,

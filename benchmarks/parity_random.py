@@ -52,10 +52,10 @@ def draw_config(rng: random.Random) -> Any:  # noqa: ANN401 - an LRTConfig; heav
 
 def run(index: int, rng: random.Random, folder: Path) -> dict[str, Any]:
     """Export one configuration and compare it with the right and with a wrong reference."""
+    from random_models import random_model, write_native
+
     import lrt_deploy
     from lrt_deploy.evaluation.verdict import compare
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
     from lrt_deploy.model.reference import ReferenceDecoder
 
     config = draw_config(rng)

@@ -25,10 +25,10 @@ MOST_OVERHEAD = 1.1  # of a fixed-point prefill over as many zero-memory passes
 
 def make(folder: Path, args: argparse.Namespace) -> None:
     """Write random weights in the native form and export them."""
+    from random_models import random_model, write_native
+
     import lrt_deploy
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
 
     config = LRTConfig(
         sequence_len=2048,

@@ -27,9 +27,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from random_models import random_model, write_native
+
 import lrt_deploy
-from lrt_deploy.model.checkpoint import open_checkpoint, write_native
-from lrt_deploy.model.random_weights import random_model
+from lrt_deploy.model.checkpoint import open_checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))
 from parity_random import draw_config

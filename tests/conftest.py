@@ -254,8 +254,9 @@ def export_model(make_once):
     """(name, model, options) -> bundle folder of a model that was made in a test; `model` is called when needed."""
 
     def export(name: str, model, **options) -> Path:
+        from random_models import write_native
+
         import lrt_deploy
-        from lrt_deploy.model.checkpoint import write_native
 
         def make(folder: Path) -> None:
             checkpoint = folder.with_name(f"{name}.checkpoint")
@@ -275,8 +276,9 @@ def int4_in_blocks(export_model):
     """
 
     def export(block: int | None, width: int = 128) -> Path:
+        from random_models import random_model
+
         from lrt_deploy.config import LRTConfig
-        from lrt_deploy.model.random_weights import random_model
 
         config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=1, n_embd=width)
         options = {"precision": "int4-weight-only", "int4_block": block, "compensate": block == 64}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from random_models import random_model
 
 import lrt_deploy
 from lrt_deploy.bundle.weights import weight_sources
@@ -17,7 +18,6 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
 from lrt_deploy.model.authors_config import TRAINING_FIELDS
 from lrt_deploy.model.checkpoint import open_checkpoint
-from lrt_deploy.model.random_weights import random_model
 
 # A plain nanochat checkpoint with random weights, made by the code of its commit d314e96 (December 2025): ids (1, 200),
 # logits (1, 200, 128) of that code's forward.

@@ -12,12 +12,12 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from random_models import random_model, write_native
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
-from lrt_deploy.model.checkpoint import open_checkpoint, write_native
+from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.model import LRT
-from lrt_deploy.model.random_weights import random_model
 
 GOLDEN = "padded_vocab"
 CONFIG = {

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from random_models import random_model, write_native
 from typer.testing import CliRunner
 
 from lrt_deploy.cli.app import app
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError
-from lrt_deploy.model.checkpoint import as_torch, open_checkpoint, write_native
+from lrt_deploy.model.checkpoint import as_torch, open_checkpoint
 from lrt_deploy.model.checkpoint_folder import STAGES, find_checkpoint
 from lrt_deploy.model.pt_file import read_state_dict
-from lrt_deploy.model.random_weights import random_model
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "padded_vocab"
 WEIGHTS, META = "model_000000.pt", "meta_000000.json"

@@ -217,7 +217,7 @@ def test_profiles_follow_the_bundle():
 @pytest.mark.slow
 def test_attention_without_a_fused_kernel_is_decomposed_and_said_so(export_model, tmp_path, monkeypatch):
     """TensorRT-RTX 1.7.1 has none in float16 for two heads of 64."""
-    from lrt_deploy.model.random_weights import random_model
+    from random_models import random_model
 
     config = LRTConfig(sequence_len=64, vocab_size=128, n_layer=2, n_head=2, n_kv_head=2, n_embd=128)
     source = export_model("two-heads", lambda: random_model(config, seed=1), precision="fp16")

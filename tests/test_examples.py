@@ -57,8 +57,7 @@ def test_the_batch_server_answers_each_request_as_if_alone(root, bundle):
 
 
 def test_a_test_of_the_users_own_passes_on_a_right_bundle_and_fails_on_another_model(root, bundle, golden_of, tmp_path):
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
+    from random_models import random_model, write_native
 
     golden = golden_of("mr_gqa_SSSL")
     write_native(random_model(golden.model().config, seed=1), tmp_path / "other")

@@ -38,8 +38,7 @@ D20 = LRTConfig(
 def d20(export_model):
     def make():
         import torch
-
-        from lrt_deploy.model.random_weights import random_model
+        from random_models import random_model
 
         return random_model(D20, table_dtype=torch.bfloat16)
 

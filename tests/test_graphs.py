@@ -14,13 +14,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from random_models import random_model
 
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import MANIFEST, WEIGHTS, graph_path, read_manifest
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.graph import passes
-from lrt_deploy.model.random_weights import random_model
 
 pytestmark = pytest.mark.slow  # for the exports
 

@@ -108,7 +108,9 @@ def test_a_bundle_fails_against_a_checkpoint_with_one_changed_matrix(checkpoint,
 
 @slow
 def test_the_same_weights_saved_again_pass(checkpoint, golden, decoder_of, tmp_path):
-    from lrt_deploy.model.checkpoint import open_checkpoint, write_native
+    from random_models import write_native
+
+    from lrt_deploy.model.checkpoint import open_checkpoint
 
     write_native(checkpoint.model(), tmp_path)
     again = open_checkpoint(tmp_path)

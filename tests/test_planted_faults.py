@@ -98,8 +98,7 @@ def test_changed_bytes_fail_in_weights_before_anything_runs(
 
 
 def test_another_checkpoint_of_the_same_shape_fails_and_the_same_weights_saved_again_pass(bundle, golden_of, tmp_path):
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
+    from random_models import random_model, write_native
 
     model = golden_of(GOLDEN).model()
     write_native(model, tmp_path / "again")

@@ -574,8 +574,9 @@ def test_a_block_that_cannot_be_is_refused_before_anything_is_written(root, tmp_
 @pytest.fixture(scope="session")
 def equal_layers(export_model):
     """A bundle of a fresh model, whose gates and output projections are zeros in all layers; checkpoint beside it."""
+    from random_models import random_model
+
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.random_weights import random_model
 
     def fresh():
         model = random_model(LRTConfig(sequence_len=32, vocab_size=64, n_layer=3, n_head=2, n_kv_head=1, n_embd=16), 1)

@@ -243,7 +243,7 @@ def test_plain_sweeps_are_the_authors_refinement_passes(random_decoder, golden_o
 @pytest.fixture(scope="module")
 def stubborn(export_model):
     """A model whose memory is so strong that iterating it leads nowhere."""
-    from lrt_deploy.model.random_weights import random_model
+    from random_models import random_model
 
     config = LRTConfig(32, 64, 2, 2, 1, 32, "SL")
     bundle = export_model("prefill-stubborn", lambda: random_model(config, seed=1, memory_scale=5.0), max_seq_len=200)

@@ -46,7 +46,7 @@ def bundle_of(export_model):
     """name -> bundle of a random model."""
 
     def get(name):
-        from lrt_deploy.model.random_weights import random_model
+        from random_models import random_model
 
         fields, scale = MODELS[name]
         make = lambda: random_model(LRTConfig(**fields), seed=7, memory_scale=scale)  # noqa: E731

@@ -136,8 +136,9 @@ def test_any_history_of_a_batch_equals_single_rows(name, decoder_of, tolerances)
 
 def test_so_does_that_of_another_architecture(export_model, tolerances):
     """Shared memory projections, an inner source layer, windows that bite, random weights."""
+    from random_models import random_model
+
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.random_weights import random_model
 
     shape = {"sequence_len": 24, "vocab_size": 250, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 32}
     config = LRTConfig(**shape, window_pattern="SSL", memory_projections="shared", memory_source_layer=1)

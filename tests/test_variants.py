@@ -12,11 +12,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from random_models import random_model
 
 import lrt_deploy
 from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.model.random_weights import random_model
 from lrt_deploy.model.reference import ReferenceDecoder
 
 # Windows of 8 and 16 bite within 24 tokens; the vocabulary is padded from 100 to 128.

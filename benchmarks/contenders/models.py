@@ -58,9 +58,7 @@ def checkpoint(folder: Path, size: Size, memory: bool = True) -> Path:
 
     def make(target: Path) -> dict[str, Any]:
         import torch
-
-        from lrt_deploy.model.checkpoint import write_native
-        from lrt_deploy.model.random_weights import random_model
+        from random_models import random_model, write_native
 
         model = random_model(config_of(size, memory), memory_scale=MEMORY_SCALE, table_dtype=torch.bfloat16)
         write_native(model, target)

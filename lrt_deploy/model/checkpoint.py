@@ -9,7 +9,6 @@ regular files are opened, and everything is checked against the config before an
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -91,7 +89,7 @@ class Checkpoint:
             if name in EMBEDDING_TABLES and stored == {"bfloat16"}:  # kept so: gathered, then cast
                 table = torch.empty_like(model.get_parameter(name), dtype=torch.bfloat16)
                 setattr(model, name, nn.Parameter(table, requires_grad=False))
-            for part, key, shape in zip(_parts(model, name, source), source.names, source.shapes, strict=True):
+            for part, key, shape in zip(parts_of(model, name, source), source.names, source.shapes, strict=True):
                 part.copy_(self._read(key, shape, source.default))
         return model.eval()
 
@@ -150,18 +148,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     return _open_native(found) if found.native else _open_authors(found)
 
 
-def write_native(model: LRT, folder: Path) -> None:
-    """Write `config.json` and `model.safetensors`, which `open_checkpoint` reads back."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, Tensor] = {}
-    for name, source in weight_sources(model.config).items():
-        parts = zip(source.names, _parts(model, name, source), strict=True)
-        tensors |= {key: part.detach().contiguous() for key, part in parts}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(model.config.to_dict(), indent=2) + "\n")
-
-
-def _parts(model: LRT, name: str, source: Source) -> list[Tensor]:
+def parts_of(model: LRT, name: str, source: Source) -> list[Tensor]:
     """Return views of the parts of a parameter, each in the shape of the authors' tensor."""
     sizes = [shape[0 if source.transposed else -1] for shape in source.shapes]
     parts = model.get_parameter(name).split(sizes, dim=-1)

@@ -12,6 +12,8 @@ from pathlib import Path
 from . import campaign, originals, table, worker
 from .kinds import KINDS
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # for `random_models`
+
 
 def main() -> int:
     """Exit code 1 where anything failed."""

@@ -75,11 +75,10 @@ class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
 def make(folder: Path) -> None:
     """Write all originals into an empty folder."""
     import torch
+    from random_models import random_model, write_native
 
     import lrt_deploy
     from lrt_deploy.config import LRTConfig
-    from lrt_deploy.model.checkpoint import write_native
-    from lrt_deploy.model.random_weights import random_model
 
     torch.set_num_threads(1)
     lrt = LRTConfig(**SIZES, n_layer=2)
