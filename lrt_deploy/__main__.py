@@ -1,6 +1,6 @@
 """The entry point of `lrt-deploy` and of `python -m lrt_deploy`.
 
-Small on purpose: signals must be handled before the command line's own imports, which take a tenth of a second.
+It handles signals before it imports the command line, which takes a tenth of a second.
 """
 
 from __future__ import annotations

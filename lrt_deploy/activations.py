@@ -1,7 +1,7 @@
 """Names of the activations of a decode step, the same in the reference model and in the graphs.
 
-The reference records them (`model.CacheOps.mark`), the exporter gives the values in the graphs these names, and
-`evaluation.bisect` compares them in the order of computation. An `Observer` runs a step and returns them.
+The reference records them (`model.CacheOps.mark`), exported graphs name their values by them, and `evaluation.bisect`
+compares them in the order of computation.
 """
 
 from __future__ import annotations

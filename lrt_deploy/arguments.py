@@ -1,7 +1,6 @@
 """Check the arguments of the public functions: an unusable value raises InputError with the argument's name.
 
-Whole numbers may be Python's or NumPy's and never `True`; numbers are finite. Each function returns the value in the
-type that the caller goes on with. Token ids are checked in `text.prompts`.
+Whole numbers may be Python's or NumPy's and never `True`; numbers are finite. Token ids: see `text.prompts`.
 """
 
 from __future__ import annotations

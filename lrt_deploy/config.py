@@ -1,10 +1,9 @@
-"""The configuration of a model: everything about an LRT that its weights do not state by themselves.
+"""The configuration of a model, under the names of the authors' `model_config` and those of the paper's variants.
 
-The field names are those of the authors' `model_config`, and those of the paper's other variants. How a checkpoint's
-meta file and tensors become a configuration: see `model.authors_config`. Reads no files and knows no tensors.
+How a checkpoint's meta file and tensors become a configuration: see `model.authors_config`.
 
-Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots,
-K rows that get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.
+Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots, K rows that
+get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.
 """
 
 from __future__ import annotations

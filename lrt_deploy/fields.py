@@ -1,8 +1,6 @@
 """Check JSON values from files against the types that a class declares, and show values in messages.
 
-`convert` is msgspec's strict conversion with messages that name the field, its value and what was expected. Nothing is
-guessed: `true` is no number and `1.0` no whole number. A Struct that lists its fields exhaustively is declared with
-`forbid_unknown_fields`. Reads no files.
+`convert` is msgspec's strict conversion with messages that name the field, its value and what was expected.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Files on disk: read regular files within a size limit, and write files that are whole or absent.
 
 Every file that a user or a stranger names is opened here. A FIFO, a device, a folder or a link to one of them is
-refused before anything is read from it, so no reader can block or run without bound. Links to regular files are
-followed. Knows nothing of the contents of files.
+refused before anything is read from it, so no reader can block or run without bound.
 
 A temporary file or folder, `.NAME.partial-` and 16 hex digits, is locked (flock) by the process that fills it. One that
 is not locked was left by a killed process, and the next writer of NAME removes it. Where the filesystem has no such

@@ -1,8 +1,7 @@
-"""The machine and the installation: processor, memory, the GPU, and the optional packages.
+"""The machine and the installation: processor, memory, the GPU, and the optional packages, which are not imported.
 
-The GPU is found through `cuda.bindings`; a missing package, driver or device is an answer, not an error. Optional
-packages are looked for and not imported. No message says to install `lrt-deploy` from a package index, where the name
-may be another project's.
+A missing package, driver or device is an answer, not an error. No message says to install `lrt-deploy` from a package
+index, where the name may be another project's.
 """
 
 from __future__ import annotations

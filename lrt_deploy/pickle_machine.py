@@ -1,12 +1,11 @@
 """Interpret a pickle of plain data without running pickle: the stack, the memo, and a few instructions.
 
-The readers of two kinds of files share it: `text.tiktoken_pickle` (a tokenizer) and `model.tensor_pickle` (a state
-dict). Names of globals are text; nothing is ever imported, looked up or called.
+`text.tiktoken_pickle` (a tokenizer) and `model.tensor_pickle` (a state dict) build on it. Names of globals are text;
+nothing is ever imported, looked up or called.
 
-Why not an allow-list `pickle.Unpickler` after a scan of the opcodes: with only the opcodes of real files, 140 bytes of
-tuples that share parts through the memo hang it in `hash`, 400 kB of integer keys with equal hashes take 12 seconds
-(quadratic), and a 1 MB tuple of nested tuples as a key kills the interpreter. A scan that finds these must know which
-stack items become keys, hence be this machine.
+Not an allow-list `pickle.Unpickler` after a scan of the opcodes: with the opcodes of real files alone, 140 bytes of
+tuples that share parts through the memo hang it in `hash`, 400 kB of integer keys with equal hashes take 12 seconds,
+and a 1 MB tuple of nested tuples as a key kills the interpreter.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 All errors are maxima of absolute differences. Logits are softly capped to +-15 and latents are RMS-normed, so absolute
 bounds mean the same for every model. Measured on the goldens (eight random models and a trained one of 6 layers), 250
-to 300 tokens of rollout each. Comparisons and judgement are in `evaluation` and in the tests.
+to 300 tokens of rollout each.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The protocol of stateful decoders: the runtime's Decoder and the PyTorch reference.
-
-Parity and evaluation are written against it and know neither torch nor a backend.
-"""
+"""The protocol of stateful decoders, which the runtime's Decoder and the PyTorch reference follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The backends that run bundles, and what each of them needs. Imports none of them: `runtime/backends/` holds the code.
+"""The backends that run bundles, and what each needs; their code is in `runtime/backends/`.
 
 The names of `--backend`, the order in which `auto` takes them, and what `doctor` asks of each come from this table.
 """

@@ -1,15 +1,13 @@
 """The contract of the graphs: name, dtype and symbolic shape of every input and output, and which pairs are the state.
 
-Exporters name graph values by it, the runtime binds by it, the manifest and the graphs' metadata carry it. It follows
-from the model configuration alone. Symbolic dimensions: `batch` B, `tokens` T (new tokens in this call), `capacity` S
-(cache slots), `rows` K (positions per batch row that get logits; 0 skips the head).
+It follows from the model configuration alone. Symbolic dimensions: `batch` B, `tokens` T (new tokens in this call),
+`capacity` S (cache slots), `rows` K (positions per batch row that get logits; 0 skips the head).
 
 Two flavours of every graph compute the same numbers:
-- `full` attends over the whole capacity under a boolean mask: static shapes, what TensorRT and CUDA want;
-- `windowed` masks by `slot_positions`, for caches that the runtime keeps about as long as the context, and slices keys,
-  values and mask to the live window where windows are far smaller than the capacity; for CPUs.
-  It has further inputs: a start per distinct attention window, `window_end`, and `slot_positions`, which lets a prefill
-  keep the tokens that it is still refining in another order than that of their positions.
+- `full` attends over the whole capacity under a boolean mask: static shapes, for TensorRT and CUDA;
+- `windowed`, for CPUs, masks by `slot_positions`, for caches that the runtime keeps about as long as the context and in
+  another order while a prefill refines tokens; where windows are far smaller than the capacity, it slices keys, values
+  and mask to the live window, from a start per distinct window to `window_end`.
 
 With host embeddings a graph holds no tables: rows of the new tokens come in instead of their ids, as float32.
 """

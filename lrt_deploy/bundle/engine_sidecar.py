@@ -5,8 +5,7 @@
       lrt.plan.json    the sidecar
       lrt.runtime-cache  kernels that TensorRT-RTX has compiled from the plan; written when it is first run
 
-A plan does not say what it was made from, and without a GPU not even whether it is whole. Therefore exporters write
-the sidecar, and the runtime refuses a plan whose sidecar does not fit. Knows no TensorRT.
+A plan does not say what it was made from, so the runtime refuses one whose sidecar does not fit.
 """
 
 from __future__ import annotations

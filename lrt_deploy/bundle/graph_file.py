@@ -1,8 +1,7 @@
 """Check an ONNX graph file: external weights lie within the bundle's weights file, and no graph is nested.
 
-A bundle's graphs keep large weights in the one weights file beside them. A graph that a stranger wrote could name
-another file, or bytes beyond the end, or hold graphs within graphs (loops). Inputs and outputs are checked by the
-runtime that opens the graph. The protobuf wire format is read here, because a deployment has no onnx.
+A graph that a stranger wrote could name another file, or bytes beyond the end, or hold graphs within graphs. The
+protobuf wire format is read here, because a deployment has no onnx. Inputs and outputs: see `ort_session`.
 """
 
 from __future__ import annotations

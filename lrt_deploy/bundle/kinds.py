@@ -1,7 +1,4 @@
-"""Tell bundles, checkpoints, graphs and engines apart by the names of their files.
-
-For messages where a command was given one of them in place of another. Opens no files.
-"""
+"""Tell bundles, checkpoints, graphs and engines apart by the names of their files, for messages."""
 
 from __future__ import annotations
 

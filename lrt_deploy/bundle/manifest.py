@@ -7,8 +7,7 @@
       engines/  reports/                      added later, not in the manifest
 
 Big files are hashed at the first opening and then remembered in the user's cache folder by device, inode, size and
-times. A lost entry costs time, not correctness.
-Knows nothing of torch, onnx or a backend.
+times.
 """
 
 from __future__ import annotations

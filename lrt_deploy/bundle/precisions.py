@@ -8,9 +8,8 @@
     int8-weight-only   int8                        float16                 float32
     int4-weight-only   int4, in blocks of rows     float16                 float32
 
-The type of a flavour is that of its matrix products, its attention, its caches and its latent. Norms, gates, residual
-stream, rotary embedding and softcap are float32 in all of them. Graphs get their precision in `exporters.graph.cast`
-and `exporters.quantize`. Quality: docs/precisions.md.
+The type of a flavour is that of its matrix products, attention, caches and latent. Norms, gates, residual stream,
+rotary embedding and softcap are float32 in all of them. Quality: docs/precisions.md.
 """
 
 from __future__ import annotations

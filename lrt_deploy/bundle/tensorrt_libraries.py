@@ -1,7 +1,6 @@
 """The two TensorRT libraries that engines are built and run with: full TensorRT, and TensorRT-RTX.
 
-They share one Python API under two module names, and neither reads the other's plans. Exporters and runtime load the
-library here, so that a missing one is reported in the same words. Knows nothing of graphs or engines.
+They share one Python API under two module names, and neither reads the other's plans.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The model's parameters: their names, order and orientation in the authors' state dict, and a matrix as it is stored.
 
 A parameter of `model.LRT` is one or several of the authors' matrices, transposed where it is a projection (they keep
-(out, in), the graphs multiply by (in, out)) and joined along the last axis. Reads no files and imports no torch.
+(out, in), the graphs multiply by (in, out)) and joined along the last axis.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The `lrt-deploy` command: registers the verbs, and turns every error into one message and an exit code.
 
-Exit codes: 0 done, 1 the answer is no (parity failed, wrong input, something broke), 2 usage, 130 interrupted,
-141 the reader of stdout has gone, 143 terminated. With --json an error is one document on stdout as well:
-`{"error": {"type", "message"}}`. Each verb is a plain function in a file of its own, which `command` wraps.
+Exit codes: 0 done, 1 the answer is no (parity failed, wrong input, something broke), 2 usage, 130 interrupted, 141 the
+reader of stdout has gone, 143 terminated. With --json an error is one document on stdout as well: `{"error": {"type",
+"message"}}`.
 """
 
 from __future__ import annotations

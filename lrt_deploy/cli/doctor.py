@@ -1,6 +1,6 @@
 """`lrt-deploy doctor`: which backends this machine and this installation can run, and the reasons against the others.
 
-Imports the runtime libraries to try them; of torch and the graph tools only the versions are read. Runs no model.
+Imports the runtime libraries to try them, and runs no model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""`lrt-deploy inspect`: describe a bundle, a checkpoint, a graph found alone, or an engine.
-
-Of a graph found alone: its inputs and outputs, operators and types, and its metadata; its weights stay on disk.
-"""
+"""`lrt-deploy inspect`: describe a bundle, a checkpoint, a graph found alone, or an engine."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """The options that several verbs share, each declared once, and the objects that they become.
 
-A dataclass among the parameters of a verb stands for its fields (see `app.command`). Names of backends, precisions and
-prefill policies are spelled out here, so that `--help` and completion list them and a wrong one is a usage error.
-Whether a number is in its range is checked by the library.
+Names of backends, precisions and prefill policies are spelled out, so that `--help` and completion list them and a
+wrong one is a usage error. Whether a number is in its range is checked by the library.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """`lrt-deploy parity`: is the bundle the model of the checkpoint? Exits 1 on no.
 
 `lrt_deploy.evaluation` measures and judges; here a report is shown and written: a page, a picture and its numbers.
-`--check` and `--golden` compare a decoder with itself or with a recording.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """SIGINT, SIGTERM and SIGHUP of this process: each becomes an exception of the main thread, and is remembered.
 
 An exception raised by a signal handler can be lost: C++ libraries swallow what is raised in their callbacks, and torch
-turns it into an error of its own. So the signal is remembered as well, and `check` raises it again. Every report of
-progress calls `check`, the last one before a file gets its name, and so does every answer. Only the command line
-installs handlers; libraries never do. Imports almost nothing, because it must be loaded before anything else is.
+turns it into an error of its own. So every report of progress, the last one before a file gets its name, and every
+answer call `check`, which raises it again. Imports almost nothing, because it must be loaded before anything else is.
 """
 
 from __future__ import annotations

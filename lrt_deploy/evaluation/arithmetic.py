@@ -1,14 +1,10 @@
 """Judge the part `arithmetic` of parity: whether a quantized bundle computes right with the weights that it stores.
 
-Two comparisons with PyTorch on the dequantized weights, position by position over the tokens of the rollout. At every
-position both sides start from the same latent, so that no error accumulates through the recurrence.
+Two comparisons with PyTorch on the dequantized weights, over the tokens of the rollout. At every position both sides
+start from the same latent, so that no error accumulates:
 
-- The graph in float32, without activations rounded to int8 (`exporters.graph.exact_graph`), from the reference's
-  latents: equal up to float32's noise in every precision.
-- The decoder that ran, from its own latents: within the measured limits of its kernels. Where activations are rounded
-  to int8, PyTorch rounds them alike.
-
-Works on arrays: imports no torch, no graphs and no backend.
+- the graph in float32, without activations rounded to int8, from the reference's latents: within float32's noise;
+- the decoder that ran, from its own latents: within the measured limits of its kernels.
 """
 
 from __future__ import annotations

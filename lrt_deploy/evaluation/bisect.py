@@ -1,13 +1,9 @@
 """Find where a difference begins: the first position, and there the first value and op, or the part of the state.
 
-At the first bad position the reference and the decoder's graph take one step from the same state, the reference's, and
-show their activations. The first activation in the order of computation that differs has a fault between it and those
-before it. Where none differs, the graph is right, and the fault is in the state that the decoder held or read.
-
-A decoder may hold the right state and read another. Its cache entries of that step tell which: those of layer 0 depend
-on the token and the latent alone, those of layer n + 1 also on what layer n read from its cache.
-
-Written against `activations.Observer`: imports no torch, no graphs and no backend.
+At the first bad position the reference and the decoder's graph take one step from the reference's state. A fault lies
+between the first activation that differs and those before it. Where none differs, it lies in the state that the decoder
+held, or read. Cache entries of the step tell which: those of layer 0 depend on the token and the latent alone, those of
+layer n + 1 also on what layer n read from its cache.
 """
 
 from __future__ import annotations

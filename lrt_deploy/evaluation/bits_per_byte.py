@@ -2,9 +2,6 @@
 
 The sum of nats over all targets whose token has bytes, divided by ln 2 and by the sum of bytes. Special tokens have no
 bytes and ignored targets are -1; both are read but not counted.
-
-Written against `types.StatefulDecoder`, so any backend and the reference can be measured. Reads no file format but
-`.npz` archives of token rows; the caller gives the batch size.
 """
 
 from __future__ import annotations
@@ -167,7 +164,6 @@ def _checked_rows(decoder: StatefulDecoder, x: Rows, y: Rows, ids: int) -> list[
 
 
 def _batches(rows: list[_Row], batch_size: int) -> Iterator[list[_Row]]:
-    """Rows of one length together, `batch_size` at a time."""
     rows = sorted(rows, key=lambda row: len(row[0]))
     for _, same in groupby(rows, key=lambda row: len(row[0])):
         while batch := list(islice(same, batch_size)):

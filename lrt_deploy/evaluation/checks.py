@@ -1,14 +1,8 @@
 """Checks of a decoder that need no checkpoint: against itself, and against recorded numbers.
 
-Against itself, two ways to the same state must agree there and over further steps: prefill by iteration and stepwise, a
-prompt in two turns and in one, a row of a batch and the row alone, a state saved and loaded and the original, decoding
-as a CUDA graph and without. The states are compared in logits, latent and every cache.
-
-A recording is an `.npz` archive with `ids` (B, T), `seq_logits` (B, T, V) or its last positions under a name that
-begins so, and `seq_h_final` (B, T, C), the latents of a model with memory. So other code, such as the authors'
-sequential evaluator, can be the reference, without torch.
-
-The limits are those of a rollout. Imports no runtime and no backend.
+Against itself: two ways to one state are compared there in logits, latent and every cache, and over further steps. A
+recording is an `.npz` archive with `ids` (B, T), `seq_logits` (B, T, V) or its last positions under a name that begins
+so, and `seq_h_final` (B, T, C), the latents of a model with memory. The limits are those of a rollout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""Render a parity report as one HTML page that opens offline: no script, and pictures as `data:` addresses.
+"""Render the JSON fields of a parity report as one HTML page without scripts, pictures as `data:` addresses.
 
-The page is made from the JSON fields of a report, so that a stored one can be rendered again and several can stand side
-by side. The template is `report.html.jinja`. Needs jinja2 and matplotlib (the extra `report`), imported when rendering.
+The template is `report.html.jinja`. Needs jinja2 and matplotlib (the extra `report`), imported when rendering.
 """
 
 from __future__ import annotations
@@ -58,7 +57,6 @@ def _parts(report: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _words(value: object) -> str:
-    """A value or a group of named values as one line."""
     if isinstance(value, Mapping):
         return "; ".join(f"{name} {_words(item)}" for name, item in value.items() if item is not None)
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

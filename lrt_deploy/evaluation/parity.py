@@ -1,12 +1,9 @@
 """Parity as one function: whether a bundle is the model of a checkpoint. Opens both and judges the three parts.
 
-    weights      every stored matrix and table against the checkpoint's (`stored_weights`), before anything runs
-    rollout      reference and decoder side by side (`rollout`); in float32 this is the verdict
-    arithmetic   with fewer bits: the graph and the decoder against PyTorch on the stored weights (`arithmetic`)
-    quality      with fewer bits: the decoder as a model, against the original in float32 (`verdict`)
-
-Beside the command line this is the only module that brings the reference and a runtime's decoder together; it imports
-exporters and runtime inside functions. Measurements, limits and judgement are those of the modules named above.
+weights      every stored matrix and table against the checkpoint's (`stored_weights`), before anything runs
+rollout      reference and decoder side by side (`rollout`); in float32 this is the verdict
+arithmetic   with fewer bits: the graph and the decoder against PyTorch on the stored weights (`arithmetic`)
+quality      with fewer bits: the decoder as a model, against the original in float32 (`verdict`)
 """
 
 from __future__ import annotations
@@ -118,9 +115,9 @@ def parity(
 ) -> ParityReport:
     """Compare a bundle with its checkpoint, as the command `parity` does; for users' own tests.
 
-    `report.passed` is the answer and `report.verdict` says why in a line; `report.weights`, `.arithmetic` and
-    `.quality` are its parts, and `report.to_dict()` has the fields of the JSON document. A difference is a result:
-    nothing is raised for it. The options are those of `ParityOptions`; the rest is as in `open_decoder`.
+    `report.passed` is the answer, `report.verdict` says why in a line, `report.to_dict()` has the fields of the JSON
+    document. A difference is a result: nothing is raised for it. The options are those of `ParityOptions`; the rest is
+    as in `open_decoder`.
 
     Raises CheckpointError, BundleError and BackendError for what cannot be opened, ParityError for models that cannot
     be compared, InputError for a prompt or limit that cannot be used.
@@ -225,7 +222,6 @@ def parity_of(
 def _open(
     subject: Subject, checkpoint: Path, options: ParityOptions, progress: Progress
 ) -> tuple[Checkpoint, WeightsPart, Evidence]:
-    """Open the checkpoint and judge the stored weights."""
     bounds = options.limits(subject.precision)
     opened = open_same_model(subject.manifest, checkpoint, options.step, progress)
     matches = opened.sha256 == (subject.manifest.provenance.get("checkpoint") or {}).get("sha256")
@@ -260,7 +256,6 @@ def default_prompt(decoder: Decoder) -> list[int]:
 
 
 def _tokens(decoder: Decoder, options: ParityOptions) -> tuple[list[int], int]:
-    """The prompt's token ids, and the number of steps that follow."""
     if options.prompt is None:
         prompt = default_prompt(decoder)
     elif not isinstance(options.prompt, str):

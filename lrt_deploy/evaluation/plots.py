@@ -1,7 +1,4 @@
-"""Charts of a parity run: drift, KL by position, the cache by layer; as PNG files and for the HTML page.
-
-Drawn from the JSON fields of a report. Needs matplotlib, imported when drawing.
-"""
+"""Charts of a parity run, drawn by matplotlib from the JSON fields of a report: PNG files, and for the HTML page."""
 
 from __future__ import annotations
 

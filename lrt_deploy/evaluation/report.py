@@ -1,7 +1,4 @@
-"""The data of parity: measurements at each position, the parts of a verdict, and the report as JSON.
-
-Nothing is run here (see `rollout`) and nothing is judged (see `verdict`).
-"""
+"""The data of parity: measurements at each position, the parts of a verdict, and the report as JSON."""
 
 from __future__ import annotations
 

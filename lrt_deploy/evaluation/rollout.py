@@ -4,11 +4,9 @@
 runs the reference and a decoder, each on its own state:
 
 - teacher-forced: both read the prompt, then the tokens that the reference chooses greedily;
-- free-running: the decoder reads its own choices. Up to the first divergence this is the teacher-forced run, so only
-  what follows is computed.
+- free-running: the decoder reads its own choices; computed from the first divergence on.
 
-Both runs read the prompt stepwise, so that an error of prefill cannot hide a fault; prefill is compared separately.
-This module judges nothing (see `verdict`) and imports no backend and no torch.
+Both read the prompt stepwise, so that an error of prefill cannot hide a fault; prefill is compared separately.
 """
 
 from __future__ import annotations
@@ -184,7 +182,6 @@ def _along(decoder: StatefulDecoder, tokens: list[int]) -> Iterator[tuple[Any, F
 
 
 def _measure(position: int, reference: Trace, found: State) -> Point:
-    """Compare the decoder's state with the reference's at this position."""
     p, q = reference.logits[position].astype(np.float64), found.logits[0]  # (V)
     latent = reference.latents[position]
     error = distance(p, q)

@@ -1,17 +1,14 @@
 """Judge the part `weights` of parity: every stored matrix and table against the checkpoint's, without running anything.
 
-Compared are the numbers that the graphs multiply by: integers times scales, or 16- and 32-bit floats.
+Compared are the numbers that the graphs multiply by, one matrix in memory at a time:
 
 - Rounded to nearest: every scale is the float16 number that the block's largest weight implies, and every weight lies
-  within half a step of its integer, or beyond the end of the grid at the end. So a matrix passes only if it is, up to
-  ties, the rounding of the checkpoint's own.
+  within half a step of its integer, or beyond the end of the grid at the end.
 - Rounded by GPTQ (`export --compensate`): rows correct the errors of other rows, so errors of the whole matrix, of
   each row and column, and of its norm are bounded by what was measured.
 - Floats: the nearest number of their type; in fp32 the same number.
 
-The expected matrix is built from the checkpoint's tensors by the table of `bundle.weights`, not from the model that an
-export traces. One matrix is in memory at a time. Imports no graphs (see `exporters.quantize.stored`), no backend and no
-torch.
+The expected matrix is built by the table of `bundle.weights`, not by the model that an export traces.
 """
 
 from __future__ import annotations
@@ -156,7 +153,6 @@ def _check_nearest(stored: StoredMatrix, expected: Floats) -> MatrixCheck:
 
 
 def _check_integers(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck:
-    """Check every integer against its weight in steps of its own scale."""
     largest = _largest(stored)
     steps = stored.steps().astype(np.float64)
     weights = expected.astype(np.float64) / steps  # (K, N) in steps
@@ -175,7 +171,6 @@ def _check_integers(stored: StoredMatrix, expected: Floats, kind: str) -> Matrix
 
 
 def _largest(stored: StoredMatrix) -> int:
-    """The largest integer of the grid."""
     return 7 if stored.dtype == "int4" else 127
 
 

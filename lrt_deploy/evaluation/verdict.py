@@ -1,8 +1,7 @@
-"""Compare a decoder with the reference along a rollout, and judge it: one line in terms of weights, tokens, and KL.
+"""Judge a comparison of a decoder with the reference, in one line in terms of weights, tokens, and KL.
 
-A precision whose errors are bounded (fp32) is judged as the same function, any other by the three parts: `weights` and
-`arithmetic`, which are measured elsewhere, and `quality`. The limits are those of `tolerances`. Written against
-`types.StatefulDecoder`: imports no backend and no torch, and reads no files.
+A precision whose errors are bounded (fp32) is judged as the same function, any other by three parts: `weights` and
+`arithmetic`, which are measured elsewhere, and `quality`. The limits are those of `tolerances`.
 """
 
 from __future__ import annotations
@@ -53,9 +52,9 @@ def compare(
 ) -> ParityReport:
     """Roll both decoders out over `prompt` and `steps` greedy tokens, and judge by the limits of `precision`.
 
-    A difference is a result, and so is a decoder that fails on the way. Stored weights and arithmetic are not measured:
-    see `lrt_deploy.parity`. `prefill` and `tolerance` as in `ParityOptions`. Raises ParityError for decoders that
-    cannot be compared, InputError for a prompt that cannot be read.
+    A difference is a result, and so is a decoder that fails on the way. `prefill` and `tolerance` as in
+    `ParityOptions`. Raises ParityError for decoders that cannot be compared, InputError for a prompt that cannot be
+    read.
     """
     evidence = Evidence(precision, backend, checkpoint_matches, limits(precision))
     request = PrefillRequest(prefill, tolerance)

@@ -1,9 +1,8 @@
 """The configuration of a checkpoint in the authors' layout: the fields of its meta file, completed by its tensors.
 
 `model_config` is incomplete: a chat checkpoint of an LRT has seven fields and none of the memory path, and plain
-nanochat changed its arithmetic several times without a new field. The tensors' names and shapes complete the fields,
-and a contradiction between the two is refused. So is a checkpoint whose arithmetic this version does not know, or
-cannot tell from another one.
+nanochat changed its arithmetic several times without a new field. Names and shapes of tensors complete it. Refused are
+contradictions between the two, and arithmetic that is not known or cannot be told from another one.
 
 Plain nanochat by date (its repository's `gpt.py` and `dev/LOG.md`), beside what the LRT authors' fork writes:
 
@@ -15,8 +14,6 @@ Plain nanochat by date (its repository's `gpt.py` and `dev/LOG.md`), beside what
   `logit_softcap`.
 - From 2026-03-09: gates of 12 channels with 3 x sigmoid, rotary base 100,000, scaled q and k, short windows of a third;
   later also smear and backout. Not known.
-
-Knows no files; imports neither torch nor numpy.
 """
 
 from __future__ import annotations

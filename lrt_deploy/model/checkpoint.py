@@ -1,9 +1,8 @@
 """Read LRT checkpoints from disk, safely: the authors' layout and the native one.
 
 Authors': a folder with `model_NNNNNN.pt` (state dict) and `meta_NNNNNN.json` (its `model_config`). Native:
-`config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names; it can also say what the
-authors' format cannot (shared projections, another source layer). Files come from strangers: no unpickler runs, only
-regular files are opened, and everything is checked against the config before anything of its size is made.
+`config.json` (the fields of LRTConfig) and `model.safetensors` under the same tensor names. Files come from strangers:
+no unpickler runs, and everything is checked against the config before anything of its size is made.
 """
 
 from __future__ import annotations

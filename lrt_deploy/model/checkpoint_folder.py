@@ -1,4 +1,4 @@
-"""Find a checkpoint's files from the path that a user names, in every layout that training leaves behind.
+"""Find a checkpoint's files from the path that a user names, by their names, in every layout that training leaves.
 
 A path may be:
 
@@ -7,8 +7,7 @@ A path may be:
 - a folder of one stage of training, `base_checkpoints` and so on, with such a folder for each model tag (`d20`);
 - the authors' base folder, with `base_checkpoints`, `mid_checkpoints`, `chatsft_checkpoints`, `chatrl_checkpoints`.
 
-Among stages the last one of training is taken, among tags the largest depth, as in the authors' own loader;
-`CheckpointFiles.chosen` says what was taken and what else is there. Files are found by name; their readers open them.
+Among stages the last one of training is taken, among tags the largest depth, as in the authors' own loader.
 """
 
 from __future__ import annotations

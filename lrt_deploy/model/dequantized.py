@@ -1,7 +1,4 @@
-"""Run the reference model on the weights that a bundle stores, over a sequence of given latents.
-
-The PyTorch side of the check `arithmetic` of parity. Knows no graphs and no backend.
-"""
+"""Run the reference model on the weights that a bundle stores, over a sequence of given latents: for `arithmetic`."""
 
 from __future__ import annotations
 

@@ -3,10 +3,7 @@
 The parity reference runs it eagerly, the exporters trace it (with `CacheOps` whose methods become ONNX ops), and
 training code may differentiate it. Weights have the shape (in, out) of `x @ W`. Fused are q, k and v of a layer, the K
 and V memory projections of all layers (they share their input m), and the value-embedding tables of all layers (a token
-reads one row). `bundle.weights` maps these to the names of the authors' checkpoints.
-
-Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`. Loads no files, chooses no tokens and
-does not iterate: see `checkpoint`, `reference`.
+reads one row). Formulas: arXiv 2605.26797 and its authors' release; shape letters: see `config`.
 """
 
 from __future__ import annotations

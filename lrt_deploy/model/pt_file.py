@@ -1,10 +1,9 @@
 """Read a state dict that `torch.save` wrote, from a stranger: tensors by name, each read on demand.
 
-A `.pt` file is an uncompressed zip archive. PyTorch reads it without checking the CRC-32s, so a damaged disk changes
-weights silently. Here every byte of the file must belong to exactly one place (records lie one after the other, each
-under one name), and every CRC-32 is checked while the file's SHA-256 is computed. Python's zipfile reads the directory
-of the archive, at most a few MiB. `tensor_pickle` interprets the description of the tensors; no unpickler runs, and no
-torch is needed.
+A `.pt` file is an uncompressed zip archive. Here every byte of it must belong to exactly one place (records lie one
+after the other, each under one name), and every CRC-32, which PyTorch ignores, is checked while the file's SHA-256 is
+computed. Python's zipfile reads the directory of the archive; `tensor_pickle` interprets the description of the
+tensors.
 
 Refused with the reason are empty files, git-LFS pointers, PyTorch's format from before version 1.6 (a bare pickle),
 TorchScript and big-endian archives, and archives that PyTorch does not write: compressed, with a comment, with gaps.
@@ -106,8 +105,8 @@ class StateDict:
 def read_state_dict(path: Path) -> StateDict:
     """Check a `.pt` file from its first byte to its last, and describe its tensors.
 
-    Raises CheckpointError if it is not a regular file, not a whole and undamaged archive of `torch.save`, or holds
-    anything but dense tensors by name.
+    Raises CheckpointError if it is not a whole and undamaged archive of `torch.save`, or holds anything but dense
+    tensors by name.
     """
     source = str(path)
     with open_regular(path, _WHAT, CheckpointError) as file:

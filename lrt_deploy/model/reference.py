@@ -1,7 +1,4 @@
-"""The PyTorch model as a stateful decoder, the reference of parity: true recurrence, one token at a time.
-
-Prompts are read step by step, without any shortcut.
-"""
+"""The PyTorch model as a stateful decoder, the reference of parity: true recurrence, one token at a time."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """Read the `data.pkl` of a PyTorch archive without running pickle: the tensors that it describes, by name.
 
-A pickle is a program, and checkpoints come from strangers. Only the instructions of a state dict of plain tensors are
-interpreted; see `pickle_machine`. Everything else is refused with CheckpointError. Sizes are bounded before anything of
-that size is made: a description of 2 MiB holds 10,000 tensors. Where a tensor's bytes lie: see `pt_file`.
+Only the instructions of a state dict of plain tensors are interpreted; see `pickle_machine`. Sizes are bounded before
+anything of that size is made: a description of 2 MiB holds 10,000 tensors.
 """
 
 from __future__ import annotations

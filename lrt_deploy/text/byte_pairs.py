@@ -1,8 +1,7 @@
 """Byte-pair encoding of one piece of text by the merges of a vocabulary.
 
 Tokens are written in the printable characters of byte-level vocabularies, one for each byte (GPT-2's table). The
-tokenizers library's BPE model merges them; it is given checked tokens and merges only. A piece of any length is encoded
-in bounded memory beside its tokens: see `BytePairs.encode`. Knows neither files nor how text is cut into pieces.
+tokenizers library's BPE model merges them; it is given checked tokens and merges only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Check token ids from a caller, before anything is computed with them.
 
 Ids from vocab_size up to the padded table size are rows without a token, and negative ids index from the end in ONNX
-Gather: both would compute something, so both are refused here.
+Gather: both would compute something.
 """
 
 from __future__ import annotations

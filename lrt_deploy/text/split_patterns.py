@@ -1,12 +1,11 @@
-"""Cut a text into pieces by one of the known split patterns.
+"""Cut a text into pieces by one of the known split patterns, the regular expressions of tokenizers.
 
-A tokenizer cuts text into pieces with a regular expression before it merges bytes. Patterns from files are never given
-to a regex engine: hostile ones hang it or abort the process. A pattern is looked up by its exact text in `PATTERNS`,
-and text is cut by Python's `re`, in time and memory proportional to the text, however long a run of letters is.
+Patterns from files are never given to a regex engine: hostile ones hang it or abort the process. A pattern is looked up
+by its exact text in `PATTERNS`, and text is cut by Python's `re`, in time and memory proportional to the text.
 
 `re` has no Unicode properties. Therefore every non-ASCII character is first replaced by an ASCII character of the same
 class (letter, number, white space, other), and the pattern is applied to that text. The classes are those of Unicode
-16.0, which the regex engines of tiktoken 0.14 and tokenizers 0.23 have. Knows neither bytes nor tokens.
+16.0, which the regex engines of tiktoken 0.14 and tokenizers 0.23 have.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A token can end in the middle of a character, and a stop string can begin in one token and end in another. Text that is
 not certain yet is held back. Time is proportional to the length of the text times the number of stop strings (the
-search is Knuth, Morris and Pratt's). Knows neither tokenizers nor models: it gets a function from a token to its bytes.
+search is Knuth, Morris and Pratt's).
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""Read the plain data of a pickled tiktoken `Encoding` without running pickle.
+"""Read the plain data of a pickled tiktoken `Encoding` of protocol 2 to 5 without running pickle: see `pickle_machine`.
 
-A pickle is a program, and `tokenizer.pkl` comes from strangers. Only the instructions of a pickled `Encoding` of
-protocol 2 to 5 are interpreted; see `pickle_machine`. Everything else is refused with CheckpointError. Knows nothing
-of byte-pair encoding: whether the ranks make sense is checked in `tokenizer_file`.
+Whether the ranks make sense is checked in `tokenizer_file`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The tokenizer: read a checkpoint's, write and open a bundle's, encode and decode text.
 
 The bundle's tokenizer encodes exactly as the tiktoken `Encoding` that the model was trained with, or the conversion is
-refused. See `tokenizer_file` for the files, `split_patterns` for cutting text into pieces, `byte_pairs` for merging,
-`chat` for the special tokens. Imports neither torch nor tiktoken and verifies no hashes. The authors' `token_bytes.pt`
-is not read, since the byte lengths follow from the tokens.
+refused. The authors' `token_bytes.pt` is not read, since the byte lengths follow from the tokens.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ Files come from strangers, so only these forms are read; others are refused by n
     post_processor  none, or ByteLevel, which changes offsets only
     added_tokens    special ones
 
-These forms are written by tokenizers for GPT-2's tokenizer and for nanochat's `HuggingFaceTokenizer`, and by this
-module. `truncation` and `padding` are ignored: no text is cut or padded here. Encodes nothing and opens no files.
+tokenizers writes these forms for GPT-2's tokenizer and for nanochat's `HuggingFaceTokenizer`. `truncation` and
+`padding` are ignored: no text is cut or padded here.
 """
 
 from __future__ import annotations
