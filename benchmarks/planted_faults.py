@@ -30,13 +30,13 @@ from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest
 from lrt_deploy.bundle.weights import Floats, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.evaluation.arithmetic import ArithmeticPart, activation_scale_fault, judge_arithmetic
 from lrt_deploy.evaluation.stored_weights import check_matrix, check_weights, expected_matrix
+from lrt_deploy.evaluation.verdict import ArithmeticPart, activation_scale_fault, judge_arithmetic
 from lrt_deploy.exporters.graph.debug_outputs import exact_graph
 from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
 from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
-from lrt_deploy.model.dequantized import run_forced, take_stored_weights
+from lrt_deploy.model.reference import run_forced, take_stored_weights
 from lrt_deploy.runtime.backends.ort_debug import OrtExact
 from lrt_deploy.tolerances import kernel_limits
 

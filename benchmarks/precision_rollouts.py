@@ -20,8 +20,8 @@ import numpy as np
 import lrt_deploy
 from lrt_deploy.bundle.manifest import weights_path
 from lrt_deploy.evaluation.bits_per_byte import evaluate
-from lrt_deploy.evaluation.plots import plot_precisions
 from lrt_deploy.evaluation.rollout import PrefillRequest, compare_rollouts
+from lrt_deploy.figures import plot_precisions
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
 

@@ -20,7 +20,7 @@ from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file,
 from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
-from lrt_deploy.runtime.backends.select import choose
+from lrt_deploy.runtime.opening import choose
 from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer

@@ -17,12 +17,13 @@ import pytest
 from typer.testing import CliRunner
 
 import lrt_deploy
+from lrt_deploy import figures
 from lrt_deploy.bundle.contract import FLAVOURS
 from lrt_deploy.bundle.manifest import FileRecord, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.bundle.weights import matrix_elements
 from lrt_deploy.cli.app import app
-from lrt_deploy.runtime.bench import measure, plots, roofline
+from lrt_deploy.runtime.bench import measure, roofline
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -307,7 +308,7 @@ def test_without_lengths_there_is_nothing_to_plot(bundles, small_memory):
 
 
 def test_plots_are_drawn_without_convergence(document, tmp_path):
-    plots.plot_prefill(tmp_path / "a.png", document["prefill"], [], "title")
+    figures.plot_prefill(tmp_path / "a.png", document["prefill"], [], "title")
     assert (tmp_path / "a.png").read_bytes()[:8] == PNG
 
 
@@ -321,7 +322,7 @@ def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp
 
 
 def test_measuring_imports_neither_torch_nor_matplotlib():
-    code = "import sys; from lrt_deploy.runtime.bench import measure, plots, roofline; "
+    code = "import sys; from lrt_deploy import figures; from lrt_deploy.runtime.bench import measure, roofline; "
     code += "import lrt_deploy.cli.bench; "
     code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,8 +21,7 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine.tensorrt import Settings, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.tensorrt import build as build_plan
-from lrt_deploy.runtime.backends.select import Choice
-from lrt_deploy.runtime.opening import limit_batch
+from lrt_deploy.runtime.opening import Choice, limit_batch
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 

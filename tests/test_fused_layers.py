@@ -22,9 +22,8 @@ from lrt_deploy.cli.build import engine_rows
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.engine import build as build_module
-from lrt_deploy.exporters.engine.fused_layers import find_slow_decoding, parse_layers, summarize
 from lrt_deploy.exporters.engine.tensorrt import tensorrt_copy
-from lrt_deploy.exporters.engine.verify import ExpectedNetwork, Product
+from lrt_deploy.exporters.engine.verify import ExpectedNetwork, Product, find_slow_decoding, parse_layers, summarize
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
 

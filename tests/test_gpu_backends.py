@@ -34,8 +34,9 @@ from lrt_deploy.cli.bench import BenchOptions, measure
 from lrt_deploy.cli.build import smoke_test
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.machine import Gpu, find_gpu
+from lrt_deploy.runtime import opening
 from lrt_deploy.runtime import state as state_module
-from lrt_deploy.runtime.backends import ort_cuda, select, tensorrt
+from lrt_deploy.runtime.backends import ort_cuda, tensorrt
 from lrt_deploy.runtime.backends.base import check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.backends.host_tables import HostTables
@@ -422,16 +423,16 @@ def test_without_a_gpu_the_backend_says_so(bundle, monkeypatch):
 
 def test_auto_takes_the_best_that_is_present_and_says_why(bundle, monkeypatch):
     manifest = read_manifest(bundle)
-    monkeypatch.setattr(select, "find_gpu", lambda: (None, "no GPU: none counted"))
-    found = select.choose(bundle, manifest, "auto", None)
+    monkeypatch.setattr(opening, "find_gpu", lambda: (None, "no GPU: none counted"))
+    found = opening.choose(bundle, manifest, "auto", None)
     assert found[:2] == ("ort-cpu", "fp32")
     assert "not tensorrt-rtx: " in found.reason and "not ort-cuda: no GPU: none counted" in found.reason
-    monkeypatch.setattr(select, "find_gpu", lambda: (GPU, "Fake 8000"))
+    monkeypatch.setattr(opening, "find_gpu", lambda: (GPU, "Fake 8000"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name != "tensorrt" or None)
-    found = select.choose(bundle, manifest, "auto", None)
+    found = opening.choose(bundle, manifest, "auto", None)
     assert found[:2] == ("tensorrt-rtx", "fp32") and "not tensorrt: tensorrt is not installed" in found.reason
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)
-    assert "not tensorrt: no engine is built for it" in select.choose(bundle, manifest, "auto", None).reason
+    assert "not tensorrt: no engine is built for it" in opening.choose(bundle, manifest, "auto", None).reason
     with lrt_deploy.open_decoder(bundle, backend="ort-cpu") as decoder:
         assert decoder.backend_reason == "as asked for"
 
@@ -447,7 +448,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(bundle):
 @pytest.fixture
 def with_gpu(monkeypatch, bundle, driver):
     """As if there were a GPU: the fake library, and a device in host memory."""
-    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
+    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.opening", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(bundle, driver))
 
@@ -462,11 +463,11 @@ def test_with_a_gpu_the_smoke_test_runs_and_passes(bundle, with_gpu):
 @pytest.mark.parametrize("ort_cuda_opens", [True, False])
 def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, driver, on_host, monkeypatch, ort_cuda_opens):
     """As of a bundle that holds bf16 alone: ONNX Runtime has no bfloat16 on a CPU, and may not run here at all."""
-    plain = select.missing
+    plain = opening.missing
     no_bf16 = "ONNX Runtime has no bfloat16 on a CPU"
-    monkeypatch.setattr(select, "missing", lambda f, b, p: no_bf16 if b == "ort-cpu" else plain(f, b, p))
+    monkeypatch.setattr(opening, "missing", lambda f, b, p: no_bf16 if b == "ort-cpu" else plain(f, b, p))
     manifest = read_manifest(bundle)
-    assert select.find_reference(bundle, manifest)[:2] == ("ort-cuda", "fp32")
+    assert opening.find_reference(bundle, manifest)[:2] == ("ort-cuda", "fp32")
     if ort_cuda_opens:
         reference = OrtCudaBackend(bundle, manifest, "fp32", on_host(), kind="cpu")
         monkeypatch.setattr(OrtCudaBackend, "open", lambda *_: reference)
@@ -476,7 +477,7 @@ def test_the_smoke_test_takes_a_reference_that_can_run(bundle, with_gpu, driver,
         assert found["passed"] and found["beside"] == "ort-cuda in fp32"
     else:  # a reference that does not open says nothing about the engine
         assert found["ran"] is False and "ort-cuda" in found["reason"]
-    monkeypatch.setattr(select, "missing", lambda *_: no_bf16)
+    monkeypatch.setattr(opening, "missing", lambda *_: no_bf16)
     found = smoke_test(bundle, "tensorrt-rtx", "fp32", lambda what, done, total: None)
     assert found == {"ran": False, "reason": found["reason"]}
     assert "no reference to compare with" in found["reason"] and no_bf16 in found["reason"]
@@ -503,7 +504,7 @@ def quantized_engine(monkeypatch, in_every_precision, driver, tmp_path):
         put_engine(folder, precision)
         for place in (
             "lrt_deploy.machine",
-            "lrt_deploy.runtime.backends.select",
+            "lrt_deploy.runtime.opening",
             "lrt_deploy.runtime.backends.tensorrt",
         ):
             monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake 8000"))

@@ -50,7 +50,7 @@ def driver(monkeypatch):
     driver = FakeDriver(seed=5, memory_bytes=2**26)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", fake_library(None, driver))
-    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.backends.select", "lrt_deploy.runtime.backends.tensorrt"):
+    for place in ("lrt_deploy.machine", "lrt_deploy.runtime.opening", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake H200"))
     monkeypatch.setattr(lrt_deploy, "build_engine", build_fake_engine, raising=False)
     monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**15)

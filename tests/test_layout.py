@@ -406,7 +406,7 @@ def test_the_table_notices(path, source):
     ("path", "source"),
     [
         ("lrt_deploy/config.py", "from .errors import ConfigError\nimport json"),
-        ("lrt_deploy/model/dequantized.py", "import torch\nfrom .reference import Reference"),
+        ("lrt_deploy/model/reference.py", "import torch\nfrom .model import LRT"),
         ("exporters/graph/trace.py", "import torch, onnx_ir\nfrom lrt_deploy.model.model import LRT"),
         ("exporters/engine/build.py", "import tensorrt"),
         ("runtime/backends/ort_cpu.py", "import onnxruntime\nfrom .sampling import Sampler"),

@@ -14,7 +14,7 @@ from lrt_deploy import open_decoder
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.evaluation.checks import CHECKS, Setting, select_checks
-from lrt_deploy.evaluation.report import as_json
+from lrt_deploy.evaluation.verdict import as_json
 from lrt_deploy.tolerances import FP32
 
 pytestmark = pytest.mark.slow  # for the export

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, InputError, ParityError
-from lrt_deploy.evaluation.report import Comparison, Drift, Point, PrefillCheck
-from lrt_deploy.evaluation.rollout import kl_divergence
-from lrt_deploy.evaluation.verdict import Evidence, compare, report_of
+from lrt_deploy.evaluation.rollout import Comparison, Point, PrefillCheck, kl_divergence
+from lrt_deploy.evaluation.verdict import Drift, Evidence, compare, report_of
 from lrt_deploy.tolerances import FP32, ParityLimits, limits
 from lrt_deploy.types import PrefillReport
 

@@ -12,9 +12,9 @@ import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from lrt_deploy import pickles
 from lrt_deploy.errors import CheckpointError
-from lrt_deploy.text import tiktoken_pickle
-from lrt_deploy.text.tiktoken_pickle import EncodingData, parse_encoding, read_encoding
+from lrt_deploy.pickles import EncodingData, parse_encoding, read_encoding
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GOLDEN_FILES = sorted(GOLDEN.glob("*/tokenizer/tokenizer.pkl"))
@@ -210,15 +210,15 @@ def test_the_same_text_cannot_be_encoded_without_end():
 def test_files_of_absurd_size_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(SMALL_PICKLE)
-    monkeypatch.setattr(tiktoken_pickle, "MAX_FILE_BYTES", len(SMALL_PICKLE))
+    monkeypatch.setattr(pickles, "MAX_FILE_BYTES", len(SMALL_PICKLE))
     assert read_encoding(path).name == "s"
-    monkeypatch.setattr(tiktoken_pickle, "MAX_FILE_BYTES", len(SMALL_PICKLE) - 1)
+    monkeypatch.setattr(pickles, "MAX_FILE_BYTES", len(SMALL_PICKLE) - 1)
     with pytest.raises(CheckpointError, match="at most"):
         read_encoding(path)
 
 
 def test_files_of_absurdly_many_instructions_are_refused(monkeypatch):
-    monkeypatch.setattr(tiktoken_pickle, "MAX_OPCODES", 10)
+    monkeypatch.setattr(pickles._Encoding, "most_instructions", 10)
     with pytest.raises(CheckpointError, match="more than 10 instructions"):
         parse_encoding(SMALL_PICKLE, "f")
 

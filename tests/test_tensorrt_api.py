@@ -21,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 WHEEL = json.loads((Path(__file__).parent / "data" / "tensorrt_api" / "tensorrt.json").read_text())
 FILES = (
     "exporters/engine/build.py",
-    "exporters/engine/fused_layers.py",
     "exporters/engine/tensorrt.py",
     "exporters/engine/verify.py",
     "runtime/backends/tensorrt.py",

@@ -41,9 +41,8 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
-from .fused_layers import find_slow_decoding, parse_layers, summarize
 from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
-from .verify import expected_network, verify
+from .verify import expected_network, find_slow_decoding, parse_layers, summarize, verify
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
 _LARGEST = 2**63 - 1  # bytes that TensorRT can be told

@@ -16,9 +16,8 @@ from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import Plan
-from lrt_deploy.exporters.quantize.qdq import quantize, unpad
+from lrt_deploy.exporters.quantize.qdq import quantize, round_by_gptq, unpad
 
 from . import passes, variants, verify, weights_file
 from .cast import cast_model, cast_weights

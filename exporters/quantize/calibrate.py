@@ -30,7 +30,7 @@ from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.text.chat import BOS
 from lrt_deploy.text.tokenizer import Tokenizer
 
-from .gptq import Doubles
+from .qdq import Doubles
 
 INT8_LEVELS = 127  # symmetric: -127 to 127, no zero point
 _BINS = 4096  # 32 a level at the full range

@@ -17,8 +17,7 @@ from lrt_deploy.exporters.export_options import matching
 from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibrate import Calibration
-from .gptq import Doubles
-from .qdq import Format, format_of
+from .qdq import Doubles, Format, format_of
 
 # Gates are 1% of the weights: quantizing them would gain nothing, and cost a product of its own in W8A8. The others are
 # quantized; what keeping them would be worth: docs/precisions.md.

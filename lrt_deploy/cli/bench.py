@@ -225,7 +225,7 @@ def percentiles(values: list[float]) -> dict[str, float | None]:
 
 def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     """Write the plot and return where; without --plot, what stands in its way is only said."""
-    from lrt_deploy.runtime.bench import plots
+    from lrt_deploy import figures
 
     if not fields["prefill"] or (plot is None and missing("bench")):
         return None
@@ -234,7 +234,7 @@ def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:
     named = f", {threads} thread{'s' if threads > 1 else ''}" if threads else ""
     title = f"{fields['backend']}, {fields['precision']}{named}"
     try:
-        plots.plot_prefill(path, fields["prefill"], fields["convergence"], title)
+        figures.plot_prefill(path, fields["prefill"], fields["convergence"], title)
     except OSError as error:
         if plot is not None:
             raise

@@ -191,7 +191,7 @@ def smoke_test(bundle: Path, backend: str, precision: str, progress: Progress) -
     from lrt_deploy.bundle.manifest import read_manifest
     from lrt_deploy.evaluation import verdict
     from lrt_deploy.machine import find_gpu
-    from lrt_deploy.runtime.backends.select import find_reference
+    from lrt_deploy.runtime.opening import find_reference
 
     gpu, reason = find_gpu()
     if gpu is None:

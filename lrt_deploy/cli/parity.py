@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from lrt_deploy import figures, tolerances
+from lrt_deploy import tolerances
 from lrt_deploy.bundle import kinds
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import CheckpointError, LRTDeployError
@@ -75,6 +75,8 @@ class ReportOptions:
 
     def __post_init__(self) -> None:
         if self.report or self.report_dir:
+            from lrt_deploy import figures
+
             figures.require("report", "a report", "--report")
 
     def write(self, bundle: Path, fields: dict[str, Any]) -> None:
@@ -94,7 +96,7 @@ class ReportOptions:
 
 def write_page(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     """Write `parity-BACKEND-PRECISION` as .json, .html and .png; returns the page."""
-    from lrt_deploy.evaluation import plots
+    from lrt_deploy import figures
     from lrt_deploy.evaluation.html import page
     from lrt_deploy.files import atomic_write
 
@@ -108,9 +110,9 @@ def write_page(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
         path.write_text(page(title, fields, others), encoding="utf-8")
     if not fields["positions"]["position"]:  # stored weights alone were judged
         return folder / f"{name}.html"
-    plots.plot_parity(folder / f"{name}.png", fields, title)
+    figures.plot_parity(folder / f"{name}.png", fields, title)
     if len(others) > 1:
-        plots.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
+        figures.plot_precisions(folder / "parity-precisions.png", others, f"Parity of {bundle} by precision")
     return folder / f"{name}.html"
 
 
@@ -146,7 +148,7 @@ def run_checks(
     `reopen` opens the same bundle without CUDA graphs.
     """
     from lrt_deploy.evaluation.checks import CHECKS, Setting, compare_with_recording, read_recording, select_checks
-    from lrt_deploy.evaluation.report import as_json
+    from lrt_deploy.evaluation.verdict import as_json
 
     found: list[Any] = []
     limits = tolerances.limits(decoder.precision)

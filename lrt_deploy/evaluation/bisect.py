@@ -19,8 +19,8 @@ from lrt_deploy.bundle import contract
 from lrt_deploy.tolerances import ACTIVATION_ERROR
 from lrt_deploy.types import FloatArray, StatefulDecoder
 
-from .report import ParityReport
 from .rollout import rollout
+from .verdict import ParityReport
 
 LATENT = "past_latent"  # in the contract
 

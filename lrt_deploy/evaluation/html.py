@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .plots import charts
+from lrt_deploy.figures import charts
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _SHOWN_BEFORE, _SHOWN_AFTER = 12, 6  # shown around the first wrong activation: all that follow it are wrong too

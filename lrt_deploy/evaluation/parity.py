@@ -30,12 +30,18 @@ from lrt_deploy.machine import cpu_model, versions
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy
 
-from .arithmetic import ArithmeticPart, Computed, activation_scale_fault, judge_arithmetic
 from .bisect import Bisection, bisect, bisect_parts
-from .report import Comparison, ParityReport
-from .rollout import PrefillRequest, Progress, compare_rollouts, nats, silent
+from .rollout import Comparison, PrefillRequest, Progress, compare_rollouts, nats, silent
 from .stored_weights import WeightsPart, check_weights
-from .verdict import Evidence, report_of
+from .verdict import (
+    ArithmeticPart,
+    Computed,
+    Evidence,
+    ParityReport,
+    activation_scale_fault,
+    judge_arithmetic,
+    report_of,
+)
 
 if TYPE_CHECKING:
     from lrt_deploy.bundle.contract import Flavour
@@ -286,7 +292,7 @@ def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart
     """Judge the part `arithmetic`; leaves the stored weights in `model`."""
     from lrt_deploy.exporters.graph.debug_outputs import exact_graph
     from lrt_deploy.exporters.quantize.stored import StoredWeights
-    from lrt_deploy.model.dequantized import run_forced, take_stored_weights
+    from lrt_deploy.model.reference import run_forced, take_stored_weights
     from lrt_deploy.runtime.backends.host_tables import HostTables
     from lrt_deploy.runtime.backends.ort_debug import OrtExact
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,8 @@ import numpy.typing as npt
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError, ParityError
 from lrt_deploy.text.prompts import check_prompts
+from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport, State, StatefulDecoder
-
-from .report import Comparison, Point, PrefillCheck, Trace
 
 # Called with the current task, and how much of it is done, of what total.
 Progress = Callable[[str, int, int], None]
@@ -32,6 +31,121 @@ Progress = Callable[[str, int, int], None]
 
 def silent(task: str, done: int, total: int) -> None:
     """Report no progress."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Both sides after the token at `position`. Errors are maxima of absolute differences, inf where not finite.
+
+    `latent_error` is None for a model without memory; `kl` is KL(reference || decoder) in nats; `margin` is the
+    reference's best logit minus its second best; the tokens are each side's greedy choices. `key_errors` and
+    `value_errors` are those of this position's entry in each layer's cache.
+    """
+
+    position: int
+    logit_error: float
+    latent_error: float | None
+    kl: float
+    margin: float
+    reference_token: int
+    decoder_token: int
+    key_errors: tuple[float, ...] = ()
+    value_errors: tuple[float, ...] = ()
+
+    @property
+    def finite(self) -> bool:
+        """Whether both sides' logits are finite."""
+        return math.isfinite(self.logit_error)
+
+    @property
+    def same_top1(self) -> bool:
+        """Whether both sides choose the same token."""
+        return self.finite and self.reference_token == self.decoder_token
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first generated token that differs: number `step` from 0, chosen by the logits of `position`."""
+
+    step: int
+    position: int
+    reference_token: int
+    decoder_token: int
+    margin: float
+    near_tie: bool
+
+
+@dataclass(frozen=True)
+class PrefillCheck:
+    """Prefill of the prompt against the decoder's own stepwise state at the same point.
+
+    All fields are None where the rollout ended before that point; `error` is the message of a prefill that failed.
+    """
+
+    policy: str | None = None
+    passes: float | None = None
+    residual: float | None = None
+    max_abs_latent_error: float | None = None
+    max_abs_logit_error: float | None = None
+    max_abs_cache_error: float | None = None
+    note: str | None = None
+    error: str | None = None
+
+
+@dataclass
+class Trace:
+    """One side of the teacher-forced run: logits and latent after each token, and the last state."""
+
+    memory: bool
+    logits: list[FloatArray] = field(default_factory=list)  # (V) a position
+    latents: list[FloatArray | None] = field(default_factory=list)  # (C) a position
+    last: State | None = None
+
+    def add(self, state: State) -> None:
+        """Append copies of the logits and the latent of the state's first row."""
+        self.logits.append(state.logits[0].copy())
+        self.latents.append(state.latent[0].copy() if self.memory and state.latent is not None else None)
+        self.last = state
+
+
+@dataclass
+class Comparison:
+    """Two rollouts of reference and decoder, in the order of positions; `stopped` says why they ended early.
+
+    `tokens` are the prompt and the reference's choices, which both sides read in the teacher-forced run (`points`);
+    `free` is the run in which the decoder reads its own choices.
+    """
+
+    prompt_tokens: int
+    steps: int
+    points: list[Point] = field(default_factory=list)
+    free: list[Point] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prefill: PrefillCheck = field(default_factory=PrefillCheck)
+    stopped: str | None = None
+    reference: Trace = field(default_factory=lambda: Trace(memory=False))
+    decoder: Trace = field(default_factory=lambda: Trace(memory=False))
+
+    @property
+    def choices(self) -> list[Point]:
+        """The points of the teacher-forced run whose logits choose the generated tokens."""
+        return self.choices_of(self.points)
+
+    def choices_of(self, points: list[Point]) -> list[Point]:
+        """Of `points`, those whose logits choose the generated tokens."""
+        return points[self.prompt_tokens - 1 : self.prompt_tokens - 1 + self.steps]
+
+    @property
+    def parting(self) -> Point | None:
+        """The first of the choices that differs."""
+        return next((point for point in self.choices if point.finite and not point.same_top1), None)
+
+    def first_divergence(self, limits: ParityLimits) -> Divergence | None:
+        """Where the decoder on its own choices leaves the reference's tokens; None where it does not."""
+        if (at := self.parting) is None:
+            return None
+        step, near_tie = at.position - (self.prompt_tokens - 1), at.margin <= limits.near_tie_margin
+        return Divergence(step, at.position, at.reference_token, at.decoder_token, at.margin, near_tie)
 
 
 @dataclass(frozen=True)

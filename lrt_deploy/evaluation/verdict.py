@@ -1,23 +1,261 @@
 """Judge a comparison of a decoder with the reference, in one line in terms of weights, tokens, and KL.
 
-A precision whose errors are bounded (fp32) is judged as the same function, any other by three parts: `weights` and
-`arithmetic`, which are measured elsewhere, and `quality`. The limits are those of `tolerances`.
+A precision whose errors are bounded (fp32) is judged as the same function, any other by three parts: `weights` (see
+`stored_weights`), `quality` (the decoder as a model), and `arithmetic`: whether the bundle computes right with the
+weights that it stores. That compares with PyTorch on the dequantized weights, both sides from the same latent at every
+position, so that no error accumulates:
+
+- the graph in float32, without activations rounded to int8, from the reference's latents: within float32's noise;
+- the decoder that ran, from its own latents: within the measured limits of its kernels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
-from lrt_deploy.tolerances import LEVEL_MARGIN, ParityLimits, limits
-from lrt_deploy.types import PrefillPolicy, StatefulDecoder
+import msgspec
+import numpy as np
 
-from .arithmetic import ArithmeticPart
-from .report import Comparison, Divergence, Drift, FreeRun, ParityReport, Point, PrefillCheck, QualityPart
-from .rollout import PrefillRequest, Progress, compare_rollouts, silent
+from lrt_deploy.tolerances import FP32, LEVEL_MARGIN, KernelLimits, ParityLimits, limits
+from lrt_deploy.types import FloatArray, PrefillPolicy, StatefulDecoder
+
+from .rollout import Comparison, Divergence, Point, PrefillCheck, PrefillRequest, Progress, compare_rollouts, silent
 from .stored_weights import WeightsPart
+
+
+@dataclass(frozen=True)
+class ForcedErrors:
+    """Errors of one comparison, maxima of absolute differences; the typical one is the median over positions.
+
+    `first_exceeded` is the first position beyond a limit.
+    """
+
+    max_abs_logit_error: float
+    max_abs_latent_error: float
+    typical_logit_error: float
+    worst_position: int
+    first_exceeded: int | None
+    limit_logit: float
+    limit_latent: float
+    limit_typical: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether all three errors lie within their limits."""
+        return (
+            self.max_abs_logit_error <= self.limit_logit
+            and self.max_abs_latent_error <= self.limit_latent
+            and self.typical_logit_error <= self.limit_typical
+        )
+
+    def fault(self, side: str) -> str | None:
+        """A clause that says what is beyond a limit; None if nothing is."""
+        if self.passed:
+            return None
+        where = f"at position {self.worst_position}"
+        if self.first_exceeded is not None and self.first_exceeded != self.worst_position:
+            where += f", first exceeded at position {self.first_exceeded}"
+        return (
+            f"{side} is off from PyTorch on the stored weights: logits by {self.max_abs_logit_error:.1e} (limit "
+            f"{self.limit_logit:.1e}), typically {self.typical_logit_error:.1e} (limit {self.limit_typical:.1e}), "
+            f"latent by {self.max_abs_latent_error:.1e} (limit {self.limit_latent:.1e}), {where}"
+        )
+
+
+@dataclass(frozen=True)
+class ArithmeticPart:
+    """The part `arithmetic` of a verdict. `max_abs_logit_error` is the graph's; `kernels` are the decoder's errors.
+
+    `fault` says what is wrong; None where nothing is.
+    """
+
+    passed: bool
+    line: str
+    max_abs_logit_error: float
+    graph: ForcedErrors
+    kernels: ForcedErrors | None = None
+    fault: str | None = None
+
+
+Computed = tuple[FloatArray, FloatArray]  # logits (T, V) and latents (T, C), or (T, 0) without memory
+
+
+def judge_arithmetic(
+    graph: tuple[Computed, Computed],
+    kernels: tuple[Computed, Computed] | None,
+    limits: KernelLimits,
+    scale_fault: str | None = None,
+) -> ArithmeticPart:
+    """Judge pairs of (found, expected): the graph's by float32's limits, the decoder's by those of its kernels.
+
+    `kernels` is None where nothing ran; `scale_fault` is the result of `activation_scale_fault`.
+    """
+    exact = forced_errors(*graph, KernelLimits(FP32.max_abs_logit_error, FP32.max_abs_latent_error, math.inf))
+    ran = None if kernels is None else forced_errors(*kernels, limits)
+    fault = scale_fault or exact.fault("the graph") or (None if ran is None else ran.fault("the decoder"))
+    decoded = "and nothing was decoded"
+    if ran is not None:
+        decoded = f"the kernels that run within {ran.max_abs_logit_error:.1e} (limit {ran.limit_logit:.1e})"
+    right = (
+        f"the graph within {exact.max_abs_logit_error:.1e} (limit {exact.limit_logit:.1e}) of PyTorch on the stored "
+        f"weights, {decoded}"
+    )
+    return ArithmeticPart(fault is None, f"arithmetic: {fault or right}", exact.max_abs_logit_error, exact, ran, fault)
+
+
+def forced_errors(found: Computed, expected: Computed, limits: KernelLimits) -> ForcedErrors:
+    """Errors of logits (T, V) and latents (T, C); inf for numbers that are not finite."""
+    logits, latents = (_largest(one, other) for one, other in zip(found, expected, strict=True))  # (T) each
+    beyond = np.flatnonzero((logits > limits.logit) | (latents > limits.latent))
+    return ForcedErrors(
+        max_abs_logit_error=float(logits.max()),
+        max_abs_latent_error=float(latents.max()),
+        typical_logit_error=float(np.median(logits)),
+        worst_position=int(logits.argmax()),
+        first_exceeded=int(beyond[0]) if beyond.size else None,
+        limit_logit=limits.logit,
+        limit_latent=limits.latent,
+        limit_typical=limits.typical,
+    )
+
+
+def activation_scale_fault(found: Mapping[str, float], stated: Mapping[str, float]) -> str | None:
+    """How the graph's int8 scales differ from those that the manifest states; None where they do not."""
+    for name in [*stated, *found]:
+        if name not in found:
+            return f"the input of {name} is not rounded to int8, as the manifest says"
+        if name not in stated:
+            return f"the input of {name} is rounded to int8, and the manifest says nothing of it"
+        expected = float(np.float16(stated[name]))
+        if found[name] != expected:
+            return f"the input of {name} is rounded in steps of {found[name]:.6g}, and the manifest says {expected:.6g}"
+    return None
+
+
+def _largest(found: FloatArray, expected: FloatArray) -> FloatArray:
+    """(T) the largest absolute difference of each row; zeros for empty rows."""
+    difference = np.abs(found.astype(np.float64) - expected)
+    result: FloatArray = np.nan_to_num(difference.max(axis=1, initial=0.0), nan=np.inf, posinf=np.inf)
+    return result
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Growth of the latent's error: medians over the first and the last quarter of positions, and their ratio.
+
+    Rounding gives 1 to 3; a value that feeds back with too little precision grows steadily.
+    """
+
+    first_quarter: float
+    last_quarter: float
+    growth: float
+
+    @classmethod
+    def of(cls, points: Sequence[Point]) -> Drift | None:
+        """The drift over `points`; None without memory and for fewer than 4 points."""
+        errors = [point.latent_error for point in points if point.latent_error is not None]
+        quarter = len(errors) // 4
+        if quarter < 1:
+            return None
+        first, last = median(errors[:quarter]), median(errors[-quarter:])
+        return cls(first, last, last / first if first > 0 else (math.inf if last > 0 else 1.0))
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """The free-running decoder against the tokens that the reference chose.
+
+    After the first divergence the sides read different tokens, so errors there compare two texts.
+    """
+
+    token_agreement: float  # share of the generated tokens that are equal at the same position
+    equal_tokens: int  # before the first divergence
+    mean_kl: float
+    points: tuple[Point, ...]
+
+    @classmethod
+    def of(cls, run: Comparison) -> FreeRun:
+        """The free run of a comparison, as far as it got."""
+        same = [point.same_top1 for point in run.choices_of(run.free)]
+        kl = [point.kl for point in run.free] or [math.inf]
+        equal = same.index(False) if False in same else len(same)
+        agreement = sum(same) / max(1, run.steps) if run.points else math.nan
+        return cls(agreement, equal, sum(kl) / len(kl), tuple(run.free))
+
+
+@dataclass(frozen=True)
+class QualityPart:
+    """The part `quality` of a verdict: the decoder as a model, against the original in float32.
+
+    Bits per byte are those of the prompt's tokens, both sides stepwise; None without a tokenizer. `median_margin` is
+    the median over positions of the reference's best logit minus its second; `level` says that it is so small that
+    equal first choices say little.
+    """
+
+    passed: bool
+    line: str
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    median_margin: float
+    level: bool
+    bits_per_byte: float | None = None
+    reference_bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """The verdict, its parts, and the measurements; inf stands for what is not finite or was not reached.
+
+    A part that was not judged is None: arithmetic and quality are parts of precisions with fewer bits than fp32.
+    """
+
+    passed: bool
+    verdict: str
+    checkpoint_matches: bool | None
+    backend: str
+    precision: str
+    steps: int
+    prompt_tokens: int
+    max_abs_logit_error: float
+    max_abs_latent_error: float | None
+    mean_kl: float
+    max_kl: float
+    top1_agreement: float
+    first_divergence: Divergence | None
+    prefill: PrefillCheck
+    limits: ParityLimits
+    points: tuple[Point, ...]
+    max_abs_key_error: float
+    max_abs_value_error: float
+    drift: Drift | None
+    free_running: FreeRun
+    tokens: tuple[int, ...]
+    weights: WeightsPart | None = None
+    arithmetic: ArithmeticPart | None = None
+    quality: QualityPart | None = None
+    provenance: Mapping[str, Any] | None = None
+    bisect: Any = None  # a `bisect.Bisection`
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON fields; points become columns under `positions`, numbers that are not finite null."""
+        fields: dict[str, Any] = as_json(self)
+        if self.bisect is None:
+            del fields["bisect"]
+        for run in (fields, fields["free_running"]):
+            points = run.pop("points")
+            run["positions"] = {f.name: [point[f.name] for point in points] for f in dataclasses.fields(Point)}
+        return fields
+
+
+def as_json(value: object) -> Any:  # noqa: ANN401 - any JSON type
+    """Convert dataclasses to JSON types. Numbers that are not finite become None: JSON has none for them."""
+    return msgspec.json.decode(msgspec.json.encode(value))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A `.pt` file is an uncompressed zip archive. Here every byte of it must belong to exactly one place (records lie one
 after the other, each under one name), and every CRC-32, which PyTorch ignores, is checked while the file's SHA-256 is
-computed. Python's zipfile reads the directory of the archive; `tensor_pickle` interprets the description of the
+computed. Python's zipfile reads the directory of the archive; `pickles` interprets the description of the
 tensors.
 
 Refused with the reason are empty files, git-LFS pointers, PyTorch's format from before version 1.6 (a bare pickle),
@@ -25,8 +25,7 @@ import numpy.typing as npt
 
 from lrt_deploy.errors import CheckpointError
 from lrt_deploy.files import open_regular, refuse_placeholder
-
-from .tensor_pickle import MAX_PICKLE_BYTES, TensorDescription, parse_tensors
+from lrt_deploy.pickles import MAX_PICKLE_BYTES, TensorDescription, parse_tensors
 
 _WHAT = "the weights file"
 _LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # protocol 2, then the magic number of the old format

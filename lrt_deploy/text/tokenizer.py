@@ -16,12 +16,12 @@ from typing import NamedTuple
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
 from lrt_deploy.fields import shown
 from lrt_deploy.files import read_json, read_text
+from lrt_deploy.pickles import MAX_FILE_BYTES, read_encoding
 
 from . import tokenizer_file
 from .byte_pairs import BytePairs, as_chars
 from .chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
 from .split_patterns import Splitter
-from .tiktoken_pickle import MAX_FILE_BYTES, read_encoding
 from .tokenizer_file import Vocabulary
 
 PICKLE_FILE = "tokenizer.pkl"

@@ -26,11 +26,11 @@ from tokenizers import decoders, models, pre_tokenizers
 from lrt_deploy.errors import CheckpointError
 from lrt_deploy.fields import Whole, convert, shown
 from lrt_deploy.files import parse_json
+from lrt_deploy.pickles import EncodingData, is_text
 
 from .byte_pairs import BYTE_OF, MAX_TOKEN_BYTES, Merge, as_chars, merges_of, size_problem
 from .chat import CONTROL_TOKENS
 from .split_patterns import GPT2, PATTERNS, SplitPattern, known_pattern
-from .tiktoken_pickle import EncodingData, is_text
 
 # Parts of a pre-tokenizer, without trim_offsets, which changes no piece. Both splits are equal in meaning, because the
 # known patterns match all of a text.

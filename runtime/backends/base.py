@@ -1,4 +1,4 @@
-"""The protocols between the decoder and what computes the graphs. `select` says which backend is taken.
+"""The protocols between the decoder and what computes the graphs. `opening` says which backend is taken.
 
 A backend owns the weights; `StateBuffers` owns the memory of one state and runs the graphs on it in place. It offers
 two calls that compute: `decode` (one token for every row) and `read` (several tokens of one row, for prefill); and

@@ -256,7 +256,7 @@ def as_pickle_reads_it(path: Path, data: bytes):
     """Convert it as export does; what is accepted must encode as tiktoken does with what Python reads."""
     import tiktoken
 
-    from lrt_deploy.text.tiktoken_pickle import read_encoding
+    from lrt_deploy.pickles import read_encoding
     from lrt_deploy.text.tokenizer import load_source_tokenizer
 
     source = load_source_tokenizer(path.parent, SIZES["vocab_size"])
