@@ -333,7 +333,7 @@ def summarize(
             "attentions_on_caches": _attentions_on_caches(kernels, expected),
             "weights_in_products": sum(_in_product(kernels, name, expected) for name in quantized),
             "kinds": dict(Counter(layer.kind for layer in kernels)),
-            "faults": [*_attention_faults(kernels, expected, capacity), *_weight_faults(kernels, expected)],
+            "faults": [*_kernel_faults(kernels, expected, capacity), *_weight_faults(kernels, expected)],
         }
     return found
 
@@ -352,7 +352,7 @@ def find_slow_decoding(
     shapes = matrix_shapes(expected.config)
     large = {name: product for name, product in expected.products.items() if shapes[name][0] > _SMALL_ROWS}
     weights = _weight_faults(kernels, dataclasses.replace(expected, products=large))
-    return [*([] if decomposable else _attention_faults(kernels, expected, capacity)), *weights]
+    return [*([] if decomposable else _kernel_faults(kernels, expected, capacity)), *weights]
 
 
 def _kernels(layers: Sequence[FusedLayer], profile: int) -> list[FusedLayer]:
@@ -371,7 +371,7 @@ def _is_plain_attention(kernel: FusedLayer) -> bool:
     return _ATTENTION in kernel.name and len(kernel.inputs) == 4 and len(masks) == 1
 
 
-def _attention_faults(kernels: Sequence[FusedLayer], expected: ExpectedNetwork, capacity: int) -> Iterator[str]:
+def _kernel_faults(kernels: Sequence[FusedLayer], expected: ExpectedNetwork, capacity: int) -> Iterator[str]:
     count, config = sum(_ATTENTION in kernel.name for kernel in kernels), expected.config
     if count != config.n_layer:
         yield f"{count} of {config.n_layer} attentions are one kernel"
