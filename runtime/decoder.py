@@ -29,10 +29,10 @@ from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 from .fixed_point import InBlocks, finish
 from .generation import Continuation, Event, Generation
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
-from .owner import ModelFingerprint, Owner
 from .prefill import Place, PrefillOptions, PrefillRequest, read_prompts, resolve, reused, shared_tokens
 from .sampling import SamplingArguments, log_normalizers, top_logprobs
 from .state import Content, DecodeState, Reading
+from .state_file import ModelFingerprint, Owner
 
 
 class Decoder:
@@ -187,9 +187,8 @@ class Decoder:
         as in `prefill`. Whenever an event has been yielded, the state holds its token, whatever happens next; only the
         token of the finish reason `capacity` has no room in it. `stop_ids` None: `<|assistant_end|>` and `<|bos|>`.
         `logprobs` is how many of the likeliest tokens each event lists. The text of an answer that ends with the finish
-        reason `stop_token` or `grammar` matches `grammar` as a whole. Sampling options: temperature, top_k, top_p,
-        min_p, repetition_penalty, seed, frequency_penalty, presence_penalty, logit_bias; see `SamplingOptions`.
-        Random numbers start again with each call: with one seed, two calls draw the same numbers.
+        reason `stop_token` or `grammar` matches `grammar` as a whole. Sampling options are the fields of
+        `SamplingOptions`. Random numbers start again with each call: with one seed, two calls draw the same numbers.
         """
         check_whole(max_new_tokens, "max_new_tokens", 1)
         vocabulary = (self.tokenizer, self.config.vocab_size)

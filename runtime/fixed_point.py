@@ -2,17 +2,14 @@
 
 h_t = F(m = h_{t-1}; tokens up to t) holds for all t at once. From zero memory, a *sweep* computes every position of a
 chunk once, in `stride` blocks: positions 0, s, 2s, ..., then 1, s + 1, ..., each from the latest latents and caches.
-Stride 1 is Jacobi iteration (one parallel pass a sweep, m shifted by one); a larger stride is a block Gauss-Seidel
-iteration, and stride T is stepwise reading. Information moves `stride` positions a sweep, while blocks stay large
-enough to multiply at full speed: on trained models the error falls 8 to 10 times a sweep with the default stride, and
-3 to 5 times with Jacobi iteration (docs/numerics.md).
+Stride 1 is Jacobi iteration (one parallel pass a sweep, m shifted by one), a larger stride block Gauss-Seidel, and
+stride T stepwise reading. How fast each converges: docs/numerics.md.
 
-Exact by construction: after every block one more of the leading positions equals stepwise reading, so a chunk that does
-not contract is finished stepwise from there. After every block `error_bound` estimates the error from what the blocks
-have changed, and reading stops as soon as that is within the tolerance, also in the middle of a sweep. The estimate is
-measured and not a guarantee; docs/numerics.md has how often it was too low. Long prompts are read chunk by chunk, which
-bounds memory. During sweeps the slots of a chunk hold its tokens block by block, because caches are written in
-consecutive slots; `StateBuffers.reorder` tells the mask, and puts them back at the end.
+After every block one more of the leading positions equals stepwise reading, so a chunk that does not contract is
+finished stepwise from there. `error_bound` estimates the error from what the blocks have changed, and reading stops as
+soon as that is within the tolerance. Long prompts are read chunk by chunk, which bounds memory. During sweeps the slots
+of a chunk hold its tokens block by block, because caches are written in consecutive slots; `StateBuffers.reorder` tells
+the mask, and puts them back at the end.
 """
 
 from __future__ import annotations
@@ -119,9 +116,8 @@ def read_row(
 def chunk_size(start: int, end: int, options: SweepOptions) -> int:
     """Return how many of the tokens from `start` to `end` to read together.
 
-    The more exact context a chunk has, the faster it converges. After the start, larger chunks need as few sweeps and
-    multiply faster: twice the first one, then a quarter of the tokens before them, up to `largest_chunk_tokens`. A rest
-    that would be too short for a chunk is divided into equal parts.
+    The more exact context a chunk has, the faster it converges: after the start, twice the first chunk, then a quarter
+    of the tokens before it, up to `largest_chunk_tokens`. A rest too short for a chunk is divided into equal parts.
     """
     twice = min(2 * min(start, options.chunk_tokens), options.largest_chunk_tokens)
     most = max(options.chunk_tokens, twice, min(start // 4, options.largest_chunk_tokens))
@@ -275,9 +271,8 @@ def ratios(changes: Sequence[float], blocks: int, noise: float) -> list[float]:
 def contraction(changes: Sequence[float], blocks: int = 1, noise: float = FLOAT32_RESIDUAL_NOISE) -> float:
     """Estimate the factor by which a sweep shrinks the error: the largest ratio of the last three sweeps.
 
-    `changes` are those of blocks, `blocks` a sweep. Comparing a block with the same block one sweep before gives
-    `blocks` ratios a sweep. Where all changes before the last sweep are noise, memory is too weak for a ratio, and 1/2
-    is on the safe side.
+    `changes` are those of blocks, `blocks` a sweep, each compared with that of the same block one sweep before. Where
+    all changes before the last sweep are noise, memory is too weak for a ratio, and 1/2 is on the safe side.
     """
     found = ratios(changes, blocks, noise)[-SWEEPS_OF_RATIOS * blocks :]
     return max(found, default=0.5 if len(changes) > blocks else math.inf)
@@ -291,8 +286,8 @@ def error_bound(
 ) -> float:
     """Bound the error after the last of several block changes: margin * change * q / (1 - q), plus noise.
 
-    Without a margin this is the geometric series of the changes still to come, where `change` is the largest of the
-    last sweep. The margin is there because q is measured: MARGIN, and `first_margin` while only one sweep has shown q.
+    Without a margin this is the geometric series of the changes still to come, `change` being the largest of the last
+    sweep. The margin, because q is measured: MARGIN, and `first_margin` while only one sweep has shown q.
     """
     q = contraction(changes, blocks, noise)
     if not q < 1:
@@ -315,9 +310,9 @@ def noisy_error_bound(
 
     A root mean square over a block varies little, so that it tells a change from `noise_rms` where the largest change,
     of a few outliers, does not. The error to come, change * q / (1 - q) as in `error_bound`, has to be no more than
-    `noise_rms`: two readings of the same prompt differ by that anyway. The bound scales it to the largest number, by
-    how far the changes of the last sweep peak, and adds `noise`. Its margin is that of two blocks the larger change is
-    taken, although the other block has been computed since.
+    `noise_rms`, by which two readings of one prompt differ anyway. The bound scales it to the largest number, by how
+    far the changes of the last sweep peak, and adds `noise`. Its margin: of two blocks the larger change counts,
+    although the other one has been computed since.
     """
     if len(rms_changes) <= blocks:
         return math.inf

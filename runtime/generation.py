@@ -1,7 +1,7 @@
 """Continue one sequence: options, events, and `Continuation`, which chooses tokens, decodes text and knows the end.
 
-The loops that run the model are elsewhere: `Decoder.generate` for one sequence, `batch` for many. A token is appended
-to the state as its event is yielded, and run when its successor is needed: the state holds what was emitted.
+The loops that run the model are `Decoder.generate` for one sequence and `batch` for many. A token is appended to the
+state as its event is yielded, and run when its successor is needed: the state holds what was emitted.
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ Stepwise reads a batch together; rows of different length start at different tim
 step gives all logits. The other policies read row by row: a pass over a prompt is bound by arithmetic, so a batch would
 gain nothing, and a row is read the same way whatever shares its batch.
 
-With `reuse`, tokens that a state shares with the prompts are kept and only the rest is read, unless the state was read
-less exactly than the request allows. Zero keeps nothing: what follows would be read with the state's latent.
+With `reuse`, tokens that a state shares with the prompts are kept, unless it was read less exactly than is requested.
 """
 
 from __future__ import annotations

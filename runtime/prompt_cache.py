@@ -2,19 +2,17 @@
 
 An entry is the state after one prompt. A new prompt takes the entry that shares the most tokens with it, rewinds it to
 those, and reads the rest. Entries serve only requests that would have read them the same way: bundle, backend,
-precision, policy, tolerance and sweeps name the entry's folder. So a shared beginning is as exact as its policy, and a
-prompt that is wholly there gives the stored numbers to the bit.
+precision, policy, tolerance and sweeps name the entry's folder.
 
     folder/
       .lrt-deploy-prompt-cache      the marker: this folder is a prompt cache, and entries in it may be removed
       .lock
       <40 hex digits>/<40 hex digits>.state      the key of how prompts were read / the hash of the tokens
 
-Entries appear by renaming a finished file and carry a checksum, so processes read and write without a lock; a damaged
-entry is removed and its prompt read again. Only eviction takes a lock, so that two processes do not evict twice as
-much. Only regular files with the names above are counted, read and removed, and links are not followed. Prompts are
-private: folders and files made here are accessible to their owner alone. Checksums find damage, not forgery: a process
-that can write to the folder can plant a state.
+Entries appear by renaming a finished file and carry a checksum, so processes read and write without a lock, which only
+eviction takes; a damaged entry is removed and its prompt read again. Only regular files with the names above are
+counted, read and removed. Prompts are private: folders and files are accessible to their owner alone. Checksums find
+damage, not forgery: a process that can write to the folder can plant a state.
 """
 
 from __future__ import annotations
@@ -273,7 +271,6 @@ def _name(content: bytes) -> str:
 
 
 def _places(folder: Path) -> list[Path]:
-    """Return the folders of entries."""
     return list(_listed(folder, _PLACE, stat.S_ISDIR))
 
 
@@ -298,7 +295,6 @@ def _all_entries(places: list[Path]) -> list[tuple[float, int, Path]]:
 
 
 def _remove_partials(places: list[Path]) -> None:
-    """Remove the temporary files of killed processes."""
     for place in places:
         for path in _listed(place, _PARTIAL):
             remove_stale(path)

@@ -15,7 +15,7 @@ A row of logits goes through these steps in turn, in the order of Hugging Face's
 
 Equal logits rank by id, lowest first, so k = 1 and greedy agree. Arithmetic is in float64. The order of ids, not of
 ranks, lets two backends whose logits differ in the last bits draw the same token from the same seed, except where the
-number falls within those bits of a border. Knows no model, tokenizer or batch: one `Sampler` serves one row.
+number falls within those bits of a border.
 """
 
 from __future__ import annotations

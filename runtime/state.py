@@ -1,14 +1,12 @@
 """The state of B sequences between two steps: rows of tokens, latents and logits, over caches that the backend owns.
 
-A `Row` says what one sequence is: its tokens, the latent after each of them, how many of both count, and the logits
-of its next token. The caches and the latents that the next step reads are in `StateBuffers` (backends/base.py).
+A `Row` says what one sequence is: its tokens, the latent after each of them, how many of both count, and the logits of
+its next token. The caches and the latents that the next step reads are in `StateBuffers` (backends/base.py).
 
 Every operation is a transaction. All that a state is hangs off one attribute, `_now`, which an operation replaces in
 one assignment after everything else is done. Until then it writes only what does not count: cache slots, tokens and
 latents beyond the lengths of the rows. What it must overwrite it first copies to an `Undo`. An operation that did not
 end, because of an error or an interrupt between any two lines, is undone when the state is next used (`ready`).
-
-Steps and prompts come from `decoder`, files from `state_file`.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 
 from . import state_file
 from .fixed_point import InBlocks, finish
-from .owner import Owner
+from .state_file import Owner
 
 _new = tuple.__new__  # of a named tuple, several times quicker than its own constructor, for steps
 _NOTHING_KEPT: Mapping[int, FloatArray] = MappingProxyType({})

@@ -7,7 +7,7 @@
     N.logits   (V) float32, if known         N.kept.M    (V) float32, logits after M tokens
 
 N is the row. `book` is JSON: lengths and the few numbers beside the tensors. `sha256` covers everything else, so any
-damage is found. A file is checked as a whole before a snapshot is returned. Knows no live states; see `state`.
+damage is found. Two decoders whose fingerprints agree may exchange states, on any backends.
 """
 
 from __future__ import annotations
@@ -30,12 +30,70 @@ from msgspec import Meta
 from numpy.typing import NDArray
 
 from lrt_deploy.bundle import contract
+from lrt_deploy.bundle.manifest import Manifest
+from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import StateError
 from lrt_deploy.fields import Count, convert, shown
 from lrt_deploy.files import atomic_write, check_replaceable, open_regular
+from lrt_deploy.runtime.backends.base import Backend
 from lrt_deploy.types import IntArray, PrefillReport
 
-from .owner import ModelFingerprint, Owner
+
+@dataclass(frozen=True)
+class ModelFingerprint:
+    """What the numbers of a state depend on, and the bundle that they came from, which is not compared."""
+
+    model_sha256: str  # configuration and weights
+    precision: str
+    state_dtype: str  # of the caches
+    bundle_sha256: str = dataclasses.field(compare=False)
+    # Empty where it is not known; version 0.1.0 did not write it to state files.
+    checkpoint_sha256: str = dataclasses.field(default="", compare=False)
+
+    @classmethod
+    def of(cls, backend: Backend, manifest: Manifest, bundle_sha256: str) -> ModelFingerprint:
+        """Compute the fingerprint of a loaded bundle."""
+        weights = {
+            name: record.sha256
+            for name, record in manifest.files.items()
+            if name.startswith(f"graphs/{backend.precision}/") and not name.endswith(".onnx")
+        }
+        parts = json.dumps([dataclasses.asdict(manifest.model), weights], sort_keys=True)
+        model = hashlib.sha256(parts.encode()).hexdigest()
+        checkpoint = manifest.provenance.get("checkpoint", {})
+        source = str(checkpoint.get("sha256", "")) if isinstance(checkpoint, dict) else ""
+        return cls(model, backend.precision, backend.state_dtype, bundle_sha256, source)
+
+    def check_same(self, other: ModelFingerprint, what: object = "this state") -> None:
+        """Raise StateError, which says why, where `what` of the fingerprint `other` must not be continued here."""
+        if self == other:
+            return
+        found, here = f"{other.precision} with {other.state_dtype} caches", f"{self.precision} with {self.state_dtype}"
+        same_kind = (other.precision, other.state_dtype) == (self.precision, self.state_dtype)
+        checkpoint = self.checkpoint_sha256
+        same_source = self.bundle_sha256 == other.bundle_sha256 or checkpoint == other.checkpoint_sha256 != ""
+        # Weights are stored in each precision, so their hash differs between precisions of one model too.
+        if self.model_sha256 == other.model_sha256 or (not same_kind and same_source):
+            why = f"it is of {found}, expected {here}; open that precision, or"
+        else:
+            precisions = "" if same_kind else f", and of {found} instead of {here}"
+            why = (
+                f"it is of another model (configuration and weights hash to {other.model_sha256[:12]}, here to "
+                f"{self.model_sha256[:12]}){precisions};"
+            )
+        raise StateError(f"{what} cannot be used here: {why} read its tokens with this decoder instead")
+
+
+@dataclass(frozen=True, eq=False)
+class Owner:
+    """The decoder's side of its states."""
+
+    backend: Backend
+    config: LRTConfig
+    max_batch_size: int
+    capacity: int  # tokens of a row
+    fingerprint: ModelFingerprint
+
 
 FORMAT, FORMAT_VERSION = "lrt-deploy decode state", 1
 _DTYPES = {"float32": "F32", "float16": "F16", "uint16": "U16", "int64": "I64"}  # as safetensors calls them

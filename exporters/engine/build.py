@@ -1,8 +1,7 @@
 """Build an engine from a bundle: copy the graph, parse, verify, build, and write plan and sidecar beside the graphs.
 
 Engines are a cache: they can always be made again from the bundle, they are not in its manifest, and they are used only
-where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not). The plan is
-not run here: the command line arranges a smoke test after a build. Loading this file is cheap.
+where the sidecar fits. Needs no torch and no GPU (full TensorRT itself wants one; TensorRT-RTX does not).
 """
 
 from __future__ import annotations

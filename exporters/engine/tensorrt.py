@@ -1,13 +1,11 @@
 """Parse a graph into a TensorRT network and build a plan from it: one plan, two optimization profiles.
 
 The network is parsed from a copy of the bundle's `full` graph, edited for TensorRT: cache slots become a fixed number
-(TensorRT updates a cache in place only then), `rows` becomes 1 (the head runs for one token of each row), and attention
-that has no fused kernel may be decomposed. The copy lives in memory; its weights stay in the bundle's file.
+(TensorRT updates a cache in place only then), `rows` becomes 1, and attention that has no fused kernel may be
+decomposed. The copy lives in memory; its weights stay in the bundle's file.
 
 Polygraphy's loaders configure and build; parsing is done here, because theirs cannot take a graph from memory whose
-weights lie in a file. The progress monitor derives from a class of the library that is loaded (full TensorRT or
-TensorRT-RTX), which is known only at run time. Nothing is printed.
-Knows no bundles, and no expectations of a network: see `build` and `verify`.
+weights lie in a file. Nothing is printed.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Cast a float32 graph to a lower base type: matrix products, attention, caches and latent in it, all else in float32.
 
-One trace serves every precision (it is the expensive part, about 10 s): `cast_weights` stores weights in fewer bits
-behind a Cast, `quantize` behind Q/DQ, and `cast_model` moves into the base type whatever reads much memory, MatMul,
-Attention, TensorScatter, the state and the Q/DQ around them, with Casts where types meet. The ops between them cost
-little and stay in float32: norms, residual stream, gates, rotary embedding, softcap, logits. Ops that only move numbers
-(and relu and its square, which round once) are in the base type where all their readers are.
+`cast_weights` stores weights in fewer bits behind a Cast, `quantize` behind Q/DQ, and `cast_model` moves into the base
+type whatever reads much memory, MatMul, Attention, TensorScatter, the state and the Q/DQ around them, with Casts where
+types meet. The ops between them cost little and stay in float32: norms, residual stream, gates, rotary embedding,
+softcap, logits. Ops that only move numbers (and relu and its square, which round once) are in the base type where all
+their readers are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Copies of a bundle's graph for debugging: with intermediate activations as outputs, or computed in float32.
 
-Copies are made in memory and read the weights file of the graph on disk, which is not touched. The activations are
-those that `lrt_deploy.activations` names; the export gave the values in the graph these names. Runs nothing: see
-`runtime.backends.ort_debug`.
+Copies are made in memory and read the weights file of the graph on disk. The export gave the values in the graph the
+names of `lrt_deploy.activations`. What runs them: `runtime.backends.ort_debug`.
 """
 
 from __future__ import annotations
@@ -66,9 +65,8 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
     """Return the graph at `path` in float32, with those of the named activations that it has as outputs.
 
     Every 16-bit value is float32 and activations are not rounded to int8, on the same stored weights. So it computes,
-    up to float32's noise, what PyTorch computes with these weights, if its ops and their order are right: a fault of
-    the graph is told from a rounding of a kernel. A 16-bit constant that is the rounding of attention's scale counts
-    as the scale. The scales that were taken out are returned.
+    up to float32's noise, what PyTorch computes with these weights, if its ops and their order are right. A 16-bit
+    constant that is the rounding of attention's scale counts as the scale. The scales that were taken out are returned.
     """
     model = ir.load(path)
     derivations = _add_outputs(model.graph, names)

@@ -1,8 +1,7 @@
 """Passes over the traced graph (onnx-ir): clean up what torch's exporter leaves behind, and use fewer or faster ops.
 
 `clean` keeps the numbers. `fewer_ops` is for ONNX Runtime on a CPU, where each small op costs about 6 us and a decode
-step of 12 layers has some 500 of them besides its products: only rounding changes, and the names of `activations` stay.
-TensorRT fuses by itself; `rotate_together` lets it fuse more. Variants of the graph are derived in `variants`.
+step of 12 layers has some 500 of them: only rounding changes. `rotate_together` lets TensorRT fuse more.
 """
 
 from __future__ import annotations

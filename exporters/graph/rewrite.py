@@ -1,4 +1,4 @@
-"""What all passes over graphs share: walking from value to value, adding nodes and constants, changing types.
+"""Walk from value to value, add nodes and constants, change types: what all passes over graphs share.
 
 Nodes are added at the end of a graph; `finish` sorts it.
 """

@@ -1,9 +1,9 @@
 """Verify graphs before they become a bundle: by the types that they compute in, and by opening them.
 
-The counts of operations by type go into the manifest, `inspect` shows them, and an export whose graph has others than
-its precision expects fails. Every graph is opened to find those that ONNX Runtime would refuse: its CPU provider has
-kernels for all precisions but bfloat16, whose graphs get ONNX's own check of types and shapes. Nothing is optimized,
-packed or run, and the weights are mapped and not read. That a graph computes the right numbers is for parity.
+The counts of operations by type go into the manifest, and an export whose graph has others than its precision expects
+fails. Every graph is opened to find those that ONNX Runtime would refuse: its CPU provider has kernels for all
+precisions but bfloat16, whose graphs get ONNX's own check of types and shapes. Nothing is run, and the weights are
+mapped and not read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Measure the activations of the model while it decodes text: with the recurrence, token by token.
 
-A checkpoint's activations depend on its latent, and the latent on all tokens before: single tokens from an empty state
-show another distribution (the memory projection's input is then zero). So whole rows are decoded with the PyTorch
-reference, and the inputs and outputs of each matrix product are observed by a torch function mode. The rows come from
-the user's text, from the text shipped with the package, or, without a tokenizer, from an arithmetic progression of
-token ids. What follows from the measurement (scales, what float16 cannot hold) is decided in `plan`.
+Activations depend on the latent, and that on all tokens before, so whole rows are decoded with the PyTorch reference,
+and a torch function mode observes the inputs and outputs of each matrix product. The rows come from the user's text,
+from the text shipped with the package, or, without a tokenizer, from an arithmetic progression of token ids.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Decide how a checkpoint is stored in one precision: which matrices stay precise, which scales, what cannot be.
 
-Decisions come from the user's list and from what was measured (`calibration`); all of them go into the manifest.
-Float16 ends at 65504. A product or its input that came near it on real text is multiplied in float32; a cache that did
-cannot be helped, and the precision is refused by name. The shares that int8 grids clip are recorded. Builds no graphs.
+Decisions come from the user's list and from what was measured (`calibrate`); all of them go into the manifest. Float16
+ends at 65504. A product or its input that came near it on real text is multiplied in float32; a cache that did cannot
+be helped, and the precision is refused by name. The shares that int8 grids clip are recorded.
 """
 
 from __future__ import annotations

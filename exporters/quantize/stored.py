@@ -1,8 +1,7 @@
 """Read back every matrix and embedding table that a bundle stores for a precision, from its graphs.
 
 All four graphs of a precision are read, and each must take every matrix from the same bytes and dequantize it alike, so
-that a check of one holds for all. One matrix is in memory at a time. Compares nothing with a checkpoint: see
-`lrt_deploy.evaluation.stored_weights`.
+that a check of one holds for all. One matrix is in memory at a time.
 """
 
 from __future__ import annotations

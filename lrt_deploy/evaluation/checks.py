@@ -23,7 +23,7 @@ from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.tolerances import ParityLimits
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, StatefulDecoder
 
-from .arrays import read_arrays
+from .bits_per_byte import read_arrays
 from .rollout import Progress, capacity_of, distance, kl_divergence, rollout, silent, state_errors
 
 

@@ -1,13 +1,12 @@
 """One GPU as the runtime uses it: memory by address, one stream, copies, and CUDA graphs, on CUDA's driver API.
 
-Everything is enqueued on the one stream, in order; nothing has happened before `synchronize`.
-Addresses are plain integers, as TensorRT takes them. Knows neither tensors nor TensorRT.
+Everything is enqueued on the one stream, in order; nothing has happened before `synchronize`. Addresses are plain
+integers, as TensorRT takes them.
 
 Several threads may use a device, one at a time: an operation, from its first call to its last `synchronize`, holds
-`lock` and begins with `begin`. An operation that did not end, because of an error or an interrupt between any two
-lines, leaves copies that still run or a stream that still captures; the next `begin` ends them, before memory is
-written that they read. Finalizers run at any moment, also while a graph is captured, where freeing is forbidden: they
-hand memory to `give_back`, which frees it when no operation runs.
+`lock` and begins with `begin`, which ends what an interrupted one left: copies that still run, or a stream that still
+captures. Finalizers run at any moment, also while a graph is captured, where freeing is forbidden: they hand memory to
+`give_back`, which frees it when no operation runs.
 """
 
 from __future__ import annotations
@@ -235,7 +234,6 @@ class CudaDevice:
         self._ask("launching a CUDA graph", self._cuda.cuGraphLaunch(graph, self.stream))
 
     def _copy_rows(self, what: str, target: _Rows, source: _Rows, shape: tuple[int, ...]) -> None:
-        """Enqueue a copy of (rows, bytes)."""
         rows, width = shape
         if not rows * width:
             return

@@ -1,8 +1,8 @@
 """The state of B sequences in device memory, and the two calls of a graph on a GPU that are bound to it.
 
 The same for TensorRT and for ONNX Runtime on a GPU: a decode step for n rows of a state, and a block of one row's
-prompt. Logits and the latent, a few kilobytes, come back after each step; caches only when they are asked for. Slots
-are kept in the order of positions, because the mask of the `full` flavour knows no other.
+prompt. Logits and the latent come back after each step; caches only when they are asked for. Slots are kept in the
+order of positions, because the mask of the `full` flavour knows no other.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Embedding tables on the host: mapped from the bundle's file, and the rows of the new tokens gathered from them.
 
-For bundles whose graphs take rows instead of token ids (see `contract.embedding_inputs`). What is not read stays on
-disk, and what was read the system may drop again. Rows are widened to float32, exactly. Ids have been checked before.
+For bundles whose graphs take rows instead of token ids (see `contract.embedding_inputs`). Rows are widened to float32,
+exactly. Ids have been checked before.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Memory of weights and tables on Linux: huge pages for what each step reads, and files read before they are needed.
 
 A decode step reads all weights from end to end, and pages of 4 KiB cost it address translations; `in_huge_pages` moves
-what a block of code allocates. Embedding tables are mapped, so that a row that the system does not hold makes a step
-wait for the disk, some milliseconds on top of its own ten (benchmarks/README.md); `read_ahead` has the system read the
-file in the background. Does nothing where the system cannot, or has too little memory.
+what a block of code allocates. A row of a mapped table that the system does not hold makes a step wait for the disk
+(benchmarks/README.md); `read_ahead` has it read the file in the background. Both do nothing where the system cannot, or
+has too little memory.
 """
 
 from __future__ import annotations
@@ -127,6 +127,5 @@ def _available_bytes() -> int:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """The number in each line, by the word before it."""
     lines = [line.split() for line in file.read_text().splitlines()]
     return {words[0]: int(words[1]) for words in lines if len(words) > 1}

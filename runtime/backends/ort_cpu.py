@@ -1,9 +1,9 @@
 """ONNX Runtime on the CPU: one session on the windowed prefill graph serves prefill and decode.
 
 Caches are numpy arrays that ORT updates in place, because input and output of a cache are bound to one OrtValue. They
-hold little more than the tokens so far, since attention reads all of their slots, and are replaced by larger ones
-in steps (`room_for`). The latent goes in and out through two small arrays that swap roles (every layer reads it, so
-it cannot be overwritten). All that a call needs is bound once per shape; a decode step writes a few integers and runs.
+hold little more than the tokens so far, since attention reads all of their slots, and are replaced by larger ones in
+steps (`room_for`). The latent, which every layer reads, goes in and out through two small arrays that swap roles. All
+that a call needs is bound once per shape; a decode step writes a few integers and runs.
 """
 
 from __future__ import annotations

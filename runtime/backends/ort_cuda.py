@@ -1,8 +1,7 @@
-"""ONNX Runtime on a CUDA GPU: the bundle's `full` graph, with the whole state in device memory.
+"""ONNX Runtime on a CUDA GPU: the bundle's `full` graph, with the whole state in device memory (see `device`).
 
-The same memory and the same calls as the TensorRT backends (see `device`), bound through IOBinding by address: a
-cache goes in and comes out at one address. ONNX Runtime runs on the device's own stream. What it falls back to in
-silence is refused: a session without the provider, and heavy operators that it has placed elsewhere.
+Arrays are bound through IOBinding by address, on the device's own stream. What ONNX Runtime falls back to in silence is
+refused: a session without the provider, and heavy operators that it has placed elsewhere.
 """
 
 from __future__ import annotations

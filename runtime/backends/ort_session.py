@@ -1,8 +1,4 @@
-"""ONNX Runtime sessions: hold an opened one against the contract, and turn what it raises into errors of this package.
-
-ONNX Runtime's exceptions have no base of their own: each derives from Exception. An interrupt, or an exception that a
-signal handler of the caller raised, surfaces in the same line as they do and passes as it is.
-"""
+"""ONNX Runtime sessions: hold an opened one against the contract, and turn what it raises into our errors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """TensorRT and TensorRT-RTX: an engine of the bundle on the current GPU, with the whole state in its memory.
 
-An engine is refused before it is used unless it fits this TensorRT, this GPU and this bundle: what its sidecar says is
-held against the machine and the manifest, then the file against its hash, then the deserialized engine against the
-sidecar (names, types, profiles, and which output lives in which input's memory). Every refusal names the command that
-builds the engine again.
+An engine is refused before it is used unless it fits this TensorRT, this GPU and this bundle: its sidecar is held
+against the machine and the manifest, then the file against its hash, then the deserialized engine against the sidecar
+(names, types, profiles, and which output lives in which input's memory).
 """
 
 from __future__ import annotations

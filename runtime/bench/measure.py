@@ -1,7 +1,7 @@
 """Measure a decoder: decode steps, prefill policies side by side, and the convergence of the fixed-point iteration.
 
 Measurements that are compared run in alternating rounds, so that a busy machine slows all of them alike; only ratios
-within one run are meaningful. Prints nothing, plots nothing, and does not describe the machine.
+within one run are meaningful.
 """
 
 from __future__ import annotations
