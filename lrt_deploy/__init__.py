@@ -25,67 +25,28 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
-    BackendError,
-    BundleError,
-    Busy,
-    CheckpointError,
-    ConfigError,
-    EngineError,
-    ExportError,
-    InputError,
-    LRTDeployError,
-    NonFiniteError,
-    ParityError,
-    StateError,
-)
+from . import errors
+from .errors import *  # noqa: F403 - all of them are public
 
 # ONNX Runtime reads it when it is first loaded. Without it, opening a session writes a device id and a database of
 # events below the user's cache folder and looks up a collector. To have that, set it to 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from .evaluation.parity import parity
-    from .exporters.bundle import export_bundle
-    from .exporters.engine.build import build_engine
-    from .runtime.batch import BatchDecoder
-    from .runtime.decoder import Decoder, open_decoder
-    from .runtime.generation import Event
-    from .runtime.prefill import PrefillOptions
-    from .runtime.prompt_cache import PromptCache
-    from .runtime.sampling import SamplingOptions
-    from .runtime.state import DecodeState
-    from .text.grammar import Grammar
+    from .evaluation.parity import parity as parity
+    from .exporters.bundle import export_bundle as export_bundle
+    from .exporters.engine.build import build_engine as build_engine
+    from .runtime.batch import BatchDecoder as BatchDecoder
+    from .runtime.decoder import Decoder as Decoder
+    from .runtime.decoder import open_decoder as open_decoder
+    from .runtime.generation import Event as Event
+    from .runtime.prefill import PrefillOptions as PrefillOptions
+    from .runtime.prompt_cache import PromptCache as PromptCache
+    from .runtime.sampling import SamplingOptions as SamplingOptions
+    from .runtime.state import DecodeState as DecodeState
+    from .text.grammar import Grammar as Grammar
 
     __version__: str
-
-__all__ = [
-    "BackendError",
-    "BatchDecoder",
-    "BundleError",
-    "Busy",
-    "CheckpointError",
-    "ConfigError",
-    "DecodeState",
-    "Decoder",
-    "EngineError",
-    "Event",
-    "ExportError",
-    "Grammar",
-    "InputError",
-    "LRTDeployError",
-    "NonFiniteError",
-    "ParityError",
-    "PrefillOptions",
-    "PromptCache",
-    "SamplingOptions",
-    "StateError",
-    "__version__",
-    "build_engine",
-    "export_bundle",
-    "open_decoder",
-    "parity",
-]
 
 # Public names that are imported when they are first used, and the modules that have them.
 _LAZY = {
@@ -102,6 +63,7 @@ _LAZY = {
     "open_decoder": "runtime.decoder",
     "parity": "evaluation.parity",
 }
+__all__ = sorted(["__version__", *_LAZY, *(name for name, thing in vars(errors).items() if isinstance(thing, type))])
 
 # Modules that documents and examples of version 0.1 named, and where they are now.
 _MOVED = {
@@ -149,4 +111,4 @@ def __getattr__(name: str) -> Any:  # noqa: ANN401 - the type of the name
 
 def __dir__() -> list[str]:
     """List the public names only."""
-    return sorted(__all__)
+    return __all__
