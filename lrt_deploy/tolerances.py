@@ -93,49 +93,27 @@ _PARITY = {
 LEVEL_MARGIN = 0.5
 
 
-@dataclass(frozen=True)
-class StoredLimits:
-    """Limits of weights that were rounded to nearest; see `evaluation.stored_weights`.
+# Weights that were rounded to nearest (`evaluation.stored_weights`); measured on goldens, the demo and random models.
+# Half a step is 0.5; dividing in float32 moves a weight of up to 127 steps by 127 x 6e-8: 0.5 + 4e-6 at most.
+ROUNDING_STEPS = 0.5 + 2e-5
+# Relative error of a scale, which is computed in float32: three roundings, 2e-7.
+SCALE_ERROR = 1e-6
+# Squared error of a block, as a multiple of the smallest of all grids; two that tie in float32 differ by 1e-6.
+SHARE_ERROR = 1 + 1e-4
 
-    `rounding_steps`: half a step, and the rounding of float32 division. `arithmetic`: relative error of computing a
-    scale. `share_error`: the largest squared error of a block, as a multiple of the smallest of all grids.
-    """
-
-    rounding_steps: float
-    arithmetic: float
-    share_error: float
-
-
-# Half a step is 0.5; dividing in float32 moves a weight of up to 127 steps by 127 x 6e-8. Measured on goldens, the demo
-# and random models: 0.5 + 4e-6 at most. A scale is computed in float32: three roundings, 2e-7. Squared errors of two
-# grids that tie in float32 differ by 1e-6.
-STORED = StoredLimits(rounding_steps=0.5 + 2e-5, arithmetic=1e-6, share_error=1 + 1e-4)
-
-
-@dataclass(frozen=True)
-class GptqLimits:
-    """Limits of a matrix that GPTQ rounded: norms of errors, relative to the norms of the expected numbers.
-
-    `shrunk` is the least-squares factor of the whole matrix, below 1 because grids may end below the largest weight;
-    `slope` bounds the difference from it.
-    """
-
-    matrix: float
-    row: float
-    column: float
-    shrunk: float
-    slope: float
-
-    def slope_of(self, size: int) -> float:
-        """`slope` for a matrix of `size` weights: the factor of few weights varies more."""
-        return float(self.slope + 0.4 * size**-0.5)
-
-
+# Matrices that GPTQ rounded: norms of the errors of a matrix, a row and a column, relative to the expected numbers'.
 # Measured (`benchmarks/right_exports.py`), blocks of 32 to 128: up to 0.196 for a matrix, 1.13 for a row whose input
-# calibration hardly saw (the next 0.97 and 0.48), 0.31 for a column; the size of the whole 0.9875 to 0.9931. Another
-# matrix, or another row in a row's place, is off by the square root of 2; 1% more in a matrix is 0.01 in its size. The
-# first block's scales and its first row are not compensated and are held to plain rounding.
-GPTQ = GptqLimits(matrix=0.3, row=1.3, column=0.5, shrunk=0.99, slope=0.007)
+# calibration hardly saw (the next 0.97 and 0.48), 0.31 for a column. Another matrix, or another row in a row's place, is off
+# by the square root of 2. The first block's scales and its first row are held to plain rounding.
+GPTQ_MATRIX, GPTQ_ROW, GPTQ_COLUMN = 0.3, 1.3, 0.5
+# The least-squares factor of the whole matrix, below 1 because grids may end below the largest weight: 0.9875 to 0.993.
+# 1% more in a matrix is 0.01 in it.
+GPTQ_SHRUNK = 0.99
+
+
+def gptq_slope(size: int) -> float:
+    """Return the limit of the difference from `GPTQ_SHRUNK`, for `size` weights: the factor of few varies more."""
+    return float(0.007 + 0.4 * size**-0.5)
 
 
 @dataclass(frozen=True)

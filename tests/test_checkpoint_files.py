@@ -426,7 +426,7 @@ def described(shape, strides, offset=0, kind="FloatStorage", elements=4096, more
 
 def test_a_description_written_by_hand_is_read(tmp_path):
     found = read_state_dict(archive_of(described((64, 64), (64, 1)), tmp_path)).tensors["w"]
-    assert (found.shape, found.dtype, found.read_bytes().size) == ((64, 64), "float32", 4096 * 4)
+    assert (found.description.shape, found.description.storage.dtype, found.read_bytes().size) == ((64, 64), "float32", 4096 * 4)
 
 
 @pytest.mark.parametrize(
@@ -550,7 +550,7 @@ def test_the_state_dict_of_a_module_is_read_with_its_versions_of_modules(folder)
     torch.save(module.state_dict(), folder / WEIGHTS)
     found = read_state_dict(folder / WEIGHTS).tensors
     assert found.keys() == module.state_dict().keys()
-    assert found["1.num_batches_tracked"].dtype == "int64"
+    assert found["1.num_batches_tracked"].description.storage.dtype == "int64"
 
 
 # safetensors

@@ -12,7 +12,15 @@ from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.evaluation.stored_weights import check_matrix
 from lrt_deploy.evaluation.verdict import activation_scale_fault, forced_errors, judge_arithmetic
 from lrt_deploy.exporters.quantize.qdq import format_of, quantized, round_by_gptq, weight_scales
-from lrt_deploy.tolerances import FP32, GPTQ, STORED, KernelLimits, kernel_limits
+from lrt_deploy.tolerances import (
+    FP32,
+    GPTQ_COLUMN,
+    GPTQ_MATRIX,
+    GPTQ_ROW,
+    ROUNDING_STEPS,
+    KernelLimits,
+    kernel_limits,
+)
 
 BLOCK = {"int8": None, "int8-weight-only": None, "int4-weight-only": 32}
 
@@ -34,7 +42,7 @@ def test_the_rounding_of_a_matrix_passes_and_half_a_step_is_all_that_it_needs(pr
     weight = matrix(seed=seed)
     found = check_matrix(stored(weight, precision), weight, precision)
     assert found.passed, found.fault
-    assert 0.4 < found.found <= STORED.rounding_steps == found.allowed
+    assert 0.4 < found.found <= ROUNDING_STEPS == found.allowed
 
 
 @pytest.mark.parametrize("precision", BLOCK)
@@ -134,7 +142,7 @@ def test_a_faulty_matrix_fails_compensated_too(fault):
 
 
 def test_limits_of_gptq_lie_below_what_another_matrix_is_off_by():
-    assert max(GPTQ.matrix, GPTQ.row, GPTQ.column) < 2**0.5
+    assert max(GPTQ_MATRIX, GPTQ_ROW, GPTQ_COLUMN) < 2**0.5
 
 
 # The part `arithmetic`

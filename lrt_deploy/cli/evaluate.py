@@ -49,15 +49,8 @@ def evaluate(
             lengths = decoder.tokenizer.byte_lengths
             result = bits_per_byte.evaluate(decoder, x, y, lengths, rows_at_once, progress)
         seconds = time.perf_counter() - started
-    fields = {
-        "bits_per_byte": result.bits_per_byte,
-        "tokens": result.tokens,
-        "bytes": result.bytes,
-        "seconds": round(seconds, 3),
-        "backend": decoder.backend,
-        "precision": decoder.precision,
-        "buckets": [dataclasses.asdict(bucket) for bucket in result.buckets],
-    }
+    fields = dataclasses.asdict(result) | {"seconds": round(seconds, 3)}
+    fields |= {"backend": decoder.backend, "precision": decoder.precision}
     shown = {name: str(value) for name, value in fields.items() if name not in ("bits_per_byte", "buckets")}
     buckets = {
         f"positions {bucket.first} to {bucket.last}": f"{bucket.bits_per_byte:.4f} bits per byte "

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lrt_deploy import tolerances
 from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, Floats, Source, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
-from lrt_deploy.tolerances import GPTQ, STORED, GptqLimits
 
 # The grid of an int4 block may end at one of these shares of its largest weight: docs/precisions.md.
 INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
@@ -124,7 +124,7 @@ def check_matrix(stored: StoredMatrix, expected: Floats, precision: str, compens
     nearest = _check_nearest(stored, expected)
     if nearest.passed or not compensated:
         return nearest
-    return _check_gptq(stored, expected, GPTQ)
+    return _check_gptq(stored, expected)
 
 
 def _check_floats(stored: StoredMatrix, expected: Floats, precision: str) -> MatrixCheck:
@@ -160,7 +160,7 @@ def _check_integers(stored: StoredMatrix, expected: Floats, kind: str) -> Matrix
     integers = stored.values.astype(np.float64)
     errors = np.abs(np.clip(weights, -largest, largest) - integers)
     at = _place(errors)
-    found, limit, fault = float(errors[at]), STORED.rounding_steps, None
+    found, limit, fault = float(errors[at]), tolerances.ROUNDING_STEPS, None
     if not found <= limit:
         fault = (
             f"row {at[0]}, column {at[1]} is {integers[at]:.0f} steps of {steps[at]:.3g}, and the checkpoint's "
@@ -205,7 +205,7 @@ def _check_scales(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCh
         )
         found = min(abs(float(scales[at]) / (implied * share) - 1) for share in shares)
         return MatrixCheck(stored.name, kind, found, float(np.finfo(np.float16).eps) / 2, "of the scale", fault=fault)
-    worse = ~zero & (used > least * STORED.share_error + np.finfo(np.float32).tiny)
+    worse = ~zero & (used > least * tolerances.SHARE_ERROR + np.finfo(np.float32).tiny)
     if worse.any():
         at = _place(worse)
         fault = (
@@ -213,13 +213,13 @@ def _check_scales(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCh
             f"largest weight has less squared error ({int(worse.sum())} of {worse.size} scales)"
         )
         found = float(used[at] / least[at])
-        return MatrixCheck(stored.name, kind, found, STORED.share_error, "of the least squared error", fault=fault)
+        return MatrixCheck(stored.name, kind, found, tolerances.SHARE_ERROR, "of the least squared error", fault=fault)
     return None
 
 
 def _rounds_to(exact: npt.NDArray[np.float64], scales: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
     """Whether each float16 scale is the rounding of the exact one; subnormal numbers may be rounded up."""
-    near = [(exact * (1 + side * STORED.arithmetic)).astype(np.float16) for side in (-1, 1)]
+    near = [(exact * (1 + side * tolerances.SCALE_ERROR)).astype(np.float16) for side in (-1, 1)]
     with np.errstate(over="ignore"):
         up = np.nextafter(near[0], np.float16(np.inf))
     few_digits = near[0].astype(np.float64) < 0.999 * exact
@@ -235,7 +235,7 @@ def _squared_error(blocks: Floats, exact: npt.NDArray[np.float64], largest: int)
     return result
 
 
-def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> MatrixCheck:
+def _check_gptq(stored: StoredMatrix, expected: Floats) -> MatrixCheck:
     """Check rounding by GPTQ: the first block's scales and row are rounded to nearest, all other errors are bounded.
 
     GPTQ selects the scales of the first block, and rounds the first row, before it has corrected anything.
@@ -251,10 +251,10 @@ def _check_gptq(stored: StoredMatrix, expected: Floats, limits: GptqLimits) -> M
     found, w = stored.dequantized().astype(np.float64), expected.astype(np.float64)
     slope = float((found * w).sum() / max((w**2).sum(), 1e-300))  # the least-squares factor from w to found
     errors = {
-        "the matrix": (_relative(found, w, None), limits.matrix),
-        "row": (_relative(found, w, 1), limits.row),
-        "column": (_relative(found, w, 0), limits.column),
-        "the size of the whole": (np.array([abs(slope - limits.shrunk)]), limits.slope_of(w.size)),
+        "the matrix": (_relative(found, w, None), tolerances.GPTQ_MATRIX),
+        "row": (_relative(found, w, 1), tolerances.GPTQ_ROW),
+        "column": (_relative(found, w, 0), tolerances.GPTQ_COLUMN),
+        "the size of the whole": (np.array([abs(slope - tolerances.GPTQ_SHRUNK)]), tolerances.gptq_slope(w.size)),
     }
     name, (values, limit) = max(errors.items(), key=lambda item: float(item[1][0].max()) / item[1][1])
     at = int(values.argmax())

@@ -191,23 +191,27 @@ def _open_authors(found: CheckpointFiles) -> Checkpoint:
         )
     state = read_state_dict(found.weights)
     stored = _without_prefixes(state.tensors, found.weights)
-    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    shapes = {name: tensor.description.shape for name, tensor in stored.items()}
     try:
         config, known_as = authors_config.describe(fields, shapes, str(found.config), str(found.weights))
     except ConfigError as error:
         raise ConfigError(f"{found.config}: {error}") from error
-    tensors = {name: LazyTensor(each.dtype, each.shape, partial(as_torch, each)) for name, each in stored.items()}
+    tensors = {
+        name: LazyTensor(each.description.storage.dtype, each.description.shape, partial(as_torch, each))
+        for name, each in stored.items()
+    }
     folder, weights = found.weights.parent, found.weights
     return Checkpoint(folder, weights, found.step, config, tensors, known_as, found.chosen, state.sha256)
 
 
 def as_torch(stored: StoredTensor) -> Tensor:
     """Read a tensor into memory of its own, in its shape and strides."""
-    dtype = getattr(torch, stored.dtype)
+    described = stored.description
+    dtype = getattr(torch, described.storage.dtype)
     assert isinstance(dtype, torch.dtype)
     data = stored.read_bytes()
     flat = torch.from_numpy(data).view(dtype) if data.size else torch.empty(0, dtype=dtype)
-    return flat.as_strided(stored.shape, stored.description.strides)
+    return flat.as_strided(described.shape, described.strides)
 
 
 def _without_prefixes(tensors: Mapping[str, StoredTensor], file: Path) -> dict[str, StoredTensor]:

@@ -64,16 +64,6 @@ class StoredTensor:
     description: TensorDescription
 
     @property
-    def dtype(self) -> str:
-        """The element type by its name in torch, for instance `bfloat16`."""
-        return self.description.storage.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape."""
-        return self.description.shape
-
-    @property
     def size(self) -> int:
         """Number of bytes."""
         return self.description.elements * self.description.storage.item_bytes
