@@ -103,8 +103,8 @@ SHARE_ERROR = 1 + 1e-4
 
 # Matrices that GPTQ rounded: norms of the errors of a matrix, a row and a column, relative to the expected numbers'.
 # Measured (`benchmarks/right_exports.py`), blocks of 32 to 128: up to 0.196 for a matrix, 1.13 for a row whose input
-# calibration hardly saw (the next 0.97 and 0.48), 0.31 for a column. Another matrix, or another row in a row's place, is off
-# by the square root of 2. The first block's scales and its first row are held to plain rounding.
+# calibration hardly saw (the next 0.97 and 0.48), 0.31 for a column. Another matrix, or another row, is off by
+# the square root of 2. The first block's scales and its first row are held to plain rounding.
 GPTQ_MATRIX, GPTQ_ROW, GPTQ_COLUMN = 0.3, 1.3, 0.5
 # The least-squares factor of the whole matrix, below 1 because grids may end below the largest weight: 0.9875 to 0.993.
 # 1% more in a matrix is 0.01 in it.

@@ -426,7 +426,8 @@ def described(shape, strides, offset=0, kind="FloatStorage", elements=4096, more
 
 def test_a_description_written_by_hand_is_read(tmp_path):
     found = read_state_dict(archive_of(described((64, 64), (64, 1)), tmp_path)).tensors["w"]
-    assert (found.description.shape, found.description.storage.dtype, found.read_bytes().size) == ((64, 64), "float32", 4096 * 4)
+    assert (found.description.shape, found.description.storage.dtype) == ((64, 64), "float32")
+    assert found.read_bytes().size == 4096 * 4
 
 
 @pytest.mark.parametrize(

@@ -240,31 +240,35 @@ class OrtCpuBuffers(StateBuffers):
         ones is kept for the next time: fresh pages cost most of growing.
         """
         longest = max(soon, max(lengths, default=0))
-        end, resized = min(longest + 2 + len(self._caches), self.capacity), self._resized
-        if resized is not None and (end > resized.room or end <= self._bound.room < resized.room):
-            self._resized = resized = None  # the rows are others now
+        resized = self._resized = self._resizing(min(longest + 2 + len(self._caches), self.capacity))
         if resized is None:
-            if end <= self._bound.room < 2 * end:  # no cache for `end` has fewer slots
-                return
-            room = min(room_for(end), self.capacity)
-            if end <= self._bound.room < 2 * room:
-                return
-            self._resized = resized = _Resized(room, {}, [self.capacity] * self.batch)
+            return
         name = next((name for name in self._caches if name not in resized.caches), None)
         if name is not None:
             old, new = self._caches[name], self._allocate(name, resized.room)
             for row, length in enumerate(lengths):
                 new[row, :, :length] = old[row, :, :length]
             resized.caches[name] = new
-            return
-        if self._bound.room < resized.room and longest < self._bound.room:
-            return  # steps cost more with larger caches
+        elif resized.room < self._bound.room or longest >= self._bound.room:  # steps cost more with larger caches
+            self._change_to(resized, lengths)
+
+    def _resizing(self, end: int) -> _Resized | None:
+        """Return the change of size to go on with, or to begin, for `end` slots; None where the caches fit them."""
+        room, resized = self._bound.room, self._resized
+        if resized is not None and end <= resized.room and not end <= room < resized.room:
+            return resized
+        if end <= room < 2 * end:  # no cache for `end` has fewer slots
+            return None
+        wanted = min(room_for(end), self.capacity)
+        return None if end <= room < 2 * wanted else _Resized(wanted, {}, [self.capacity] * self.batch)
+
+    def _change_to(self, resized: _Resized, lengths: Sequence[int]) -> None:
+        """Copy what steps have written since the resized caches were filled, and use those from now on."""
         for name, new in resized.caches.items():
             for row, (start, length) in enumerate(zip(resized.written, lengths, strict=False)):
                 new[row, :, start:length] = self._caches[name][row, :, start:length]
-        bound, spare = _Bound.of(resized.room), self._spare or self._caches
-        if resized.room > self._bound.room:
-            spare = {}  # its memory is in use now
+        grown = resized.room > self._bound.room
+        bound, spare = _Bound.of(resized.room), {} if grown else self._spare or self._caches
         # In one statement without a call, which no interrupt divides.
         self._caches, self._bound, self._resized, self._spare = resized.caches, bound, None, spare
 
@@ -416,15 +420,12 @@ class OrtCpuBuffers(StateBuffers):
             call.binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
         for name, array in outputs.items():
             call.binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
-        self._bind_caches(call, rows)
-        return call
-
-    def _bind_caches(self, call: _Call, rows: slice) -> None:
-        """Input and output of a cache share one OrtValue: that is what makes TensorScatter write in place."""
+        # Input and output of a cache share one OrtValue: that is what makes TensorScatter write in place.
         for past, present in self._presents.items():
             value = ort.OrtValue.ortvalue_from_numpy(self._caches[past][rows])
             call.binding.bind_ortvalue_input(past, value)
             call.binding.bind_ortvalue_output(present, value)
+        return call
 
 
 def _state_dtype(manifest: Manifest, precision: str) -> np.dtype[Any]:
