@@ -21,6 +21,7 @@ from lrt_deploy.errors import BackendError, InputError, StateError
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.opening import choose
+from lrt_deploy.text.chat_template import TEMPLATE_FILE
 from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
@@ -345,7 +346,10 @@ def open_decoder(
     check_contract(folder, manifest, choice.precision)
     manifest = limit_batch(folder, manifest, choice)
     check_threads(threads)
-    tokenizer = Tokenizer.open(folder / TOKENIZER, manifest.tokenizer_tokens) if manifest.tokenizer_tokens else None
+    tokenizer = None
+    if manifest.tokenizer_tokens:
+        template = f"{TOKENIZER}/{TEMPLATE_FILE}" in manifest.files
+        tokenizer = Tokenizer.open(folder / TOKENIZER, manifest.tokenizer_tokens, template)
     loaded = load_backend(choice, folder, manifest, threads, cuda_graph)
     decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
     decoder.backend_reason = choice.reason

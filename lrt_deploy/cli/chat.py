@@ -60,11 +60,14 @@ def chat(
 
 
 def chat_tokenizer(decoder: Decoder) -> Tokenizer:
-    """Return the bundle's tokenizer; InputError if it lacks tokens of the chat form."""
+    """Return the bundle's tokenizer; InputError if it lacks tokens of the chat form, or its template cannot be used."""
     from lrt_deploy.text.chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START
 
     if decoder.tokenizer is None:
         raise InputError("this bundle has no tokenizer, and a chat needs one; export it again with --tokenizer")
+    if decoder.tokenizer.chat is not None:
+        decoder.tokenizer.chat.check()
+        return decoder.tokenizer
     needed = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END)
     if missing := [name for name in needed if name not in decoder.tokenizer.special_tokens]:
         raise InputError(f"the bundle's tokenizer has no {missing[0]}, which the chat form needs; use generate")

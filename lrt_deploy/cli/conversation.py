@@ -38,6 +38,7 @@ class Conversation:
     generation: options.GenerationOptions
     reading: options.PromptOptions
     history: list[int] = field(default_factory=list)
+    messages: list[dict[str, str]] = field(default_factory=list)  # roles and contents of the history
     state: DecodeState | None = None
     turns: list[int] = field(default_factory=list)  # tokens of the history before each turn
     cache: PromptCache | None = None
@@ -78,6 +79,7 @@ class Conversation:
             output.say("stopped before the answer began; the message is taken back")
             return answer.turn(message)
         self.history, self.turns = history + answer.tokens, [*self.turns, begun]
+        self.messages = [*self._with(message), {"role": "assistant", "content": answer.text}]
         if answer.finish_reason == "interrupted":
             output.say("the answer was stopped; the chat goes on from here")
         if answer.prefill and answer.prefill.note:
@@ -110,23 +112,27 @@ class Conversation:
         """Return the history with the last answer closed and a message appended."""
         from lrt_deploy.text.chat import ASSISTANT_END, BOS
 
-        if not self.history:
-            system = [] if self.system is None else [{"role": "system", "content": self.system}]
-            return self.tokenizer.render_chat([*system, {"role": "user", "content": message}])
+        if not self.history or self.tokenizer.chat is not None:
+            return self.tokenizer.render_chat(self._with(message))
         end, bos = (self.tokenizer.special_tokens[name] for name in (ASSISTANT_END, BOS))
         history = self.history[:-1] if self.history[-1] in (end, bos) else self.history
         return [*history, end, *self.tokenizer.render_chat([{"role": "user", "content": message}])[1:]]
 
+    def _with(self, message: str) -> list[dict[str, str]]:
+        """Return all messages and one more."""
+        system = [] if self.system is None or self.messages else [{"role": "system", "content": self.system}]
+        return [*system, *self.messages, {"role": "user", "content": message}]
+
     def reset(self) -> None:
         """Begin a new conversation."""
-        self.history, self.state, self.turns = [], None, []
+        self.history, self.state, self.turns, self.messages = [], None, [], []
 
     def rewind(self, turns: int) -> None:
         """Take back the last turns; the state follows when the next message is read."""
         if not 1 <= turns <= len(self.turns):
             raise StateError(f"this chat has {len(self.turns)} turn(s) to take back, {turns} were asked for")
         begun = self.turns[-turns]
-        self.history, self.turns = self.history[:begun], self.turns[:-turns]
+        self.history, self.turns, self.messages = self.history[:begun], self.turns[:-turns], self.messages[: -2 * turns]
         if begun == 0:
             self.reset()
         elif self.state is not None:
@@ -136,7 +142,7 @@ class Conversation:
         """Write the chat to a file."""
         if self.state is None:
             raise StateError("there is no chat to save yet")
-        self.state.extra = {"history": self.history, "turns": self.turns}
+        self.state.extra = {"history": self.history, "turns": self.turns, "messages": self.messages}
         self.state.save(path)
 
     def load(self, path: str) -> None:
@@ -147,12 +153,27 @@ class Conversation:
         fits = isinstance(history, list) and isinstance(turns, list) and all(type(t) is int for t in history + turns)
         if not fits or state.batch != 1 or history[: int(state.lengths[0])] != state.tokens[0]:
             raise StateError(f"{path} holds a state, but no chat; expected a file of /save")
-        self.history, self.turns, self.state = history, turns, state
+        messages = self._messages_of(state, len(turns), path)
+        self.history, self.turns, self.state, self.messages = history, turns, state, messages
+
+    def _messages_of(self, state: DecodeState, turns: int, path: str) -> list[dict[str, str]]:
+        """Return the messages of a saved chat; older files have none, which only a template needs."""
+        from lrt_deploy.text.chat import check_messages
+
+        messages: Any = state.extra.get("messages") or []
+        try:
+            found = [{"role": role, "content": content} for role, content in check_messages(messages)]
+        except InputError as error:
+            raise StateError(f"{path} holds a state, but no chat: {error}") from error
+        if self.tokenizer.chat is not None and len(found) < 2 * turns:
+            raise StateError(f"{path} holds a chat without its messages, which this model's chat template needs")
+        return found
 
     def branch(self) -> Conversation:
         """Return a copy of the conversation with a state of its own."""
         state = None if self.state is None else self.state.fork()
-        return replace(self, history=list(self.history), state=state, turns=list(self.turns))
+        history, turns, messages = list(self.history), list(self.turns), list(self.messages)
+        return replace(self, history=history, state=state, turns=turns, messages=messages)
 
     def stats(self) -> str:
         """Describe how full the context is, and the token positions computed."""

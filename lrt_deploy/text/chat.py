@@ -18,8 +18,11 @@ ASSISTANT_START, ASSISTANT_END = "<|assistant_start|>", "<|assistant_end|>"
 CONTROL_TOKENS = {BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END}
 
 
-def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
-    """Return role and content of each turn, the system message joined in; raises InputError for another form."""
+ROLES = ("system", "user", "assistant")
+
+
+def check_messages(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return role and content of each message; raises InputError for what is none."""
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise InputError(f"messages is {shown(messages)}, expected a list of objects with the texts role and content")
     found = []
@@ -28,6 +31,12 @@ def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
         if not turn or not isinstance(turn[0], str) or not isinstance(turn[1], str):
             raise InputError(f"message {index} is not an object with the texts role and content")
         found.append((turn[0], turn[1]))
+    return found
+
+
+def turns(messages: Sequence[Mapping[str, str]]) -> list[tuple[str, str]]:
+    """Return role and content of each turn, the system message joined in; raises InputError for another form."""
+    found = check_messages(messages)
     if len(found) > 1 and found[0][0] == "system" and found[1][0] == "user":
         found[:2] = [("user", f"{found[0][1]}\n\n{found[1][1]}")]
     roles = [role for role, _ in found]

@@ -20,7 +20,8 @@ from lrt_deploy.pickles import MAX_FILE_BYTES, read_encoding
 
 from . import tokenizer_file
 from .byte_pairs import BytePairs, as_chars
-from .chat import ASSISTANT_END, ASSISTANT_START, BOS, USER_END, USER_START, turns
+from .chat import ASSISTANT_END, ASSISTANT_START, BOS, ROLES, USER_END, USER_START, check_messages, turns
+from .chat_template import TEMPLATE_FILE, ChatRenderer, ChatTemplate, load_template, write_template
 from .split_patterns import Splitter
 from .tokenizer_file import Vocabulary
 
@@ -35,10 +36,14 @@ _CACHED_PIECES, _CACHED_LENGTH = 2**15, 32
 
 
 class SourceTokenizer(NamedTuple):
-    """A checkpoint's tokenizer in the bundle's form: the text of `tokenizer.json`, and each token's byte length."""
+    """A checkpoint's tokenizer in the bundle's form: the text of `tokenizer.json`, and each token's byte length.
+
+    `template` is the chat template that lies beside it, if any.
+    """
 
     json: str
     byte_lengths: list[int]
+    template: ChatTemplate | None = None
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -70,7 +75,7 @@ def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
     else:
         raise CheckpointError(f"{path} is neither a folder nor a file whose name ends in .pkl or .json")
     lengths = token_byte_lengths(vocabulary.tokens, vocabulary.special.values())
-    return SourceTokenizer(tokenizer_file.to_json(vocabulary), lengths)
+    return SourceTokenizer(tokenizer_file.to_json(vocabulary), lengths, load_template(path.parent))
 
 
 def _size_limit(tokens: int) -> int:
@@ -81,6 +86,8 @@ def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
     """Write the files that `Tokenizer.open` reads into an existing folder; return their paths."""
     (table := folder / TOKENIZER_FILE).write_text(source.json, encoding="utf-8")
     (lengths := folder / BYTE_LENGTHS_FILE).write_text(json.dumps(source.byte_lengths), encoding="utf-8")
+    if source.template is not None:
+        write_template(folder, source.template)
     return table, lengths
 
 
@@ -111,12 +118,15 @@ class Tokenizer:
         special = set(self.special_tokens.values())
         self.longest_token_bytes = max(len(token) for i, token in enumerate(self._tokens) if i not in special)
         """Bytes of the longest ordinary token."""
+        self.chat: ChatRenderer | None = None
+        """Renders chats by the checkpoint's own template; None: by the authors' chat form."""
 
     @classmethod
-    def open(cls, folder: Path, tokens: int | None = None) -> Tokenizer:
+    def open(cls, folder: Path, tokens: int | None = None, template: bool = False) -> Tokenizer:
         """Read the bundle's tokenizer folder: `tokenizer.json` and `token_bytes.json`.
 
-        `tokens` is the number of tokens that the manifest states (None: any number). Raises BundleError.
+        With `template` also the chat template. `tokens` is the number of tokens that the manifest states (None: any
+        number). Raises BundleError.
         """
         path, lengths_path = folder / TOKENIZER_FILE, folder / BYTE_LENGTHS_FILE
         most = MAX_FILE_BYTES if tokens is None else tokens
@@ -134,6 +144,8 @@ class Tokenizer:
         opened = cls(vocabulary)
         if lengths != list(opened.byte_lengths):
             raise BundleError(f"{lengths_path} does not fit the tokens of {TOKENIZER_FILE}; export the bundle again")
+        if template and (found := load_template(folder, BundleError)) is not None:
+            opened.chat = ChatRenderer(found, opened.special_tokens, str(folder / TEMPLATE_FILE))
         return opened
 
     @property
@@ -149,7 +161,10 @@ class Tokenizer:
     @property
     def stop_ids(self) -> frozenset[int]:
         """Ids of the tokens that end an answer; all others, special or not, are output."""
-        return frozenset(self.special_tokens[name] for name in (ASSISTANT_END, BOS) if name in self.special_tokens)
+        names = {ASSISTANT_END, BOS}
+        if self.chat is not None:
+            names.add(self.chat.template.tokens.get("eos_token", BOS))
+        return frozenset(self.special_tokens[name] for name in names if name in self.special_tokens)
 
     def to_json(self) -> str:
         """Return the text of a `tokenizer.json` of this tokenizer."""
@@ -219,13 +234,28 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Return the tokens of a conversation, messages `{"role": …, "content": …}`, up to where the assistant answers.
 
-        An optional system message comes first, then user and assistant in turns, a user last.
+        By a template of the checkpoint, which says in what order roles may speak; without one, an optional system
+        message comes first, then user and assistant in turns, a user last. Raises InputError for another order.
         """
+        if self.chat is not None:
+            return self._render_template(self.chat, messages)
         tokens = [self.bos_id]
         for role, content in turns(messages):
             start, end = (USER_START, USER_END) if role == "user" else (ASSISTANT_START, ASSISTANT_END)
             tokens += [self._special_id(start), *self.encode(content), self._special_id(end)]
         return [*tokens, self._special_id(ASSISTANT_START)]
+
+    def _render_template(self, chat: ChatRenderer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Return the tokens of a conversation in the form of the checkpoint's template."""
+        listed = [{"role": role, "content": content} for role, content in check_messages(messages)]
+        if unknown := [message["role"] for message in listed if message["role"] not in ROLES]:
+            raise InputError(f"a message has the role {shown(unknown[0])}, expected one of {', '.join(ROLES)}")
+        tokens: list[int] = []
+        for text, special in chat.pieces(listed):
+            tokens += [self.special_tokens[text]] if special else self.encode(text)
+        if not tokens:
+            raise InputError("the chat template makes an empty text of these messages")
+        return tokens
 
     def _special_id(self, name: str) -> int:
         if name not in self.special_tokens:

@@ -35,7 +35,7 @@ from . import page
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
-from .openai_api import Api, ApiError, Call, Failure, json_value, takes_long
+from .openai_api import Api, ApiError, Call, Failure, json_value
 
 MAX_BODY_BYTES = 4 * 2**20
 _LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
@@ -47,7 +47,7 @@ _LEFT = 499  # the status that the log shows for a client that has gone
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
 
 _LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
-_GRAMMARS = ThreadPoolExecutor(2, "compiling")
+_SLOW_FIELDS = ThreadPoolExecutor(2, "grammars and templates")
 
 _Parsed = TypeVar("_Parsed")
 
@@ -215,7 +215,7 @@ class App:
         try:
             if self.engine.draining:
                 raise Draining
-            call = await _parsed(request, parse)
+            call = await self._parsed(request, parse)
             mailbox = Mailbox(lambda: self.abort(client))
             ticket = self.engine.submit(call.request, mailbox.put)
         except LRTDeployError as error:
@@ -225,6 +225,20 @@ class App:
         answer = Answer(call, self.api.tokenizer)
         exchange = Exchange(answer, mailbox, entry, lambda: self.engine.cancel(ticket))
         return _Counted(self, exchange)
+
+    async def _parsed(self, request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:
+        """Read a body and parse it."""
+        data = await _body(request)
+        loop = asyncio.get_running_loop()
+        if len(data) < _LONG_BODY_BYTES:
+            body = json_value(data)
+        else:
+            body = await loop.run_in_executor(_LONG_BODIES, json_value, data)
+        if self.api.takes_long(body):
+            return await loop.run_in_executor(_SLOW_FIELDS, parse, body)
+        if len(data) < _LONG_BODY_BYTES:
+            return parse(body)
+        return await loop.run_in_executor(_LONG_BODIES, parse, body)
 
     # Everything else
 
@@ -254,7 +268,7 @@ class App:
 
     async def _answered(self, request: Request, answer: Callable[[object], dict[str, Any]]) -> Response:
         try:
-            return _json(await _parsed(request, answer))
+            return _json(await self._parsed(request, answer))
         except LRTDeployError as error:
             return _failure(error)
 
@@ -416,21 +430,6 @@ class Gate:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": _LEFT, **entry}
         self.log.put(msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode())
-
-
-async def _parsed(request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:
-    """Read a body and parse it."""
-    data = await _body(request)
-    loop = asyncio.get_running_loop()
-    if len(data) < _LONG_BODY_BYTES:
-        body = json_value(data)
-    else:
-        body = await loop.run_in_executor(_LONG_BODIES, json_value, data)
-    if takes_long(body):
-        return await loop.run_in_executor(_GRAMMARS, parse, body)
-    if len(data) < _LONG_BODY_BYTES:
-        return parse(body)
-    return await loop.run_in_executor(_LONG_BODIES, parse, body)
 
 
 async def _body(request: Request) -> bytes:

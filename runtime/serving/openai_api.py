@@ -147,6 +147,11 @@ _REFUSED: dict[str, tuple[object, ...]] = {
     "audio": (None,),
     "prediction": (None,),
     "web_search_options": (None,),
+    "chat_template": (None,),
+    "chat_template_kwargs": (None, {}),
+    "documents": (None, []),
+    "add_generation_prompt": (None, True),
+    "continue_final_message": (None, False),
 }
 
 
@@ -201,6 +206,8 @@ class Api:
     def __init__(self, decoder: Decoder, options: ApiOptions) -> None:
         if decoder.tokenizer is None:
             raise InputError("this bundle has no tokenizer, and the API's answers are text; export it with --tokenizer")
+        if decoder.tokenizer.chat is not None:
+            decoder.tokenizer.chat.check()
         self.decoder, self.options, self.tokenizer = decoder, options, decoder.tokenizer
         self.capacity = decoder.max_seq_len
         self.created = int(time.time())
@@ -296,15 +303,19 @@ class Api:
             raise ApiError(str(error), param, code="context_length_exceeded") from error
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the tokens of a conversation in the authors' chat form."""
+        """Return the tokens of a conversation in the checkpoint's chat form, or in the authors'."""
         tokenizer = self.tokenizer
-        if missing := [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]:
+        if tokenizer.chat is None and (
+            missing := [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]
+        ):
             raise ApiError(f"this model's tokenizer has no {missing[0]}, which chats need; use /v1/completions")
         turns = [self._message(index, message) for index, message in enumerate(messages)]
         try:
             tokenizer.check_fits("".join(turn["content"] for turn in turns), self.capacity)
         except InputError as error:
             raise ApiError(str(error), "messages", code="context_length_exceeded") from error
+        if not turns:
+            raise ApiError("messages is empty, expected at least one message", "messages")
         try:
             return tokenizer.render_chat(turns)
         except InputError as error:
@@ -340,7 +351,8 @@ class Api:
     def tokenizer_info(self) -> dict[str, Any]:
         """Answer `/tokenizer_info`: what lm-evaluation-harness asks for."""
         special = self.tokenizer.special_tokens
-        bos = BOS if BOS in special else None
+        chat, bos = self.tokenizer.chat, BOS if BOS in special else None
+        template = {} if chat is None else {"chat_template": chat.template.source, **chat.template.tokens}
         return {
             "tokenizer_class": "lrt-deploy",
             "vocab_size": self.tokenizer.vocab_size,
@@ -348,6 +360,7 @@ class Api:
             "bos_token": bos,
             "eos_token": bos,  # documents are separated by it
             "special_tokens": special,
+            **template,
         }
 
     @staticmethod
@@ -369,6 +382,11 @@ class Api:
 
     # Options
 
+    def takes_long(self, body: object) -> bool:
+        """Return whether parsing a body compiles a grammar or runs a template, which may take seconds."""
+        slow = ("response_format", "guided_regex", *(() if self.tokenizer.chat is None else ("messages",)))
+        return isinstance(body, dict) and any(body.get(name) is not None for name in slow)
+
     def model(self) -> dict[str, Any]:
         """Return what `/v1/models` says of the model."""
         return {
@@ -385,9 +403,11 @@ class Api:
         """Whether the model was trained on the chat form: its tokenizer has the tokens, and the model expects them.
 
         Tokenizers of models that never saw a chat have the tokens too. Such a model gives the end of an answer less
-        probability than a uniform choice would.
+        probability than a uniform choice would. One that brings a chat template was trained on chats.
         """
         tokenizer = self.tokenizer
+        if tokenizer.chat is not None:
+            return True
         if any(name not in tokenizer.special_tokens for name in _CHAT_TOKENS):
             return False
         ids = tokenizer.render_chat(_SHORT_CHAT)
@@ -490,11 +510,6 @@ def _fields_of(kind: type[_Body], body: object) -> _Body:
         return convert(kind, body)
     except ValueError as error:
         raise ApiError(str(error), _named(str(error))) from error
-
-
-def takes_long(body: object) -> bool:
-    """Return whether parsing a body compiles a grammar, which may take seconds."""
-    return isinstance(body, dict) and any(body.get(name) is not None for name in ("response_format", "guided_regex"))
 
 
 def _grammar(fields: _Fields) -> tuple[str, Grammar] | None:
