@@ -20,7 +20,7 @@ import numpy as np
 import lrt_deploy
 from lrt_deploy.bundle.manifest import weights_path
 from lrt_deploy.evaluation.bits_per_byte import evaluate
-from lrt_deploy.evaluation.rollout import PrefillRequest, compare_rollouts
+from lrt_deploy.evaluation.rollout import compare_rollouts
 from lrt_deploy.figures import plot_precisions
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
@@ -49,7 +49,7 @@ def measure(golden: Golden, bundle: Path, precision: str, steps: int, label: str
     model = open_checkpoint(golden.folder).model(CAPACITY)
     reference = ReferenceDecoder(model, CAPACITY)
     with lrt_deploy.open_decoder(bundle, precision=precision, threads=1) as decoder:
-        rollouts = [compare_rollouts(reference, decoder, prompt, steps, PrefillRequest()) for prompt in golden.prompts]
+        rollouts = [compare_rollouts(reference, decoder, prompt, steps, ("auto", None)) for prompt in golden.prompts]
         arrays = golden.arrays
         bits = evaluate(decoder, arrays["bpb_x"], arrays["bpb_y"], arrays["token_bytes"], batch_size=8).bits_per_byte
     points = [point for rollout in rollouts for point in rollout.points]

@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import onnx_ir as ir
 import torch
@@ -30,6 +28,7 @@ from .passes import ACTIVATION_DOMAIN
 # Sizes at trace time; any that differ from each other and from 0 and 1 keep the dimensions symbolic.
 _SIZES = {"batch": 2, "tokens": 3, "capacity": 16, "rows": 5}
 _MERGED_ELEMENTS = 2**16  # torch's optimizer looks at 1,024
+_CACHE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 _PREFIX = "model."  # what ExplicitState puts before every parameter name
 
 
@@ -166,16 +165,11 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_cache_folder() -> Iterator[None]:
-    """Remove the empty folder for compiled kernels that importing torch's tracer makes; tracing compiles none."""
-    variable = "TORCHINDUCTOR_CACHE_DIR"
-    if variable in os.environ or "torch._inductor" in sys.modules:
-        yield
-        return
-    before = set(Path(tempfile.gettempdir()).glob("torchinductor_*"))
-    try:
-        yield
-    finally:
-        made = os.environ.get(variable)
-        if made is not None and Path(made) not in before:
-            with contextlib.suppress(OSError):  # it is in use, and not empty
-                Path(made).rmdir()
+    """Give torch's tracer, which makes a folder for compiled kernels and compiles none, a temporary one."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = os.environ.setdefault(_CACHE_FOLDER, folder)
+        try:
+            yield
+        finally:
+            if given == folder:
+                del os.environ[_CACHE_FOLDER]

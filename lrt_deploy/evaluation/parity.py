@@ -31,7 +31,7 @@ from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy
 
 from .bisect import Bisection, bisect, bisect_parts
-from .rollout import Comparison, PrefillRequest, Progress, compare_rollouts, nats, silent
+from .rollout import Comparison, Progress, compare_rollouts, nats, silent
 from .stored_weights import WeightsPart, check_weights
 from .verdict import (
     ArithmeticPart,
@@ -44,7 +44,6 @@ from .verdict import (
 )
 
 if TYPE_CHECKING:
-    from lrt_deploy.bundle.contract import Flavour
     from lrt_deploy.bundle.manifest import Manifest
     from lrt_deploy.model.checkpoint import Checkpoint
     from lrt_deploy.model.model import LRT
@@ -149,14 +148,9 @@ class Subject:
     backend: str
 
     @property
-    def flavour(self) -> Flavour:
-        """The flavour of graph that the backend runs."""
-        return BACKENDS[self.backend].flavour
-
-    @property
     def graph(self) -> Path:
         """The graph that prefill and decoding run."""
-        return self.bundle / manifest.graph_path(self.precision, "prefill", self.flavour)
+        return self.bundle / manifest.graph_path(self.precision, "prefill", BACKENDS[self.backend].flavour)
 
 
 def stored_only_precision(folder: Path, backend: str, precision: str | None) -> str | None:
@@ -208,8 +202,7 @@ def parity_of(
     progress("loading the checkpoint", 0, 0)
     model = opened.model(decoder.max_seq_len)
     reference = ReferenceDecoder(model, decoder.max_seq_len, options.float64)
-    request = PrefillRequest(options.prefill, options.tolerance)
-    run = compare_rollouts(reference, decoder, prompt, steps, request, progress)
+    run = compare_rollouts(reference, decoder, prompt, steps, (options.prefill, options.tolerance), progress)
     quantized = evidence.limits.top1_agreement is not None and any(point.finite for point in run.points)
     if quantized:
         progress("comparing with PyTorch on the stored weights", 0, 0)

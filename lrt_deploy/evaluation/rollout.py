@@ -148,12 +148,7 @@ class Comparison:
         return Divergence(step, at.position, at.reference_token, at.decoder_token, at.margin, near_tie)
 
 
-@dataclass(frozen=True)
-class PrefillRequest:
-    """How the decoder is asked to read the prompt where its prefill is checked."""
-
-    policy: PrefillPolicy = "auto"
-    tolerance: float | None = None
+AskedPrefill = tuple[PrefillPolicy, float | None]  # policy and tolerance, where prefill is checked
 
 
 def rollout(
@@ -211,7 +206,7 @@ def compare_rollouts(
     decoder: StatefulDecoder,
     prompt: Sequence[int],
     steps: int,
-    prefill: PrefillRequest,
+    prefill: AskedPrefill,
     progress: Progress = silent,
 ) -> Comparison:
     """Run both rollouts over `prompt` and `steps` tokens, and check prefill.
@@ -252,7 +247,7 @@ def _check_comparable(reference: StatefulDecoder, decoder: StatefulDecoder, prom
 
 
 def _teacher_forced(
-    reference: StatefulDecoder, decoder: StatefulDecoder, run: Comparison, prefill: PrefillRequest, progress: Progress
+    reference: StatefulDecoder, decoder: StatefulDecoder, run: Comparison, prefill: AskedPrefill, progress: Progress
 ) -> None:
     """Feed both sides the prompt, then the reference's choices, which are appended to `run.tokens`."""
     points, total = run.points, run.prompt_tokens + run.steps
@@ -332,12 +327,10 @@ def _with_cache_errors(
     return [replace(point, key_errors=tuple(keys[t]), value_errors=tuple(values[t])) for t, point in enumerate(points)]
 
 
-def check_prefill(
-    decoder: StatefulDecoder, stepwise: State, prompt: list[int], request: PrefillRequest
-) -> PrefillCheck:
+def check_prefill(decoder: StatefulDecoder, stepwise: State, prompt: list[int], asked: AskedPrefill) -> PrefillCheck:
     """Prefill the prompt as requested, and compare with the decoder's stepwise state at the same point."""
     try:
-        state = decoder.prefill([prompt], policy=request.policy, tolerance=request.tolerance)
+        state = decoder.prefill([prompt], policy=asked[0], tolerance=asked[1])
     except BackendError as error:
         return PrefillCheck(error=str(error))
     report = getattr(state, "prefill", PrefillReport(policy="stepwise", passes=1.0))

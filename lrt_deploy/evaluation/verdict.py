@@ -24,7 +24,7 @@ import numpy as np
 from lrt_deploy.tolerances import FP32, LEVEL_MARGIN, KernelLimits, ParityLimits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy, StatefulDecoder
 
-from .rollout import Comparison, Divergence, Point, PrefillCheck, PrefillRequest, Progress, compare_rollouts, silent
+from .rollout import Comparison, Divergence, Point, PrefillCheck, Progress, compare_rollouts, silent
 from .stored_weights import WeightsPart
 
 
@@ -295,8 +295,7 @@ def compare(
     read.
     """
     evidence = Evidence(precision, backend, checkpoint_matches, limits(precision))
-    request = PrefillRequest(prefill, tolerance)
-    return report_of(compare_rollouts(reference, decoder, prompt, steps, request, progress), evidence)
+    return report_of(compare_rollouts(reference, decoder, prompt, steps, (prefill, tolerance), progress), evidence)
 
 
 def report_of(run: Comparison, evidence: Evidence) -> ParityReport:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 - makes bfloat16 a type of NumPy's
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.bundle.manifest import Manifest, TableRecord, table_path
+from lrt_deploy.bundle.manifest import Manifest, table_path
 from lrt_deploy.errors import BundleError
 from lrt_deploy.types import IntArray
 
@@ -31,7 +31,7 @@ class HostTables:
         """Map the tables of a bundle; nothing is read yet."""
         path, records = folder / table_path(precision), manifest.tables.get(precision, {})
         try:
-            return cls({name: _mapped(path, record) for name, record in records.items()})
+            return cls({n: np.asarray(np.memmap(path, r.dtype, "r", r.offset, r.shape)) for n, r in records.items()})
         except (OSError, ValueError) as error:
             raise BundleError(f"cannot map the embedding tables in {path}: {error}; export the bundle again") from error
 
@@ -65,8 +65,3 @@ class RowArrays:
                 self._memory[name] = np.zeros(size, np.float32)  # earlier calls keep the smaller one
             rows[name] = self._memory[name][:size].reshape(batch, count, columns)
         return rows
-
-
-def _mapped(path: Path, record: TableRecord) -> NDArray[Any]:
-    dtype = np.dtype(ml_dtypes.bfloat16 if record.dtype == "bfloat16" else record.dtype)
-    return np.asarray(np.memmap(path, dtype, "r", record.offset, record.shape))

@@ -10,7 +10,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 
@@ -25,7 +24,7 @@ from lrt_deploy.machine import find_gpu
 from .cuda import CudaDevice
 from .device import DeviceBackend, Setup
 from .host_tables import HostTables
-from .ort_session import ORT_ERRORS, check_session, raise_backend_error
+from .ort_session import DTYPES, ORT_ERRORS, check_session, raise_backend_error
 
 CHUNK_TOKENS = 512
 _PROVIDERS = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
@@ -52,7 +51,7 @@ class OrtCudaBackend(DeviceBackend):
             runner=OrtRunner(session, kind, outputs),
             device=device,
             config=manifest.model,
-            dtype=np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base),
+            dtype=np.dtype(base),
             inputs=[spec.to_dict() for spec in inputs],
             state=[pair.to_dict() for pair in contract.state_pairs(manifest.model, base)],
             capacity=cache_capacity(manifest.max_seq_len),
@@ -86,7 +85,7 @@ class OrtRunner:
 
     def __init__(self, session: Any, kind: str, outputs: list[dict[str, Any]]) -> None:  # noqa: ANN401
         self.session, self.kind = session, kind
-        self.types = {value.name: _element_type(value.type) for value in session.get_inputs()}
+        self.types = {value.name: _TYPES[DTYPES[value.type]] for value in session.get_inputs()}
         self.outputs = {spec["name"]: spec for spec in outputs}
 
     def context(self, profile: str, stream: int) -> OrtContext:
@@ -182,9 +181,3 @@ def misplaced(session: Any, provider: str) -> dict[tuple[str, str], int]:  # noq
         for node in subgraph.get_nodes()
         if subgraph.ep_name != provider and node.op_type in _HEAVY
     )
-
-
-def _element_type(text: str) -> int:
-    """ONNX's number for `tensor(float16)`."""
-    name = text.removeprefix("tensor(").removesuffix(")")
-    return _TYPES["float32" if name == "float" else name]

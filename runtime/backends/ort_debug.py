@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -21,16 +20,10 @@ from lrt_deploy.config import LRTConfig
 from lrt_deploy.types import FloatArray
 
 from .host_tables import HostTables, RowArrays
-from .ort_session import ORT_ERRORS, raise_backend_error
+from .ort_session import DTYPES, ORT_ERRORS, raise_backend_error
 
 BLOCK_TOKENS = 128
 _LOG_ERRORS = 3
-_DTYPES: dict[str, Any] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(bfloat16)": ml_dtypes.bfloat16,
-    "tensor(int64)": np.int64,
-}
 
 
 class _DebugSession:
@@ -51,7 +44,7 @@ class _DebugSession:
             self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"], enable_fallback=0)
         except ORT_ERRORS as error:
             raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph for debugging")
-        self._inputs = {value.name: _DTYPES[value.type] for value in self._session.get_inputs()}
+        self._inputs = {value.name: np.dtype(DTYPES[value.type]) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def _run(

@@ -35,7 +35,8 @@ def raise_backend_error(error: Exception, what: str) -> NoReturn:
     raise BackendError(f"{what}: {error}") from error
 
 
-_DTYPES = {
+# Names of types by those of ONNX Runtime.
+DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
@@ -67,7 +68,7 @@ def check_session(session: Any, graph: Path, manifest: Manifest, precision: str,
 
 
 def _tensor_faults(way: str, found: Sequence[Any], expected: Sequence[TensorSpec]) -> Iterator[str]:
-    known = {value.name: (_DTYPES.get(value.type, value.type), tuple(value.shape)) for value in found}
+    known = {value.name: (DTYPES.get(value.type, value.type), tuple(value.shape)) for value in found}
     for spec in expected:
         if spec.name not in known:
             yield f"it has no {way} {spec.name}"

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from lrt_deploy.bundle import contract
@@ -290,7 +289,7 @@ class TensorRTBackend(DeviceBackend):
             runner=runner,
             device=device,
             config=manifest.model,
-            dtype=np.dtype(ml_dtypes.bfloat16 if base == "bfloat16" else base),
+            dtype=np.dtype(base),
             inputs=sidecar.inputs,
             state=sidecar.state,
             capacity=sidecar.capacity,
