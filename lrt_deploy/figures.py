@@ -198,7 +198,6 @@ def _draw_drift(axes: Axes, report: Mapping[str, Any]) -> list[str]:
 
 
 def _draw_kl(axes: Axes, report: Mapping[str, Any]) -> list[str]:
-    """KL in both runs, and the margin of the reference's first choice."""
     curve(axes, report["positions"]["kl"], "KL, teacher-forced", _BLUE)
     _free_curve(axes, report, "kl", "KL, free-running", _ORANGE)
     curve(axes, report["positions"]["margin"], "margin of the reference's first choice", _GREY, linestyle="--")

@@ -188,7 +188,6 @@ class Sampler:
 
 
 def _softmax_weights(scores: _Floats, temperature: float) -> NDArray[np.float64]:
-    """Compute exp((score - largest) / temperature): probabilities up to a common factor."""
     shifted = scores.astype(np.float64)
     shifted -= shifted.max()
     with np.errstate(over="ignore"):  # a tiny temperature: -inf, whose weight is 0

@@ -496,7 +496,6 @@ class DecodeState:
 
 
 def _longer(row: Row, ids: IntArray, reading: Reading, index: int) -> Row:
-    """Return a row after reading more tokens, `ids` (n)."""
     length, logits, report = row.length + len(ids), reading.logits[index].copy(), reading.report
     iterated = report.policy != "stepwise" or report.residual is not None
     kept = {**row.kept, length: logits} if iterated else row.kept

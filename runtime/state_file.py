@@ -264,7 +264,6 @@ def _digest(metadata: Mapping[str, str], arrays: Arrays) -> str:
 
 
 def _storable(array: NDArray[Any]) -> NDArray[Any]:
-    """Make an array contiguous, and of a type that safetensors knows."""
     array = np.ascontiguousarray(array)
     return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
 
@@ -290,6 +289,5 @@ def _check_row(where: str, arrays: Arrays, length: int, owner: Owner) -> None:
 
 
 def _kept_after(name: str, length: int) -> bool:
-    """Whether an array is the logits after one of the first tokens."""
     number = name.removeprefix("kept.")
     return name.startswith("kept.") and number.isdecimal() and len(number) < 20 and 1 <= int(number) <= length

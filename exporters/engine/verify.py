@@ -190,7 +190,6 @@ def _cache_faults(view: _Network, network: ExpectedNetwork) -> Iterator[str]:
 
 
 def _attention_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
-    """Expect L fused attentions, each under a mask that looks back as far as its layer's window."""
     found, windows = view.by_kind["ATTENTION_INPUT"], expected.config.windows
     if len(found) != len(windows) or len(view.by_kind["ATTENTION_OUTPUT"]) != len(windows):
         names = ", ".join(layer.name for layer in found) or "none"
@@ -226,7 +225,6 @@ def _product_faults(view: _Network, expected: ExpectedNetwork) -> Iterator[str]:
 
 
 def _float32_faults(view: _Network) -> Iterator[str]:
-    """Expect norms (the sums of squares in them) and logits in float32, whatever the base type is."""
     for layer in view.by_kind["REDUCE"]:
         if _dtype(layer.get_output(0)) != "float32":
             yield f"{layer.name} sums squares in {_dtype(layer.get_output(0))}, expected is float32"
@@ -360,7 +358,6 @@ def _kernels(layers: Sequence[FusedLayer], profile: int) -> list[FusedLayer]:
 
 
 def _attentions_on_caches(kernels: Sequence[FusedLayer], expected: ExpectedNetwork) -> int:
-    """Count the layers whose attention is one kernel that reads caches, queries and a mask, and nothing else."""
     read = [{tensor.name for tensor in kernel.inputs} for kernel in kernels if _is_plain_attention(kernel)]
     caches = [set(contract.present_cache(i)) for i in range(expected.config.n_layer)]
     return sum(any(pair <= names for names in read) for pair in caches)

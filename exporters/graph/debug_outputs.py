@@ -78,7 +78,6 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
 
 
 def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, Derivation]:
-    """Make the named values outputs, in place; return their derivations."""
     values = {value.name: value for node in graph for value in node.outputs}
     found = {name: values[name] for name in names if name in values}
     known = frozenset(found)

@@ -172,7 +172,6 @@ def rotate_together(graph: ir.Graph) -> None:
 
 
 def _alike(one: ir.Node | None, other: ir.Node | None) -> bool:
-    """Return whether two nodes do the same to their first inputs."""
     if one is None or other is None:
         return False
     settings = [{name: attribute.value for name, attribute in node.attributes.items()} for node in (one, other)]

@@ -118,7 +118,6 @@ def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Us
 
 
 def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
-    """Walk back through casts and one DequantizeLinear to the stored matrix."""
     dequantize = producer(value, "DequantizeLinear", behind=("Cast",))
     scales, block = (None, None) if dequantize is None else _scales(dequantize, path)
     value = walk_back(value if dequantize is None else dequantize.inputs[0], ("Cast",))

@@ -88,7 +88,6 @@ def _engines_text(bundle: Path) -> str:
 
 
 def _checkpoint(path: Path, verify: bool) -> Findings:
-    """Read config, tensors and tokenizer of a checkpoint of either layout."""
     from lrt_deploy.exporters.bundle import find_tokenizer
     from lrt_deploy.model.checkpoint import open_checkpoint
 
@@ -157,7 +156,6 @@ def _graph(path: Path, verify: bool) -> Findings:
 
 
 def _read_graph(path: Path) -> onnx.ModelProto:
-    """Read a graph without its weights; InputError for a file that is none."""
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 

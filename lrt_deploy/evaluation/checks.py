@@ -281,7 +281,6 @@ def compare_with_recording(
 
 
 def _check_shapes(path: Path, ids: Any, logits: Any, latents: Any, config: LRTConfig) -> None:  # noqa: ANN401
-    """Refuse arrays whose shapes or types do not fit each other and the model."""
     fits = (
         ids.ndim == 2
         and ids.size > 0

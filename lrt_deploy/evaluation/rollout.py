@@ -286,7 +286,6 @@ def _free_running(decoder: StatefulDecoder, run: Comparison, progress: Progress)
 
 
 def _along(decoder: StatefulDecoder, tokens: list[int]) -> Iterator[tuple[Any, FloatArray]]:
-    """Roll out one sequence over a list that may grow meanwhile."""
     return rollout(decoder, ([token] for token in tokens))
 
 

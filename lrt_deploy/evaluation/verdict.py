@@ -351,7 +351,6 @@ def _verdict(run: Comparison, evidence: Evidence, quality: QualityPart | None) -
 
 
 def _judge_function(run: Comparison, limits: ParityLimits) -> tuple[bool, str]:
-    """Judge whether the decoder computes the same function, up to rounding."""
     points = [point for point in run.points if point.finite]
     divergence = run.first_divergence(limits)
     numbers = (

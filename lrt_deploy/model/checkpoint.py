@@ -105,7 +105,6 @@ class Checkpoint:
                 self._check(key, shape, source.default is not None)
 
     def _check(self, key: str, shape: tuple[int, ...], optional: bool) -> None:
-        """Check a tensor's shape and type without reading it."""
         tensor = self.tensors.get(key)
         if tensor is None:
             if optional:

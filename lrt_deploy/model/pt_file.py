@@ -278,7 +278,6 @@ def _verify(file: BinaryIO, records: Mapping[str, _Record], source: str) -> str:
 
 
 def _check_crc(record: _Record, crc: int, source: str) -> None:
-    """Raise CheckpointError if the CRC-32 of a record's bytes is not the one that the archive states."""
     if crc != record.crc32 == 0:
         raise CheckpointError(
             f"{source} states no CRC-32 for the record {record.name!r}: it was saved with "

@@ -183,7 +183,6 @@ def read_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
 
 
 def _best_seconds(act: Callable[[], object]) -> float:
-    """Seconds of the fastest of several rounds."""
     seconds = []
     for _ in range(_ROUNDS):
         start = time.perf_counter()
