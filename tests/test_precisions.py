@@ -23,7 +23,7 @@ from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
-from lrt_deploy.exporters.graph.cast import cast_model, cast_weights
+from lrt_deploy.exporters.graph.precision_graphs import cast_model, cast_weights
 from lrt_deploy.exporters.graph.verify import verify_graphs
 from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows
 from lrt_deploy.exporters.quantize.plan import make_plan

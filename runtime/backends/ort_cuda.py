@@ -48,7 +48,7 @@ class OrtCudaBackend(DeviceBackend):
         inputs = contract.graph_inputs(manifest.model, "full", base, manifest.host_embeddings)
         outputs = [spec.to_dict() for spec in contract.graph_outputs(manifest.model, base)]
         setup = Setup(
-            runner=OrtRunner(session, kind, outputs),
+            runner=_Runner(session, kind, outputs),
             device=device,
             config=manifest.model,
             dtype=np.dtype(base),
@@ -80,7 +80,7 @@ class OrtCudaBackend(DeviceBackend):
         return opened
 
 
-class OrtRunner:
+class _Runner:
     """Contexts of one session; all of them may have any shape."""
 
     def __init__(self, session: Any, kind: str, outputs: list[dict[str, Any]]) -> None:  # noqa: ANN401
@@ -88,37 +88,32 @@ class OrtRunner:
         self.types = {value.name: _TYPES[DTYPES[value.type]] for value in session.get_inputs()}
         self.outputs = {spec["name"]: spec for spec in outputs}
 
-    def context(self, profile: str, stream: int) -> OrtContext:
-        """See `device.Runner`."""
-        return OrtContext(self)
+    def context(self, profile: str, stream: int) -> _Context:
+        return _Context(self)
 
 
-class OrtContext:
+class _Context:
     """Shapes and addresses for a session, and the bindings made of them. See `device.Context`."""
 
-    def __init__(self, runner: OrtRunner) -> None:
+    def __init__(self, runner: _Runner) -> None:
         self._runner = runner
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._bindings: dict[tuple[Any, ...], Any] = {}
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """See `device.Context`."""
         self._shapes[name] = shape
 
     def bind(self, name: str, address: int) -> None:
-        """See `device.Context`."""
         self._addresses[name] = address
 
     def ready(self) -> None:
-        """See `device.Context`."""
         missing = sorted({*self._runner.types, *self._runner.outputs} - set(self._addresses))
         missing += sorted(set(self._runner.types) - set(self._shapes))
         if missing:
             raise BackendError(f"ort-cuda: {missing[0]} has no shape or no address")
 
-    def enqueue(self, stream: int) -> None:
-        """See `device.Context`. The stream is the one that the session was made for."""
+    def enqueue(self, stream: int) -> None:  # the one that the session was made for
         self.ready()
         key = (*self._shapes.values(), *self._addresses.values())
         if key not in self._bindings:
@@ -131,8 +126,7 @@ class OrtContext:
             raise_backend_error(error, f"ONNX Runtime failed on {self._runner.kind}")
 
     def capturable(self, stream: int) -> bool:
-        """See `device.Context`. ONNX Runtime's own calls during a run are not known to allow it."""
-        return False
+        return False  # ONNX Runtime's own calls during a run are not known to allow it
 
     def warmed(self) -> None:
         """See `device.Context`."""

@@ -69,7 +69,7 @@ class Engine:
     errors: Errors
 
 
-class TensorRTRunner:
+class _Runner:
     """Contexts of one engine; see `device.Runner`. They share their working memory, and the kernels of TensorRT-RTX.
 
     One working memory is enough, because all contexts run on one stream. TensorRT-RTX compiles kernels when a shape is
@@ -84,8 +84,7 @@ class TensorRTRunner:
         self._kernels = self._read_cache() if self._rtx else None
         self._kept = b""  # what the cache's file holds, as far as this runner has written it
 
-    def context(self, profile: str, stream: int) -> Context:
-        """See `device.Runner`."""
+    def context(self, profile: str, stream: int) -> _Context:
         engine, trt = self.engine.engine, self.engine.trt
         index, _ = self.engine.sidecar.profile(profile)
         config = engine.create_runtime_config()
@@ -98,7 +97,7 @@ class TensorRTRunner:
             config.dynamic_shapes_kernel_specialization_strategy = kinds.EAGER if profile == DECODE else kinds.NONE
             config.set_runtime_cache(self._kernels)
         made = engine.create_execution_context(config)
-        context = Context(self, made)
+        context = _Context(self, made)
         context.expect(made is not None, "creating an execution context")
         context.expect(made.set_optimization_profile_async(index, stream), f"choosing the profile {profile}")
         made.set_device_memory(self._workspace, self._workspace_bytes)
@@ -124,39 +123,33 @@ class TensorRTRunner:
 
 
 @dataclass
-class Context:
+class _Context:
     """An execution context whose refusals, which TensorRT gives as False and a log message, become errors."""
 
-    runner: TensorRTRunner
+    runner: _Runner
     context: Any
 
     def shape(self, name: str, shape: tuple[int, ...]) -> None:
-        """Set the shape of an input."""
         self.expect(self.context.set_input_shape(name, shape), f"setting {name} to the shape {shape}")
 
     def bind(self, name: str, address: int) -> None:
-        """Set where an input or output lies."""
         self.expect(self.context.set_tensor_address(name, address), f"binding {name}")
 
     def ready(self) -> None:
-        """Every shape must be known."""
         unknown = self.context.infer_shapes()
         self.expect(not unknown, f"inferring shapes: {', '.join(unknown)} unknown")
 
     def enqueue(self, stream: int) -> None:
-        """Run once, on the stream."""
         self.expect(self.context.execute_async_v3(stream), "running the engine")
 
     def capturable(self, stream: int) -> bool:
-        """Ask TensorRT-RTX; full TensorRT has no such question."""
+        # Full TensorRT has no such question.
         return self.runner.engine.sidecar.backend != "tensorrt-rtx" or bool(self.context.is_stream_capturable(stream))
 
     def warmed(self) -> None:
-        """Keep the kernels that the first run compiled."""
         self.runner.keep_kernels()
 
     def expect(self, done: object, what: str) -> None:
-        """BackendError with TensorRT's last words unless `done`."""
         if not done:
             engine = self.runner.engine
             raise BackendError(f"{engine.sidecar.backend} failed while {what}: {engine.errors.last_words()}")
@@ -284,7 +277,7 @@ class TensorRTBackend(DeviceBackend):
         sidecar, base = engine.sidecar, base_dtype(engine.sidecar.precision, "full")
         with device.lock:
             device.begin()
-            runner = TensorRTRunner(engine, device, cache)
+            runner = _Runner(engine, device, cache)
         setup = Setup(
             runner=runner,
             device=device,
