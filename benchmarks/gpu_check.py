@@ -61,8 +61,8 @@ class Settings:
 def bundle_of(settings: Settings, name: str) -> Path:
     """The bundle `demo` or `d20` with an engine of the backend, made on first use."""
     import lrt_deploy
-    from lrt_deploy.bundle.backends import PLAN_BACKENDS
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder
+    from lrt_deploy.bundle.precisions import PLAN_BACKENDS
 
     folder = settings.work / name
     if not folder.exists():
@@ -227,7 +227,7 @@ def timed_steps(decoder: Any, state: Any, count: int) -> list[float]:  # noqa: A
 
 def kernel_times(settings: Settings) -> dict[str, Any]:
     """Milliseconds of each kernel of one step at batch 1, by TensorRT's profiler, without a CUDA graph."""
-    from lrt_deploy.bundle.backends import PLAN_BACKENDS
+    from lrt_deploy.bundle.precisions import PLAN_BACKENDS
 
     if settings.backend not in PLAN_BACKENDS:
         return {"failed": "only TensorRT has a profiler of kernels"}

@@ -1,6 +1,6 @@
 """The configuration of a model, under the names of the authors' `model_config` and those of the paper's variants.
 
-How a checkpoint's meta file and tensors become a configuration: see `model.authors_config`.
+How a checkpoint's meta file and tensors become a configuration: see `model.checkpoint`.
 
 Letters used in shape comments everywhere: B batch, T new tokens in this call, P past tokens, S cache slots, K rows that
 get logits, L layers, C width, H query heads, G key/value heads, D head width, V vocabulary.

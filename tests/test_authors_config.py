@@ -16,8 +16,7 @@ import lrt_deploy
 from lrt_deploy.bundle.weights import weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
-from lrt_deploy.model.authors_config import TRAINING_FIELDS
-from lrt_deploy.model.checkpoint import open_checkpoint
+from lrt_deploy.model.checkpoint import TRAINING_FIELDS, open_checkpoint
 
 # A plain nanochat checkpoint with random weights, made by the code of its commit d314e96 (December 2025): ids (1, 200),
 # logits (1, 200, 128) of that code's forward.

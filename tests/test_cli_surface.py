@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 import lrt_deploy
-from lrt_deploy.bundle.backends import BACKENDS
+from lrt_deploy.bundle.precisions import BACKENDS
 from lrt_deploy.cli import doctor, output
 from lrt_deploy.cli.app import app
 from lrt_deploy.machine import Gpu

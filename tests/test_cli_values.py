@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy import machine
-from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
-from lrt_deploy.bundle.precisions import INT4_BLOCKS, PRECISIONS, not_held
+from lrt_deploy.bundle.precisions import BACKENDS, INT4_BLOCKS, PLAN_BACKENDS, PRECISIONS, not_held
 from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 from lrt_deploy.cli import bench, build, export, options, output, parity, summary
 from lrt_deploy.cli.app import app, describe

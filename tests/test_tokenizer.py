@@ -19,7 +19,7 @@ from tokenizers import Regex, models, pre_tokenizers, trainers
 
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
 from lrt_deploy.pickles import EncodingData, read_encoding
-from lrt_deploy.text.split_patterns import PATTERNS, known_pattern
+from lrt_deploy.text.byte_pairs import PATTERNS, known_pattern
 from lrt_deploy.text.tokenizer import (
     SourceTokenizer,
     Tokenizer,

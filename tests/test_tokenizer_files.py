@@ -24,8 +24,7 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.errors import BundleError, CheckpointError, InputError
 from lrt_deploy.pickles import EncodingData, parse_encoding
 from lrt_deploy.runtime.batch import BatchDecoder
-from lrt_deploy.text.byte_pairs import BytePairs, as_chars, panics_as
-from lrt_deploy.text.split_patterns import GPT2, PATTERNS
+from lrt_deploy.text.byte_pairs import GPT2, PATTERNS, BytePairs, as_chars, panics_as
 from lrt_deploy.text.tokenizer import Tokenizer, load_source_tokenizer, write_tokenizer
 from lrt_deploy.text.tokenizer_file import from_encoding
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +29,10 @@ from lrt_deploy.files import atomic_write, read_bytes
 
 
 def tensorrt_copy(graph: Path, capacity: int, decompose: bool = False) -> bytes:
-    """Return the graph as `variants.for_tensorrt` edits it, as ONNX bytes that name its weights file as it does."""
+    """Return the graph as `passes.for_tensorrt` edits it, as ONNX bytes that name its weights file as it does."""
     import onnx_ir as ir
 
-    from lrt_deploy.exporters.graph.variants import for_tensorrt
+    from lrt_deploy.exporters.graph.passes import for_tensorrt
 
     try:
         model = ir.load(graph)
@@ -154,30 +155,24 @@ def run_interruptibly(work: Callable[[], T], cancellation: Cancellation) -> T:
     TensorRT calls back into Python, and an exception that a signal handler raises in such a call is lost. After an
     interrupt `cancellation.asked` is set; the thread is given a moment to stop and is left behind if it does not.
     """
-    results: list[T] = []
-    errors: list[BaseException] = []
-    done = threading.Event()
+    future: Future[T] = Future()
 
     def run() -> None:
         try:
-            results.append(work())
+            future.set_result(work())
         except BaseException as error:
-            errors.append(error)
-        finally:
-            done.set()
+            future.set_exception(error)
 
     threading.Thread(target=run, name="tensorrt", daemon=True).start()
     try:
-        done.wait()
+        wait([future])
     except BaseException:
         cancellation.asked.set()
-        done.wait(_STOPPING_S)
+        wait([future], _STOPPING_S)
         raise
     if cancellation.error is not None:
         raise cancellation.error
-    if errors:
-        raise errors[0]
-    return results[0]
+    return future.result()
 
 
 _LARGEST_CACHE = 2**30  # bytes; measured times of one model take a few MB

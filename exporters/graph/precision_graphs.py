@@ -32,7 +32,7 @@ from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.quantize.plan import Plan
 from lrt_deploy.exporters.quantize.qdq import quantize, round_by_gptq, unpad
 
-from . import passes, variants, verify
+from . import passes, verify
 from .rewrite import DTYPES, cast_value, finish, lazy, matrix_name, nodes, store
 
 Progress = Callable[[str, int, int], None]
@@ -56,9 +56,9 @@ def write_precision(
         base = base_dtype(plan.precision, flavour)
         expected = verify.expected_counts(config, plan.kind, base, len(plan.keep), len(plan.float32))
         operations[flavour] = verify.check(derived.graph, expected, f"the {flavour} graph in {plan.precision}")
-        for phase, make in (("prefill", ir.Model.clone), ("decode_step", variants.decode_step)):
+        for phase, make in (("prefill", ir.Model.clone), ("decode_step", passes.decode_step)):
             final = make(derived)
-            variants.describe(final, config, flavour, plan.precision)
+            passes.describe(final, config, flavour, plan.precision)
             ir.save(final, folder / manifest.graph_path(plan.precision, phase, flavour))
     return operations, tables
 
@@ -83,7 +83,7 @@ def derive(stored: ir.Model, config: LRTConfig, capacity: int, plan: Plan, flavo
     model = cast_model(stored, base_dtype(plan.precision, flavour), plan.float32)
     if flavour == "windowed":
         unpad(model)
-        model = variants.windowed(model, config, capacity)
+        model = passes.windowed(model, config, capacity)
     passes.check_ops(model.graph)
     return model
 

@@ -1,8 +1,7 @@
 """Trace the reference model into one ONNX graph with explicit state: prefill, free in B, T, S and K.
 
 The two cache operations get their ONNX spelling, inputs and outputs the names of `contract`, and the head runs for the
-chosen positions alone. The result is the `full` flavour straight from torch; `passes` cleans it, `variants` derives the
-others.
+chosen positions alone. The result is the `full` flavour straight from torch; `passes` cleans it and derives the others.
 """
 
 from __future__ import annotations

@@ -67,12 +67,6 @@ class StoredWeights:
                             f"copy in {WEIGHTS}: export the bundle again"
                         )
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the reference model's parameters."""
-        tables = self._manifest.tables.get(self._precision, {})
-        return (*(_TABLE_INPUTS[name] for name in tables), *self._uses)
-
     def __iter__(self) -> Iterator[StoredMatrix]:
         """Yield one matrix after the other; none is kept."""
         for name, record in self._manifest.tables.get(self._precision, {}).items():

@@ -1,4 +1,4 @@
-"""The precisions of a bundle: their names, and the type in which each flavour computes and keeps its state.
+"""The precisions of a bundle, the type in which each flavour computes and keeps its state, and the backends that run it.
 
     precision          matrices                    full (TensorRT, CUDA)   windowed (ONNX Runtime on a CPU)
     fp32               float32                     float32                 float32
@@ -15,7 +15,7 @@ rotary embedding and softcap are float32 in all of them. Quality: docs/precision
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from .contract import Flavour
 
@@ -43,3 +43,22 @@ def not_held(held: Sequence[str], requested: str) -> str:
 def base_dtype(precision: str, flavour: Flavour) -> Dtype:
     """Return the type of a flavour's state and of its products that are not quantized."""
     return _PLAIN.get(precision) or _QUANTIZED[flavour]
+
+
+class BackendInfo(NamedTuple):
+    """A backend: the flavour of graphs that it runs, and what must be there for it."""
+
+    flavour: Flavour
+    module: str  # of its library
+    provider: str | None  # of ONNX Runtime; None where it runs plans that `lrt-deploy build` compiles
+    needs_gpu: bool = True
+
+
+# Best first: `auto` takes the first that can run. `--backend` and what `doctor` asks follow from this table.
+BACKENDS = {
+    "tensorrt": BackendInfo("full", "tensorrt", None),
+    "tensorrt-rtx": BackendInfo("full", "tensorrt_rtx", None),
+    "ort-cuda": BackendInfo("full", "onnxruntime", "CUDAExecutionProvider"),
+    "ort-cpu": BackendInfo("windowed", "onnxruntime", "CPUExecutionProvider", needs_gpu=False),
+}
+PLAN_BACKENDS = tuple(name for name, info in BACKENDS.items() if info.provider is None)

@@ -181,8 +181,7 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """Return the JSON fields of decoding; rates follow from the median time of a step."""
-    from lrt_deploy.bundle.backends import BACKENDS
-    from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
+    from lrt_deploy.bundle.precisions import BACKENDS, ITEM_BYTES, base_dtype
     from lrt_deploy.runtime.bench import roofline
 
     flavour = BACKENDS[decoder.backend].flavour

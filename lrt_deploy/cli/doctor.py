@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from lrt_deploy import machine
-from lrt_deploy.bundle.backends import BACKENDS, BackendInfo
+from lrt_deploy.bundle.precisions import BACKENDS, BackendInfo
 
 from . import options, output
 

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args, 
 import typer
 
 from lrt_deploy import files
-from lrt_deploy.bundle.backends import BACKENDS, PLAN_BACKENDS
-from lrt_deploy.bundle.precisions import PRECISIONS
+from lrt_deploy.bundle.precisions import BACKENDS, PLAN_BACKENDS, PRECISIONS
 from lrt_deploy.errors import InputError
 
 from . import output

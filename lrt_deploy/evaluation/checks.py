@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lrt_deploy.bundle.backends import PLAN_BACKENDS
+from lrt_deploy.bundle.precisions import PLAN_BACKENDS
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.text.prompts import check_prompts

@@ -23,8 +23,7 @@ import numpy as np
 from lrt_deploy import activations
 from lrt_deploy.arguments import check_path
 from lrt_deploy.bundle import manifest
-from lrt_deploy.bundle.backends import BACKENDS
-from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
+from lrt_deploy.bundle.precisions import BACKENDS, PRECISIONS, base_dtype
 from lrt_deploy.errors import InputError, ParityError
 from lrt_deploy.machine import cpu_model, versions
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits

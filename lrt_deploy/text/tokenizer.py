@@ -19,10 +19,9 @@ from lrt_deploy.files import read_json, read_text
 from lrt_deploy.pickles import MAX_FILE_BYTES, read_encoding
 
 from . import tokenizer_file
-from .byte_pairs import BytePairs, as_chars
+from .byte_pairs import BytePairs, Splitter, as_chars
 from .chat import ASSISTANT_END, ASSISTANT_START, BOS, ROLES, USER_END, USER_START, check_messages, turns
 from .chat_template import TEMPLATE_FILE, ChatRenderer, ChatTemplate, load_template, write_template
-from .split_patterns import Splitter
 from .tokenizer_file import Vocabulary
 
 PICKLE_FILE = "tokenizer.pkl"

@@ -3,7 +3,7 @@
 Files come from strangers, so only these forms are read; others are refused by name before a library sees them:
 
     model           BPE over bytes; byte_fallback is accepted because all 256 bytes are tokens, so that it never acts
-    pre_tokenizer   ByteLevel with use_regex, or Sequence[Split, ByteLevel], by a pattern of `split_patterns`
+    pre_tokenizer   ByteLevel with use_regex, or Sequence[Split, ByteLevel], by a pattern of `byte_pairs`
     decoder         ByteLevel
     normalizer      none
     post_processor  none, or ByteLevel, which changes offsets only
@@ -28,9 +28,19 @@ from lrt_deploy.fields import Whole, convert, shown
 from lrt_deploy.files import parse_json
 from lrt_deploy.pickles import EncodingData, is_text
 
-from .byte_pairs import BYTE_OF, MAX_TOKEN_BYTES, Merge, as_chars, merges_of, size_problem
+from .byte_pairs import (
+    BYTE_OF,
+    GPT2,
+    MAX_TOKEN_BYTES,
+    PATTERNS,
+    Merge,
+    SplitPattern,
+    as_chars,
+    known_pattern,
+    merges_of,
+    size_problem,
+)
 from .chat import CONTROL_TOKENS
-from .split_patterns import GPT2, PATTERNS, SplitPattern, known_pattern
 
 # Parts of a pre-tokenizer, without trim_offsets, which changes no piece. Both splits are equal in meaning, because the
 # known patterns match all of a text.
