@@ -216,7 +216,7 @@ def _write_graphs(
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace
     from .graph.verify import verify_graphs
-    from .quantize.plan import make_plan, needs_calibration
+    from .quantize.calibrate import make_plan, needs_calibration
 
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)

@@ -21,10 +21,9 @@ from typer.testing import CliRunner
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.parity import comparable
 from lrt_deploy.evaluation.bisect import ActivationError, Bisection
-from lrt_deploy.evaluation.html import number, page
 from lrt_deploy.evaluation.rollout import Comparison, Point
 from lrt_deploy.evaluation.verdict import Evidence, as_json, report_of
-from lrt_deploy.figures import cache_errors, charts, curve
+from lrt_deploy.figures import cache_errors, charts, curve, number, page
 from lrt_deploy.tolerances import FP32, limits
 
 VOID = {"meta", "img", "br"}

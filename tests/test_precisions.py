@@ -25,8 +25,7 @@ from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
 from lrt_deploy.exporters.graph.precision_graphs import cast_model, cast_weights
 from lrt_deploy.exporters.graph.verify import verify_graphs
-from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows
-from lrt_deploy.exporters.quantize.plan import make_plan
+from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows, make_plan
 from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, round_by_gptq, weight_scales
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder

@@ -1,4 +1,4 @@
-"""The precisions of a bundle, the type in which each flavour computes and keeps its state, and the backends that run it.
+"""The precisions of a bundle, the types in which each flavour computes and keeps its state, and the backends.
 
     precision          matrices                    full (TensorRT, CUDA)   windowed (ONNX Runtime on a CPU)
     fp32               float32                     float32                 float32

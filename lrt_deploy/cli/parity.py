@@ -97,7 +97,7 @@ class ReportOptions:
 def write_page(folder: Path, bundle: str, fields: Mapping[str, Any]) -> Path:
     """Write `parity-BACKEND-PRECISION` as .json, .html and .png; returns the page."""
     from lrt_deploy import figures
-    from lrt_deploy.evaluation.html import page
+    from lrt_deploy.figures import page
     from lrt_deploy.files import atomic_write
 
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
