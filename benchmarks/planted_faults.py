@@ -37,7 +37,7 @@ from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scale
 from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.model.reference import run_forced, take_stored_weights
-from lrt_deploy.runtime.backends.ort_debug import OrtExact
+from lrt_deploy.runtime.backends.ort_session import OrtExact
 from lrt_deploy.tolerances import kernel_limits
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")

@@ -21,7 +21,7 @@ from lrt_deploy.evaluation.bisect import bisect, compare_activations, first_bad
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.model.reference import ReferenceDecoder
-from lrt_deploy.runtime.backends.ort_debug import OrtObserver
+from lrt_deploy.runtime.backends.ort_session import OrtObserver
 from lrt_deploy.tolerances import ACTIVATION_ERROR
 
 pytestmark = pytest.mark.slow  # for the export

@@ -32,7 +32,7 @@ from lrt_deploy.errors import BundleError, ExportError, InputError
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.exporters.graph.precision_graphs import take_out_tables
 from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
-from lrt_deploy.runtime.backends.ort_debug import OrtObserver
+from lrt_deploy.runtime.backends.ort_session import OrtObserver
 from lrt_deploy.runtime.batch import BatchDecoder
 
 pytestmark = pytest.mark.slow  # for the exports

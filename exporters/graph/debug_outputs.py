@@ -1,7 +1,7 @@
 """Copies of a bundle's graph for debugging: with intermediate activations as outputs, or computed in float32.
 
 Copies are made in memory and read the weights file of the graph on disk. The export gave the values in the graph the
-names of `lrt_deploy.activations`. What runs them: `runtime.backends.ort_debug`.
+names of `lrt_deploy.activations`. What runs them: `runtime.backends.ort_session`.
 """
 
 from __future__ import annotations

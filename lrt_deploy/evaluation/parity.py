@@ -286,7 +286,7 @@ def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart
     from lrt_deploy.exporters.quantize.stored import StoredWeights
     from lrt_deploy.model.reference import run_forced, take_stored_weights
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_debug import OrtExact
+    from lrt_deploy.runtime.backends.ort_session import OrtExact
 
     held, precision = subject.manifest, subject.precision
     take_stored_weights(model, StoredWeights(subject.bundle, held, precision))
@@ -372,7 +372,7 @@ def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Dec
     """
     from lrt_deploy.exporters.graph.debug_outputs import exact_graph, with_debug_outputs
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_debug import OrtObserver
+    from lrt_deploy.runtime.backends.ort_session import OrtObserver
 
     held = subject.manifest
     names = activations.in_order(held.model)
