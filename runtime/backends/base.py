@@ -74,6 +74,7 @@ class StateBuffers(Protocol):
 
     def expect(self, total: int) -> None:
         """Say how many tokens the longest row will hold after the prompts that follow; caches may grow that far."""
+        return  # by default they are as long as the capacity
 
     def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
         """Do a part of the work of fitting the caches to rows of these lengths: between two steps, one cache at most.
@@ -81,6 +82,7 @@ class StateBuffers(Protocol):
         Caches that are soon full, or too small for a row of `soon` tokens that will be added, grow. Those of twice the
         size or more shrink. Contents stay.
         """
+        return  # by default as above
 
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows, tokens and positions (n <= B); logits (n, V) if `head`.
@@ -104,6 +106,7 @@ class StateBuffers(Protocol):
 
     def reset_order(self) -> None:
         """Forget every order that was declared: a reading did not end. Slots hold their own positions again."""
+        return  # by default they always do
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as views or copies on the host."""

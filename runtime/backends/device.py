@@ -47,9 +47,11 @@ class Context(Protocol):
 
     def capturable(self, stream: int) -> bool:
         """Whether a run may be captured as a CUDA graph, with these shapes and on this stream."""
+        return False
 
     def warmed(self) -> None:
         """Say that a first run has ended."""
+        return
 
 
 class Runner(Protocol):
@@ -345,7 +347,7 @@ _COPIES_NOTE = (
 
 
 class DeviceBuffers(StateBuffers):
-    """The state of B sequences on the device. See `base.StateBuffers`."""
+    """The state of B sequences on the device, with slots for the whole capacity from the start."""
 
     def __init__(self, steps: Steps, batch: int, capacity: int) -> None:
         setup = steps.setup
@@ -384,12 +386,6 @@ class DeviceBuffers(StateBuffers):
             self._device.synchronize()
         self._latents[self._turn][rows] = values
 
-    def fit(self, lengths: Sequence[int], soon: int = 0) -> None:
-        """Caches have slots for the whole capacity from the start."""
-
-    def expect(self, total: int) -> None:
-        """Caches are as long as the capacity from the start."""
-
     def decode(self, tokens: IntArray, positions: IntArray, head: bool) -> FloatArray | None:
         """Run one token for each of the first rows. The head always runs."""
         rows = len(tokens)
@@ -417,9 +413,6 @@ class DeviceBuffers(StateBuffers):
         """Only the order of positions is possible here."""
         if not np.array_equal(order, np.arange(len(order))):
             raise BackendError("this backend keeps cache slots in the order of positions; read with stride 1")
-
-    def reset_order(self) -> None:
-        """Slots are always in the order of positions."""
 
     def cache(self, layer: int, length: int) -> tuple[FloatArray, FloatArray]:
         """Keys and values (B, G, length, D) of a layer, as copies on the host."""

@@ -22,7 +22,7 @@ from lrt_deploy.errors import BackendError
 from lrt_deploy.machine import find_gpu
 
 from .cuda import CudaDevice
-from .device import DeviceBackend, Setup
+from .device import Context, DeviceBackend, Setup
 from .host_tables import HostTables
 from .ort_session import DTYPES, ORT_ERRORS, check_session, raise_backend_error
 
@@ -92,8 +92,8 @@ class _Runner:
         return _Context(self)
 
 
-class _Context:
-    """Shapes and addresses for a session, and the bindings made of them. See `device.Context`."""
+class _Context(Context):
+    """Shapes and addresses for a session, and the bindings made of them; runs are not known to allow a capture."""
 
     def __init__(self, runner: _Runner) -> None:
         self._runner = runner
@@ -124,12 +124,6 @@ class _Context:
             self._runner.session.run_with_iobinding(self._bindings[key])
         except ORT_ERRORS as error:
             raise_backend_error(error, f"ONNX Runtime failed on {self._runner.kind}")
-
-    def capturable(self, stream: int) -> bool:
-        return False  # ONNX Runtime's own calls during a run are not known to allow it
-
-    def warmed(self) -> None:
-        """See `device.Context`."""
 
     def _bound(self) -> Any:  # noqa: ANN401 - onnxruntime is untyped
         runner, binding = self._runner, self._runner.session.io_binding()
