@@ -139,7 +139,7 @@ def environment(settings: Settings) -> dict[str, Any]:
     from lrt_deploy.cli import doctor
     from lrt_deploy.machine import find_gpu
     from lrt_deploy.runtime.backends.cuda import CudaDevice
-    from lrt_deploy.runtime.bench.roofline import device_copy_gb_s
+    from lrt_deploy.runtime.bench import device_copy_gb_s
 
     gpu, reason = find_gpu()
     if gpu is None:
@@ -187,19 +187,19 @@ def greedy(decoder: Any, steps: int, first: int = 13) -> dict[str, Any]:  # noqa
 def steps(settings: Settings) -> dict[str, Any]:
     """Times of decode steps by context and batch, and of the kernels of one of them."""
     from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
+    from lrt_deploy.runtime import bench
     from lrt_deploy.runtime.backends.cuda import CudaDevice
-    from lrt_deploy.runtime.bench import roofline
 
-    bandwidth, rows = 1e9 * roofline.device_copy_gb_s(CudaDevice()), []
+    bandwidth, rows = 1e9 * bench.device_copy_gb_s(CudaDevice()), []
     with opened(settings, "d20") as decoder:
-        weights = roofline.weight_bytes_per_step(decoder.manifest, PRECISION, "full")
+        weights = bench.weight_bytes_per_step(decoder.manifest, PRECISION, "full")
         for batch in settings.batches:
             for context in settings.contexts:
                 # What the entries hold costs no time, so most of a context is read in one pass.
                 prompts = [tokens_for(decoder, context, row) for row in range(batch)]
                 times = timed_steps(decoder, decoder.prefill(prompts, policy="zero"), settings.steps)
                 seconds = float(np.median(times))
-                read = weights + batch * roofline.state_bytes_per_step(
+                read = weights + batch * bench.state_bytes_per_step(
                     decoder.config, context, ITEM_BYTES[base_dtype(PRECISION, "full")]
                 )
                 rows.append(

@@ -107,9 +107,9 @@ def parts_of_opening(args: argparse.Namespace) -> dict[str, Any]:
 
 def decoder_bytes(found: Any) -> int:  # noqa: ANN401 - a manifest, which is imported late
     """Bytes of the matrices that the session multiplies by."""
-    from lrt_deploy.runtime.bench import roofline
+    from lrt_deploy.runtime import bench
 
-    return roofline.matrix_bytes(found, found.precisions[0], "windowed")
+    return bench.matrix_bytes(found, found.precisions[0], "windowed")
 
 
 def own_bytes() -> int:

@@ -47,7 +47,7 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All lengths, each with its contraction, its table and its check."""
     import lrt_deploy
     from lrt_deploy.cli.bench import environment
-    from lrt_deploy.runtime.bench.measure import compare_prefill, measure_convergence, random_tokens
+    from lrt_deploy.runtime.bench import compare_prefill, measure_convergence, random_tokens
 
     results = []
     with lrt_deploy.open_decoder(bundle, threads=args.threads) as decoder:

@@ -33,8 +33,7 @@ from contenders.measured import Measured
 
 from lrt_deploy.bundle.manifest import read_manifest
 from lrt_deploy.cli.bench import cpu_model
-from lrt_deploy.runtime.bench import measure as measuring
-from lrt_deploy.runtime.bench import roofline
+from lrt_deploy.runtime import bench
 
 REST_S = 0.05  # before each turn: threads of the contender before it stop spinning
 TURN_STEPS = 4  # few, because the speed of a machine's memory changes within seconds
@@ -84,7 +83,7 @@ def alternate(
     turns = [min(TURN_STEPS, args.steps - done) for done in range(0, args.steps, TURN_STEPS)]
     steps = serving.WARM_UP_STEPS + len(turns) * serving.COLD_STEPS + args.steps
     start = max(1, min(context, size.sequence_len - steps - 1))
-    prompts = [measuring.random_tokens(start, size.vocab, seed) for seed in range(batch)]
+    prompts = [bench.random_tokens(start, size.vocab, seed) for seed in range(batch)]
     for number in range(args.rounds):
         say(f"{context} tokens, batch {batch}, round {number + 1}/{args.rounds}")
         for contender in running:
@@ -102,7 +101,7 @@ def weight_bytes(setting: Setting, contenders: list[str]) -> dict[str, int]:
     found = {}
     for name in [name for name in ("ours", "no-memory") if name in contenders]:
         held = read_manifest(models.bundle(setting.folder, setting.size, setting.precision, memory=name == "ours"))
-        found[name] = roofline.weight_bytes_per_step(held, held.precisions[0])
+        found[name] = bench.weight_bytes_per_step(held, held.precisions[0])
     return found
 
 
@@ -166,7 +165,7 @@ def main() -> None:
         packages = ("lrt-deploy", "torch", "onnxruntime-gpu", "numpy")
         environment = {"cpu": cpu_model(), "threads": args.threads} | {name: version(name) for name in packages}
         command = " ".join(["benchmarks/side_by_side.py", *sys.argv[1:]])
-        memory = {"triad_gb_s": roofline.triad_gb_s(args.threads)}
+        memory = {"triad_gb_s": bench.triad_gb_s(args.threads)}
         document = {"command": command, "environment": environment | memory, "results": results}
         args.out.write_text(json.dumps(document, indent=2, default=dataclasses.asdict) + "\n")
 

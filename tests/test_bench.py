@@ -23,7 +23,7 @@ from lrt_deploy.bundle.manifest import FileRecord, graph_path, read_manifest
 from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.bundle.weights import matrix_elements
 from lrt_deploy.cli.app import app
-from lrt_deploy.runtime.bench import measure, roofline
+from lrt_deploy.runtime import bench
 from lrt_deploy.runtime.fixed_point import SweepOptions
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -48,8 +48,8 @@ def refusal(*args, code=1):
 def small_memory():
     """A bandwidth in no time; its value means nothing then."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(roofline, "_SMALLEST_TRIAD_BYTES", 2**20)
-        patch.setattr(roofline, "_LARGEST_TRIAD_BYTES", 2**20)
+        patch.setattr(bench, "_SMALLEST_TRIAD_BYTES", 2**20)
+        patch.setattr(bench, "_LARGEST_TRIAD_BYTES", 2**20)
         yield
 
 
@@ -153,16 +153,16 @@ def test_errors_fall_sweep_by_sweep_and_faster_when_interleaved(document):
 def test_convergence_leaves_the_slots_in_order(decoder_of):
     """What is read afterwards on the same buffers is what it was before."""
     decoder = decoder_of(NAME)
-    tokens = measure.random_tokens(40, decoder.config.vocab_size, seed=1)
+    tokens = bench.random_tokens(40, decoder.config.vocab_size, seed=1)
     before = decoder.prefill([tokens], policy="stepwise").logits
-    measure.measure_convergence(decoder, tokens, lambda what, done, total: None)
+    bench.measure_convergence(decoder, tokens, lambda what, done, total: None)
     assert np.array_equal(decoder.prefill([tokens], policy="stepwise").logits, before)
 
 
 def test_the_comparison_puts_the_prefill_options_back(decoder_of):
     decoder = decoder_of(NAME)
     before = decoder.prefill_options
-    measure.compare_prefill(decoder, [1, 2, 3] * 8, 1, None, lambda what, done, total: None)
+    bench.compare_prefill(decoder, [1, 2, 3] * 8, 1, None, lambda what, done, total: None)
     assert decoder.prefill_options == before
 
 
@@ -221,19 +221,19 @@ def test_weight_bytes_are_those_of_every_matrix_and_one_row_of_each_table(export
     memory, head = 64 * 4 * 2 * 32, 64 * 320
     assert matrix_elements(config) == 4 * layer + memory + head == 218_624
     rows = 64 + 4 * 32  # of wte and of four value-embedding tables
-    assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
+    assert bench.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 4 * rows
     weights = "graphs/fp32/weights.bin"
     halved = FileRecord(manifest.files[weights].bytes - 2 * 320 * rows, "")  # as if the tables were in bfloat16
     manifest = msgspec.structs.replace(manifest, files=manifest.files | {weights: halved})
-    assert roofline.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
+    assert bench.weight_bytes_per_step(manifest, "fp32") == 4 * 218_624 + 2 * rows
 
 
 def test_state_bytes_follow_the_live_windows(export_once):
     """Windows of 16, 16, 16 and 32 keys: 2 x 32 numbers a key, and 64 of the latent."""
     config = read_manifest(export_once(NAME)).model
     assert config.windows == (16, 16, 16, 32)
-    assert roofline.state_bytes_per_step(config, 10) == 4 * (4 * 10 * 64 + 64)
-    assert roofline.state_bytes_per_step(config, 500) == 4 * ((16 * 3 + 32) * 64 + 64)
+    assert bench.state_bytes_per_step(config, 10) == 4 * (4 * 10 * 64 + 64)
+    assert bench.state_bytes_per_step(config, 500) == 4 * ((16 * 3 + 32) * 64 + 64)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -242,15 +242,15 @@ def test_matrix_bytes_are_those_of_the_graph(in_every_precision, precision, flav
     """What every product reads of its matrix, in the type after the Casts that are folded when it is loaded."""
     bundle = in_every_precision(NAME)
     found = read_by_products(ir.load(bundle / graph_path(precision, "decode_step", flavour)).graph)
-    assert roofline.matrix_bytes(read_manifest(bundle), precision, flavour) == found
+    assert bench.matrix_bytes(read_manifest(bundle), precision, flavour) == found
 
 
 def test_scales_are_counted(in_every_precision):
     """The twin: without them a quantized matrix would seem smaller."""
     manifest = read_manifest(in_every_precision(NAME))
     elements = matrix_elements(manifest.model)
-    assert roofline.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
-    assert roofline.matrix_bytes(manifest, "int8", "windowed") > elements
+    assert bench.matrix_bytes(manifest, "int4-weight-only", "windowed") > 1.2 * elements / 2
+    assert bench.matrix_bytes(manifest, "int8", "windowed") > elements
 
 
 def read_by_products(graph):
@@ -270,9 +270,9 @@ def read_by_products(graph):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_triad_computes_all_of_its_arrays(threads, monkeypatch):
     seen = []
-    triad = roofline._triad
-    monkeypatch.setattr(roofline, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
-    assert roofline.triad_gb_s(threads, array_bytes=2**20) > 0
+    triad = bench._triad
+    monkeypatch.setattr(bench, "_triad", lambda arrays: (triad(arrays), seen.append(arrays)))
+    assert bench.triad_gb_s(threads, array_bytes=2**20) > 0
     assert {len(arrays[0]) for arrays in seen} == {2**17 // threads}
     assert all((arrays[0] == 4).all() for arrays in seen)  # 1 + 3 * 1
 
@@ -322,7 +322,7 @@ def test_without_matplotlib_the_extra_is_named_at_once(bundles, monkeypatch, tmp
 
 
 def test_measuring_imports_neither_torch_nor_matplotlib():
-    code = "import sys; from lrt_deploy import figures; from lrt_deploy.runtime.bench import measure, roofline; "
+    code = "import sys; from lrt_deploy import figures; from lrt_deploy.runtime import bench; "
     code += "import lrt_deploy.cli.bench; "
     code += "print(sorted({'torch', 'matplotlib', 'onnxruntime'} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

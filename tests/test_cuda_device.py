@@ -20,10 +20,10 @@ from fake_cuda import CUresult, FakeDriver
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import BackendError
 from lrt_deploy.machine import find_gpu
+from lrt_deploy.runtime import bench
 from lrt_deploy.runtime.backends.cuda import Arena, CudaDevice
 from lrt_deploy.runtime.backends.device import DeviceBuffers, Setup, Steps
 from lrt_deploy.runtime.backends.host_tables import HostTables
-from lrt_deploy.runtime.bench import roofline
 
 
 class FakeRuntime(ModuleType):
@@ -95,25 +95,25 @@ def test_memory_is_copied_within_the_device(cuda, device):
 @pytest.mark.parametrize(("asked", "count"), [(2**8, 2**8), (None, 4 * 2**14)])
 def test_bandwidth_counts_what_is_read_and_written_in_the_best_round(cuda, device, monkeypatch, asked, count):
     clock = iter([0, 9, 10, 12, 20, 21, 30, 33, 40, 44])  # five rounds, of which one takes a second
-    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**8)
-    monkeypatch.setattr(roofline, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    assert roofline.device_copy_gb_s(device, asked) == 2 * roofline._COPIES * count / 1e9
-    assert set(cuda.copies) == {(count, "within")} and len(cuda.copies) == 5 * roofline._COPIES
+    monkeypatch.setattr(bench, "_SMALLEST_COPY_BYTES", 2**8)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert bench.device_copy_gb_s(device, asked) == 2 * bench._COPIES * count / 1e9
+    assert set(cuda.copies) == {(count, "within")} and len(cuda.copies) == 5 * bench._COPIES
     assert cuda.memory == {}
 
 
 def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
     cuda.fail("cuMemcpyDtoDAsync", CUresult.CUDA_ERROR_INVALID_VALUE)
     with pytest.raises(BackendError, match="copying 64 bytes: invalid value"):
-        roofline.device_copy_gb_s(device, 64)
+        bench.device_copy_gb_s(device, 64)
     with device.lock:
         device.begin()  # what was enqueued has ended
     assert cuda.memory == {}
 
 
 def test_what_is_measured_of_a_device_is_named(device, monkeypatch):
-    monkeypatch.setattr(roofline, "device_copy_gb_s", lambda device: 1234.5)
-    assert roofline.measure(device) == roofline.Bandwidth(1234.5, None, "device-to-device copy", 2**14)
+    monkeypatch.setattr(bench, "device_copy_gb_s", lambda device: 1234.5)
+    assert bench.measure_bandwidth(device) == bench.Bandwidth(1234.5, None, "device-to-device copy", 2**14)
 
 
 def test_rows_go_to_and_from_addresses_a_pitch_apart(device):

@@ -34,6 +34,7 @@ from lrt_deploy.cli.bench import BenchOptions, measure
 from lrt_deploy.cli.build import smoke_test
 from lrt_deploy.errors import BackendError, EngineError, ParityError
 from lrt_deploy.machine import Gpu, find_gpu
+from lrt_deploy.runtime import bench as measuring
 from lrt_deploy.runtime import opening
 from lrt_deploy.runtime import state as state_module
 from lrt_deploy.runtime.backends import ort_cuda, tensorrt
@@ -42,8 +43,7 @@ from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend, misplaced, open_session
 from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
-from lrt_deploy.runtime.bench import roofline
-from lrt_deploy.runtime.bench.measure import _iterations, random_tokens
+from lrt_deploy.runtime.bench import _iterations, random_tokens
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.prefill import PrefillOptions
 
@@ -583,7 +583,7 @@ def test_the_command_line_opens_the_engine_by_name_or_by_auto(bundle, with_gpu):
 @pytest.fixture
 def little_memory(monkeypatch):
     """Copies in no time; the bandwidth means nothing then."""
-    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**15)
+    monkeypatch.setattr(measuring, "_SMALLEST_COPY_BYTES", 2**15)
 
 
 BENCH = ("--prompt-tokens", "8", "--new-tokens", "6", "--repeats", "2", "--prefill-lengths", "16,64")
@@ -606,7 +606,7 @@ def test_bench_measures_decoding(bundle, with_gpu, driver, little_memory, tmp_pa
     assert fields["logits_bytes_written_per_step"] == 4 * 4 * 320
     assert 0 < fields["outside_backend_fraction"] < 1
     assert (fields["bandwidth_of"], fields["read_bandwidth_gb_s"]) == ("device-to-device copy", None)
-    assert driver.copied_within == roofline._ROUNDS * roofline._COPIES * 4 * driver.cache
+    assert driver.copied_within == measuring._ROUNDS * measuring._COPIES * 4 * driver.cache
     read, seconds = (
         fields["weight_bytes_per_step"] + fields["state_bytes_read_per_step"],
         fields["tpot_ms"]["p50"] / 1e3,

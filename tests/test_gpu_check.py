@@ -18,7 +18,6 @@ from fake_tensorrt import FakeContext, FakeEngine, build_fake_engine, fake_libra
 import lrt_deploy
 from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.machine import Gpu, find_gpu
-from lrt_deploy.runtime.bench import roofline
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -53,7 +52,7 @@ def driver(monkeypatch):
     for place in ("lrt_deploy.machine", "lrt_deploy.runtime.opening", "lrt_deploy.runtime.backends.tensorrt"):
         monkeypatch.setattr(f"{place}.find_gpu", lambda: (GPU, "Fake H200"))
     monkeypatch.setattr(lrt_deploy, "build_engine", build_fake_engine, raising=False)
-    monkeypatch.setattr(roofline, "_SMALLEST_COPY_BYTES", 2**15)
+    monkeypatch.setattr(bench, "_SMALLEST_COPY_BYTES", 2**15)
     yield driver
     assert driver.violations == []
 

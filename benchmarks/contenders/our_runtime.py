@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lrt_deploy
-from lrt_deploy.runtime.bench.roofline import state_bytes_copied_per_step
+from lrt_deploy.runtime.bench import state_bytes_copied_per_step
 
 
 class OurRuntime:

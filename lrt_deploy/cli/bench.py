@@ -20,8 +20,7 @@ from . import doctor, options, output
 from .options import option
 
 if TYPE_CHECKING:
-    from lrt_deploy.runtime.bench.measure import DecodeTimes
-    from lrt_deploy.runtime.bench.roofline import Bandwidth
+    from lrt_deploy.runtime.bench import Bandwidth, DecodeTimes
     from lrt_deploy.runtime.decoder import Decoder
 
 
@@ -124,7 +123,7 @@ class BenchOptions:
 
     def tokens(self, decoder: Decoder) -> list[int]:
         """Return as many ids as the capacity holds: of the text, or random ones."""
-        from lrt_deploy.runtime.bench.measure import random_tokens
+        from lrt_deploy.runtime.bench import random_tokens
 
         if self.text is None:
             return random_tokens(decoder.max_seq_len, decoder.config.vocab_size, self.seed)
@@ -153,15 +152,15 @@ def bench(
 
 def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: output.Progress) -> dict[str, Any]:
     """Measure everything; return the JSON fields."""
-    from lrt_deploy.runtime.bench import measure, roofline
+    from lrt_deploy.runtime import bench
 
     if asked.prompt_tokens > len(tokens):
         raise InputError(f"--prompt-tokens is {asked.prompt_tokens}; the text and the capacity give {len(tokens)}")
     prompt, tolerance = tokens[: asked.prompt_tokens], asked.tolerance
-    times = measure.measure_decode(decoder, prompt, asked.new_tokens, asked.repeats, tolerance, progress)
+    times = bench.measure_decode(decoder, prompt, asked.new_tokens, asked.repeats, tolerance, progress)
     peak = peak_rss_bytes()
     progress("memory bandwidth", 0, 0)  # after decoding: its arrays would count into the peak memory
-    memory = roofline.measure(decoder.device, thread_count(decoder) or 1)
+    memory = bench.measure_bandwidth(decoder.device, thread_count(decoder) or 1)
     fields = {"backend": decoder.backend, "precision": decoder.precision} | decode_fields(decoder, times, memory)
     fields |= {"peak_rss_bytes": peak}
     fields |= {name: getattr(asked, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
@@ -171,9 +170,9 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
         "prefill": [
             row
             for length in fits
-            for row in measure.compare_prefill(decoder, tokens[:length], asked.repeats, tolerance, progress)
+            for row in bench.compare_prefill(decoder, tokens[:length], asked.repeats, tolerance, progress)
         ],
-        "convergence": measure.measure_convergence(decoder, tokens[: max(short)], progress) if short else [],
+        "convergence": bench.measure_convergence(decoder, tokens[: max(short)], progress) if short else [],
         "prefill_lengths_left_out": [length for length in asked.lengths if length not in fits],
         "environment": environment(decoder),
     }
@@ -182,13 +181,13 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
 def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
     """Return the JSON fields of decoding; rates follow from the median time of a step."""
     from lrt_deploy.bundle.precisions import BACKENDS, ITEM_BYTES, base_dtype
-    from lrt_deploy.runtime.bench import roofline
+    from lrt_deploy.runtime import bench
 
     flavour = BACKENDS[decoder.backend].flavour
-    weights = roofline.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
+    weights = bench.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
     item = ITEM_BYTES[base_dtype(decoder.precision, flavour)]
-    state = roofline.state_bytes_per_step(decoder.config, times.context, item)
-    copied = roofline.state_bytes_copied_per_step(decoder.config, times.context, item)
+    state = bench.state_bytes_per_step(decoder.config, times.context, item)
+    copied = bench.state_bytes_copied_per_step(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     median_ms = float(tpot["p50"] or 0)
     return {
@@ -201,8 +200,8 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
         "state_bytes_read_per_step": state,
         "state_bytes_copied_per_step": None if times.copies_note else copied,
         "state_bytes_copied_note": times.copies_note,
-        "state_bytes_written_per_step": roofline.state_bytes_written_per_step(decoder.config, item),
-        "latent_record_bytes_per_step": roofline.latent_record_bytes_per_step(decoder.config),
+        "state_bytes_written_per_step": bench.state_bytes_written_per_step(decoder.config, item),
+        "latent_record_bytes_per_step": bench.latent_record_bytes_per_step(decoder.config),
         # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
         "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
         "outside_backend_fraction": times.outside_backend_fraction,
@@ -249,7 +248,7 @@ def thread_count(decoder: Decoder) -> int | None:
 
 def environment(decoder: Decoder) -> dict[str, Any]:
     """Return the machine, the versions, and the command."""
-    from lrt_deploy.runtime.bench.roofline import last_level_cache_bytes
+    from lrt_deploy.runtime.bench import last_level_cache_bytes
 
     return doctor.environment() | {
         "cpu": cpu_model(),
