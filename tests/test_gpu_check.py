@@ -18,6 +18,7 @@ from fake_tensorrt import FakeContext, FakeEngine, build_fake_engine, fake_libra
 import lrt_deploy
 from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, read_sidecar
 from lrt_deploy.machine import Gpu, find_gpu
+from lrt_deploy.runtime import bench
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
