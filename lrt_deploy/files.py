@@ -140,10 +140,10 @@ def _refuse_constant(name: str) -> None:
 def atomic_write(target: Path, private: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside `target`; rename it to `target` when the block succeeds, remove it when it fails.
 
-    The block writes into the file that is there (it is locked, so it must not be replaced by another one). The data is
-    flushed to the disk before the rename, so that a crash leaves the old file or the new one, and at most a temporary
-    file that the next call for `target` removes. `private`: only the owner may read and write it (mode 0600). A link
-    is replaced, not followed. Raises OSError for a target that is no regular file, for instance `/dev/null`.
+    The block writes into the file that is there, which is locked. The data is flushed to the disk before the rename, so
+    that a crash leaves the old file or the new one, and at most a temporary file that the next call for `target`
+    removes. `private`: only the owner may read and write it (mode 0600). A link is replaced, not followed. Raises
+    OSError for a target that is no regular file, for instance `/dev/null`.
     """
     with contextlib.suppress(FileNotFoundError):
         mode = os.stat(target).st_mode  # noqa: PTH116 - of what a link points to

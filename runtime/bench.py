@@ -349,8 +349,8 @@ def state_bytes_written_per_step(config: LRTConfig, item_bytes: int = 4) -> int:
 def state_bytes_copied_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
     """Bytes of one sequence's state that a step copies: all caches that the contract does not update in place.
 
-    By the contract these are none. The latent is not updated in place, but it is written to a second buffer that
-    changes places with the first, not copied. A test measures that the backends keep to the contract.
+    By the contract these are none. The latent is not updated in place, but its second buffer changes places with the
+    first.
     """
     copied = [pair for pair in contract.state_pairs(config) if not pair.in_place and pair.past != "past_latent"]
     return len(copied) * item_bytes * context * config.kv_dim
@@ -395,8 +395,8 @@ def measure_bandwidth(device: CudaDevice | None, threads: int = 1) -> Bandwidth:
 def device_copy_gb_s(device: CudaDevice, array_bytes: int | None = None) -> float:
     """Bandwidth of copies within a GPU's memory; bytes read and bytes written both count.
 
-    `array_bytes` defaults to four times the GPU's cache, at least 256 MiB; two such arrays are allocated meanwhile.
-    Raises BackendError where they do not fit.
+    `array_bytes`, of two arrays, defaults to four times the GPU's cache, at least 256 MiB; BackendError where they do
+    not fit.
     """
     count = array_bytes or max(4 * device.cache_bytes(), _SMALLEST_COPY_BYTES)
     arena = Arena(device)
@@ -419,9 +419,9 @@ def device_copy_gb_s(device: CudaDevice, array_bytes: int | None = None) -> floa
 def triad_gb_s(threads: int = 1, array_bytes: int | None = None) -> float:
     """Memory bandwidth of a STREAM triad in numpy: a = b + s * c over arrays far larger than any cache.
 
-    It runs block by block, so that s * c stays in cache, each thread on its own part of the arrays. As in STREAM, 3
-    arrays a round are counted; the processor also reads `a` before it overwrites it, so true traffic is up to a third
-    higher. `array_bytes` defaults to four times the last-level cache, 128 to 512 MiB.
+    It runs block by block, so that s * c stays in cache, each thread on its own part. As in STREAM, 3 arrays a round
+    are counted; the processor also reads `a` before it overwrites it. `array_bytes` defaults to four times the
+    last-level cache, 128 to 512 MiB.
     """
     if array_bytes is None:
         cache = last_level_cache_bytes() or 0

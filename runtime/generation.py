@@ -44,11 +44,12 @@ class Event:
     empty, and that of the last event may belong to earlier tokens too. `finish_reason` is set on the last event: a stop
     token (the event's token, without text), a stop string, a grammar that allows nothing more (grammar),
     `max_new_tokens` (length) or a full state (capacity). `stop` is the token id or the string that matched. `logprob`
-    is the natural log-probability of the token under the model's own logits, before temperature, penalties, grammar
-    and cuts; `top_logprobs` those of the likeliest tokens, the likeliest first, as many as were asked for.
-    `prompt_logprobs` is on the first event, and `state` on the last, where a batch was asked for them: one entry for
-    each token of the prompt, and the state that holds every token. `latent_cosine`, too, is what a batch can be asked
-    for: the cosine of the latent that the token was chosen from and the one before it, None where there is none.
+    is the natural log-probability of the token under the model's own logits, before temperature, penalties, grammar and
+    cuts; `top_logprobs` those of the likeliest tokens, the likeliest first.
+
+    A batch can be asked for `prompt_logprobs` (on the first event, an entry for each token of the prompt), `state` (on
+    the last, it holds every token) and `latent_cosine`: of the latent that the token was chosen from and the one before
+    it.
     """
 
     token: int

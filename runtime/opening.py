@@ -129,25 +129,22 @@ def check_threads(threads: int | None) -> None:
 
 def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
     """Load the weights on the selected backend; embedding tables that it leaves on disk are read ahead."""
-    backend = _load(choice, folder, manifest, threads, cuda_graph)
-    if manifest.host_embeddings:
-        read_ahead(folder / table_path(choice.precision))
-    elif choice.backend == "ort-cpu":  # after its matrices, which it has packed by now
-        read_ahead(folder / weights_path(choice.precision))
-    return backend
-
-
-def _load(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
     name, precision, _ = choice
+    backend: Backend
     if name == "ort-cpu":
         from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBackend
 
-        return OrtCpuBackend(folder, manifest, precision, threads)
-    if name == "ort-cuda":
+        backend = OrtCpuBackend(folder, manifest, precision, threads)
+    elif name == "ort-cuda":
         from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 
-        return OrtCudaBackend.open(folder, manifest, precision)
-    assert name in PLAN_BACKENDS, name
-    from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
+        backend = OrtCudaBackend.open(folder, manifest, precision)
+    else:
+        from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 
-    return TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)
+        backend = TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)
+    if manifest.host_embeddings:
+        read_ahead(folder / table_path(precision))
+    elif name == "ort-cpu":  # after its matrices, which it has packed by now
+        read_ahead(folder / weights_path(precision))
+    return backend

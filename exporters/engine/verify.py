@@ -305,18 +305,11 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """Count kernels, attentions and dequantized weights by profile, and list what is slow; empty without layers.
 
-    Args:
-        layers: of all profiles.
-        expected: the network that the plan was built from.
-        capacity: slots of a cache.
-        profiles: the names of the profiles, in their order.
-
-    Returns:
-        For each profile `kernels`; `kernels_per_layer`, the most from one attention to the next (None where attentions
-        are not one kernel each); `attentions` in one kernel; `attentions_on_caches`, those that read caches, queries
-        and a mask, and nothing else; `weights_in_products`, quantized matrices that are dequantized in the kernel that
-        multiplies by them; `kinds` of kernels; `faults`, which cost time and change no number.
-
+    `layers` are those of all profiles, `profiles` their names in order, `capacity` the slots of a cache. For each
+    profile: `kernels`; `kernels_per_layer`, the most from one attention to the next (None where attentions are not one
+    kernel each); `attentions` in one kernel; `attentions_on_caches`, those that read caches, queries and a mask alone;
+    `weights_in_products`, quantized matrices dequantized in the kernel that multiplies by them; `kinds` of kernels;
+    `faults`, which cost time and change no number.
     """
     found: dict[str, dict[str, Any]] = {}
     for index, profile in enumerate(profiles if layers else ()):

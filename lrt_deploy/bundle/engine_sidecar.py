@@ -82,9 +82,9 @@ class EngineSidecar(Struct, frozen=True, forbid_unknown_fields=True):
     """The source, the purpose and the building of a plan.
 
     `capacity` is the number of cache slots, fixed in the plan; `max_seq_len` how many of them a sequence may use.
-    `compute_capabilities` name GPUs: `8.9` is that one, `8.0+` that and all later ones. `layers` is the count of layers
-    in the network before it was built, `build` the resources and messages of building, `smoke` whether and how the plan
-    was run afterwards.
+    `compute_capabilities` name GPUs: `8.9` is that one, `8.0+` that and all later ones. `layers` counts the layers of
+    the network and the plan, `build` has the resources and messages of building, `smoke` whether and how the plan was
+    run.
     """
 
     backend: str

@@ -123,11 +123,11 @@ class BytePairs:
     def encode(self, chars: str) -> list[int]:
         """Return the token ids of one piece.
 
-        A long piece is cut into windows, and the result equals that of the piece as a whole. Let A and B be encoded
-        apart, x be the last token of A and y the first of B. Merging AB takes the same steps as merging A and B, up to
-        the first step that joins a part of A to a part of B. These parts lie in x and in y, and the earlier steps
-        within x and y are those of merging xy. If xy by itself encodes to x and y, there is no such step. Windows are
-        cut where this holds.
+        A long piece is cut into windows, with the result of the piece as a whole. Let A and B be encoded apart, x be
+        the last token of A and y the first of B. Merging AB takes the same steps as merging A and B, up to the first
+        step that joins a part of A to a part of B. These parts lie in x and in y, and the earlier steps within x and y
+        are those of merging xy. If xy by itself encodes to x and y, there is no such step. Windows are cut where this
+        holds.
         """
         with panics_as(InputError, f"a text of {len(chars)} bytes without a break cannot be encoded"):
             return self._encode(chars, self._window)
