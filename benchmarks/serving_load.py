@@ -30,7 +30,7 @@ def request_bytes(index: int, tokens: int, stream: bool) -> bytes:
     """Return the request of this number."""
     body = {"prompt": [1, 2 + index % 200, 3], "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
     data = json.dumps(body | {"stream": stream}).encode()
-    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+    return b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
 
 
 def read_response(connection: socket.socket, stream: bool) -> None:

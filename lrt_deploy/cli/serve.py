@@ -84,6 +84,21 @@ class ServerOptions:
     cors_origin: Annotated[
         list[str] | None, option("Origin of web pages that may call; repeatable.", "URL", SERVING)
     ] = None
+    allowed_host: Annotated[
+        list[str] | None,
+        option("Name that requests may have as their Host on a loopback address; repeatable.", "NAME", SERVING),
+    ] = None
+    max_connections: Annotated[
+        int,
+        option(
+            "Connections that may be open; the longest idle one makes room, or a new one gets a 503.", panel=SERVING
+        ),
+    ] = 512
+    head_seconds: Annotated[float, option("Time in which the head of a request must come.", panel=SERVING)] = 20.0
+    body_seconds: Annotated[float, option("Time in which the body of a request must come.", panel=SERVING)] = 120.0
+    idle_seconds: Annotated[
+        float, option("Time for which idle connections stay open; more than a proxy's.", panel=SERVING)
+    ] = 620.0
     drain_seconds: Annotated[float, option("Time for running answers after SIGTERM.", panel=SERVING)] = 30.0
 
     def __post_init__(self) -> None:
@@ -93,6 +108,13 @@ class ServerOptions:
             raise InputError("host is empty; set it to an address (0.0.0.0 for all), or leave it out for 127.0.0.1")
         if "" in (self.cors_origin or ()):
             raise InputError("cors_origin is empty; set it to an origin such as https://example.org, or leave it out")
+        if "" in (self.allowed_host or ()):
+            raise InputError("allowed_host is empty; set it to a name such as models.example.org, or leave it out")
+        if self.max_connections < 1:
+            raise InputError(f"max_connections is {self.max_connections}, expected at least 1")
+        for name in ("head_seconds", "body_seconds", "idle_seconds"):
+            if not 0 < (value := getattr(self, name)) < inf:
+                raise InputError(f"{name} is {value}, expected a number of seconds above 0")
         if self.max_waiting < 0 or not 0 <= self.drain_seconds < inf:
             raise InputError(
                 f"max_waiting is {self.max_waiting} and drain_seconds {self.drain_seconds}, expected numbers from 0 on"
@@ -108,13 +130,18 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Serve a bundle over HTTP with OpenAI's API. With --json the address is printed as one document."""
-    from lrt_deploy.runtime.serving.app import AppOptions, Log
-    from lrt_deploy.runtime.serving.server import Server, listen
+    from lrt_deploy.runtime.serving.app import AppOptions, Log, is_loopback
+    from lrt_deploy.runtime.serving.server import ConnectionOptions, Server, listen
 
+    bounds = ConnectionOptions(server.max_connections, server.head_seconds, server.body_seconds, server.idle_seconds)
+    bounds.check()
     log = Log()
     with listen(server.host, server.port) as listener, opening.open(bundle) as decoder:
         engine, checked = engine_of(decoder, bundle, api, server.max_waiting, log.put)
-        running = Server(engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ()), log))
+        hosts = tuple(server.allowed_host or ()) if is_loopback(server.host) else None
+        running = Server(
+            engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ()), hosts, log), bounds
+        )
         address = f"[{server.host}]" if ":" in server.host else server.host
         about = {
             "url": f"http://{address}:{listener.getsockname()[1]}",

@@ -40,7 +40,8 @@ class Choice:
         self.stop: int | str | None = None  # what ended it: a token or a text
         self.begun = False  # whether a chunk of it was made
         self.shown = codecs.getincrementaldecoder("utf-8")("replace")  # of the tokens whose offsets were given
-        self.offset = 0
+        self.offset = 0  # of the character that these tokens have begun or are about to
+        self.echoed = 0  # entries of `scored` that belong to the prompt and were not shown yet
 
     def add(self, event: Event) -> None:
         """Append a token."""
@@ -91,6 +92,7 @@ class Answer:
             if first is not None:  # it has nothing before it, or nothing that the caller has written
                 choice.scored.append(Scored(first.token, None, ()))
             choice.scored += [Scored(found.token, found.logprob, found.top) for found in rest]
+        choice.echoed = len(choice.scored)
 
     # Streams
 
@@ -168,9 +170,11 @@ class Answer:
         if self.call.kind == "chat":
             return {"content": [self._entry(found) for found in scored], "refusal": None}
         offsets = []
-        for found in scored:
-            offsets.append(choice.offset)
-            choice.offset += len(choice.shown.decode(self.tokenizer.token_bytes_of(found.token)))
+        for at, found in enumerate(scored):
+            if at == choice.echoed:  # the texts of prompt and answer are decoded apart
+                choice.offset += len(choice.shown.decode(b"", final=True))
+            offsets.append(_place(choice, self.tokenizer.token_bytes_of(found.token)))
+        choice.echoed -= len(scored)
         return {
             "tokens": [self._name(found.token) for found in scored],
             "token_logprobs": [found.logprob for found in scored],
@@ -227,3 +231,15 @@ class Answer:
             "passes": round(passes, 6),
             "residual": max(residuals, default=None),
         }
+
+
+def _place(choice: Choice, data: bytes) -> int:
+    """Return the index of the character that the first byte of a token belongs to, and go on to its end.
+
+    Bytes that wait for the rest of a character become U+FFFD, one or more, where the first byte does not continue them.
+    """
+    begun = choice.shown.decode(data[:1])
+    waits = bool(choice.shown.getstate()[0])
+    place = choice.offset + max(0, len(begun) - (0 if waits else 1))
+    choice.offset += len(begun) + len(choice.shown.decode(data[1:]))
+    return place

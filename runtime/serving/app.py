@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import os
 import queue
+import re
 import sys
 import threading
 import time
@@ -35,7 +37,8 @@ from . import page
 from .answers import Answer
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
-from .openai_api import Api, ApiError, Call, Failure, json_value
+from .openai_api import Api, Call
+from .request_fields import ApiError, Failure, json_value
 
 MAX_BODY_BYTES = 4 * 2**20
 _LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
@@ -116,6 +119,7 @@ class AppOptions:
 
     api_key: str | None = None
     cors_origins: Sequence[str] = ()
+    hosts: Sequence[str] | None = None  # beside loopback addresses, names that a Host header may have; None: all
     log: Log = field(default_factory=Log)
 
 
@@ -216,6 +220,12 @@ class App:
             if self.engine.draining:
                 raise Draining
             call = await self._parsed(request, parse)
+            most = self.engine.slots + self.engine.max_waiting
+            if call.request.size > most:
+                asked = f"{call.request.size} continuations were asked for at once"
+                raise ApiError(
+                    f"{asked}; this server takes at most {most}", "n" if call.request.count > 1 else "prompt"
+                )
             mailbox = Mailbox(lambda: self.abort(client))
             ticket = self.engine.submit(call.request, mailbox.put)
         except LRTDeployError as error:
@@ -381,6 +391,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, options: AppOptions) -> None:
         self.app, self.log, self._origins = app, options.log, frozenset(options.cors_origins)
+        self._hosts = None if options.hosts is None else {"localhost", *(name.lower() for name in options.hosts)}
         self._expected = None if options.api_key is None else options.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -405,9 +416,18 @@ class Gate:
         """Return what answers a request: the app, or an error."""
         if scope["path"] in _OPEN_PATHS:
             return self.app
+        if not self._for_here(scope):
+            return _MISDIRECTED
         if not self._from_here(scope):
             return _FOREIGN
         return self.app if self._has_key(scope) else _UNAUTHORIZED
+
+    def _for_here(self, scope: Scope) -> bool:
+        """Return whether a request names this server: an attacker's DNS may point another name at it."""
+        if self._hosts is None:
+            return True
+        hosts = [value.decode("latin-1").lower() for name, value in scope["headers"] if name == b"host"]
+        return all(_name_of(host) in self._hosts or is_loopback(_name_of(host)) for host in hosts)
 
     def _from_here(self, scope: Scope) -> bool:
         """Return whether no page of another site sends a request, unless its origin is among the options."""
@@ -430,6 +450,20 @@ class Gate:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": _LEFT, **entry}
         self.log.put(msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode())
+
+
+def _name_of(host: str) -> str:
+    """Return a host without its port and its brackets."""
+    found = re.fullmatch(r"\[([0-9a-f:.]+)\](?::\d*)?|([^:]*)(?::\d*)?", host)
+    return (found[1] or found[2] or "").rstrip(".") if found else ""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host is this machine by its name or address, so that no other one can be meant."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 async def _body(request: Request) -> bytes:
@@ -501,6 +535,15 @@ _FOREIGN = _json(
     Failure(
         403,
         "the Origin of this request is neither this server's nor one that --cors-origin allows",
+        "permission_error",
+    ).body(),
+    403,
+)
+_MISDIRECTED = _json(
+    Failure(
+        403,
+        "the Host of this request is no loopback name, and this server listens on a loopback address only; "
+        "--allowed-host NAME allows another name",
         "permission_error",
     ).body(),
     403,

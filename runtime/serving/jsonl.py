@@ -28,7 +28,8 @@ from lrt_deploy.files import open_regular, try_lock
 
 from .answers import Answer
 from .engine import Delivery, Engine
-from .openai_api import Api, ApiError, Call, Failure, json_value
+from .openai_api import Api, Call
+from .request_fields import ApiError, Failure, json_value
 
 MAX_LINE_BYTES = 64 * 2**20
 _BEGINNING = b'{"id":"batch_req_'  # of every line of the output

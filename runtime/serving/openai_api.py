@@ -8,7 +8,6 @@ beyond the types are checked where they are used.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import time
@@ -16,13 +15,11 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-import msgspec
-from msgspec import Meta
-
-from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError, NonFiniteError
-from lrt_deploy.fields import LARGEST_INTEGER, convert, shown
+from lrt_deploy.arguments import check_number, check_whole
+from lrt_deploy.errors import InputError
+from lrt_deploy.fields import shown
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.generation import Generation
 from lrt_deploy.runtime.prefill import PrefillRequest
@@ -32,11 +29,21 @@ from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.text.text_stream import TextStream
 from lrt_deploy.types import PrefillPolicy
 
-from .engine import Draining, EngineRequest, Prompt
+from .engine import EngineRequest, Prompt
+from .request_fields import (
+    ApiError,
+    ChatFields,
+    CompletionFields,
+    DetokenizeFields,
+    Fields,
+    LrtFields,
+    TokenizeFields,
+    fields_of,
+    named,
+)
 
 COMPLETION_TOKENS = 16  # where a completion does not say
-_MOST_CHOICES, _MOST_STOPS, _MOST_PROMPTS = 128, 16, 256
-_MOST_TOP, _MOST_TOP_CHAT = 5, 20  # alternatives beside the chosen token, as in OpenAI's API
+_MOST_STOPS, _MOST_PROMPTS = 16, 256
 _CHAT_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END)
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
@@ -49,110 +56,8 @@ _SHORT_CHAT = (
     {"role": "user", "content": "Thanks"},
 )
 
-_Body = TypeVar("_Body", bound=msgspec.Struct)
 _Checked = TypeVar("_Checked")
-_Number = float | None
-
-
-class ApiError(InputError):
-    """A request that is answered with an error: its HTTP status, and the field that is wrong."""
-
-    def __init__(self, message: str, param: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.param, self.status, self.code = param, status, code
-
-
-class StreamOptions(msgspec.Struct):
-    """`include_usage` adds a last chunk with the counts of tokens."""
-
-    include_usage: bool | None = None
-
-
-class LatentFields(msgspec.Struct):
-    """`latent_cosine` adds to each choice the cosine of the latents before each of its tokens."""
-
-    latent_cosine: bool = False
-
-
-class _Fields(msgspec.Struct, kw_only=True):
-    """Fields of completions and chats. None is what OpenAI's clients send for an option that is not given."""
-
-    model: str | None = None
-    max_tokens: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)] | None = None
-    n: Annotated[int, Meta(ge=1, le=_MOST_CHOICES)] | None = None
-    stop: str | list[str] | None = None
-    seed: int | None = None
-    temperature: _Number = None
-    top_p: _Number = None
-    top_k: int | None = None
-    min_p: _Number = None
-    repetition_penalty: _Number = None
-    frequency_penalty: _Number = None
-    presence_penalty: _Number = None
-    logit_bias: dict[str, float] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
-    ignore_eos: bool | None = None
-    response_format: dict[str, Any] | None = None
-    guided_regex: str | None = None
-    prefill: str | None = None
-    tolerance: _Number = None
-    lrt: LatentFields | None = None
-
-
-class CompletionFields(_Fields, kw_only=True):
-    """The body of `/v1/completions`."""
-
-    prompt: Any
-    echo: bool | None = None
-    best_of: Annotated[int, Meta(ge=1, le=_MOST_CHOICES)] | None = None
-    logprobs: Annotated[int, Meta(ge=0, le=_MOST_TOP)] | None = None
-
-
-class ChatFields(_Fields, kw_only=True):
-    """The body of `/v1/chat/completions`."""
-
-    messages: list[dict[str, Any]]
-    max_completion_tokens: Annotated[int, Meta(ge=0, le=LARGEST_INTEGER)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Meta(ge=0, le=_MOST_TOP_CHAT)] | None = None
-
-
-class TokenizeFields(msgspec.Struct, kw_only=True):
-    """The body of `/tokenize`."""
-
-    prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    add_special_tokens: bool = True
-
-
-class DetokenizeFields(msgspec.Struct, kw_only=True):
-    """The body of `/detokenize`."""
-
-    tokens: list[int]
-
-
-# Known fields that are not supported, and the values that ask for nothing.
-_REFUSED: dict[str, tuple[object, ...]] = {
-    "suffix": (None, ""),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "guided_json": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
-    "modalities": (None, ["text"]),
-    "audio": (None,),
-    "prediction": (None,),
-    "web_search_options": (None,),
-    "chat_template": (None,),
-    "chat_template_kwargs": (None, {}),
-    "documents": (None, []),
-    "add_generation_prompt": (None, True),
-    "continue_final_message": (None, False),
-}
+_Value = TypeVar("_Value", int, float)
 
 
 @dataclass(frozen=True)
@@ -214,7 +119,7 @@ class Api:
 
     def parse_completion(self, body: object) -> Call:
         """Check the body of `/v1/completions`."""
-        fields = _fields_of(CompletionFields, body)
+        fields = fields_of(CompletionFields, body)
         self.check_model(fields.model)
         prompts = self._prompts(fields.prompt)
         arguments = self._arguments(fields)
@@ -242,7 +147,7 @@ class Api:
 
     def parse_chat(self, body: object) -> Call:
         """Check the body of `/v1/chat/completions`."""
-        fields = _fields_of(ChatFields, body)
+        fields = fields_of(ChatFields, body)
         self.check_model(fields.model)
         ids = self.render(fields.messages)
         arguments = self._arguments(fields)
@@ -257,7 +162,7 @@ class Api:
         call.logprobs = bool(fields.logprobs)
         return call
 
-    def _call(self, kind: Literal["completion", "chat"], fields: _Fields, request: EngineRequest, choices: int) -> Call:
+    def _call(self, kind: Literal["completion", "chat"], fields: Fields, request: EngineRequest, choices: int) -> Call:
         stream, options = bool(fields.stream), fields.stream_options
         if options is not None and not stream:
             raise ApiError("stream_options is for requests with stream: true", "stream_options")
@@ -308,7 +213,9 @@ class Api:
         if tokenizer.chat is None and (
             missing := [name for name in _CHAT_TOKENS if name not in tokenizer.special_tokens]
         ):
-            raise ApiError(f"this model's tokenizer has no {missing[0]}, which chats need; use /v1/completions")
+            raise ApiError(
+                f"this model's tokenizer has no {missing[0]}, which chats need; use /v1/completions", "messages"
+            )
         turns = [self._message(index, message) for index, message in enumerate(messages)]
         try:
             tokenizer.check_fits("".join(turn["content"] for turn in turns), self.capacity)
@@ -326,7 +233,7 @@ class Api:
 
         A text that is the name of a special token gives the id of that token.
         """
-        fields = _fields_of(TokenizeFields, body)
+        fields = fields_of(TokenizeFields, body)
         if (fields.prompt is None) == (fields.messages is None):
             raise ApiError("the body needs prompt or messages, and exactly one of the two", "prompt")
         if fields.messages is not None:
@@ -342,7 +249,7 @@ class Api:
 
     def detokenize(self, body: object) -> dict[str, Any]:
         """Answer `/detokenize`: the text of token ids, special tokens by name."""
-        fields, tokenizer = _fields_of(DetokenizeFields, body), self.tokenizer
+        fields, tokenizer = fields_of(DetokenizeFields, body), self.tokenizer
         try:
             return {"prompt": tokenizer.decode(fields.tokens)}
         except InputError as error:
@@ -447,7 +354,7 @@ class Api:
             wanted = limit
         return Prompt(ids, min(wanted, room))
 
-    def _arguments(self, fields: _Fields) -> dict[str, Any]:
+    def _arguments(self, fields: Fields) -> dict[str, Any]:
         """Return the arguments of `BatchDecoder.submit`, checked."""
         sampling: dict[str, Any] = {"temperature": 1.0}
         sampling |= {name: value for name in _SAMPLING if (value := getattr(fields, name)) is not None}
@@ -471,6 +378,12 @@ class Api:
         latent_cosine = fields.lrt is not None and fields.lrt.latent_cosine
         if latent_cosine and not memory:
             raise ApiError("lrt.latent_cosine is true, and this model carries no latent state", "lrt.latent_cosine")
+        lrt = fields.lrt or LrtFields()
+        priority = _either("priority", fields.priority, lrt.priority) or 0
+        deadline_s = _either("deadline_s", fields.deadline_s, lrt.deadline_s)
+        _checked("priority", lambda: check_whole(priority, "priority", -(2**31), 2**31 - 1))
+        if deadline_s is not None:
+            _checked("deadline_s", lambda: check_number(deadline_s, "deadline_s", 0))
         grammar = _grammar(fields)
         if grammar is not None:
             param, found = grammar
@@ -484,35 +397,14 @@ class Api:
             "stop_ids": [] if fields.ignore_eos else None,
             "policy": policy,
             "tolerance": tolerance,
+            "priority": priority,
+            "deadline_s": deadline_s,
             **({"grammar": grammar[1]} if grammar else {}),
             **sampling,
         }
 
 
-def json_value(data: bytes, name: str = "the body") -> Any:  # noqa: ANN401 - any JSON value
-    """Parse JSON that may be hostile; raises ApiError."""
-    try:
-        return msgspec.json.decode(data)
-    except RecursionError as error:
-        raise ApiError(f"{name} is nested too deeply to be read") from error
-    except (msgspec.MsgspecError, ValueError) as error:
-        raise ApiError(f"{name} is not valid JSON: {error}") from error
-
-
-def _fields_of(kind: type[_Body], body: object) -> _Body:
-    """Convert a JSON value to its fields; raises ApiError that names the one that is wrong."""
-    if not isinstance(body, dict):
-        raise ApiError(f"the body is {shown(body)}, expected a JSON object")
-    for name, silent in _REFUSED.items():
-        if name in body and body[name] not in silent and name not in kind.__struct_fields__:
-            raise ApiError(f"{name} is not supported by this server", name, code="unsupported_parameter")
-    try:
-        return convert(kind, body)
-    except ValueError as error:
-        raise ApiError(str(error), _named(str(error))) from error
-
-
-def _grammar(fields: _Fields) -> tuple[str, Grammar] | None:
+def _grammar(fields: Fields) -> tuple[str, Grammar] | None:
     """Return the form that the answer must have, and the field that says so."""
     form, regex, found = fields.response_format, fields.guided_regex, []
     if regex is not None:
@@ -535,6 +427,13 @@ def _grammar(fields: _Fields) -> tuple[str, Grammar] | None:
     return found[0] if found else None
 
 
+def _either(name: str, outside: _Value | None, inside: _Value | None) -> _Value | None:
+    """Return a field that may stand in the request or under its `lrt`."""
+    if outside is not None and inside is not None and outside != inside:
+        raise ApiError(f"lrt.{name} is {inside}, and {name} is {outside}; give one of the two", f"lrt.{name}")
+    return inside if outside is None else outside
+
+
 def _biases(given: Mapping[str, float]) -> dict[int, float]:
     """Return the logit bias by token id; keys of JSON objects are texts."""
     for token in given:
@@ -548,13 +447,7 @@ def _checked(param: str | None, check: Callable[[], _Checked]) -> _Checked:
     try:
         return check()
     except InputError as error:
-        raise ApiError(str(error), param or _named(str(error))) from error
-
-
-def _named(message: str) -> str | None:
-    """Return the field that a message begins with."""
-    found = re.match(r"(?:sampling option )?([a-z_]+(?:\[\d+\])?(?:\.[a-z_]+)*) (?:is|has|holds|=)", message)
-    return found[1] if found else None
+        raise ApiError(str(error), param or named(str(error))) from error
 
 
 def _text_of(part: object, name: str) -> str:
@@ -564,37 +457,3 @@ def _text_of(part: object, name: str) -> str:
         return text
     kind = part.get("type") if isinstance(part, dict) else part
     raise ApiError(f"{name} is {shown(kind)}, expected a part of the type text", name)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error as OpenAI's API shows it."""
-
-    status: int
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-    @classmethod
-    def of(cls, error: LRTDeployError) -> Failure:
-        """Return what an error means to a client."""
-        message = str(error)
-        if isinstance(error, ApiError):
-            kind = "not_found_error" if error.status == 404 else "invalid_request_error"
-            return cls(error.status, message, kind, error.param, error.code)
-        if isinstance(error, Draining):
-            return cls(503, message, "server_error", code="draining")
-        if isinstance(error, Busy):
-            return cls(429, message, "rate_limit_error", code="queue_full")
-        if isinstance(error, BackendError) and not isinstance(error, NonFiniteError):
-            return cls(503, message, "server_error", code="backend_failed")
-        if isinstance(error, BackendError):
-            return cls(500, message, "server_error", code="non_finite")
-        return cls(400, message, "invalid_request_error", _named(message))
-
-    def body(self) -> dict[str, Any]:
-        """Return the JSON value."""
-        fields = dataclasses.asdict(self)
-        del fields["status"]
-        return {"error": fields}

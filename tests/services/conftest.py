@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -56,6 +56,7 @@ class Server:
         *options: str,
         environment: dict[str, str] | None = None,
         stderr: int | None = None,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
         self.log = log
         command = [str(BIN / "lrt-deploy"), "serve", str(bundle), "--port", "0", "--json", "--threads", "1", *options]
@@ -65,6 +66,7 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=file if stderr is None else stderr,
                 env={**os.environ, **(environment or {})},
+                preexec_fn=prepare,
             )
         self.about = self._first_document()
         self.port = int(self.about["url"].rpartition(":")[2])
@@ -165,9 +167,8 @@ class Stream:
         self.socket.settimeout(ANSWER_SECONDS)
         self.socket.connect(("127.0.0.1", port))
         data = json.dumps(body).encode()
-        head = (
-            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-        )
+        fields = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        head = f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n"
         self.socket.sendall(head.encode() + data)
         self._response: http.client.HTTPResponse | None = None
 

@@ -126,9 +126,9 @@ def test_a_client_that_never_reads_is_dropped_in_the_end(local, monkeypatch, cap
     big = {"max_tokens": 600, "logprobs": 5, "n": 4}
     never = server.stream(big | ({"stream": False} if whole else {}), receive_buffer=2048)
     until = time.monotonic() + 60
-    while not server.server._transports:
+    while not server.server._connections.by_client:
         assert time.monotonic() < until
-    while server.server._transports:
+    while server.server._connections.by_client:
         assert time.monotonic() < until
         time.sleep(0.02)
     assert server.engine.wait_until_idle(60)
@@ -195,8 +195,8 @@ def test_small_answers_are_sent_at_once(local):
     server = local()
     with socket.create_connection(("127.0.0.1", server.port)):
         until = time.monotonic() + 60
-        while not server.server._transports:
+        while not server.server._connections.by_client:
             assert time.monotonic() < until
-        (transport,) = server.server._transports.values()
+        (transport,) = server.server._connections.by_client.values()
         accepted = transport.get_extra_info("socket")
         assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

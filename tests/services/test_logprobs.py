@@ -140,3 +140,17 @@ def test_wrong_options_are_named(server, path, fields, param):
     given = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
     reply = server.post(path, given | fields)
     assert reply.status == 400 and (reply.error["param"] or "").startswith(param), reply.body
+
+
+def test_offsets_are_those_of_the_characters_that_tokens_begin_in_whatever_their_bytes(server, decoder):
+    tokenizer = decoder.tokenizer
+    one = {tokenizer.token_bytes_of(token): token for token in reversed(range(tokenizer.vocab_size))}
+    data = "a\u00e9\u20ac\U0001f600".encode() + b"\xc3b\xe2\x82\xe2\x82\xac\xff\xf0\x9f\xc3\xa9\xa9\xf0"
+    ids = [one[bytes([byte])] for byte in data]
+    answer = server.complete(ids, echo=True, logprobs=0, max_tokens=8, temperature=2.0, seed=1)["choices"][0]
+    text, offsets = answer["text"], answer["logprobs"]["text_offset"]
+    assert text.startswith(data.decode(errors="replace"))
+    # The last character of a text is the one that its last byte belongs to, also where that is not whole.
+    expected = [len(data[: at + 1].decode(errors="replace")) - 1 for at in range(len(data))]
+    assert offsets[: len(data)] == expected
+    assert offsets[len(data)] == len(data.decode(errors="replace"))

@@ -148,6 +148,35 @@ def test_a_full_queue_is_a_429_before_any_work(launch):
     assert server.complete([1], max_tokens=5)["choices"]
 
 
+def test_a_request_beyond_its_deadline_is_a_504_and_frees_its_slots(server):
+    idle(server)
+    for where in ({"deadline_s": 0.1}, {"lrt": {"deadline_s": 0.1}}):
+        reply = server.post("/v1/completions", ENDLESS | where)
+        assert (reply.status, reply.error["code"], reply.error["param"]) == (504, "deadline_exceeded", "deadline_s")
+        idle(server)
+
+
+def test_of_requests_that_wait_the_one_of_the_highest_priority_comes_first(launch):
+    server = launch("--slots", 1)
+    running = server.open_stream("/v1/completions", ENDLESS | {"prompt": [1], "n": 1})
+    next(running.events())
+    results = []
+    for waiting, priority in enumerate(({}, {"priority": -1}, {"priority": 5}, {"lrt": {"priority": 9}}), 1):
+        results.append(in_thread(server.complete, [1], max_tokens=200, ignore_eos=True, **priority))
+        server.wait_for("lrt_waiting", waiting)
+    running.close()
+    ids = [result()["id"] for result in results]
+    until = time.monotonic() + 60
+    while len(logged := [line["id"] for line in log_of(server) if line.get("id") in ids]) < 4:
+        assert time.monotonic() < until
+    assert logged == [ids[3], ids[2], ids[0], ids[1]]
+
+
+def log_of(server):
+    lines = server.log.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
+
+
 def test_the_limit_of_new_tokens_holds_for_what_is_said_and_for_silence(launch, decoder):
     server = launch("--max-tokens-limit", 5, "--served-model-name", "demo")
     reply = server.post("/v1/completions", {"prompt": "a", "max_tokens": 6, "model": "demo"})

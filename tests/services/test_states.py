@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import resource
 import shutil
 import time
@@ -165,6 +167,36 @@ def test_a_folder_that_is_damaged_or_gone_costs_time_only(launch, decoder, tmp_p
     folder.write_text("a file")
     assert chat.ask(second, QUESTIONS[2])["lrt"]["reused_tokens"] > 0  # from memory
     assert second.get("/ready").status == 200
+
+
+def without_rights_of_root():
+    """Keep a process from writing where permissions forbid it, also where it runs as root."""
+    drop_from_bounding_set, override = 24, 1  # PR_CAPBSET_DROP and CAP_DAC_OVERRIDE of Linux
+    if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).prctl(drop_from_bounding_set, override, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl")
+
+
+def test_a_folder_that_cannot_be_written_costs_time_only(launch, decoder, tmp_path):
+    folder = tmp_path / "states"
+    writer = launch("--state-dir", folder)
+    chat = Conversation(decoder)
+    chat.ask(writer, QUESTIONS[0])
+    stored(folder, 1)
+    found = [folder, *folder.rglob("*")]
+    for path in found:
+        path.chmod(0o500 if path.is_dir() else 0o400)
+    try:
+        reader = launch("--state-dir", folder, prepare=without_rights_of_root)
+        before = {path: path.stat().st_mtime_ns for path in found}
+        chat.ask(reader, QUESTIONS[1])
+        while reader.gauge("lrt_state_folder_problems") < 1:
+            time.sleep(0.02)
+        assert {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]} == before
+        assert "state folder: " in reader.log.read_text()
+        chat.ask(reader, QUESTIONS[2])
+    finally:
+        for path in found:
+            path.chmod(0o700)
 
 
 def test_a_folder_on_a_full_disk_costs_time_only(launch, decoder, tmp_path):
