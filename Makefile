@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test test-services docs check kills interrupts fuzz clean
+.PHONY: install demo test test-services docs check kills interrupts fuzz dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -64,5 +64,34 @@ fuzz: install
 	  --results $(FUZZ_RESULTS)/results-$(FUZZ_SEED).jsonl --summary $(FUZZ_RESULTS)/summary.json \
 	  $(if $(FUZZ_KINDS),,--page docs/hostile-inputs.md)
 
+.venv-release/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  build cyclonedx-bom twine uv setuptools
+	@touch $@
+
+# The source distribution, the wheel that is built from it, and whether an index would take both.
+dist: .venv-release/installed
+	rm -rf dist build/lib *.egg-info
+	.venv-release/bin/python -m build --no-isolation --outdir dist .
+	.venv-release/bin/twine check --strict dist/lrt_deploy-*
+
+# Install the wheel of `make dist` into clean environments, one for each extra, and try its verbs there (EXTRAS: some).
+EXTRAS ?= none export serve grammar bench report tensorrt-rtx
+wheel-check:
+	$(PYTHON) tests/wheel_smoke.py dist/*.whl $(EXTRAS)
+
+# requirements.lock: what `make install` installs, with the hashes of the files on PyPI. UV_ARGS: where to look instead.
+lock: .venv-release/installed
+	.venv-release/bin/uv pip compile --quiet --universal --python-version 3.11.5 --extra test --constraint constraints.txt \
+	  --generate-hashes --no-emit-index-url --no-emit-find-links --no-annotate --no-header $(UV_ARGS) \
+	  --output-file requirements.lock pyproject.toml
+
+# A bill of materials, CycloneDX JSON, of what this environment has installed.
+sbom: install .venv-release/installed
+	mkdir -p dist
+	.venv-release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
+	  --output-file dist/sbom.cdx.json .venv
+
 clean:
-	rm -rf .venv build dist *.egg-info demo/bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-release build dist *.egg-info demo/bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -96,6 +96,21 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def onnxruntime_clash() -> str | None:
+    """Say that two packages of ONNX Runtime are installed, and what to do; None where there is one at most."""
+    found = {}
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if len(found) < 2:
+        return None
+    both = " and ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        f"{both} are both installed, and their files overwrite each other; expected one of them. Remove both "
+        "(pip uninstall onnxruntime onnxruntime-gpu), then install lrt-deploy again from where it came from"
+    )
+
+
 Extra = Literal["export", "serve", "grammar", "bench", "report", "tensorrt", "tensorrt-rtx"]
 
 # The modules that each extra brings, in the order in which people would look for them.

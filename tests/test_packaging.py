@@ -1,20 +1,45 @@
-"""The wheel holds what the tree holds: a sub-package or data file that pyproject.toml forgets would be missing."""
+"""What is released: the wheel and the source distribution hold what the tree holds, and the metadata are true.
+
+A sub-package or data file that pyproject.toml forgets would be missing; a package that is imported and not declared
+would be missing in a user's environment, and one that is declared and not imported would be installed for nothing.
+"""
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+
+from lrt_deploy import machine
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"lrt_deploy": "lrt_deploy", "exporters": "lrt_deploy/exporters", "runtime": "lrt_deploy/runtime"}
-LOOSE = ("pyproject.toml", "README.md", "LICENSE")
-
-pytestmark = pytest.mark.slow
+LOOSE = ("pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+RELEASE_FILES = (
+    "CHANGELOG.md",
+    "CITATION.cff",
+    "SECURITY.md",
+    "CONTRIBUTING.md",
+    "constraints.txt",
+    "requirements.lock",
+)
+# Names that a package is imported by, where they are not its own.
+IMPORTED_AS = {"onnxruntime-gpu": "onnxruntime", "protobuf": "google", "cuda-bindings": "cuda"}
+IMPORTED_AS |= {"tensorrt-rtx-cu13": "tensorrt_rtx"}
+# Imported by another package: torch's exporter runs on it.
+NOT_IMPORTED_BY_US = {"onnxscript"}
 
 
 def copy_tree(folder):
@@ -36,12 +61,17 @@ def tree_files(root):
     }
 
 
-def wheel_files(root, folder):
+def build_wheel(root, folder):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", ".", "--wheel-dir", str(folder)]
     command += ["--no-deps", "--no-build-isolation", "--no-index"]
     result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def wheel_files(root, folder):
+    wheel = build_wheel(root, folder)
     return {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
 
 
@@ -51,6 +81,7 @@ def tree(tmp_path):
     return copy_tree(tmp_path / "tree")
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_tree(tree, tmp_path):
     expected = tree_files(tree)
     found = wheel_files(tree, tmp_path / "wheel")
@@ -58,8 +89,127 @@ def test_the_wheel_holds_every_file_of_the_tree(tree, tmp_path):
     assert {"lrt_deploy/py.typed", "lrt_deploy/errors.py", "lrt_deploy/runtime/__init__.py"} <= found
 
 
+@pytest.mark.slow
 def test_an_unlisted_sub_package_is_noticed(tree, tmp_path):
     (tree / "runtime" / "unlisted").mkdir()
     (tree / "runtime" / "unlisted" / "__init__.py").touch()
     missing = tree_files(tree) - wheel_files(tree, tmp_path / "wheel")
     assert "lrt_deploy/runtime/unlisted/__init__.py" in missing
+
+
+@pytest.mark.slow
+def test_the_wheel_that_is_built_from_the_source_distribution_is_that_of_the_tree(tree, tmp_path):
+    for name in RELEASE_FILES:
+        shutil.copy(ROOT / name, tree / name)
+    for name in ("docs", "examples"):
+        shutil.copytree(ROOT / name, tree / name)
+    code = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=tree, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    archive = tmp_path / done.stdout.splitlines()[-1]
+    with tarfile.open(archive) as opened:
+        opened.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert wheel_files(unpacked, tmp_path / "wheel") == tree_files(tree)
+    files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
+    examples = {f"examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+    assert {*RELEASE_FILES, *examples, "LICENSE", "README.md", "docs/bundle-format.md"} <= files
+
+
+@pytest.mark.slow
+def test_a_clean_environment_runs_the_verbs_of_the_wheel_without_torch(tree, tmp_path):
+    """The wheel alone; `make wheel-check` tries every extra."""
+    wheel = build_wheel(tree, tmp_path / "wheel")
+    command = [sys.executable, ROOT / "tests/wheel_smoke.py", wheel, "none"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("none: works"), done.stdout + done.stderr
+
+
+def modules(*folders):
+    """Top-level names that the files of some folders import, by statement or as a text in `import_module`."""
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found.add(node.module.split(".")[0])
+        found |= set(re.findall(r"""import_module\(["'](\w+)""", text))
+    return found - set(sys.stdlib_module_names) - {"lrt_deploy"}
+
+
+def named(requirements):
+    """The module that each requirement is imported as; requirements of this project itself are left out."""
+    names = {Requirement(text).name for text in requirements} - {"lrt-deploy"}
+    return {IMPORTED_AS.get(name, name.replace("-", "_")) for name in names}
+
+
+def test_every_import_is_declared_and_every_declared_package_is_imported():
+    product_extras = EXTRAS.keys() - {"test", "docs", "release"}
+    declared = named([*PROJECT["dependencies"], *(text for extra in product_extras for text in EXTRAS[extra])])
+    imported = modules("lrt_deploy", "exporters", "runtime")
+    by_name = set(machine.MODULES["tensorrt"]) | set(machine.MODULES["tensorrt-rtx"])  # `TensorRTLibrary.load`
+    assert imported - declared == set()
+    assert declared - imported - by_name == NOT_IMPORTED_BY_US
+
+
+def test_the_runtime_declares_what_it_imports_without_an_extra():
+    optional = named(
+        text for extra in ("serve", "grammar", "bench", "tensorrt", "tensorrt-rtx") for text in EXTRAS[extra]
+    )
+    assert modules("runtime") <= named(PROJECT["dependencies"]) | optional
+    assert "torch" not in modules("runtime") | named(PROJECT["dependencies"])
+
+
+def test_what_the_tests_import_is_declared():
+    own = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")} | {"hostile"}
+    all_declared = named([*PROJECT["dependencies"], *(text for texts in EXTRAS.values() for text in texts)])
+    assert modules("tests", "examples") - own - {"contenders"} <= all_declared
+
+
+PLATFORMS = [("linux", "x86_64"), ("linux", "aarch64"), ("win32", "AMD64"), ("win32", "ARM64"), ("darwin", "arm64")]
+
+
+@pytest.mark.parametrize(("platform", "machine_name"), [*PLATFORMS, ("darwin", "x86_64")])
+def test_every_platform_gets_one_onnxruntime(platform, machine_name):
+    here = {"sys_platform": platform, "platform_machine": machine_name, "extra": ""}
+    every = [Requirement(text) for text in (*PROJECT["dependencies"], *(t for texts in EXTRAS.values() for t in texts))]
+    found = [r.name for r in every if r.name.startswith("onnxruntime") and (not r.marker or r.marker.evaluate(here))]
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_doctor_names_the_clash_of_two_onnxruntimes(monkeypatch, both):
+    original = importlib.metadata.version
+
+    def version(name):
+        if name not in ("onnxruntime", "onnxruntime-gpu"):
+            return original(name)
+        if name == "onnxruntime" and not both:
+            raise importlib.metadata.PackageNotFoundError
+        return "1.31.1"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    text = machine.onnxruntime_clash()
+    assert (text is not None) == both
+    assert not both or "onnxruntime 1.31.1 and onnxruntime-gpu 1.31.1 are both installed" in text
+
+
+def test_pins_and_hashes_name_no_place_and_agree():
+    """requirements.lock holds what constraints.txt pins, each with the hashes of its files."""
+    lock, constraints = ((ROOT / name).read_text() for name in ("requirements.lock", "constraints.txt"))
+    assert "://" not in lock + constraints and "--index-url" not in lock
+    pins = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", constraints, re.MULTILINE))
+    plain = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+    locked = re.findall(r"^([\w.-]+)==([^\s;]+)[^\n]*\\\n    --hash=sha256:[0-9a-f]{64}", lock, re.MULTILINE)
+    assert len(locked) == len(re.findall(r"^[\w.-]+==", lock, re.MULTILINE)) > 80
+    assert [pin for pin in locked if plain.get(pin[0], pin[1]) != pin[1]] == []
+    direct = {Requirement(text).name.lower() for text in PROJECT["dependencies"]} - {"lrt-deploy"}
+    assert {re.sub(r"[-_.]+", "-", name) for name in direct} <= {name for name, _ in locked}
+
+
+def test_versions_of_the_metadata_agree():
+    assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
+    assert importlib.metadata.version("lrt-deploy") == PROJECT["version"]
+    assert f"\n## {PROJECT['version']}\n" in (ROOT / "CHANGELOG.md").read_text()

@@ -41,8 +41,10 @@ def doctor(json: options.Json = False) -> None:
     here = environment()
     usable = [backend.name for backend in backends if backend.available]
     line = f"ready: {', '.join(usable)}" if usable else "no backend can run here"
+    problems = [clash] if (clash := machine.onnxruntime_clash()) else []
     rows: dict[str, object] = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
-    fields = {"backends": [asdict(backend) for backend in backends], "environment": here}
+    rows |= {"problem": "; ".join(problems)} if problems else {}
+    fields = {"backends": [asdict(backend) for backend in backends], "problems": problems, "environment": here}
     output.result(json, fields, line, rows | here)
     if not usable:
         raise typer.Exit(1)

@@ -145,7 +145,10 @@ def open_session(graph: Path, kind: str, stream: int) -> Any:  # noqa: ANN401 - 
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     settings = {"user_compute_stream": str(stream)} if kind == "cuda" else {}
     if provider not in ort.get_available_providers():
-        raise BackendError(f"ONNX Runtime {ort.__version__} was built without {provider}; pip install onnxruntime-gpu")
+        raise BackendError(
+            f"ONNX Runtime {ort.__version__} was built without {provider}; replace the package: "
+            "pip uninstall onnxruntime, then pip install onnxruntime-gpu"
+        )
     try:
         session = ort.InferenceSession(str(graph), options, providers=[(provider, settings)], enable_fallback=0)
     except ORT_ERRORS as error:
