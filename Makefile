@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test test-services docs check kills interrupts fuzz dist wheel-check lock sbom clean
+.PHONY: install demo test test-services docs check kills interrupts fuzz pictures dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -92,6 +92,11 @@ sbom: install .venv-release/installed
 	mkdir -p dist
 	.venv-release/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON \
 	  --output-file dist/sbom.cdx.json .venv
+
+# The pictures of the chat page in docs/serving.md; needs Chromium.
+pictures: install
+	test -e $(DEMO) || $(BIN)/lrt-deploy export demo/checkpoint $(DEMO) --max-seq-len 1024
+	$(BIN)/python benchmarks/page_pictures.py $(DEMO) docs
 
 clean:
 	rm -rf .venv .venv-release build dist *.egg-info demo/bundle .pytest_cache .mypy_cache .ruff_cache .hypothesis
