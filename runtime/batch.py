@@ -4,7 +4,9 @@ A prompt that is read stepwise costs no step of its own. One that is iterated is
 it, then a decode step of all rows. A row that ends makes room before the next step. There is no padding: rows have
 their own lengths, latents, stop rules and random numbers, and the result of a request does not depend on its neighbours
 beyond the rounding of float32 sums. One thread uses one BatchDecoder, which may use several: `lanes` divides the slots
-into shards that are stepped side by side, which small models on several cores gain from.
+into shards that are stepped side by side, which small models on several cores gain from. With one lane, rows that are
+much longer than others are in a second shard where two steps cost less than one: a step reads as many cache slots for
+every row as for the longest.
 
 Interrupts: where the requests stand is one `Book`, replaced in one assignment. What a shard has done is read off its
 state alone (`shard`). A prompt whose iteration was interrupted is read again.
@@ -33,7 +35,7 @@ from .fixed_point import InBlocks
 from .generation import Continuation, Generation
 from .prefill import PrefillRequest, reused, shared_tokens
 from .sampling import Sampler, SamplingArguments
-from .shard import BatchEvent, Book, Prompt, Request, Shard
+from .shard import BatchEvent, Book, Prompt, Request, Shard, divided, slots_of_a_step, step_cost
 from .state import Content, DecodeState
 
 _POLL_SECONDS = 1e-3
@@ -101,6 +103,7 @@ class BatchDecoder:
         tokens = unlimited if max_waiting_tokens is None else check_whole(max_waiting_tokens, "max_waiting_tokens")
         self.max_waiting_tokens, self.blocks_per_step = tokens, check_whole(blocks_per_step, "blocks_per_step", 1)
         self._lanes, self._shards = lanes, [*self._new_shards(lanes)]
+        self._step_slots = slots_of_a_step(decoder, self._shards[0].state) if lanes == 1 else math.inf
         self._threads = ThreadPoolExecutor(lanes) if lanes > 1 else None
         self._clock: Callable[[], float] = time.monotonic
         self._book = Book()
@@ -284,8 +287,8 @@ class BatchDecoder:
             self._choose()
         if self._timed:
             self._expire()
-        for shard in self._shards:
-            shard.free(self._book.made)
+        self._free()
+        self._divide()
         while self._book.waiting and self.running < self.slots and (request := self._next()):
             self._admit(request)
         for _ in range(self.blocks_per_step):
@@ -294,10 +297,13 @@ class BatchDecoder:
         for shard in self._shards:
             shard.soon = 0
         if self._book.reading:
-            self._roomiest().soon = max(len(request.prompt.ids) for request in self._book.reading)
+            longest = max(len(request.prompt.ids) for request in self._book.reading)
+            if (place := self._place(longest)) is not None:
+                place.soon = longest
         self._chosen = False
         if self._threads is None:
-            self._shards[0].run(self._book.made)
+            for shard in self._shards:
+                shard.run(self._book.made)
         else:
             ticket, running = object(), []
             for shard in self._shards:
@@ -315,8 +321,49 @@ class BatchDecoder:
             self._book = shard.choose(shard.report(self._book))
             shard.free(self._book.made)
 
-    def _roomiest(self) -> Shard:
-        return max(self._shards, key=lambda shard: shard.room)
+    def _free(self) -> None:
+        """Evict the rows of requests that have ended, and those that an interrupted move has left in two shards."""
+        for shard in self._shards:
+            shard.free(self._book.made)
+        if self._lanes == 1 and len(self._shards) > 1:
+            self._shards[1].evict(self._shards[0])
+            self._shards = [shard for shard in self._shards if shard.requests] or self._shards[:1]
+
+    def _place(self, length: int) -> Shard | None:
+        """Return the shard in which a row of so many tokens costs least; None: a second one that is not there yet."""
+        if self._lanes > 1:
+            return max(self._shards, key=lambda shard: shard.room)
+        step, found = self._step_slots, list[tuple[float, int]]()
+        for shard in self._shards:
+            held = shard.state.row_lengths
+            found.append((step_cost([*held, length], step) - step_cost(held, step), len(found)))
+        cost, index = min(found)
+        return None if len(found) == 1 and cost > step + length else self._shards[index]
+
+    def _placed(self, length: int) -> Shard:
+        """Return the same, and add the second shard where it is not there."""
+        if (place := self._place(length)) is None:
+            place = Shard(self.decoder, self.slots, length)
+            self._shards = [*self._shards, place]
+        return place
+
+    def _divide(self) -> None:
+        """Move one row to the other shard, where steps cost clearly less when all rows are where they belong."""
+        held = [shard.state.row_lengths for shard in self._shards]
+        rows = sorted(((n, at, row) for at, lengths in enumerate(held) for row, n in enumerate(lengths)), reverse=True)
+        if self._lanes > 1 or len(rows) < 2 or (len(held) == 1 and len(rows) * rows[0][0] < self._step_slots):
+            return
+        cost, longer = divided([n for n, _, _ in rows], self._step_slots)
+        if sum(step_cost(lengths, self._step_slots) for lengths in held) - cost < self._step_slots / 4:
+            return
+        # Whichever shard has more of the longer rows is to have all of them.
+        ways = [
+            [row for i, row in enumerate(rows) if row[1] != (first if i < longer else 1 - first)] for first in (0, 1)
+        ]
+        (_, at, row) = min(ways, key=lambda wrong: sum(n for n, _, _ in wrong))[0]
+        if len(held) == 1:
+            self._shards = [*self._shards, Shard(self.decoder, self.slots, held[at][row])]
+        self._shards[1 - at].take(self._shards[at], row)
 
     def _live(self) -> set[int]:
         """Return the numbers of the requests that have a slot."""
@@ -340,7 +387,8 @@ class BatchDecoder:
                 book = self._book.without({request.number})
                 self._book = book._replace(reading=(*book.reading, request))
                 return
-        shard = self._roomiest()
+        start = request.row or prompt.done or prompt.start
+        shard = self._placed(start.row_lengths[0] if start else 0)
         shard.admit(request)
         self._seat(request, shard)
 
@@ -363,7 +411,7 @@ class BatchDecoder:
             content: Content = end.value
             request.prompt.report = request.prompt.report or content.prefill  # not of a reading of what has been read
             source.commit(content, None)
-            shard = self._roomiest()
+            shard = self._placed(len(request.prompt.ids))
             shard.state.add(source, tag=request)
             self._seat(request, shard)
         except LRTDeployError as error:

@@ -7,12 +7,13 @@ run. So every step may be interrupted and done again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from lrt_deploy.bundle.weights import matrix_elements
 from lrt_deploy.errors import InputError, LRTDeployError, NonFiniteError
 from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 
@@ -139,8 +140,12 @@ class Book(NamedTuple):
 class Shard:
     """The rows of one state, with a request on each (`DecodeState.tags`), stepped together."""
 
-    def __init__(self, decoder: Decoder, slots: int) -> None:
+    def __init__(self, decoder: Decoder, slots: int, tokens: int = 0) -> None:
+        """Make a shard without rows, whose first one will have so many tokens."""
         self.decoder, self.state = decoder, decoder.new_state(slots)
+        if tokens:  # growing while it is empty copies nothing, and touches no memory
+            for _ in range(len(self.state.buffers.read_slots(0, 0, 0)) + 1):
+                self.state.fit(tokens)
         # After an interrupt, a thread may still run the step that was interrupted, or start only then. Plain attributes
         # and no lock: an interrupt at the end of a `with` block would leave a lock taken for ever.
         self.busy = False  # whether a thread runs a step
@@ -278,3 +283,41 @@ class Shard:
         for row in reversed(range(len(requests))):
             if requests[row].number not in made:
                 self.state.drop(row)
+
+    def take(self, other: Shard, row: int) -> None:
+        """Move a row of another shard here. After an interrupt both may have it; see `evict`."""
+        self.state.add(other.state, row, tag=other.requests[row])
+        other.state.drop(row)
+
+    def evict(self, others: Shard) -> None:
+        """Evict the rows that are in another shard too."""
+        there = {request.number for request in others.requests}
+        self.free({request.number: 0 for request in self.requests if request.number not in there})
+
+
+# What a step costs without any cache slots, beside the weights that it reads: as much as reading so many bytes.
+_DISPATCH_BYTES = 8 * 2**20
+_ITEM_BYTES = {"fp32": 4.0, "fp16": 2.0, "bf16": 2.0, "int4-weight-only": 0.5}  # of a matrix's elements; others: 1
+
+
+def slots_of_a_step(decoder: Decoder, state: DecodeState) -> float:
+    """Return how many cache slots, of one row each, take as long to read as a step takes without any.
+
+    A step reads the slots of the longest row for every row. Infinite where caches have all their memory from the start,
+    so that a second state would double it.
+    """
+    if decoder.backend != "ort-cpu":
+        return math.inf
+    slot = sum(array.nbytes for array in state.buffers.read_slots(0, 0, 1).values())
+    return (matrix_elements(decoder.config) * _ITEM_BYTES.get(decoder.precision, 1.0) + _DISPATCH_BYTES) / slot
+
+
+def step_cost(lengths: Sequence[int], step: float) -> float:
+    """Return the cost of a step of rows of these lengths in slots; `step` is that of `slots_of_a_step`."""
+    return step + len(lengths) * max(lengths) if lengths else 0.0
+
+
+def divided(lengths: Sequence[int], step: float) -> tuple[float, int]:
+    """Return the least cost of rows of these lengths (the longest first) in two steps or one, and how many go first."""
+    costs = [step_cost(lengths[:count], step) + step_cost(lengths[count:], step) for count in range(len(lengths))]
+    return min(zip(costs, range(len(lengths)), strict=True))

@@ -6,14 +6,17 @@ Every answer equals the one of `Decoder.generate` for that request alone.
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 
 from lrt_deploy.errors import Busy, InputError, StateError
+from lrt_deploy.runtime import batch as batch_module
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.generation import NO_TOKEN
+from lrt_deploy.runtime.shard import Shard, divided
 
 RNG = np.random.default_rng(9)
 PROMPTS = [RNG.integers(0, 250, n).tolist() for n in (30, 12, 50, 5)]
@@ -500,3 +503,68 @@ def test_rows_that_come_go_and_move_while_caches_change_their_size_give_what_the
     assert len(seen) > 2
     for number, events in found.items():
         assert [e.token for e in events] == [e.token for e in expected[number]]
+
+
+# Rows of different length
+
+
+@pytest.fixture
+def divides(monkeypatch):
+    """Makes shards by length pay for short rows too, and counts the rows of each step by shard."""
+    steps, run = [], Shard.run
+    monkeypatch.setattr(batch_module, "slots_of_a_step", lambda decoder, state: 20.0)
+    monkeypatch.setattr(Shard, "run", lambda self, made: steps.append(self.state.row_lengths) or run(self, made))
+    return steps
+
+
+def test_long_rows_are_stepped_apart_from_short_ones_and_every_request_gives_what_it_gives_alone(one, divides):
+    draw = np.random.default_rng(6)
+    lengths = draw.choice([1, 2, 5, 60, 100], 40).tolist()
+    prompts = [draw.integers(0, 250, length).tolist() for length in lengths]
+    options = [{"stop_ids": [], "temperature": float(i % 2), "seed": i} for i in range(len(prompts))]
+    for i in (3, 9, 20):
+        options[i] |= {"policy": "fixed-point", "tolerance": 1e-2}
+    options[5] |= {"prompt_logprobs": 1}
+    budgets = [int(draw.integers(1, 28)) for _ in prompts]
+    batch, found, expected = BatchDecoder(one, 5), {}, {}
+    for prompt, budget, option in zip(prompts, budgets, options, strict=True):
+        expected[batch.submit(prompt, budget, **option)] = (prompt, budget, option)
+    for event in batch.run():
+        assert event.error is None
+        found.setdefault(event.request, []).append(event.event)
+        assert batch.running <= 5 and len(batch._shards) <= 2
+    for number, (prompt, budget, option) in expected.items():
+        option = {key: value for key, value in option.items() if key != "prompt_logprobs"}
+        assert found[number] == alone(one, prompt, budget, **option)
+    pairs = list(pairwise(divides))
+    assert any(min(a) > 60 and max(b) < 60 for a, b in pairs if a and b)
+    assert {len(lengths) for lengths in divides} >= {1, 2, 3, 4, 5}
+
+
+def test_a_second_shard_comes_with_a_long_row_and_goes_with_it(one, divides):
+    batch = BatchDecoder(one, 4)
+    for prompt in PROMPTS[:1] * 3:
+        batch.submit(prompt, 40, stop_ids=[])
+    for _ in range(4):
+        batch.step()
+    assert len(batch._shards) == 1
+    long = batch.submit(None, 5, state=one.prefill([[1] * 100]), stop_ids=[])
+    batch.step()
+    assert sorted(shard.state.batch for shard in batch._shards) == [1, 3]
+    assert min(sizes(batch), key=max) == {32}  # the others' caches did not grow
+    while any(not event.last for event in batch.step() if event.request == long):
+        pass
+    batch.step()
+    assert [shard.state.batch for shard in batch._shards] == [3] and sizes(batch) == [{32}]
+
+
+def test_the_least_cost_is_found_for_rows_in_one_step_or_in_two():
+    draw = np.random.default_rng(7)
+    for _ in range(200):
+        lengths = sorted(draw.choice([1, 5, 20, 100, 1000], draw.integers(1, 9)).tolist(), reverse=True)
+        step = float(draw.choice([1, 50, 500, 5000]))
+        cost, first = divided(lengths, step)
+        ways = [(lengths[:count], lengths[count:]) for count in range(len(lengths) + 1)]
+        costs = [sum(step + len(part) * max(part) for part in way if part) for way in ways]
+        assert cost == min(costs) == costs[first]
+    assert divided([1900, *[10] * 7], 6000.0)[1] == 1 and divided([100, *[10] * 7], 6000.0)[1] == 0

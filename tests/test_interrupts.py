@@ -24,6 +24,7 @@ import lrt_deploy
 from lrt_deploy.errors import NonFiniteError, StateError
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 from lrt_deploy.runtime.batch import BatchDecoder
+from lrt_deploy.runtime.shard import Shard
 from lrt_deploy.runtime.state import DecodeState
 
 ALL_LINES = os.environ.get("LRT_DEPLOY_ALL_LINES", "")
@@ -446,6 +447,33 @@ def test_a_batch_is_interrupted_while_its_caches_change_their_size(decoder):
     expected = work(Persistent(decoder, 1))
     lines = count_lines(lambda: work(Persistent(decoder, 1)))
     for line, kind in walked(lines, "sizes", sample=12):
+        client = Persistent(decoder, 1)
+        with Tracer(line, kind(f"line {line}")):
+            found = work(client)
+        assert found == expected, f"line {line}"
+        COUNTS[f"{kind.__name__}, batch goes on"] += 1
+
+
+def test_a_batch_is_interrupted_while_rows_move_between_shards(decoder, monkeypatch):
+    monkeypatch.setattr("lrt_deploy.runtime.batch.slots_of_a_step", lambda decoder, state: 7.0)
+    moves, take = [], Shard.take
+    monkeypatch.setattr(Shard, "take", lambda self, other, row: (moves.append(row), take(self, other, row)))
+
+    def work(client):
+        client.batch = client.again(lambda: BatchDecoder(decoder, 3))
+        client.again(lambda: client.batch.submit([2] * 9, 5, stop_ids=[]))
+        for _ in range(6):
+            for found in client.again(client.batch.step):
+                client.note(found)
+        for prompt, budget in ((SHORT, 9), ([7], 4)):
+            client.again(lambda prompt=prompt, budget=budget: client.batch.submit(prompt, budget, stop_ids=[]))
+        client.again(client.drain)
+        return client.events
+
+    expected = work(Persistent(decoder, 1))
+    assert moves
+    lines = count_lines(lambda: work(Persistent(decoder, 1)))
+    for line, kind in walked(lines, "moves", sample=25):
         client = Persistent(decoder, 1)
         with Tracer(line, kind(f"line {line}")):
             found = work(client)
