@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lrt_deploy.arguments import check_callable, check_flag, check_path, check_texts, check_whole
 from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.manifest import Manifest
-from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.precisions import INT4, base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.errors import ExportError
 from lrt_deploy.files import check_writable, read_json, read_text
@@ -53,7 +53,7 @@ def export_bundle(
     add: bool = False,
     calibration: str | Path | None = None,
     keep_high: Sequence[str] | None = None,
-    compensate: bool = False,
+    compensate: bool | None = None,
     int4_block: int | None = None,
     host_embeddings: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -75,8 +75,10 @@ def export_bundle(
         calibration: a text file on which ranges and int8 activations are measured; None: the one that is shipped.
         keep_high: matrices that stay precise, as `gate`, `lm_head`, `blocks.3.mlp_in` or `blocks.0`; None: the
             default of each precision; empty: none.
-        compensate: round int4 weights by GPTQ, so that later rows make up for the error of earlier ones.
-        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: 32.
+        compensate: round int4 weights by GPTQ, so that later rows make up for the error of earlier ones; None: where
+            there is a tokenizer, and so text to calibrate on.
+        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: with GPTQ the longest that divides
+            the rows of all matrices, else 32.
         host_embeddings: keep the embedding tables out of graphs and engines; the runtime maps them.
         progress: called with (what, done, total), in bytes or 0, 0. What it raises ends the export.
 
@@ -98,7 +100,7 @@ def export_bundle(
         add=check_flag(add, "add"),
         calibration=None if calibration is None else check_path(calibration, "calibration"),
         keep_high=None if keep_high is None else check_texts(keep_high, "keep_high"),
-        compensate=check_flag(compensate, "compensate"),
+        compensate=None if compensate is None else check_flag(compensate, "compensate"),
         int4_block=None if int4_block is None else check_whole(int4_block, "int4_block"),
         host_embeddings=check_flag(host_embeddings, "host_embeddings"),
     )
@@ -216,7 +218,7 @@ def _write_graphs(
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace
     from .graph.verify import verify_graphs
-    from .quantize.calibrate import make_plan, needs_calibration
+    from .quantize.plan import make_plan, needs_calibration
 
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
@@ -251,7 +253,8 @@ def _calibrate(
     tokenizer = Tokenizer.open(folder / manifest.TOKENIZER) if has_tokenizer else None
     rows = calibration_rows(options.calibration, tokenizer, model.config.vocab_size, capacity)
     say(f"calibrating on {rows.source}", 0, 0)
-    seen = calibrate(model, rows.tokens, say, moments=options.compensate)
+    compensate = has_tokenizer if options.compensate is None else options.compensate
+    seen = calibrate(model, rows.tokens, say, moments=compensate and INT4 in options.precisions)
     return seen, {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
 
 

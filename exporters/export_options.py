@@ -40,7 +40,7 @@ class ExportRequest:
     add: bool
     calibration: Path | None
     keep_high: tuple[str, ...] | None
-    compensate: bool
+    compensate: bool | None
     int4_block: int | None
     host_embeddings: bool
 

@@ -11,7 +11,8 @@ import pytest
 from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.evaluation.stored_weights import check_matrix
 from lrt_deploy.evaluation.verdict import activation_scale_fault, forced_errors, judge_arithmetic
-from lrt_deploy.exporters.quantize.qdq import format_of, quantized, round_by_gptq, weight_scales
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
+from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
 from lrt_deploy.tolerances import (
     FP32,
     GPTQ_COLUMN,

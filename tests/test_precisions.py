@@ -25,8 +25,11 @@ from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
 from lrt_deploy.exporters.graph.precision_graphs import cast_model, cast_weights
 from lrt_deploy.exporters.graph.verify import verify_graphs
-from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Histogram, calibrate, calibration_rows, make_plan
-from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, round_by_gptq, weight_scales
+from lrt_deploy.exporters.quantize import calibrate as calibrate_module
+from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Calibration, Histogram, calibrate, calibration_rows
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
+from lrt_deploy.exporters.quantize.plan import make_plan
+from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.runtime.backends import ort_cpu
@@ -275,6 +278,24 @@ def test_calibration_sees_what_the_rollout_computes(plain):
     assert alone.inputs["memory_kv"].largest == 0.0
 
 
+def test_moments_add_up_the_products_of_all_inputs(plain, monkeypatch):
+    model, rows = plain
+    seen = calibrate(model, rows, moments=True).moments
+    monkeypatch.setattr(calibrate_module, "_MOMENT_ROWS", 1)
+    one_by_one = calibrate(model, rows, moments=True).moments
+    assert seen.keys() == one_by_one.keys() == matrix_shapes(model.config).keys()
+    state = ReferenceDecoder(model, max_seq_len=len(rows[0])).prefill([row[:1] for row in rows])
+    latents = [np.zeros_like(state.latent)]
+    decoder = ReferenceDecoder(model, max_seq_len=len(rows[0]))
+    for t in range(1, len(rows[0])):
+        latents.append(state.latent.copy())
+        decoder.step(state, [row[t] for row in rows])
+    inputs = np.concatenate(latents).astype(np.float64)
+    assert np.allclose(seen["memory_kv"], inputs.T @ inputs, rtol=1e-5, atol=1e-4)
+    for name, moment in seen.items():
+        assert np.allclose(moment, one_by_one[name], rtol=1e-4, atol=1e-4 * np.abs(moment).max())
+
+
 def test_what_float16_cannot_hold_is_multiplied_in_float32_or_refused(plain):
     model, rows = plain
     seen, matrices = calibrate(model, rows), matrix_shapes(model.config)
@@ -308,6 +329,20 @@ def test_a_matrix_that_does_not_divide_into_blocks_is_quantized_all_the_same(pla
     assert wider.kind == dataclasses.replace(plan.kind, block=128)
     assert (wider.details["block"], wider.details["keep_high"]) == (128, [])
     assert make_plan("int8-weight-only", matrices, [], None, int4_block=128).kind == FORMATS["int8-weight-only"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "moments", "block"),
+    [((256, 1024), True, 128), ((192, 768), True, 64), ((160, 640), True, 32), ((80,), True, 32), ((256,), False, 32)],
+)
+def test_int4_takes_the_longest_blocks_that_divide_all_rows_where_gptq_rounds(rows, moments, block):
+    matrices = {f"blocks.{i}.mlp_out": (count, 8) for i, count in enumerate(rows)} | {"blocks.0.gate": (12, 8)}
+    seen = Calibration(1, 1, {name: Histogram() for name in matrices}, dict.fromkeys(matrices, 1.0))
+    if moments:
+        seen.moments.update({name: np.eye(count, dtype=np.float32) for name, (count, _) in matrices.items()})
+    plan = make_plan(INT4, matrices, None, seen)
+    assert (plan.kind.block, plan.details["compensated"]) == (block, moments)
+    assert make_plan(INT4, matrices, None, seen, int4_block=64).kind.block == 64
 
 
 @pytest.mark.parametrize("precision", ["int8-weight-only", "int4-weight-only"])

@@ -29,8 +29,9 @@ from lrt_deploy.bundle.manifest import TABLE_ALIGNMENT, TableRecord
 from lrt_deploy.bundle.precisions import Dtype, base_dtype
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.quantize.calibrate import Plan
-from lrt_deploy.exporters.quantize.qdq import quantize, round_by_gptq, unpad
+from lrt_deploy.exporters.quantize.gptq import round_by_gptq
+from lrt_deploy.exporters.quantize.plan import Plan
+from lrt_deploy.exporters.quantize.qdq import quantize, unpad
 
 from . import passes, verify
 from .rewrite import DTYPES, cast_value, finish, lazy, matrix_name, nodes, store

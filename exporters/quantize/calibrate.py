@@ -1,18 +1,14 @@
-"""Measure the activations of the model while it decodes text, and plan how each precision is stored.
+"""Measure the activations of the model while it decodes text; what follows from them is decided in `plan`.
 
 Activations depend on the latent, and that on all tokens before, so whole rows are decoded with the PyTorch reference,
 and a torch function mode observes the inputs and outputs of each matrix product. The rows come from the user's text,
 from the text shipped with the package, or, without a tokenizer, from an arithmetic progression of token ids.
-
-A plan says which matrices stay precise, which scales, and what cannot be, by the user's list and by what was measured;
-all of it goes into the manifest. Float16 ends at 65504: a product or its input that came near it is multiplied in
-float32, and a cache that did has the precision refused by name.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -24,18 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.errors import ExportError
 from lrt_deploy.evaluation.rollout import Progress, rollout, silent
-from lrt_deploy.exporters.export_options import matching
 from lrt_deploy.files import MAX_TEXT_BYTES, read_text
 from lrt_deploy.model.model import LRT
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.text.chat import BOS
 from lrt_deploy.text.tokenizer import Tokenizer
-from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
-
-from .qdq import Doubles, Format, format_of
 
 INT8_LEVELS = 127  # symmetric: -127 to 127, no zero point
 _BINS = 4096  # 32 a level at the full range
@@ -132,6 +123,7 @@ def calibration_rows(file: Path | None, tokenizer: Tokenizer | None, vocab_size:
     return CalibrationRows(rows, source, hashlib.sha256(text.encode()).hexdigest())
 
 
+_MOMENT_ROWS = 512  # inputs multiplied at once: a moment is large, and adding to it waits for memory
 _PRODUCTS = (torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
@@ -148,8 +140,8 @@ class Calibration:
     outputs: dict[str, float] = field(default_factory=dict)
     residual: float = 0.0
     values: float = 0.0
-    # (K, K) of each matrix's inputs, for GPTQ only: they are large.
-    moments: dict[str, Doubles] = field(default_factory=dict)
+    # Sums (K, K) of x^T x over the inputs of each matrix, for GPTQ only: they are large.
+    moments: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def squared_relu(self) -> float:
@@ -172,9 +164,10 @@ def calibrate(
     found = Calibration(len(rows), length)
     decoder = ReferenceDecoder(model, max_seq_len=length)
     try:
-        with _Watch(model, found, moments):
+        with _Watch(model, found, moments) as watch:
             for state, _ in rollout(decoder, zip(*rows, strict=True)):
                 progress("calibrating", int(state.lengths[0]), length)
+        watch.add_moments()
     finally:
         model.ops = ops
     found.values = max(float(values.abs().max()) for values in state.values)
@@ -188,6 +181,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.width, self.found, self.moments = model.config.n_embd, found, moments
+        self.waiting: dict[str, list[npt.NDArray[np.float32]]] = {}  # (rows, K) not yet in the moments
 
     def __torch_function__(
         self,
@@ -207,8 +201,10 @@ class _Watch(TorchFunctionMode):
         largest = float(product.abs().max())
         self.found.outputs[name] = max(self.found.outputs.get(name, 0.0), largest)
         if self.moments:
-            rows = x.reshape(-1, x.shape[-1]).double().numpy()
-            self.found.moments[name] = self.found.moments.get(name, 0.0) + rows.T @ rows
+            waiting = self.waiting.setdefault(name, [])
+            waiting.append(x.reshape(-1, x.shape[-1]).numpy().copy())
+            if sum(map(len, waiting)) >= _MOMENT_ROWS:
+                self.add_moments(name)
         try:
             self.found.inputs.setdefault(name, Histogram()).add(x.numpy())
         except ValueError as error:
@@ -217,93 +213,10 @@ class _Watch(TorchFunctionMode):
                 "text, see `lrt-deploy inspect`"
             ) from error
 
-
-# Gates are 1% of the weights: quantizing them would gain nothing, and cost a product of its own in W8A8. The others are
-# quantized; what keeping them would be worth: docs/precisions.md.
-DEFAULT_KEEP_HIGH = ("gate",)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """`keep`: matrices not quantized. `float32`: multiplied in float32. `details`: for the manifest.
-
-    `kind` is the format of the others, None in a precision that quantizes nothing.
-    """
-
-    precision: str
-    kind: Format | None = None
-    keep: tuple[str, ...] = ()
-    float32: tuple[str, ...] = ()
-    activation_scales: Mapping[str, float] = field(default_factory=dict)
-    details: Mapping[str, Any] = field(default_factory=dict)
-    # Second moments of the inputs, of matrices that GPTQ rounds.
-    moments: Mapping[str, Doubles] = field(default_factory=dict)
-    host_embeddings: bool = False  # whether graphs take rows of the embedding tables instead of holding them
-
-
-def needs_calibration(precisions: Sequence[str]) -> bool:
-    """Return whether one of them computes in float16, whose range must be measured, or has int8 activations."""
-    return any(base_dtype(precision, "full") == "float16" for precision in precisions)
-
-
-def make_plan(
-    precision: str,
-    matrices: Mapping[str, tuple[int, int]],
-    keep_high: Sequence[str] | None,
-    seen: Calibration | None,
-    int4_block: int | None = None,
-) -> Plan:
-    """Return the plan for matrices (name -> rows, columns); `keep_high`, `int4_block` None: the precision's default.
-
-    Raises ExportError for a pattern that names no matrix, for a cache that float16 cannot hold, and where a quantized
-    precision would quantize nothing.
-    """
-    if precision == "fp32":
-        return Plan(precision)
-    kind = format_of(precision, int4_block)
-    patterns = (DEFAULT_KEEP_HIGH if kind else ()) if keep_high is None else keep_high
-    named = matching(patterns, matrices, strict=keep_high is not None)
-    wide = _beyond_float16(precision, seen) if seen and base_dtype(precision, "full") == "float16" else ()
-    if kind is None:
-        float32 = tuple(name for name in matrices if name in named or name in wide)
-        return Plan(precision, None, (), float32, {}, {"keep_high": list(float32)} | _ranges(seen, float32))
-    keep = tuple(name for name in matrices if name in named or name in wide)
-    if len(keep) == len(matrices):
-        raise ExportError(
-            f"in {precision} no matrix would be quantized: keep_high names {len(named)} of {len(matrices)} and "
-            f"{len(wide)} came too near float16's end on the calibration text; keep fewer, or export in fp16 or fp32"
-        )
-    details: dict[str, Any] = {"bits": kind.bits, "block": kind.block, "keep_high": list(keep)}
-    scales: dict[str, float] = {}
-    if kind.activations:
-        assert seen is not None
-        scales = {name: seen.inputs[name].scale() for name in matrices if name not in keep}
-        clipped = {name: seen.inputs[name].clipped(scale) for name, scale in scales.items()}
-        details |= {"activation_scales": scales, "clipped_shares": clipped}
-    moments: dict[str, Doubles] = {}
-    if kind.bits == 4 and seen is not None:
-        moments = {name: moment for name, moment in seen.moments.items() if name not in keep}
-        details["compensated"] = bool(moments)
-    return Plan(precision, kind, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
-
-
-def _beyond_float16(precision: str, seen: Calibration) -> tuple[str, ...]:
-    """Return matrices whose input or product came too near float16's end; ExportError for caches that did."""
-    limit = FLOAT16_LARGEST * FLOAT16_RANGE_USED
-    if seen.values > limit:
-        raise ExportError(
-            f"{precision} needs value caches in float16, and on the calibration text values reach {seen.values:.4g}: "
-            f"beyond {limit:.4g}, {FLOAT16_RANGE_USED:.0%} of what float16 can hold; export this checkpoint in fp32 or "
-            "bf16"
-        )
-    sizes = {name: max(found.largest, seen.outputs[name]) for name, found in seen.inputs.items()}
-    return tuple(name for name, size in sizes.items() if size > limit)
-
-
-def _ranges(seen: Calibration | None, float32: Sequence[str]) -> dict[str, Any]:
-    """Return the manifest's entries on the largest numbers measured and the matrices multiplied in float32."""
-    if seen is None:
-        return {"multiplied_in_float32": list(float32)}
-    ranges = {"squared_relu": seen.squared_relu, "residual": seen.residual, "values": seen.values}
-    ranges |= {"largest_product": max(seen.outputs.values())}
-    return {"ranges": ranges, "multiplied_in_float32": list(float32)}
+    def add_moments(self, *names: str) -> None:
+        """Add the inputs that wait to the moments of the named matrices, or of all."""
+        for name in names or tuple(self.waiting):
+            if waiting := self.waiting.pop(name, []):
+                rows = np.concatenate(waiting)
+                moment = self.found.moments.setdefault(name, np.zeros((rows.shape[1],) * 2, np.float32))
+                moment += rows.T @ rows

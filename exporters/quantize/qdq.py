@@ -207,39 +207,3 @@ def _through_int8(graph: ir.Graph, x: ir.Value | None, step: float) -> ir.Value:
     integers = add(graph, "QuantizeLinear", [x, scale, zero], f"{x.name}.int8", x, ir.DataType.INT8)
     name = f"{x.name}.dequantized"
     return add(graph, "DequantizeLinear", [integers, scale, zero], name, x, ir.DataType.FLOAT)
-
-
-# Added to H's diagonal, as a share of its mean: limits corrections along inputs that calibration rarely had.
-_DAMPING = 0.01
-
-Doubles = npt.NDArray[np.float64]
-
-
-def round_by_gptq(
-    weight: Floats, moment: Doubles, kind: Format
-) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]:
-    """Return scales (blocks, N) and integers (K, N) of a matrix (K, N) whose inputs have the second moment (K, K)."""
-    assert kind.block is not None
-    rest, factor = weight.astype(np.float64), _inverse_factor(moment)
-    scales, integers, one_row = [], [], replace(kind, block=1)
-    for start in range(0, len(rest), kind.block):
-        rows = slice(start, min(start + kind.block, len(rest)))  # the last block may have fewer
-        steps = weight_scales(rest[rows].astype(np.float32), kind)
-        errors = np.empty_like(rest[rows])
-        for i, row in enumerate(range(start, rows.stop)):
-            integer = quantized(rest[row : row + 1].astype(np.float32), steps, one_row)
-            integers.append(integer)
-            errors[i] = (rest[row] - integer[0].astype(np.float64) * steps[0]) / factor[row, row]
-            rest[row + 1 : rows.stop] -= np.outer(factor[row, row + 1 : rows.stop], errors[i])
-        rest[rows.stop :] -= factor[rows, rows.stop :].T @ errors
-        scales.append(steps)
-    return np.concatenate(scales), np.concatenate(integers)
-
-
-def _inverse_factor(moment: Doubles) -> Doubles:
-    """U (K, K), upper, with U^T U the inverse of the damped moment."""
-    damped = moment.copy()
-    mean = float(np.diag(damped).mean())
-    damped[np.diag_indices_from(damped)] += _DAMPING * mean if mean > 0 else 1.0
-    factor: Doubles = np.linalg.cholesky(np.linalg.inv(damped)).T
-    return factor

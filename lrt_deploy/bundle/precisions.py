@@ -23,7 +23,7 @@ from .contract import Flavour
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
 INT4 = "int4-weight-only"
 QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
-# Rows of a column that may share an int4 scale, the default first. More of them cost quality and save time.
+# Rows of a column that may share an int4 scale. More of them cost quality and save time.
 INT4_BLOCKS: tuple[int, ...] = (32, 64, 128)
 
 Dtype = Literal["float32", "float16", "bfloat16"]

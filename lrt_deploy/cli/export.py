@@ -35,9 +35,13 @@ class ExportOptions:
     keep_high: Annotated[
         list[str] | None, option("Matrix to keep precise, as gate or blocks.3.mlp_in; repeatable; none: quantize all.")
     ] = None
-    compensate: Annotated[bool, option("Round int4 weights so that errors make up for each other.")] = False
+    compensate: Annotated[
+        bool | None,
+        option("Round int4 weights by GPTQ or to nearest; default: by GPTQ where there is a tokenizer."),
+    ] = None
     int4_block: Annotated[
-        Literal["32", "64", "128"] | None, option("Rows of a matrix that share an int4 scale; default: 32.")
+        Literal["32", "64", "128"] | None,
+        option("Rows that share an int4 scale; default: with GPTQ the longest that fits, else 32."),
     ] = None
     host_embeddings: Annotated[bool, option("Keep embedding tables out of graphs, engines and GPU memory.")] = False
     force: Annotated[bool, option("Replace an existing bundle.")] = False
