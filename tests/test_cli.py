@@ -139,6 +139,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
         "compensate": True,
         "int4_block": 64,
         "host_embeddings": True,
+        "add": False,
     }
     assert result.stdout.startswith(f"exported {bundle} (") and result.stdout.count("\n") == 1
     for part in ("tracing", "4 layers, width 64, 218.6K matrix + 61.4K table parameters", "fp32", "stepwise"):
