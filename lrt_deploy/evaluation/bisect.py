@@ -120,8 +120,8 @@ def bisect_parts(
         line = (
             "no part computes wrong: the stored weights are the checkpoint's, and the graph and its kernels compute "
             f"with them as they should. What is lost is lost by rounding (largest KL {worst.kl:.1e} at position "
-            f"{worst.position}): keep more matrices precise (--keep-high), round by GPTQ in short blocks (--compensate --int4-block 32), or take more "
-            "bits"
+            f"{worst.position}): keep more matrices precise (--keep-high), round by GPTQ in short blocks "
+            "(--compensate --int4-block 32), or take more bits"
         )
         return Bisection("quality", line, worst.position)
     return Bisection("clean", "nothing to bisect: no part is beyond its limits")
