@@ -147,19 +147,14 @@ class _Call:
     rows: Rows  # of the tokens in the embedding tables, where the graph does not hold these
 
 
-@dataclass
 class _Bound:
-    """What belongs to caches of one size."""
+    """What belongs to caches of one size: `room` slots each."""
 
-    room: int  # slots that each cache has
-    seen_positions: IntArray  # (room) of the slots, or `_NO_POSITION`
-    decodes: dict[tuple[int, bool, int], _Call]
-    reads: dict[tuple[int, int, int], _Call]
-
-    @classmethod
-    def of(cls, room: int) -> _Bound:
-        """Nothing is bound yet."""
-        return cls(room, np.full(room, _NO_POSITION), {}, {})
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.seen_positions = np.full(room, _NO_POSITION)  # (room) of the slots, or `_NO_POSITION`
+        self.decodes: dict[tuple[int, bool, int], _Call] = {}
+        self.reads: dict[tuple[int, int, int], _Call] = {}
 
 
 @dataclass
@@ -182,7 +177,7 @@ class OrtCpuBuffers(StateBuffers):
         self.batch, self.capacity, self.layers = batch, backend.capacity, config.n_layer
         self._dtype = backend.dtype
         self._tables, self._rows = backend.tables, RowArrays(backend.tables)
-        self._bound = _Bound.of(0)
+        self._bound = _Bound(0)
         self._growing: tuple[dict[str, NDArray[Any]], _Bound] | None = None  # larger caches, to be moved into
         self._resized: _Resized | None = None
         self._spare: dict[str, NDArray[Any]] = {}  # larger caches of before, whose memory may be used again
@@ -218,7 +213,7 @@ class OrtCpuBuffers(StateBuffers):
         if end > self._bound.room:
             slots = min(room or room_for(end), self.capacity)
             # All is allocated before anything is changed.
-            larger, bound = {name: self._allocate(name, slots) for name in self._caches}, _Bound.of(slots)
+            larger, bound = {name: self._allocate(name, slots) for name in self._caches}, _Bound(slots)
             self._growing, self._spare = (larger, bound), {}
             self._move_into(larger, bound)
 
@@ -268,7 +263,7 @@ class OrtCpuBuffers(StateBuffers):
             for row, (start, length) in enumerate(zip(resized.written, lengths, strict=False)):
                 new[row, :, start:length] = self._caches[name][row, :, start:length]
         grown = resized.room > self._bound.room
-        bound, spare = _Bound.of(resized.room), {} if grown else self._spare or self._caches
+        bound, spare = _Bound(resized.room), {} if grown else self._spare or self._caches
         # In one statement without a call, which no interrupt divides.
         self._caches, self._bound, self._resized, self._spare = resized.caches, bound, None, spare
 
