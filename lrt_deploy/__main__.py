@@ -20,7 +20,8 @@ def main() -> NoReturn:
 
         code = app.run()
     except BaseException as error:
-        if (stopped := _signal_behind(error)) is None:
+        stopped = error if isinstance(error, (KeyboardInterrupt, signals.Terminated)) else signals.received()
+        if stopped is None:
             raise
         code = _report(stopped)
     signals.end_at_once()
@@ -43,10 +44,6 @@ def _report(stopped: BaseException) -> int:
         output.failure(type(stopped).__name__, signals.describe(stopped))
     output.say(signals.describe(stopped))
     return signals.exit_code(stopped)
-
-
-def _signal_behind(error: BaseException) -> BaseException | None:
-    return error if isinstance(error, (KeyboardInterrupt, signals.Terminated)) else signals.received()
 
 
 if __name__ == "__main__":

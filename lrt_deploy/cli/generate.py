@@ -18,7 +18,6 @@ from . import options, output
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
     from lrt_deploy.runtime.generation import Event
-    from lrt_deploy.text.grammar import Grammar
     from lrt_deploy.types import PrefillReport
 
 
@@ -44,7 +43,12 @@ def generate(
     if chosen is None:
         raise typer.BadParameter("a prompt is missing; give --prompt, --prompt-file or --tokens")
     cache = reading.open_cache()
-    arguments = generation.arguments() | ({} if json_schema is None else {"grammar": read_schema(json_schema)})
+    arguments = generation.arguments()
+    if json_schema is not None:
+        from lrt_deploy.text.grammar import MAX_SCHEMA_BYTES, Grammar
+
+        text = files.read_text(json_schema, "the JSON schema", InputError, 4 * MAX_SCHEMA_BYTES)
+        arguments["grammar"] = Grammar.json_schema(text)
     with opening.open(bundle) as decoder:
         ids = options.prompt_ids(decoder, chosen)
         answer = Answer()
@@ -67,13 +71,6 @@ def generate(
         output.say(summary(report))
         if note := report["prefill"]["note"]:
             output.say(f"prefill: {note}")
-
-
-def read_schema(path: Path) -> Grammar:
-    """Read a JSON schema from a file."""
-    from lrt_deploy.text.grammar import MAX_SCHEMA_BYTES, Grammar
-
-    return Grammar.json_schema(files.read_text(path, "the JSON schema", InputError, 4 * MAX_SCHEMA_BYTES))
 
 
 @dataclass

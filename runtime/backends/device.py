@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -87,17 +87,30 @@ class Setup:
         return self.config.n_kv_head * self.capacity * self.config.head_dim * self.dtype.itemsize
 
 
+@dataclass
 class _Inputs:
     """The small inputs, in pinned memory with a twin on the device: integers in one piece, and rows of host tables."""
 
-    def __init__(self, setup: Setup, arena: Arena, count: int) -> None:
-        stride, device, columns = -(-count * 8 // _ALIGNMENT) * _ALIGNMENT // 8, arena.device, setup.tables.columns
-        self.device, self.tables = device, setup.tables
-        # (4, stride): ids, positions, write index, last index
-        self.host, self.address = device.pinned((4, stride), np.dtype(np.int64)), arena.allocate(4 * stride * 8)
-        floats = np.dtype(np.float32)
-        self.rows: Rows = {name: device.pinned((count, size), floats) for name, size in columns.items()}
-        self.row_addresses = {name: arena.allocate(count * size * 4) for name, size in columns.items()}
+    device: CudaDevice
+    tables: HostTables
+    host: Array  # (4, stride) int64: ids, positions, write index, last index
+    address: int
+    rows: Rows  # (count, columns) each
+    row_addresses: dict[str, int]
+
+    @classmethod
+    def make(cls, setup: Setup, arena: Arena, count: int) -> _Inputs:
+        """Room for `count` tokens."""
+        stride, device = -(-count * 8 // _ALIGNMENT) * _ALIGNMENT // 8, arena.device
+        columns = setup.tables.columns
+        return cls(
+            device=device,
+            tables=setup.tables,
+            host=device.pinned((4, stride), np.dtype(np.int64)),
+            address=arena.allocate(4 * stride * 8),
+            rows={name: device.pinned((count, size), np.dtype(np.float32)) for name, size in columns.items()},
+            row_addresses={name: arena.allocate(count * size * 4) for name, size in columns.items()},
+        )
 
     def bind(self, context: Context) -> None:
         """Tell the context where they lie."""
@@ -129,7 +142,7 @@ class DecodeStep:
         config, device = setup.config, setup.device
         self._setup, self._device, self.rows = setup, device, rows
         self._arena = arena = Arena(device)
-        self._inputs = _Inputs(setup, arena, rows)
+        self._inputs = _Inputs.make(setup, arena, rows)
         self._logits_address = arena.allocate(rows * config.vocab_size * 4)
         self._logits: FloatArray = device.pinned((rows, config.vocab_size), np.dtype(np.float32))
         # The new latent, fetched with the logits: it is as small as they are, and often asked for.
@@ -189,7 +202,7 @@ class PrefillStep:
         self._setup, self._device = setup, device
         self._arena = arena = Arena(device)
         self.chunk_tokens = setup.chunk_tokens
-        self._inputs = _Inputs(setup, arena, self.chunk_tokens)
+        self._inputs = _Inputs.make(setup, arena, self.chunk_tokens)
         self._latents = [arena.allocate(self.chunk_tokens * setup.latent_bytes) for _ in range(2)]
         self._given, self._found = (device.pinned((self.chunk_tokens, config.n_embd), setup.dtype) for _ in range(2))
         self._logits_address = arena.allocate(config.vocab_size * 4)
@@ -228,26 +241,47 @@ class PrefillStep:
         return (found.astype(np.float32) if self._setup.config.memory else latents), self._logits.copy()
 
 
+@dataclass
 class StateMemory:
-    """Zeroed device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C).
+    """Device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C).
 
     `graphs` holds the decode steps that were captured on it, by the number of rows and the latent they start from.
     """
 
-    def __init__(self, setup: Setup, batch: int) -> None:
-        self.setup, self.arena, self.batch = setup, Arena(setup.device), batch
-        self._cache_bytes, self._latent_bytes = batch * setup.cache_row_bytes, batch * setup.latent_bytes
-        names = [(pair["past"], pair["present"]) for pair in setup.state if pair["in_place"]]
-        self.caches: Caches = {pair: self.arena.allocate(self._cache_bytes) for pair in names}
-        self.latents = tuple(self.arena.allocate(self._latent_bytes) for _ in range(2))
-        self.graphs: dict[tuple[int, int], Any] = {}
+    setup: Setup
+    arena: Arena
+    batch: int
+    caches: Caches = field(default_factory=dict)
+    latents: tuple[int, int] = (0, 0)
+    graphs: dict[tuple[int, int], Any] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, setup: Setup, batch: int) -> StateMemory:
+        """All of it zeroed."""
+        memory = cls(setup, Arena(setup.device), batch)
+        allocate = memory.arena.allocate
+        for pair in setup.state:
+            if pair["in_place"]:
+                memory.caches[pair["past"], pair["present"]] = allocate(memory.cache_bytes)
+        memory.latents = (allocate(memory.latents_bytes), allocate(memory.latents_bytes))
+        return memory
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of one cache."""
+        return self.batch * self.setup.cache_row_bytes
+
+    @property
+    def latents_bytes(self) -> int:
+        """Of the latents of all rows."""
+        return self.batch * self.setup.latent_bytes
 
     def zero(self) -> None:
         """Enqueue the zeroing of all of it."""
         for address in self.caches.values():
-            self.setup.device.zero(address, self._cache_bytes)
+            self.setup.device.zero(address, self.cache_bytes)
         for address in self.latents:
-            self.setup.device.zero(address, self._latent_bytes)
+            self.setup.device.zero(address, self.latents_bytes)
 
     def row(self, row: int) -> Caches:
         """The caches of one row."""
@@ -285,7 +319,7 @@ class Steps:
         if kept is not None and kept.batch == batch:
             kept.zero()
             return kept
-        return StateMemory(self.setup, batch)
+        return StateMemory.make(self.setup, batch)
 
     def keep(self, memory: StateMemory) -> None:
         """Take the memory of a state that is no longer used; may be called at any time."""
@@ -389,11 +423,11 @@ class DeviceBuffers(StateBuffers):
 
     def read_slots(self, row: int, start: int, stop: int, layers: tuple[int, ...] | None = None) -> SlotArrays:
         """Copies (G, n, D) of a row's entries in slots start to stop - 1, by the names of the contract."""
-        entries, config = {}, self._setup.config
+        entries = {}
         with self._device.lock:
             self._device.begin()
             for name, address in self._row_caches(row, layers).items():
-                entries[name] = np.empty((config.n_kv_head, stop - start, config.head_dim), self._setup.dtype)
+                entries[name] = self._empty_slots(stop - start)
                 first = address + start * self._slot_bytes
                 self._device.copy_rows_out(_as_rows(entries[name]), first, self._head_bytes)
             self._device.synchronize()
@@ -426,6 +460,10 @@ class DeviceBuffers(StateBuffers):
         wanted = range(self.layers) if layers is None else layers
         names = {name for layer in wanted for name in contract.past_cache(layer)}
         return {past: address for (past, _), address in self._memory.row(row).items() if past in names}
+
+    def _empty_slots(self, count: int) -> Array:
+        config = self._setup.config
+        return np.empty((config.n_kv_head, count, config.head_dim), self._setup.dtype)  # (G, n, D)
 
     @property
     def _slot_bytes(self) -> int:
