@@ -7,10 +7,6 @@ so that a float32 and a float16 graph use the very same numbers. The forms are t
 A matrix whose rows are no multiple of the block is stored with rows of zeros up to one, and its activations get as many
 zeros behind them: TensorRT takes the size of a block from the two shapes. ONNX Runtime multiplies by a last block that
 is not full as well, exactly and without the copy; `unpad` gives a graph for it.
-
-GPTQ rounds a matrix row by row so that later rows make up for the error of earlier ones, on measured inputs. With H the
-second moment of the inputs, the best correction after each row follows from the Cholesky factor of its inverse (Frantar
-et al., 2023).
 """
 
 from __future__ import annotations
