@@ -5,10 +5,11 @@ Loading this file is cheap: torch and the graph tools are imported when an expor
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,20 @@ from lrt_deploy.arguments import check_callable, check_flag, check_path, check_t
 from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import INT4, base_dtype
-from lrt_deploy.bundle.weights import matrix_shapes
+from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.errors import ExportError
 from lrt_deploy.files import check_writable, read_json, read_text
-from lrt_deploy.text.tokenizer import SourceTokenizer, Tokenizer, has_tokenizer, load_source_tokenizer, write_tokenizer
+from lrt_deploy.text.tokenizer import (
+    SourceTokenizer,
+    Tokenizer,
+    has_tokenizer,
+    load_source_tokenizer,
+    tokenizer_sizes,
+    write_tokenizer,
+)
 
 from .atomic_folder import atomic_folder, recover
+from .estimate import Estimate, estimate_export
 from .existing import ExistingBundle
 from .export_options import ExportRequest, check_space
 
@@ -89,29 +98,87 @@ def export_bundle(
         InputError: an argument is not of its type.
 
     """
+    given = dict(locals())
     source, target = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
-    options = ExportRequest(
+    return _export(source, target, _request(given), check_callable(progress, "progress"))
+
+
+def estimate_bundle(checkpoint: str | Path, bundle: str | Path, **named: Any) -> Estimate:  # noqa: ANN401
+    """Estimate what `export_bundle` would take with the same options, and make the checks that it begins with.
+
+    Writes nothing. Raises the errors of `export_bundle`, as far as they need no weights.
+    """
+    source, bundle = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
+    job = _prepare(source, _target(bundle, bool(named.get("add"))), _request(_DEFAULTS | named))
+    others = {} if job.tokenizer is None else tokenizer_sizes(job.tokenizer)
+    sources = weight_sources(job.checkpoint.config)
+    wide = {
+        table
+        for table in EMBEDDING_TABLES
+        if table in sources
+        and any(
+            name in job.checkpoint.tensors and job.checkpoint.tensors[name].dtype != "bfloat16"
+            for name in sources[table].names
+        )
+    }
+    found = {f"{manifest.TOKENIZER}/{name}": size for name, size in others.items()}
+    if (options := job.options).compensate is None:
+        has_text = job.tokenizer is not None or (
+            job.existing is not None and bool(job.existing.manifest.tokenizer_tokens)
+        )
+        options = replace(options, compensate=has_text)
+    return estimate_export(job.checkpoint.config, options, job.capacity, wide, found, job.target)
+
+
+_DEFAULTS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(export_bundle).parameters.items()
+    if parameter.default is not parameter.empty and name != "progress"
+}
+
+
+def _request(given: Mapping[str, Any]) -> ExportRequest:
+    """Check the types of all options of `export_bundle`."""
+
+    def unless_none(name: str, check: Callable[[Any, str], Any]) -> Any:  # noqa: ANN401 - what `check` returns
+        return None if given[name] is None else check(given[name], name)
+
+    precision = given["precision"]
+    return ExportRequest(
         precisions=(precision,) if isinstance(precision, str) else check_texts(precision, "precision"),
-        max_seq_len=None if max_seq_len is None else check_whole(max_seq_len, "max_seq_len"),
-        max_batch_size=None if max_batch_size is None else check_whole(max_batch_size, "max_batch_size"),
-        tokenizer=None if tokenizer is None else check_path(tokenizer, "tokenizer"),
-        step=None if step is None else check_whole(step, "step"),
-        force=check_flag(force, "force"),
-        add=check_flag(add, "add"),
-        calibration=None if calibration is None else check_path(calibration, "calibration"),
-        keep_high=None if keep_high is None else check_texts(keep_high, "keep_high"),
-        compensate=None if compensate is None else check_flag(compensate, "compensate"),
-        int4_block=None if int4_block is None else check_whole(int4_block, "int4_block"),
-        host_embeddings=check_flag(host_embeddings, "host_embeddings"),
+        max_seq_len=unless_none("max_seq_len", check_whole),
+        max_batch_size=unless_none("max_batch_size", check_whole),
+        tokenizer=unless_none("tokenizer", check_path),
+        step=unless_none("step", check_whole),
+        force=check_flag(given["force"], "force"),
+        add=check_flag(given["add"], "add"),
+        calibration=unless_none("calibration", check_path),
+        keep_high=unless_none("keep_high", check_texts),
+        compensate=unless_none("compensate", check_flag),
+        int4_block=unless_none("int4_block", check_whole),
+        host_embeddings=check_flag(given["host_embeddings"], "host_embeddings"),
     )
-    return _export(source, target, options, check_callable(progress, "progress"))
 
 
-def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
-    target = bundle if bundle.name else bundle.resolve()  # `.` cannot be renamed
-    if options.add:  # to the bundle itself where `target` is a link to it
-        target = target.resolve()
-    recover(target)
+@dataclass(frozen=True)
+class _Job:
+    """An export whose options were checked, and whose checkpoint is open."""
+
+    target: Path
+    checkpoint: Checkpoint
+    options: ExportRequest
+    capacity: int
+    existing: ExistingBundle | None
+    tokenizer: SourceTokenizer | None
+
+
+def _target(bundle: Path, add: bool) -> Path:
+    """Return the folder to make: `.` cannot be renamed, and `add` goes to the bundle that a link points to."""
+    return bundle.resolve() if add or not bundle.name else bundle
+
+
+def _prepare(source: Path, target: Path, options: ExportRequest, progress: Progress = lambda *what: None) -> _Job:
+    """Make the checks that need no weights; write nothing."""
     options.check()
     existing = ExistingBundle.open(target, options) if options.add else None
     if existing is None and os.path.lexists(target):
@@ -132,9 +199,17 @@ def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progre
         options = existing.complete(options, opened)
     capacity = options.capacity(opened.config)
     check_space(target, opened.config, options.precisions)
-    if existing is not None:
-        return _add(opened, capacity, options, existing, progress)
-    tokenizer = find_tokenizer(opened, options.tokenizer)
+    tokenizer = find_tokenizer(opened, options.tokenizer) if existing is None else None
+    return _Job(target, opened, options, capacity, existing, tokenizer)
+
+
+def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
+    target = _target(bundle, options.add)
+    recover(target)
+    job = _prepare(source, target, options, progress)
+    opened, options, capacity, tokenizer = job.checkpoint, job.options, job.capacity, job.tokenizer
+    if job.existing is not None:
+        return _add(opened, capacity, options, job.existing, progress)
     with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
         if tokenizer is not None:
             (folder / manifest.TOKENIZER).mkdir()

@@ -112,6 +112,15 @@ def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool)
     return found
 
 
+def default_int4_block(rows: Sequence[int], compensated: bool) -> int:
+    """Return the block for matrices with these numbers of rows: the longest that divides all, if GPTQ rounds them.
+
+    Longer blocks are faster, and by GPTQ no worse than short ones by rounding to nearest: docs/precisions.md.
+    """
+    whole = [block for block in INT4_BLOCKS if all(count % block == 0 for count in rows)]
+    return max(whole) if compensated and whole else INT4_BLOCKS[0]
+
+
 def check_space(target: Path, config: LRTConfig, precisions: Sequence[str]) -> None:
     """Raise ExportError if the disk has no room for the weights of all precisions; all else is small beside them."""
     needed = sum(weight_bytes(config, precision) for precision in precisions)

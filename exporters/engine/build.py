@@ -37,6 +37,7 @@ from lrt_deploy.bundle.precisions import not_held
 from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES, TensorRTLibrary, choose_library
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
+from lrt_deploy.exporters.estimate import Estimate, estimate_build
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
@@ -132,6 +133,22 @@ def build_engine(
         on_message,
     )
     return _build(job, force, progress)
+
+
+def estimate_engine(
+    bundle: str | Path, backend: str = "auto", precision: str | None = None, force: bool = False
+) -> Estimate:
+    """Estimate what `build_engine` would take, and refuse what it would refuse for these arguments; write nothing."""
+    folder = check_path(bundle, "bundle")
+    manifest = read_manifest(folder)
+    library, _ = choose_library(backend)
+    name = _precision(manifest, precision)
+    target = engine_folder(folder, library.backend, name)
+    if os.path.lexists(target) and not force:
+        raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
+    check_replaceable(target)
+    check_writable(target, EngineError)
+    return estimate_build(folder, manifest, (target / PLAN).relative_to(folder).as_posix(), name)
 
 
 def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:

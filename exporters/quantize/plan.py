@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lrt_deploy.bundle.precisions import INT4_BLOCKS, base_dtype
+from lrt_deploy.bundle.precisions import base_dtype
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.export_options import matching
+from lrt_deploy.exporters.export_options import default_int4_block, matching
 from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibrate import Calibration
@@ -78,7 +78,7 @@ def make_plan(
     if kind.bits == 4:
         moments = {name: moment for name, moment in seen.moments.items() if name not in keep} if seen else {}
         rows = [shape[0] for name, shape in matrices.items() if name not in keep]
-        kind = replace(kind, block=int4_block or _int4_block(rows, compensated=bool(moments)))
+        kind = replace(kind, block=int4_block or default_int4_block(rows, compensated=bool(moments)))
     details: dict[str, Any] = {"bits": kind.bits, "block": kind.block, "keep_high": list(keep)}
     scales: dict[str, float] = {}
     if kind.activations:
@@ -89,15 +89,6 @@ def make_plan(
     if kind.bits == 4:
         details["compensated"] = bool(moments)
     return Plan(precision, kind, keep, tuple(wide), scales, details | _ranges(seen, wide), moments)
-
-
-def _int4_block(rows: Sequence[int], compensated: bool) -> int:
-    """Return the block for matrices with these numbers of rows: the longest that divides all, if GPTQ rounds them.
-
-    Longer blocks are faster, and by GPTQ no worse than short ones by rounding to nearest: docs/precisions.md.
-    """
-    whole = [block for block in INT4_BLOCKS if all(count % block == 0 for count in rows)]
-    return max(whole) if compensated and whole else INT4_BLOCKS[0]
 
 
 def _beyond_float16(precision: str, seen: Calibration) -> tuple[str, ...]:

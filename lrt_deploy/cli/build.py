@@ -67,6 +67,7 @@ def build(
     *,
     chosen: BuildOptions,
     builder: BuilderOptions,
+    dry_run: Annotated[bool, option("Say sizes, memory and time, and write nothing.")] = False,
     json: options.Json = False,
 ) -> None:
     """Build a TensorRT engine from a bundle, after verifying that its network is what the precision expects."""
@@ -77,6 +78,12 @@ def build(
     arguments["workspace_bytes"] = None if builder.workspace is None else parse_bytes(builder.workspace)
     if builder.device is not None:
         use_device(builder.device)
+    if dry_run:
+        from lrt_deploy.exporters.engine.build import estimate_engine
+
+        found = estimate_engine(bundle, chosen.backend, chosen.precision, chosen.force)
+        output.estimate(json, f"build an engine of {bundle}", found.to_dict())
+        return
     with output.progress(quiet=json) as progress:
         sidecar = build_engine(bundle, **arguments, progress=progress)
         plan = engine_folder(bundle, sidecar.backend, sidecar.precision) / PLAN

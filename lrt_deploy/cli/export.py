@@ -64,11 +64,17 @@ def export(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
     *,
     chosen: ExportOptions,
+    dry_run: Annotated[bool, option("Say sizes, memory and time, and write nothing.")] = False,
     json: options.Json = False,
 ) -> None:
     """Export a checkpoint as a bundle: graphs, weights, tokenizer and manifest in one folder."""
     from lrt_deploy import export_bundle
 
+    if dry_run:
+        from lrt_deploy.exporters.bundle import estimate_bundle
+
+        output.estimate(json, f"export {bundle}", estimate_bundle(checkpoint, bundle, **chosen.arguments()).to_dict())
+        return
     started = time.perf_counter()
     with output.progress(quiet=json) as progress:
         manifest = export_bundle(checkpoint, bundle, **chosen.arguments(), progress=progress)

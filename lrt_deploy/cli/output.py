@@ -161,6 +161,17 @@ def result(json: bool, fields: Mapping[str, Any], line: str, *tables: Mapping[st
             table(rows)
 
 
+def estimate(json: bool, what: str, fields: Mapping[str, Any]) -> None:
+    """Print what a command would take, as `exporters.estimate.Estimate.to_dict` gives it."""
+    memory, seconds = bytes_text(fields["peak_memory_bytes"]), fields["seconds"]
+    line = f"would {what}: {bytes_text(fields['bytes'])}, about {memory} of memory and {seconds:.0f} s on one core"
+    rows = {
+        name: f"{bytes_text(file['bytes'])}{'' if file['exact'] else ', about'}"
+        for name, file in fields["files"].items()
+    }
+    result(json, {"dry_run": True} | dict(fields), line, rows | {"free there": bytes_text(fields["free_bytes"])})
+
+
 def failure(kind: str, message: str) -> None:
     """Print an error as the one JSON document on stdout, unless a document stands there already."""
     with contextlib.suppress(OSError):  # a full disk under stdout: the message stands on stderr too

@@ -90,10 +90,15 @@ def _token_of(found: object) -> str | None:
     return text if isinstance(text, str) else None
 
 
+def template_files(template: ChatTemplate) -> dict[str, str]:
+    """Return the texts of the files that `load_template` reads, by name."""
+    return {TEMPLATE_FILE: template.source, CONFIG_FILE: json.dumps(template.tokens, indent=2) + "\n"}
+
+
 def write_template(folder: Path, template: ChatTemplate) -> None:
     """Write the files that `load_template` reads."""
-    (folder / TEMPLATE_FILE).write_text(template.source, encoding="utf-8", newline="")
-    (folder / CONFIG_FILE).write_text(json.dumps(template.tokens, indent=2) + "\n", encoding="utf-8")
+    for name, text in template_files(template).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
 
 
 class ChatRenderer:

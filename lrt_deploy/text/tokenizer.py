@@ -21,7 +21,7 @@ from lrt_deploy.pickles import MAX_FILE_BYTES, read_encoding
 from . import tokenizer_file
 from .byte_pairs import BytePairs, Splitter, as_chars
 from .chat import ASSISTANT_END, ASSISTANT_START, BOS, ROLES, USER_END, USER_START, check_messages, turns
-from .chat_template import TEMPLATE_FILE, ChatRenderer, ChatTemplate, load_template, write_template
+from .chat_template import TEMPLATE_FILE, ChatRenderer, ChatTemplate, load_template, template_files, write_template
 from .tokenizer_file import Vocabulary
 
 PICKLE_FILE = "tokenizer.pkl"
@@ -88,6 +88,14 @@ def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
     if source.template is not None:
         write_template(folder, source.template)
     return table, lengths
+
+
+def tokenizer_sizes(source: SourceTokenizer) -> dict[str, int]:
+    """Return the bytes of each file that `write_tokenizer` would write, by name."""
+    texts = {TOKENIZER_FILE: source.json, BYTE_LENGTHS_FILE: json.dumps(source.byte_lengths)}
+    if source.template is not None:
+        texts |= template_files(source.template)
+    return {name: len(text.encode()) for name, text in texts.items()}
 
 
 def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) -> list[int]:
