@@ -5,6 +5,7 @@ printf '%s\n' '{"prompt": "Return the"}' '{"prompt": "A list"}' | python example
 
 from __future__ import annotations
 
+import argparse
 import json
 import queue
 import sys
@@ -41,4 +42,6 @@ def main(bundle: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    main(**vars(parser.parse_args()))

@@ -5,7 +5,7 @@ python examples/n_best.py BUNDLE "Return the" 5
 
 from __future__ import annotations
 
-import sys
+import argparse
 
 import numpy as np
 
@@ -35,4 +35,9 @@ def main(bundle: str, prompt: str, count: int = 4, new_tokens: int = 16) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("prompt")
+    parser.add_argument("count", type=int, nargs="?", default=4, help="how many continuations")
+    parser.add_argument("new_tokens", type=int, nargs="?", default=16, help="tokens of each")
+    main(**vars(parser.parse_args()))

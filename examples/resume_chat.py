@@ -6,6 +6,7 @@ python examples/resume_chat.py BUNDLE chat.state "And about tuples?"      # tomo
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -36,4 +37,8 @@ def main(bundle: str, file: str, message: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle")
+    parser.add_argument("file", help="the state of the chat; made where there is none")
+    parser.add_argument("message")
+    main(**vars(parser.parse_args()))

@@ -9,6 +9,7 @@ It does not resume, use a GPU, or try to be a good language model: 3 million par
 epochs of 2.4 MB.
 
     python examples/train_tiny.py --out demo/checkpoint --minutes 30 > demo/training.log
+    python examples/train_tiny.py --out mine --text FILE --minutes 10
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ SPLIT_PATTERN = (
 SPEAKERS = ("user", "assistant", "python", "output")
 SPECIAL_TOKENS = ["<|bos|>", *(f"<|{speaker}_{edge}|>" for speaker in SPEAKERS for edge in ("start", "end"))]
 SKIPPED_FOLDERS = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+FEWEST_PIECES = 100  # of a text of your own; every 20th is held out
 SHORTEST_DOCSTRING, LONGEST_FUNCTION = 80, 20  # characters, lines
 PROMPTS = (
     'The "while" statement',
@@ -99,6 +101,14 @@ def documents() -> Iterator[list[str]]:
             yield list(definitions(path.read_text(encoding="utf-8")))
 
 
+def documents_of(file: Path) -> list[list[str]]:
+    """Return the pieces of a text of your own, each a document: it is cut at blank lines."""
+    found = [[piece] for piece in paragraphs(file.read_text(encoding="utf-8"))]
+    if len(found) < FEWEST_PIECES:
+        raise SystemExit(f"{file} has {len(found)} pieces of 800 characters; expected at least {FEWEST_PIECES}")
+    return found
+
+
 def train_tokenizer(texts: list[str]) -> tiktoken.Encoding:
     """Byte-level BPE: the bytes, then the merges in order, then the special tokens as the last ids."""
     first_special, alphabet = VOCAB_SIZE - len(SPECIAL_TOKENS), pre_tokenizers.ByteLevel.alphabet()
@@ -109,6 +119,8 @@ def train_tokenizer(texts: list[str]) -> tiktoken.Encoding:
     trainer = trainers.BpeTrainer(vocab_size=first_special, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(texts, trainer)
     vocabulary = learner.get_vocab()
+    if len(vocabulary) < first_special:
+        raise SystemExit(f"the text gives {len(vocabulary)} tokens, expected {first_special}: it is too short")
     # Byte-level BPE spells a byte as its character where that is visible, else as one of the characters from 256 on.
     invisible = [b for b in range(256) if b == ord(" ") or not chr(b).isprintable()]
     byte_of = {chr(256 + invisible.index(b)) if b in invisible else chr(b): b for b in range(256)}
@@ -283,6 +295,7 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, without one in it")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="train on this UTF-8 text instead of Python's own")
     parser.add_argument("--minutes", type=float, default=30.0, help="how long to train")
     parser.add_argument("--width", type=int, default=WIDTH, help="of the model, a multiple of 8")
     parser.add_argument("--held-out", type=Path, metavar="FILE", help="write the text that is not trained on here")
@@ -300,7 +313,8 @@ def main() -> None:
         )
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    groups = list(documents())  # every 20th is held out whole
+    # Every 20th is held out whole.
+    groups = list(documents()) if args.text is None else documents_of(args.text)
     held_out = [text for texts in groups[19::20] for text in texts]
     training = [text for i, texts in enumerate(groups) if i % 20 != 19 for text in texts]
     encoding = train_tokenizer(training)

@@ -86,3 +86,25 @@ def test_a_test_of_the_users_own_passes_on_a_right_bundle_and_fails_on_another_m
     right, wrong = tested(golden.folder), tested(tmp_path / "other")
     assert right.returncode == 0 and "1 passed" in right.stdout, right.stdout
     assert wrong.returncode == 1 and "FAIL: weights: " in wrong.stdout, wrong.stdout
+
+
+@pytest.mark.parametrize("name", ["n_best", "resume_chat", "batch_server", "train_tiny"])
+def test_each_example_says_what_it_does(root, name):
+    text = run(root, f"{name}.py", "--help").stdout
+    assert text.startswith("usage: ") and f"examples/{name}.py" in text
+
+
+def test_a_model_is_trained_on_a_text_of_ones_own_and_exports(root, tmp_path):
+    text = tmp_path / "own.txt"
+    docs = sorted((root / "docs").glob("*.md"))
+    text.write_text("\n\n".join(path.read_text() for path in docs))
+    run(root, "train_tiny.py", "--out", tmp_path / "made", "--text", text, "--minutes", 0.02, "--width", 32)
+    from lrt_deploy.model.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(tmp_path / "made")
+    opened.check_tensors()
+    assert opened.config.n_embd == 32
+    text.write_text("Too little.")
+    command = [sys.executable, root / "examples/train_tiny.py", "--out", tmp_path / "other", "--text", text]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1 and "expected at least 100" in refused.stderr
