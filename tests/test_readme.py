@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 BIN = Path(sys.executable).parent
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SHOWN = re.compile(r"^```sh\n([^\n]+)\n```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 MAKE_TARGET = re.compile(r"\bmake ([a-z]+)")
 VERB = re.compile(r"\blrt-deploy ([a-z]+)((?: [^\n`]*)?)")
 
@@ -64,6 +65,10 @@ def test_the_commands_of_the_readme_run(reader):
     assert verdict.startswith("PASS") and verdict.count("\n") == 1
     document = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(document)["prefill"]["policy"]
+    shown = SHOWN.findall((ROOT / "README.md").read_text())
+    assert len(shown) == 2
+    for command, text in shown:  # numbers vary with the machine, words do not
+        assert re.sub(r"\d[\d.e+-]*", "0", outputs[command].strip()) == re.sub(r"\d[\d.e+-]*", "0", text.strip())
 
 
 @pytest.mark.slow
