@@ -39,6 +39,7 @@ from .shard import BatchEvent, Book, Prompt, Request, Shard, divided, slots_of_a
 from .state import Content, DecodeState
 
 _POLL_SECONDS = 1e-3
+_COPIES_PER_SLOT = 4  # of rows whose turn has ended
 _MOST_CHOICES = 1024  # of one request
 _Found = TypeVar("_Found")
 
@@ -80,7 +81,13 @@ class BatchDecoder:
     use it in a `with` block, or call `close`. Beyond the free slots, `max_waiting` requests may wait, and prompts of
     `max_waiting_tokens` (None: any number). A prompt that is iterated is read in blocks of half a chunk, as a rule, of
     which `blocks_per_step` come before each decode step of the other requests.
+
+    `turn_tokens` makes requests take turns: while others of at least its priority wait, one that has had so many tokens
+    since it was admitted goes to the end of the queue, with a copy of its row, and goes on exactly there when its turn
+    comes. At most four copies for each slot are held. None, the default: each request runs to its end.
     """
+
+    turn_tokens: int | None = None
 
     def __init__(
         self,
@@ -120,6 +127,11 @@ class BatchDecoder:
     def waiting(self) -> int:
         """Requests without a slot, those that are suspended not counted."""
         return len(self._book.waiting)
+
+    @property
+    def paused(self) -> int:
+        """Requests that wait for their next turn."""
+        return sum(request.row is not None for request in self._book.waiting)
 
     @property
     def running(self) -> int:
@@ -225,14 +237,20 @@ class BatchDecoder:
         """
         number = check_whole(request, "request")
         self._wait()
-        found = next((r for r in (*self._book.waiting, *self._book.reading) if r.number == number), None)
-        for shard in self._shards:
-            for row, held in enumerate(shard.requests):
-                if held.number == number in self._book.made:
-                    held.row, held.made, found = shard.copy(row), self._book.made[number], held
+        queued = (r for r in (*self._book.waiting, *self._book.reading) if r.number == number)
+        found = self._copied(number) or next(queued, None)
         if found is not None:
             book = self._book.without({number})
             self._book = book._replace(suspended={**book.suspended, number: found})
+
+    def _copied(self, number: int) -> Request | None:
+        """Return a request that has a row, with a copy of the row; None for another one."""
+        for shard in self._shards:
+            for row, held in enumerate(shard.requests):
+                if held.number == number in self._book.made:
+                    held.row, held.made = shard.copy(row), self._book.made[number]
+                    return held
+        return None
 
     def resume(self, request: int) -> None:
         """Put a suspended request back into the queue. Does nothing for another one."""
@@ -287,6 +305,8 @@ class BatchDecoder:
             self._choose()
         if self._timed:
             self._expire()
+        if self.turn_tokens is not None:
+            self._end_turns(self.turn_tokens)
         self._free()
         self._divide()
         while self._book.waiting and self.running < self.slots and (request := self._next()):
@@ -436,6 +456,20 @@ class BatchDecoder:
         late = [request.number for request in live if request.deadline <= now]
         if late:
             self._book = book.without(set(late), *(BatchEvent(number, error=Busy(words)) for number in late))
+
+    def _end_turns(self, tokens: int) -> None:
+        """Send as many requests to the end of the queue as others wait for their slots, the longest turns first."""
+        book = self._book
+        rows = {r.number: r for shard in self._shards for r in shard.requests if r.number in book.made}
+        turns = sorted(((book.made[number] - request.made, -number) for number, request in rows.items()), reverse=True)
+        room = _COPIES_PER_SLOT * self.slots - self.paused
+        for waiting in book.waiting[max(0, self.slots - self.running) :][: max(0, room)]:
+            ended = (-n for made, n in turns if made >= tokens and rows[-n].priority <= waiting.priority)
+            if (number := next(ended, None)) is None or (found := self._copied(number)) is None:
+                return
+            turns = [turn for turn in turns if turn[1] != -number]
+            found.turns, found.behind = found.turns + 1, book.submitted
+            self._book = _queued(self._book.without({number}), found)
 
     def _wait(self) -> None:
         """Wait for shards that an interrupt has left running, and cancel the steps that have not begun."""

@@ -98,11 +98,13 @@ class Request:
     deadline: float = math.inf  # of the batch's clock
     row: DecodeState | None = None  # a copy of its row, from when it was suspended
     made: int = 0  # tokens that were chosen by then
+    turns: int = 0  # that have ended
+    behind: int = 0  # how many requests had been submitted when the last one ended
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> tuple[int, int, int, int]:
         """Of two requests that wait, the one with the smaller order is admitted first."""
-        return -self.priority, self.number
+        return -self.priority, max(self.behind, self.number), self.turns, self.number
 
     def next_token(self, made: int | None, length: int) -> int | None:
         """Return the next token of a row of `length` tokens; None if none was chosen or the request does not run."""

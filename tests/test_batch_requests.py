@@ -366,6 +366,58 @@ def test_a_suspended_request_takes_no_step_and_no_slot(one, steps):
     assert (batch.waiting, batch.running) == (0, 0)
 
 
+# Turns
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_requests_that_take_turns_give_what_they_give_alone(one, lanes):
+    options = [
+        {"temperature": 1.0, "seed": 1},
+        {"policy": "fixed-point", "tolerance": 1e-2},
+        {"keep_state": True, "logprobs": 2},
+        {},
+        {"frequency_penalty": 1.0, "priority": 1},
+    ]
+    prompts = [*PROMPTS, PROMPTS[0]]
+    with BatchDecoder(one, 2, lanes) as batch:
+        batch.turn_tokens = 3
+        numbers = [batch.submit(p, 14, stop_ids=[], **o) for p, o in zip(prompts, options, strict=True)]
+        found, paused = {number: [] for number in numbers}, 0
+        while batch.waiting or batch.running:
+            for event in batch.step():
+                found[event.request].append(event.event)
+            paused = max(paused, batch.paused)
+            assert batch.running <= 2 and batch.paused <= 8
+    assert paused >= 2
+    for number, prompt, option in zip(numbers, prompts, options, strict=True):
+        kept = {key: value for key, value in option.items() if key not in ("keep_state", "priority")}
+        expected = alone(one, prompt, 14, stop_ids=[], **kept)
+        assert [e.token for e in found[number]] == [e.token for e in expected]
+        assert found[number][0].prefill == expected[0].prefill
+    assert found[numbers[2]][-1].state.tokens == [PROMPTS[2] + [event.token for event in found[numbers[2]]]]
+
+
+def test_a_turn_ends_only_for_others_that_wait_with_at_least_its_priority(one):
+    batch = BatchDecoder(one, 1)
+    batch.turn_tokens = 4
+    high, low, late = (batch.submit([n + 1], 10, stop_ids=[], priority=p) for n, p in enumerate((5, 0, 0)))
+    order = [event.request for event in batch.run()]
+    assert order == [high] * 10 + ([low] * 4 + [late] * 4) * 2 + [low] * 2 + [late] * 2
+    alone_again = batch.submit([9], 10, stop_ids=[])
+    assert [event.request for event in batch.run()] == [alone_again] * 10 and batch.paused == 0
+
+
+def test_no_more_rows_are_paused_than_copies_may_be_held(one):
+    batch = BatchDecoder(one, 1)
+    batch.turn_tokens, paused = 1, 0
+    numbers = [batch.submit([n + 1], 3, stop_ids=[]) for n in range(9)]
+    ended = []
+    while batch.waiting or batch.running:
+        ended += [event.request for event in batch.step() if event.last]
+        paused = max(paused, batch.paused)
+    assert paused == 4 and sorted(ended) == numbers
+
+
 # Prompts beside steps
 
 

@@ -454,6 +454,24 @@ def test_a_batch_is_interrupted_while_its_caches_change_their_size(decoder):
         COUNTS[f"{kind.__name__}, batch goes on"] += 1
 
 
+def test_a_batch_is_interrupted_while_requests_take_turns(decoder):
+    def work(client):
+        client.batch.turn_tokens = 2
+        for prompt in (SHORT, OTHER, [7], [8]):
+            client.again(lambda prompt=prompt: client.batch.submit(prompt, 5, stop_ids=[]))
+        client.again(client.drain)
+        return client.events
+
+    expected = work(Persistent(decoder, 1))
+    lines = count_lines(lambda: work(Persistent(decoder, 1)))
+    for line, kind in walked(lines, "turns", sample=25):
+        client = Persistent(decoder, 1)
+        with Tracer(line, kind(f"line {line}")):
+            found = work(client)
+        assert found == expected, f"line {line}"
+        COUNTS[f"{kind.__name__}, batch goes on"] += 1
+
+
 def test_a_batch_is_interrupted_while_rows_move_between_shards(decoder, monkeypatch):
     monkeypatch.setattr("lrt_deploy.runtime.batch.slots_of_a_step", lambda decoder, state: 7.0)
     moves, take = [], Shard.take

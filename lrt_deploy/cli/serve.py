@@ -77,6 +77,9 @@ class ServerOptions:
     max_waiting: Annotated[int, option("Continuations that may wait for a slot; more are refused.", panel=SERVING)] = (
         MAX_WAITING
     )
+    turn_tokens: Annotated[
+        int, option("Tokens that a continuation has before one that waits gets its slot; 0: all.", panel=SERVING)
+    ] = 256
     api_key: Annotated[
         str | None,
         typer.Option(envvar=API_KEY, metavar="KEY", help="Key that clients must send.", rich_help_panel=SERVING),
@@ -110,6 +113,8 @@ class ServerOptions:
             raise InputError("cors_origin is empty; set it to an origin such as https://example.org, or leave it out")
         if "" in (self.allowed_host or ()):
             raise InputError("allowed_host is empty; set it to a name such as models.example.org, or leave it out")
+        if self.turn_tokens < 0:
+            raise InputError(f"turn_tokens is {self.turn_tokens}, expected a number from 0 on")
         if self.max_connections < 1:
             raise InputError(f"max_connections is {self.max_connections}, expected at least 1")
         for name in ("head_seconds", "body_seconds", "idle_seconds"):
@@ -138,6 +143,7 @@ def serve(
     log = Log()
     with listen(server.host, server.port) as listener, opening.open(bundle) as decoder:
         engine, checked = engine_of(decoder, bundle, api, server.max_waiting, log.put)
+        engine.batch.turn_tokens = server.turn_tokens or None
         hosts = tuple(server.allowed_host or ()) if is_loopback(server.host) else None
         running = Server(
             engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ()), hosts, log), bounds

@@ -213,6 +213,7 @@ class Engine:
             "lrt_slots": ("Continuations that can run at a time.", self.slots),
             "lrt_running": ("Continuations that have a slot.", running),
             "lrt_waiting": ("Continuations that wait for a slot.", max(0, self._taken - running)),
+            "lrt_paused": ("Continuations that have begun and wait for their next turn.", self.batch.paused),
             "lrt_ready": ("Whether requests are taken.", int(self.ready)),
             "lrt_kept_states": ("States of earlier requests in memory.", len(self.states)),
             "lrt_kept_state_bytes": ("Their bytes.", self.states.num_bytes),

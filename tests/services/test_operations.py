@@ -157,7 +157,7 @@ def test_a_request_beyond_its_deadline_is_a_504_and_frees_its_slots(server):
 
 
 def test_of_requests_that_wait_the_one_of_the_highest_priority_comes_first(launch):
-    server = launch("--slots", 1)
+    server = launch("--slots", 1, "--turn-tokens", 0)
     running = server.open_stream("/v1/completions", ENDLESS | {"prompt": [1], "n": 1})
     next(running.events())
     results = []
@@ -170,6 +170,17 @@ def test_of_requests_that_wait_the_one_of_the_highest_priority_comes_first(launc
     while len(logged := [line["id"] for line in log_of(server) if line.get("id") in ids]) < 4:
         assert time.monotonic() < until
     assert logged == [ids[3], ids[2], ids[0], ids[1]]
+
+
+def test_an_answer_that_is_given_in_turns_is_that_of_a_single_run(launch):
+    server = launch("--slots", 1, "--turn-tokens", 16)
+    body = {"prompt": [1], "max_tokens": 600, "temperature": 1, "seed": 3, "ignore_eos": True}
+    running = server.open_stream("/v1/completions", body)
+    found = running.events()
+    first = next(found)
+    assert server.complete([2], max_tokens=5, ignore_eos=True)["usage"]["completion_tokens"] == 5
+    text = "".join(event["choices"][0]["text"] for event in (first, *found) if event != "[DONE]")
+    assert text == server.post("/v1/completions", body).json["choices"][0]["text"]
 
 
 def log_of(server):
