@@ -86,7 +86,7 @@ def export_bundle(
             default of each precision; empty: none.
         compensate: round int4 weights by GPTQ, so that later rows make up for the error of earlier ones; None: where
             there is a tokenizer, and so text to calibrate on.
-        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: with GPTQ the longest that divides
+        int4_block: rows of a column that share an int4 scale, 32, 64 or 128; None: with GPTQ the longest that cuts
             the rows of all matrices, else 32.
         host_embeddings: keep the embedding tables out of graphs and engines; the runtime maps them.
         progress: called with (what, done, total), in bytes or 0, 0. What it raises ends the export.

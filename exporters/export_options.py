@@ -113,11 +113,12 @@ def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool)
 
 
 def default_int4_block(rows: Sequence[int], compensated: bool) -> int:
-    """Return the block for matrices with these numbers of rows: the longest that divides all, if GPTQ rounds them.
+    """Return the block for matrices with these numbers of rows: the longest that cuts all of them, if GPTQ rounds them.
 
-    Longer blocks are faster, and by GPTQ no worse than short ones by rounding to nearest: docs/precisions.md.
+    Longer blocks are faster, and by GPTQ no worse than short ones by rounding to nearest: docs/precisions.md. A block
+    that is a whole column costs TensorRT-RTX two kernels a layer more.
     """
-    whole = [block for block in INT4_BLOCKS if all(count % block == 0 for count in rows)]
+    whole = [block for block in INT4_BLOCKS if all(count % block == 0 and count > block for count in rows)]
     return max(whole) if compensated and whole else INT4_BLOCKS[0]
 
 

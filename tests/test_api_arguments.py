@@ -287,7 +287,7 @@ EXPORT = {
     "add": FLAGS,
     "calibration": {"None", *PATHS},
     "keep_high": {"None", *TEXT_LIST, "['']"},
-    "compensate": FLAGS,
+    "compensate": {"None", *FLAGS},
     "int4_block": {"None"},
     "host_embeddings": FLAGS,
     "progress": {"function"},

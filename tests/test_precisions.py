@@ -21,6 +21,7 @@ from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
 from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
+from lrt_deploy.evaluation.stored_weights import check_weights
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph import precision_graphs, verify
 from lrt_deploy.exporters.graph.precision_graphs import cast_model, cast_weights
@@ -30,6 +31,7 @@ from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Calibration, Histog
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import make_plan
 from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
+from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
 from lrt_deploy.runtime.backends import ort_cpu
@@ -333,7 +335,14 @@ def test_a_matrix_that_does_not_divide_into_blocks_is_quantized_all_the_same(pla
 
 @pytest.mark.parametrize(
     ("rows", "moments", "block"),
-    [((256, 1024), True, 128), ((192, 768), True, 64), ((160, 640), True, 32), ((80,), True, 32), ((256,), False, 32)],
+    [
+        ((256, 1024), True, 128),
+        ((192, 768), True, 64),
+        ((160, 640), True, 32),
+        ((80,), True, 32),
+        ((64,), True, 32),
+        ((256,), False, 32),
+    ],
 )
 def test_int4_takes_the_longest_blocks_that_divide_all_rows_where_gptq_rounds(rows, moments, block):
     matrices = {f"blocks.{i}.mlp_out": (count, 8) for i, count in enumerate(rows)} | {"blocks.0.gate": (12, 8)}
@@ -488,6 +497,18 @@ def stored_weights(graph, kind):
         else value.astype(np.float32)
         for name, value in values.items()
     }
+
+
+def test_by_default_gptq_rounds_where_there_is_a_tokenizer(golden_of, tmp_path):
+    golden = golden_of("padded_vocab")
+    for tokenizer, compensated in ((None, True), ("none", False)):
+        bundle = tmp_path / str(compensated)
+        lrt_deploy.export_bundle(golden.folder, bundle, precision=INT4, tokenizer=tokenizer, max_seq_len=32)
+        details = read_manifest(bundle).precision_details[INT4]
+        assert (details["compensated"], details["block"]) == (compensated, 32)
+        stored, tensors = StoredWeights(bundle, read_manifest(bundle), INT4), open_checkpoint(golden.folder).tensors
+        assert check_weights(stored, tensors, read_manifest(bundle).model, INT4, compensated).passed
+        assert check_weights(stored, tensors, read_manifest(bundle).model, INT4, False).passed != compensated
 
 
 @WIDER
