@@ -5,7 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-.PHONY: install demo test test-services docs check kills interrupts fuzz pictures dist wheel-check lock sbom clean
+# The npm packages that the page of `lrt-deploy package --to web` needs; their versions stand in exporters/packages/web.py.
+WEB_ASSETS := build/web-assets
+
+.PHONY: install demo test test-services web-assets docs check kills interrupts fuzz pictures dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -32,12 +35,18 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --ignore tests/services
 
 # Servers as processes, with real clients, Chromium among them; none of these tests may be skipped.
-test-services: install
+test-services: install web-assets
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/services
 
 # The documentation site, into build/site; a warning is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+web-assets: $(WEB_ASSETS)/node_modules/.package-lock.json
+
+$(WEB_ASSETS)/node_modules/.package-lock.json: exporters/packages/web.py | install
+	$$($(BIN)/python -c 'from lrt_deploy.exporters.packages.web import npm_line; print(npm_line("$(WEB_ASSETS)"))') --no-audit --no-fund --ignore-scripts
+	@touch $@
 
 check: install
 	$(BIN)/ruff format --check .

@@ -24,7 +24,20 @@ from lrt_deploy.cli.app import app
 from lrt_deploy.machine import Gpu
 
 GOLDEN = Path(__file__).parent / "data" / "golden" / "mr_gqa_SSSL"
-VERBS = ("export", "build", "generate", "chat", "parity", "eval", "serve", "batch", "bench", "inspect", "doctor")
+VERBS = (
+    "export",
+    "build",
+    "generate",
+    "chat",
+    "parity",
+    "eval",
+    "serve",
+    "batch",
+    "package",
+    "bench",
+    "inspect",
+    "doctor",
+)
 
 
 def run(*args, **kwargs):

@@ -13,7 +13,16 @@ import time
 import pytest
 
 SCRIPT = "benchmarks/kills.py"
-OPERATIONS = ["export", "export --force", "export --add", "build", "state save", "prompt cache"]
+OPERATIONS = [
+    "export",
+    "export --force",
+    "export --add",
+    "package",
+    "package --force",
+    "build",
+    "state save",
+    "prompt cache",
+]
 
 
 @pytest.mark.slow

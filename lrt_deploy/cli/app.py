@@ -21,7 +21,22 @@ from typer.core import TyperCommand, TyperGroup
 from lrt_deploy import machine
 from lrt_deploy.errors import LRTDeployError
 
-from . import batch, bench, build, chat, doctor, evaluate, export, generate, options, output, parity, serve, signals
+from . import (
+    batch,
+    bench,
+    build,
+    chat,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    options,
+    output,
+    package,
+    parity,
+    serve,
+    signals,
+)
 from . import inspect as inspecting
 
 READER_GONE = 141
@@ -228,6 +243,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "serve": serve.serve,
     "batch": batch.batch,
+    "package": package.package,
     "bench": bench.bench,
     "inspect": inspecting.inspect,
     "doctor": doctor.doctor,

@@ -1,0 +1,1 @@
+"""Packages: folders that put a bundle where it is to run. Needs neither torch nor the graph tools."""
