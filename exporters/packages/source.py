@@ -117,7 +117,7 @@ class Source:
 
     def write_template(self, template: str, values: Mapping[str, object], name: str | None = None) -> None:
         """Write `templates/<template>`, filled in, as `name`, or under its own name."""
-        self.write(name or template.rpartition("/")[2], fill(read_template(template), self.values | values))
+        self.write(name or template.rpartition("/")[2], fill(read_template(template), {**self.values, **values}))
 
     @property
     def values(self) -> dict[str, object]:
