@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := demo/bundle
 
-# The npm packages that the page of `lrt-deploy package --to web` needs; their versions stand in exporters/packages/web.py.
+# The npm packages that the page of `lrt-deploy package --to web` needs; their versions stand in exporters/packages/web/__init__.py.
 WEB_ASSETS := build/web-assets
 
 .PHONY: install demo test test-services web-assets docs check kills interrupts fuzz pictures dist wheel-check lock sbom clean
@@ -44,7 +44,7 @@ docs: install
 
 web-assets: $(WEB_ASSETS)/node_modules/.package-lock.json
 
-$(WEB_ASSETS)/node_modules/.package-lock.json: exporters/packages/web.py | install
+$(WEB_ASSETS)/node_modules/.package-lock.json: exporters/packages/web/__init__.py | install
 	$$($(BIN)/python -c 'from lrt_deploy.exporters.packages.web import npm_line; print(npm_line("$(WEB_ASSETS)"))') --no-audit --no-fund --ignore-scripts
 	@touch $@
 

@@ -1,7 +1,7 @@
 """What a package is made of: the bundle's files, checked while they are copied, and templates that are filled in.
 
-Templates are files under `templates/`, one folder a target. `@name@` in one stands for a value; all else is taken as it
-is. Knows no target.
+Templates are the files in a target's folder. `@name@` in one stands for a value; all else is taken as it is. Knows no
+target.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Source:
         self._place(name).write_text(text, encoding="utf-8")
 
     def write_template(self, template: str, values: Mapping[str, object], name: str | None = None) -> None:
-        """Write `templates/<template>`, filled in, as `name`, or under its own name."""
+        """Write `<target>/<file>`, filled in, as `name`, or under its own name."""
         self.write(name or template.rpartition("/")[2], fill(read_template(template), {**self.values, **values}))
 
     @property
@@ -137,8 +137,8 @@ class Source:
 
 
 def read_template(name: str) -> str:
-    """Return the text of a file under `templates/`."""
-    return files(__package__).joinpath("templates", *name.split("/")).read_text(encoding="utf-8")
+    """Return the text of `<target>/<file>`."""
+    return files(__package__).joinpath(*name.split("/")).read_text(encoding="utf-8")
 
 
 def fill(text: str, values: Mapping[str, object]) -> str:

@@ -1,7 +1,7 @@
 """The package `web`: a folder of static files that runs the bundle in a browser, with no network beyond the folder.
 
 ONNX Runtime's WebAssembly build and the tokenizer library come from a folder with npm packages, which the user names;
-nothing is downloaded here. The page binds by the manifest's contract alone (`templates/web/decoder.js`).
+nothing is downloaded here. The page binds by the manifest's contract alone (`decoder.js`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ from pathlib import Path
 
 from lrt_deploy.bundle.manifest import TOKENIZER, graph_path, weights_path
 from lrt_deploy.errors import ExportError
+from lrt_deploy.exporters.packages.source import Source
 from lrt_deploy.text.tokenizer import TOKENIZER_FILE
-
-from .source import Source
 
 # The npm packages, the versions that the tests ran with, and what the page takes of them.
 NPM_PACKAGES = {"onnxruntime-web": "1.30.0", "@huggingface/tokenizers": "0.2.0"}
