@@ -305,7 +305,7 @@ class BatchDecoder:
             self._choose()
         if self._timed:
             self._expire()
-        if self.turn_tokens is not None:
+        if self.turn_tokens is not None and self._book.waiting:
             self._end_turns(self.turn_tokens)
         self._free()
         self._divide()
