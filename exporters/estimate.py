@@ -42,6 +42,8 @@ _PROCESS_BYTES = 480e6  # torch and the graph tools
 _MODEL_SHARE, _CALIBRATION_SHARE = 2.05, 0.65  # of the model in memory
 _SECONDS, _SECONDS_LAYER = 12.0, 1.3  # imports and tracing
 _SECONDS_GB, _CALIBRATION_SECONDS, _CALIBRATION_SECONDS_GB = 5.0, 3.0, 28.0
+# GPTQ of a matrix (K, N): K^3, K^2 and K N times so many seconds.
+_GPTQ_SECONDS = (5e-11, 5e-8, 1.5e-7)
 # TensorRT-RTX 1.7: a plan beyond its weights, of any model and of each layer; W8A8 and weight-only alike.
 _PLAN_SHARE, _PLAN_BYTES, _PLAN_INTEGER_BYTES = 1.05, (500_000, 2_100_000), (1_700_000, 2_400_000)
 _BUILD_BYTES, _BUILD_SHARE = 430e6, 3.4
@@ -113,9 +115,21 @@ def estimate_export(
     seconds = _SECONDS + _SECONDS_LAYER * config.n_layer + _SECONDS_GB * model / 1e9 * len(options.precisions)
     if calibrated:
         seconds += _CALIBRATION_SECONDS + _CALIBRATION_SECONDS_GB * model / 1e9
-    share = _MODEL_SHARE + (_CALIBRATION_SHARE if calibrated else 0)
+    share, moments = _MODEL_SHARE + (_CALIBRATION_SHARE if calibrated else 0), 0
+    if INT4 in options.precisions and options.compensate:
+        for rows, columns in _quantized(config, options).values():
+            cube, square, product = _GPTQ_SECONDS
+            seconds += cube * rows**3 + square * rows**2 + product * rows * columns
+            moments += ITEM_BYTES["float32"] * rows**2
     free = shutil.disk_usage(existing_parent(target)).free
-    return Estimate(files, int(_PROCESS_BYTES + share * model), round(seconds, 1), free)
+    return Estimate(files, int(_PROCESS_BYTES + share * model) + moments, round(seconds, 1), free)
+
+
+def _quantized(config: LRTConfig, options: ExportRequest) -> dict[str, tuple[int, int]]:
+    """Return the matrices that an integer precision quantizes, and their shapes."""
+    matrices = matrix_shapes(config)
+    keep = matching(_KEPT if options.keep_high is None else options.keep_high, matrices, strict=False)
+    return {name: shape for name, shape in matrices.items() if name not in keep}
 
 
 def estimate_build(folder: Path, found: Manifest, plan: str, precision: str) -> Estimate:
@@ -137,10 +151,10 @@ def _weights(
     bits, item = _BITS.get(precision), 4 if precision == "fp32" else 2
     patterns = (_KEPT if bits else ()) if options.keep_high is None else options.keep_high
     keep = matching(patterns, matrices, strict=False)
-    rows_of_quantized = [shape[0] for name, shape in matrices.items() if name not in keep]
     block = None
     if precision == INT4:
-        block = options.int4_block or default_int4_block(rows_of_quantized, bool(options.compensate))
+        counts = [shape[0] for shape in _quantized(config, options).values()]
+        block = options.int4_block or default_int4_block(counts, bool(options.compensate))
     elements = {name: sum(prod(shape) for shape in source.shapes) for name, source in weight_sources(config).items()}
     order = [name for name in elements if name in EMBEDDING_TABLES or name in matrices]
     order.insert(1, order.pop(order.index("lm_head")))  # as the graph has them
