@@ -217,13 +217,16 @@ def export_once(make_once, golden_of):
 
 @pytest.fixture(scope="session")
 def host_embeddings_once(make_once, golden_of):
-    """(name, precisions) -> the same with its embedding tables on the host. Tests must not change it."""
+    """(name, precisions) -> the same with its embedding tables on the host, int4 rounded as `in_every_precision`'s.
+
+    Tests must not change it.
+    """
 
     def export(name: str, precisions=("fp32",)) -> Path:
         import lrt_deploy
 
         def make(folder: Path) -> None:
-            options = {"precision": precisions, "max_seq_len": CAPACITY, "host_embeddings": True}
+            options = {"precision": precisions, "max_seq_len": CAPACITY, "host_embeddings": True, "compensate": False}
             lrt_deploy.export_bundle(golden_of(name).folder, folder, **options)
 
         return make_once(f"{name}-host-{'-'.join(precisions)}", make)
