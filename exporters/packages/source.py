@@ -14,9 +14,8 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 
-from lrt_deploy.bundle.contract import state_pairs
-from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, FileRecord, Manifest, weights_path
-from lrt_deploy.bundle.precisions import ITEM_BYTES, PRECISIONS, base_dtype
+from lrt_deploy.bundle.manifest import DIGEST, MANIFEST, FileRecord, Manifest
+from lrt_deploy.bundle.precisions import PRECISIONS
 from lrt_deploy.errors import BundleError, ExportError
 from lrt_deploy.files import open_regular
 
@@ -61,25 +60,6 @@ class Source:
         if asked not in held:
             raise ExportError(f"{self.bundle} has no {asked}; it holds {', '.join(held)}")
         return asked
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the weights of the precision, tables included."""
-        folder = weights_path(self.precision).rpartition("/")[0]
-        return sum(record.bytes for name, record in self.manifest.files.items() if name.startswith(f"{folder}/"))
-
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of all slots at full capacity."""
-        dtype = base_dtype(self.precision, "windowed")
-        sizes = {"batch": self.manifest.max_batch_size, "tokens": 1, "capacity": self.manifest.max_seq_len}
-        total = 0
-        for pair in state_pairs(self.manifest.model, dtype):
-            count = ITEM_BYTES[dtype]
-            for dim in pair.shape:
-                count *= dim if isinstance(dim, int) else sizes[dim]
-            total += count
-        return total
 
     def copy_bundle(self, target: str, names: Collection[str] | None = None) -> None:
         """Copy the bundle's files below `target`, all that the manifest lists or those of `names`, and the manifest.
