@@ -18,7 +18,6 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -35,13 +34,12 @@ from lrt_deploy.errors import LRTDeployError
 
 from . import page
 from .answers import Answer
+from .bodies import Bodies
 from .engine import Deliver, Delivery, Draining, Engine, deliver_directly
 from .metrics import CONTENT_TYPE, gauges, process_gauges
 from .openai_api import Api, Call
-from .request_fields import ApiError, Failure, json_value
+from .request_fields import ApiError, Failure
 
-MAX_BODY_BYTES = 4 * 2**20
-_LONG_BODY_BYTES = 16 * 2**10  # text of more is tokenized in another thread, so that the server goes on answering
 _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
 _MOST_LINES = 4096  # of the log that wait to be written
@@ -49,8 +47,6 @@ _LEFT = 499  # the status that the log shows for a client that has gone
 # Without the key. The page has nothing of the model; it asks its user for the key.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
 
-_LONG_BODIES = ThreadPoolExecutor(1, "tokenizing")
-_SLOW_FIELDS = ThreadPoolExecutor(2, "grammars and templates")
 
 _Parsed = TypeVar("_Parsed")
 
@@ -192,6 +188,7 @@ class App:
                 app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
             )
         self.asgi = app
+        self._bodies = Bodies(api.takes_long)
         self._describing = asyncio.Lock()  # the first description of the model scores a text; others wait for it
         self.answering = 0  # requests whose answers are not all handed to their connections
 
@@ -237,18 +234,8 @@ class App:
         return _Counted(self, exchange)
 
     async def _parsed(self, request: Request, parse: Callable[[object], _Parsed]) -> _Parsed:
-        """Read a body and parse it."""
-        data = await _body(request)
-        loop = asyncio.get_running_loop()
-        if len(data) < _LONG_BODY_BYTES:
-            body = json_value(data)
-        else:
-            body = await loop.run_in_executor(_LONG_BODIES, json_value, data)
-        if self.api.takes_long(body):
-            return await loop.run_in_executor(_SLOW_FIELDS, parse, body)
-        if len(data) < _LONG_BODY_BYTES:
-            return parse(body)
-        return await loop.run_in_executor(_LONG_BODIES, parse, body)
+        size = request.headers.get("content-length", "0")
+        return await self._bodies.parsed(size, request.stream(), parse)
 
     # Everything else
 
@@ -466,20 +453,6 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-async def _body(request: Request) -> bytes:
-    """Read a body of bounded size; one that says that it is larger is not read at all."""
-    too_large = ApiError(f"the body has more than {MAX_BODY_BYTES} bytes, the most that are accepted", None, 413)
-    said = request.headers.get("content-length", "0")
-    if not said.isdecimal() or int(said[:20]) > MAX_BODY_BYTES:
-        raise too_large
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise too_large
-    return bytes(data)
-
-
 def _file(file: page.PageFile) -> Callable[[Request], Awaitable[Response]]:
     """Return the handler of a file of the chat page."""
     response = Response(file.content, 200, page.HEADERS, file.media_type)
@@ -505,7 +478,7 @@ def _failure(error: LRTDeployError) -> Response:
     headers = {}
     if failure.status in (429, 503):
         headers["retry-after"] = str(_RETRY_AFTER_SECONDS)
-    if failure.status == 413:
+    if isinstance(error, ApiError) and failure.status in (413, 503):
         headers["connection"] = "close"  # what is left of the body is not read
     return _json(failure.body(), failure.status, headers)
 

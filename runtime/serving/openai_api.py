@@ -43,7 +43,7 @@ from .request_fields import (
 )
 
 COMPLETION_TOKENS = 16  # where a completion does not say
-_MOST_STOPS, _MOST_PROMPTS = 16, 256
+_MOST_STOPS, _MOST_STOP_CHARACTERS, _MOST_PROMPTS = 16, 4096, 256
 _CHAT_TOKENS = (BOS, USER_START, USER_END, ASSISTANT_START, ASSISTANT_END)
 _SAMPLING = (
     *("temperature", "top_p", "top_k", "min_p"),
@@ -366,6 +366,8 @@ class Api:
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         if len(stops) > _MOST_STOPS:
             raise ApiError(f"stop has {len(stops)} texts, expected at most {_MOST_STOPS}", "stop")
+        if (characters := sum(map(len, stops))) > _MOST_STOP_CHARACTERS:
+            raise ApiError(f"stop has {characters} characters, expected at most {_MOST_STOP_CHARACTERS}", "stop")
         if stops:
             _checked("stop", lambda: TextStream(self.tokenizer.token_bytes_of, stops))
         policy = cast(PrefillPolicy, fields.prefill or self.options.policy)

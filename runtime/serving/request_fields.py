@@ -134,7 +134,7 @@ _REFUSED: dict[str, tuple[object, ...]] = {
 }
 
 
-def json_value(data: bytes, name: str = "the body") -> Any:  # noqa: ANN401 - any JSON value
+def json_value(data: bytes | bytearray, name: str = "the body") -> Any:  # noqa: ANN401 - any JSON value
     """Parse JSON that may be hostile; raises ApiError."""
     try:
         return msgspec.json.decode(data)
@@ -178,7 +178,7 @@ class Failure:
         """Return what an error means to a client."""
         message = str(error)
         if isinstance(error, ApiError):
-            kind = "not_found_error" if error.status == 404 else "invalid_request_error"
+            kind = {404: "not_found_error", 503: "server_error"}.get(error.status, "invalid_request_error")
             return cls(error.status, message, kind, error.param, error.code)
         if isinstance(error, Draining):
             return cls(503, message, "server_error", code="draining")

@@ -33,6 +33,7 @@ _CLOSING_SECONDS = 2  # for connections when all requests have ended
 _FLUSH_SECONDS = 1  # for the last lines of the log
 _POLL_SECONDS = 0.02
 _FIRST_LOOK_SECONDS, _LAST_LOOK_SECONDS = 0.001, 0.25  # at a connection that is half closed
+_MOST_AHEAD = 64 * 2**10  # bytes of further requests that are read while one is answered
 _MOST_REFUSED = 64  # connections beyond the limit that get an answer at a time
 _OTHER_FILES = 128  # beside connections: graphs, weights, states, the log, connections that are refused
 
@@ -160,7 +161,7 @@ class _Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._half_closed:
+        if self._half_closed and self.conn.their_state in (h11.IDLE, h11.SEND_BODY):  # no further request has come
             self.transport.close()
         elif self in self._all.open:
             self._all.open[self] = self._all.open.pop(self)  # the last one used
@@ -173,6 +174,8 @@ class _Protocol(H11Protocol):
             phase = "body"
         elif self.conn.their_state is h11.IDLE:
             phase = "head" if self.conn.trailing_data[0] else "idle"
+        elif len(self.conn.trailing_data[0]) < _MOST_AHEAD:
+            self.flow.resume_reading()  # uvicorn reads nothing more, and would not see that the client leaves
         if phase == self.phase:
             return
         self.phase = phase

@@ -187,6 +187,7 @@ WRONG = [
     ({"prompt": "a", "repetition_penalty": 0}, "repetition_penalty"),
     ({"prompt": "a", "stop": [""]}, "stop"),
     ({"prompt": "a", "stop": ["x"] * 17}, "stop"),
+    ({"prompt": "a", "stop": ["x" * 2000] * 3}, "stop"),
     ({"prompt": "a", "stop": [1]}, "stop"),
     ({"prompt": "a", "stream": "yes"}, "stream"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options"),

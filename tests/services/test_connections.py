@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import time
@@ -36,6 +37,16 @@ def all_of(connection):
         while part := connection.recv(65536):
             found += part
     return found
+
+
+def answers_in(data):
+    """Yield the bodies of whole answers, without interim ones."""
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        if status(head) != 100:
+            length = int(re.search(rb"content-length: (\d+)", head)[1])
+            yield json.loads(data[:length])
+            data = data[length:]
 
 
 def request(body, *fields, path="/v1/completions", version="1.1"):
@@ -132,6 +143,29 @@ def test_a_client_that_has_left_is_known_from_one_that_waits(server):
             assert connection.recv(9) == b"HTTP/1.1 "
         server.wait_for("lrt_running", 0)
         assert server.gauge('lrt_requests_total{outcome="cancelled"}') == cancelled + 1
+
+
+def test_a_client_that_has_sent_more_than_its_request_and_left_frees_its_slots(server):
+    endless = {"prompt": [[1]] * 8, "n": 8, "max_tokens": 640, "ignore_eos": True}
+    for further in (b"G", b"\r\n", request(endless)):
+        server.wait_for("lrt_running", 0)
+        cancelled = server.gauge('lrt_requests_total{outcome="cancelled"}')
+        with connected(server, request(endless)) as connection:
+            server.wait_for("lrt_running", 8)
+            connection.sendall(further)
+        server.wait_for("lrt_running", 0)
+        assert server.gauge('lrt_requests_total{outcome="cancelled"}') == cancelled + 1
+
+
+def test_requests_that_are_sent_ahead_are_answered_in_order_also_when_no_more_can_come(server, decoder):
+    prompts = ("import os\n", "def f(x):\n", "class A:\n")
+    with connected(server) as connection:
+        fields = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
+        connection.sendall(b"".join(request({"prompt": prompt, **fields}) for prompt in prompts))
+        connection.shutdown(socket.SHUT_WR)
+        found = all_of(connection)
+    texts = [body["choices"][0]["text"] for body in answers_in(found)]
+    assert texts == ["".join(event.text for event in decoder.generate(text, 20, stop_ids=[])) for text in prompts]
 
 
 def test_on_a_loopback_address_only_loopback_names_and_allowed_ones_are_hosts(server, launch):

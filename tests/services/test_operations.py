@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from lrt_deploy.runtime.serving.app import Log
+from lrt_deploy.runtime.serving.bodies import MAX_BODY_BYTES, MAX_HELD_BYTES
 
 from .conftest import BIN
 
@@ -126,6 +132,41 @@ def test_a_body_beyond_the_limit_is_refused_before_it_is_read(server):
         pass
     finally:
         connection.close()
+
+
+def test_bodies_that_come_together_are_bounded_together_and_small_ones_are_answered(server):
+    body = b'{"prompt": [' + b" " * (MAX_BODY_BYTES - 20) + b"1]}"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with contextlib.ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=60))
+            for _ in range(MAX_HELD_BYTES // MAX_BODY_BYTES + 1)
+        ]
+        for connection in opened:
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have been refused
+                connection.sendall(head + body[:-1])
+        (refused, *_), _, _ = select.select(opened, [], [], 60)
+        assert b" 503 " in refused.recv(4096)
+        assert server.complete(PROMPT, max_tokens=1)["usage"]["completion_tokens"] == 1
+        opened.remove(refused)
+        for connection in opened:
+            connection.sendall(body[-1:])
+            assert b" 200 " in connection.recv(4096)
+
+
+def test_hostile_values_cost_the_memory_of_few_of_them(launch):
+    server = launch()
+    before = peak_bytes(server)
+    hostile = b'{"prompt": [' + b"[]," * 1_300_000 + b"[]]}"  # 90 MB of lists
+    results = [in_thread(server.post, "/v1/completions", hostile) for _ in range(24)]
+    assert {result().status for result in results} <= {400, 503}
+    assert peak_bytes(server) - before < 800e6
+
+
+def peak_bytes(server):
+    """Return the largest resident memory that a server has had."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
 
 
 # Bounds
