@@ -105,7 +105,7 @@ export class TurnView {
       const end = ends[token];
       const start = ends.findLast((other, at) => at < token && other < end) ?? 0;
       const value = cosines[token] === null ? "no latent before" : cosines[token].toFixed(2);
-      words = `token ${token + 1}  ${JSON.stringify(text.slice(start, end))}  ${value}`;
+      words = `token ${token + 1}  ${value}  ${JSON.stringify(text.slice(start, end))}`; // the text is cut where room is short
       if (globalThis.Highlight && end > start) {
         const range = new StaticRange({ startContainer: this.text, startOffset: start, endContainer: this.text, endOffset: end });
         CSS.highlights.set("token", new Highlight(range));
