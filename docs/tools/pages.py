@@ -1,6 +1,6 @@
 """MkDocs hook: adds the pages that have another source, and fills in what is generated from the code.
 
-Pages: README.md (as index.md), benchmarks/README.md, CHANGELOG.md, SECURITY.md and CONTRIBUTING.md. Markers in pages:
+Pages: README.md (as index.md), CHANGELOG.md, SECURITY.md and CONTRIBUTING.md. Markers in pages:
 `<!-- commands -->` becomes the reference of the command line, `<!-- fields of module:Type -->` a table of the fields
 of a dataclass or msgspec Struct, and `<!-- schema of module:Type -->` its JSON Schema.
 """
@@ -27,7 +27,6 @@ ROOT = Path(__file__).parents[2]
 # Sources outside of docs/, and the pages that they become.
 PAGES = {
     "README.md": "index.md",
-    "benchmarks/README.md": "measurements.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
     "CONTRIBUTING.md": "contributing.md",

@@ -2,8 +2,8 @@
 
 A decode step reads all weights from end to end, and pages of 4 KiB cost it address translations; `in_huge_pages` moves
 what a block of code allocates. A row of a mapped table that the system does not hold makes a step wait for the disk
-(benchmarks/README.md); `read_ahead` has it read the file in the background. Both do nothing where the system cannot, or
-has too little memory.
+(docs/tried-and-lost.md); `read_ahead` has it read the file in the background. Both do nothing where the system cannot,
+or has too little memory.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def _has_vnni() -> bool:
         return False
 
 
-# Below this, handing work to a second thread costs more than it saves (measured: benchmarks/README.md), and weights
+# Below this, handing work to a second thread costs more than it saves (measured: docs/tried-and-lost.md), and weights
 # stay in the processor's cache.
 _SMALL_BYTES = 24 * 2**20
 _LOG_ERRORS = 3
