@@ -1,9 +1,11 @@
 """The errors that this package raises on purpose, as one tree.
 
 LRTDeployError
-├── ConfigError, CheckpointError, ExportError, BundleError, EngineError, StateError, InputError, ParityError, Busy
-└── BackendError
-    └── NonFiniteError
+├── ConfigError, CheckpointError, ExportError, BundleError, EngineError, StateError, InputError, ParityError
+├── BackendError
+│   └── NonFiniteError
+└── Busy
+    └── DeadlineExceeded
 
 A message says what was found, what was expected and according to what, and what to do. Imports nothing.
 """
@@ -59,3 +61,7 @@ class ParityError(LRTDeployError):
 
 class Busy(LRTDeployError):  # noqa: N818 - a condition that passes, not a fault
     """There is no room at the moment for one more request; the same request may be sent again later."""
+
+
+class DeadlineExceeded(Busy):
+    """A request has not ended within the time that it was given; it was ended, and its row is free."""

@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple, Self, TypeVar, Unpack, overload
 import numpy as np
 
 from lrt_deploy.arguments import LARGEST_COUNT, check_flag, check_is, check_number, check_whole
-from lrt_deploy.errors import Busy, InputError, LRTDeployError, StateError
+from lrt_deploy.errors import Busy, DeadlineExceeded, InputError, LRTDeployError, StateError
 from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.types import PrefillPolicy
 
@@ -194,8 +194,8 @@ class BatchDecoder:
         has one.
 
         Of the requests that wait, those of a higher `priority` are admitted first. A request that has not ended
-        `deadline_s` seconds from now ends with the error `Busy`. Raises `Busy` at once where `max_waiting` is reached,
-        InputError for options that cannot be used, and StateError for a prompt beyond the capacity.
+        `deadline_s` seconds from now ends with the error `DeadlineExceeded`. Raises `Busy` at once where `max_waiting`
+        is reached, InputError for options that cannot be used, and StateError for a prompt beyond the capacity.
         """
         vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
         options = Generation.of(vocabulary, max_new_tokens, (stop_ids, stop_strings), logprobs, sampling, grammar)
@@ -455,7 +455,8 @@ class BatchDecoder:
         now, words = self._clock(), "the request has not ended within its deadline; send it again, or allow more time"
         late = [request.number for request in live if request.deadline <= now]
         if late:
-            self._book = book.without(set(late), *(BatchEvent(number, error=Busy(words)) for number in late))
+            ended = (BatchEvent(number, error=DeadlineExceeded(words)) for number in late)
+            self._book = book.without(set(late), *ended)
 
     def _end_turns(self, tokens: int) -> None:
         """Send as many requests to the end of the queue as others wait for their slots, the longest turns first."""

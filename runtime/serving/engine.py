@@ -40,6 +40,10 @@ class Draining(Busy):
         super().__init__("the server is shutting down; send the request to another one, or again later")
 
 
+class RequestError(BackendError):
+    """One request could not be run, for lack of memory as a rule; the others and the engine go on."""
+
+
 class Prompt(NamedTuple):
     """The token ids of a prompt, and how many tokens each of its continuations may have."""
 
@@ -265,7 +269,7 @@ class Engine:
             except Exception as error:  # memory, or a fault of ours: it must not end the thread
                 self.states.clear()
                 if ticket is not None:
-                    self._fail(ticket, BackendError(f"the request could not be taken: {_shown(error)}"))
+                    self._fail(ticket, RequestError(f"the request could not be taken: {_shown(error)}"))
                     self._flush()
 
     def _patience(self) -> float | None:
@@ -456,7 +460,7 @@ class Engine:
             self._give_up(text)
         else:
             self._ended += 1
-            self._fail(found.ticket, BackendError(f"{text}; of the requests that run, this one held the most memory"))
+            self._fail(found.ticket, RequestError(f"{text}; of the requests that run, this one held the most memory"))
         self._flush()
 
     def _give_up(self, text: str) -> None:

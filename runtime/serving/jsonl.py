@@ -2,8 +2,8 @@
 
 A line of the input is `{"custom_id", "method", "url", "body"}`; each has one line of output, in the order in which they
 are finished. The output is the progress: a run that was killed goes on after the lines that are there, and a last line
-that is torn is dropped. A request that is wrong has an error as its answer; an error of the backend ends the run, and
-its requests have no line.
+that is torn is dropped. A request that is wrong, or that memory does not suffice for, has an error as its answer. An
+error of the backend that concerns all requests ends the run, and they have no line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lrt_deploy.fields import convert, shown
 from lrt_deploy.files import open_regular, try_lock
 
 from .answers import Answer
-from .engine import Delivery, Engine
+from .engine import Delivery, Engine, RequestError
 from .openai_api import Api, Call
 from .request_fields import ApiError, Failure, json_value
 
@@ -100,6 +100,7 @@ class _Runner:
         self._engine, self._api, self._append, self._counts, self._progress = engine, api, append, counts, progress
         self._done: queue.SimpleQueue[_Done] = queue.SimpleQueue()
         self._running = 0
+        self._unrun: list[_Done] = []  # without an answer for lack of memory, until one later shows that it was theirs
 
     def submit(self, line: Line) -> None:
         """Start a request, when there is room for it."""
@@ -124,6 +125,7 @@ class _Runner:
         """Write what still runs."""
         while self._running:
             self._take()
+        self._write_unrun()
 
     def _take(self) -> None:
         """Wait for an answer, and write it."""
@@ -134,17 +136,28 @@ class _Runner:
             self._show()  # raises a signal whose exception got lost
         self._running -= 1
         error = done.delivery.error
-        if isinstance(error, BackendError) and not isinstance(error, NonFiniteError):
+        if isinstance(error, BackendError) and not isinstance(error, (NonFiniteError, RequestError)):
             raise error
+        if isinstance(error, RequestError):
+            self._unrun.append(done)
+            return
         if error is not None:
             self._write(done.line, done.call.id, Failure.of(error))
             return
+        self._write_unrun()
         answer = Answer(done.call, self._api.tokenizer)
         answer.add(done.delivery)
         body = answer.body()
         self._counts.prompt_tokens += body["usage"]["prompt_tokens"]
         self._counts.completion_tokens += body["usage"]["completion_tokens"]
         self._write(done.line, done.call.id, body)
+
+    def _write_unrun(self) -> None:
+        """Write the errors of requests that memory did not suffice for; a run that ends with the backend drops them."""
+        while self._unrun:
+            done = self._unrun.pop(0)
+            assert done.delivery.error is not None
+            self._write(done.line, done.call.id, Failure.of(done.delivery.error))
 
     def _write(self, line: Line, call: str | None, answer: dict[str, Any] | Failure) -> None:
         """Append a line to the output, in one piece."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from lrt_deploy.errors import BackendError, Busy, InputError, LRTDeployError, NonFiniteError
+from lrt_deploy.errors import BackendError, Busy, DeadlineExceeded, InputError, LRTDeployError, NonFiniteError
 from lrt_deploy.fields import LARGEST_INTEGER, convert, shown
 
 from .engine import Draining
@@ -182,7 +182,7 @@ class Failure:
             return cls(error.status, message, kind, error.param, error.code)
         if isinstance(error, Draining):
             return cls(503, message, "server_error", code="draining")
-        if isinstance(error, Busy) and "deadline" in message:  # the batch says so only in words
+        if isinstance(error, DeadlineExceeded):
             return cls(504, message, "server_error", "deadline_s", "deadline_exceeded")
         if isinstance(error, Busy):
             return cls(429, message, "rate_limit_error", code="queue_full")

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from lrt_deploy.errors import BackendError
+from lrt_deploy.runtime.serving import engine as engine_module
+from lrt_deploy.runtime.serving import jsonl
+from lrt_deploy.runtime.serving.engine import Engine
+from lrt_deploy.runtime.serving.openai_api import Api, ApiOptions
+
 BIN = Path(sys.executable).parent
 
 
@@ -96,6 +102,42 @@ def test_a_killed_run_goes_on_where_it_stood(bundle, tmp_path):
     assert target.read_bytes().startswith(complete) and len(results(target)) == 60
     again = json.loads(run(bundle, source, target, "--json").stdout)
     assert (again["skipped"], again["answered"]) == (60, 0)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_request_that_memory_does_not_suffice_for_has_an_error_and_the_others_are_answered(
+    decoder, tmp_path, monkeypatch, lasting
+):
+    monkeypatch.setattr(engine_module, "_RETRY_SECONDS", 0.001)
+    source, target, advance = tmp_path / "in.jsonl", tmp_path / "out.jsonl", decoder.advance
+    large = line("large", {"prompt": [5] * 60, "max_tokens": 100, "temperature": 0, "prefill": "stepwise"})
+    source.write_text("".join([*completions(3), large, *completions(7)[3:]]))
+
+    def short(state, ids):
+        if lasting or max(state.row_lengths) >= 60:
+            raise MemoryError
+        return advance(state, ids)
+
+    monkeypatch.setattr(decoder, "advance", short)
+    engine = Engine(decoder, 2)
+    engine.start()
+    try:
+        if lasting:
+            with pytest.raises(BackendError, match="MemoryError"):
+                jsonl.run(engine, Api(decoder, ApiOptions("demo")), source, target, lambda *_: None)
+            assert target.read_bytes() == b""  # the next run tries them all again
+            return
+        counts = jsonl.run(engine, Api(decoder, ApiOptions("demo")), source, target, lambda *_: None)
+    finally:
+        engine.stop()
+    assert (counts.requests, counts.answered, counts.failed) == (8, 7, 1)
+    found = results(target)
+    assert found["large"]["response"]["status_code"] == 503
+    assert "this one held the most memory" in found["large"]["response"]["body"]["error"]["message"]
+    for i in range(7):
+        events = decoder.generate(f"def f{i}(", 20, temperature=float(i % 2), seed=i)
+        text = found[f"r{i}"]["response"]["body"]["choices"][0]["text"]
+        assert text == "".join(event.text for event in events)
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,11 @@ import time
 import numpy as np
 import pytest
 
-from lrt_deploy.errors import BackendError, Busy, InputError, StateError
+from lrt_deploy.errors import BackendError, Busy, DeadlineExceeded, InputError, NonFiniteError, StateError
 from lrt_deploy.runtime.serving import engine as engine_module
 from lrt_deploy.runtime.serving.engine import RETRIES, Draining, Engine, EngineRequest, Prompt
 from lrt_deploy.runtime.serving.prefix_states import PrefixStates
+from lrt_deploy.runtime.serving.request_fields import Failure
 
 NAME = "padded_vocab"
 PROMPT = [1, 2, 3, 4, 5]
@@ -249,7 +250,7 @@ def test_where_memory_is_short_the_largest_request_ends_and_the_others_go_on(eng
     large = submit(found, [7] * 30, 60)
     small = [submit(found, PROMPT[: 1 + i], 20, temperature=1.0, seed=i) for i in range(4)]
     ended = large.wait().deliveries[-1].error
-    assert isinstance(ended, BackendError) and "this one held the most memory" in str(ended)
+    assert isinstance(ended, engine_module.RequestError) and "this one held the most memory" in str(ended)
     for i, receiver in enumerate(small):
         assert receiver.wait().tokens() == alone(decoder, PROMPT[: 1 + i], 20, temperature=1.0, seed=i)
     assert found.ready and found.metrics.requests == {"ok": 4, "error": 1, "cancelled": 0, "refused": 0}
@@ -333,6 +334,23 @@ def test_a_real_shortage_of_memory_ends_requests_and_not_the_service(bundle, roo
     command = [sys.executable, "-c", LIMITED, bundle]
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code"),
+    [
+        (DeadlineExceeded("late"), 504, "deadline_exceeded"),
+        (Busy("the deadline is near and the queue full"), 429, "queue_full"),
+        (engine_module.Draining(), 503, "draining"),
+        (engine_module.RequestError("late"), 503, "backend_failed"),
+        (BackendError("the deadline"), 503, "backend_failed"),
+        (NonFiniteError("the deadline", [0]), 500, "non_finite"),
+        (InputError("the deadline"), 400, None),
+    ],
+)
+def test_the_status_of_an_error_follows_from_its_class_and_not_from_its_words(error, status, code):
+    failure = Failure.of(error)
+    assert (failure.status, failure.code) == (status, code)
 
 
 def test_too_much_work_is_refused_at_once(engine_of):
