@@ -8,7 +8,8 @@ DEMO := demo/bundle
 # The npm packages that the page of `lrt-deploy package --to web` needs; their versions stand in exporters/packages/web/__init__.py.
 WEB_ASSETS := build/web-assets
 
-.PHONY: install demo test test-services web-assets docs check kills interrupts fuzz pictures dist wheel-check lock sbom clean
+# make ptx: compile the GPU's kernels (runtime/device_loop/kernels.cu) again, by the compiler of PyPI's wheels.
+.PHONY: install demo test test-services web-assets docs check ptx kills interrupts fuzz pictures dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -53,6 +54,9 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/pytest --quiet tests/test_types.py tests/test_layout.py
 	OMP_NUM_THREADS=1 $(BIN)/pytest --quiet --numprocesses 2 --ignore tests/services -m "not slow"
+
+ptx: install
+	$(BIN)/python -m lrt_deploy.runtime.device_loop.make_ptx
 
 # 100 kills of each thing that writes files, and as many full disks and file limits; three minutes.
 kills: install

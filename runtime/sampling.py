@@ -118,6 +118,12 @@ class Sampler:
         self._start = np.random.PCG64(options.seed).state
         self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
 
+    @property
+    def start(self) -> tuple[int, int]:
+        """State and increment of PCG64 before the first number, 128 bits each."""
+        found = self._start["state"]
+        return int(found["state"]), int(found["inc"])
+
     def choose(
         self, logits: NDArray[np.float32], history: Sequence[int], index: int, allowed: _Ids | None = None
     ) -> int:

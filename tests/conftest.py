@@ -203,6 +203,21 @@ def make_once(shared_folder):
 
 
 @pytest.fixture(scope="session")
+def kernels_once(make_once):
+    """Path of the GPU's kernels as a library for the host, compiled by g++; skips where there is none."""
+    from host_kernels import MISSING, compile_kernels
+
+    if MISSING:
+        pytest.skip(MISSING)
+
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        compile_kernels(folder)
+
+    return make_once("kernels", make) / "kernels.so"
+
+
+@pytest.fixture(scope="session")
 def export_once(make_once, golden_of):
     """name -> bundle folder of a golden. Tests must not change it: they copy it first."""
 

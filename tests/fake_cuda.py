@@ -10,6 +10,7 @@ GPU forbids, it refuses:
   when the capturing thread does it; a capture is ended by the thread that began it
 - after a fault every call fails with the same error
 `before` and `after` are called with the name of each call: tests raise an interrupt there. `fail` makes a call fail.
+Kernels are those of `host_kernels`, compiled by g++: `kernels` is set by tests that launch some.
 With `eager` everything is done at once, as ONNX Runtime on the host does it. Numbers of errors are CUDA's.
 """
 
@@ -37,7 +38,9 @@ class CUresult(IntEnum):
     CUDA_ERROR_NOT_INITIALIZED = 3
     CUDA_ERROR_INVALID_CONTEXT = 201
     CUDA_ERROR_ECC_UNCORRECTABLE = 214
+    CUDA_ERROR_INVALID_PTX = 218
     CUDA_ERROR_ILLEGAL_STATE = 401
+    CUDA_ERROR_NOT_FOUND = 500
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_LAUNCH_TIMEOUT = 702
     CUDA_ERROR_CONTEXT_IS_DESTROYED = 709
@@ -115,6 +118,7 @@ class FakeDriver:
         self.sticky, self.failures = None, {}
         self.before = self.after = lambda name: None
         self.cache, self.launches, self.copies, self.copied_within = 2**14, 0, [], 0
+        self.kernels = None  # `HostKernels`
         self.violations = []  # what no GPU would notice at once
 
     # What tests and the fake engine ask of it
@@ -323,6 +327,36 @@ class FakeDriver:
     @call(safe=False)
     def cuGraphExecDestroy(self, graph):
         return remove(self.graphs, graph, self.violations)
+
+    @call(safe=False)
+    def cuModuleLoadData(self, data):
+        if not self.kernels.load(data):
+            return CUresult.CUDA_ERROR_INVALID_PTX, None
+        return OK, "the module"
+
+    @call()
+    def cuModuleGetFunction(self, module, name):
+        if module != "the module" or name.decode() not in self.kernels.parameters:
+            return CUresult.CUDA_ERROR_NOT_FOUND, None
+        return OK, name.decode()
+
+    @call()
+    def cuLaunchKernel(self, function, *rest):
+        *size, shared, stream, places, extra = rest
+        blocks, threads = size[0], size[3]
+        if stream != STREAM or shared or extra or (size[1:3], size[4:]) != ([1, 1], [1, 1]):
+            return CUresult.CUDA_ERROR_INVALID_VALUE
+        if not 0 < blocks < 2**31 or not 0 < threads <= 1024:
+            return CUresult.CUDA_ERROR_INVALID_VALUE
+        addresses, values = self.kernels.bind(function, places)
+
+        def work():
+            for address in addresses:
+                if address:
+                    self.at(address, 1)
+            self.kernels.run(function, blocks, threads, values, self.random.randrange(2**32))
+
+        return self.push(Work(work))
 
     @call()
     def cuGraphLaunch(self, graph, stream):

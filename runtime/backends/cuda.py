@@ -18,7 +18,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -227,6 +227,22 @@ class CudaDevice:
             return self._ask("instantiating a CUDA graph", self._cuda.cuGraphInstantiate(graph, 0))
         finally:
             self._cuda.cuGraphDestroy(graph)  # an error of its own would hide the first one
+
+    def load(self, ptx: bytes) -> Any:  # noqa: ANN401
+        """Compile kernels for this GPU, which the process keeps."""
+        return self._ask("loading kernels", self._cuda.cuModuleLoadData(ptx + b"\0"))
+
+    def function(self, module: Any, name: str) -> Any:  # noqa: ANN401
+        """Return a kernel by its name."""
+        return self._ask(f"looking for the kernel {name}", self._cuda.cuModuleGetFunction(module, name.encode()))
+
+    def run_kernel(self, function: Any, blocks: int, threads: int, values: Sequence[Any]) -> None:  # noqa: ANN401
+        """Enqueue a kernel with these parameters, numbers of `ctypes`; they are read before this returns."""
+        places = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+        found, stream = ctypes.addressof(places), self.stream
+        self._enqueued = True
+        launched = self._cuda.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, 0, stream, found, 0)
+        self._ask("launching a kernel", launched)
 
     def launch(self, graph: Any) -> None:  # noqa: ANN401
         """Enqueue a recorded graph."""
