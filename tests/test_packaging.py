@@ -36,7 +36,7 @@ RELEASE_FILES = (
     "requirements.lock",
 )
 # Names that a package is imported by, where they are not its own.
-IMPORTED_AS = {"onnxruntime-gpu": "onnxruntime", "protobuf": "google", "cuda-bindings": "cuda"}
+IMPORTED_AS = {"onnxruntime-gpu": "onnxruntime", "protobuf": "google", "cuda-bindings": "cuda", "pyyaml": "yaml"}
 IMPORTED_AS |= {"tensorrt-rtx-cu13": "tensorrt_rtx"}
 # Imported by another package: torch's exporter runs on it.
 NOT_IMPORTED_BY_US = {"onnxscript"}

@@ -23,12 +23,15 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.fields import Sha256, convert
 from lrt_deploy.files import check_writable, read_json
 
-from . import web
+from . import docker, web
 from .source import PackageOptions, Progress, Source
 
-Target = Literal["web"]
+Target = Literal["docker", "web"]
 TARGETS: tuple[Target, ...] = get_args(Target)
-_WRITERS: dict[str, Callable[[Source], str]] = {"web": web.write}  # each returns the one command to run
+_WRITERS: dict[str, Callable[[Source], str]] = {
+    "docker": docker.write,
+    "web": web.write,
+}  # each returns the one command to run
 
 LIST = "lrt-package.json"
 _LIST_BYTES = 16 * 2**20

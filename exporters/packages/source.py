@@ -93,7 +93,11 @@ class Source:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file of the package."""
-        self._place(name).write_text(text, encoding="utf-8")
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Write a file of the package."""
+        self._place(name).write_bytes(data)
 
     def write_template(self, template: str, values: Mapping[str, object], name: str | None = None) -> None:
         """Write `<target>/<file>`, filled in, as `name`, or under its own name."""

@@ -11,7 +11,7 @@ import typer
 from . import options, output
 from .options import option
 
-TargetName: TypeAlias = Literal["web"]
+TargetName: TypeAlias = Literal["docker", "web"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def package(
     bundle: options.BundlePath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     *,
-    to: Annotated[TargetName, option("Where it is to run: web.", "NAME")],
+    to: Annotated[TargetName, option(f"Where it is to run: {options.listed(TargetName)}.", "NAME")],
     chosen: PackagingOptions,
     json: options.Json = False,
 ) -> None:
