@@ -72,13 +72,13 @@ def _installed(found: Distribution, top: str) -> Iterator[tuple[str, bytes]]:
             yield f"{_PACKAGE}/{path.relative_to(source).as_posix()}", _read(path)
     elif (place := Path(str(found.locate_file(_PACKAGE)))).resolve() != source.resolve():
         raise _impossible(f"it runs from {source}, and is installed in {place}")
-    for path in found.files or ():
-        name = path.as_posix()
+    for listed in found.files or ():
+        name = listed.as_posix()
         if not name.startswith((f"{_PACKAGE}/", f"{top}/")) or name.endswith(".pyc"):
             continue
-        data = _read(Path(str(path.locate())))
-        if path.hash is not None and path.hash.value != _digest(data, path.hash.mode):
-            raise _impossible(f"{path.locate()} was altered after its installation")
+        data = _read(Path(str(listed.locate())))
+        if listed.hash is not None and listed.hash.value != _digest(data, listed.hash.mode):
+            raise _impossible(f"{listed.locate()} was altered after its installation")
         yield name, data
 
 
