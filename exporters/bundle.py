@@ -21,11 +21,12 @@ from lrt_deploy.bundle.precisions import INT4, base_dtype
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.errors import ExportError
 from lrt_deploy.files import check_writable, read_json, read_text
+from lrt_deploy.model.hub import check_source
 from lrt_deploy.text.tokenizer import (
     SourceTokenizer,
     Tokenizer,
-    has_tokenizer,
     load_source_tokenizer,
+    tokenizer_folder,
     tokenizer_sizes,
     write_tokenizer,
 )
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
 
 # Called with what is being done, and done and total of it (bytes, or 0 and 0 where there is nothing to count).
 Progress = Callable[[str, int, int], None]
+
+
+def _silent(what: str, done: int, total: int) -> None:
+    pass
+
 
 _MANIFEST_BYTES = 64 * 2**20
 _MANIFEST_FIELDS = {"format_version", "model", "precisions", "contracts", "files"}  # in every version
@@ -65,12 +71,13 @@ def export_bundle(
     compensate: bool | None = None,
     int4_block: int | None = None,
     host_embeddings: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = _silent,
 ) -> Manifest:
     """Export a checkpoint to a bundle folder and return the bundle's manifest.
 
     Args:
-        checkpoint: a checkpoint folder or weights file, in the authors' layout or the native one.
+        checkpoint: a checkpoint folder or weights file, in the authors' layout or the native one; or, as text,
+            `hf://owner/name[@revision]` for one on the Hugging Face Hub, which is fetched.
         bundle: the folder to make. It is whole or absent.
         precision: one or several of `fp32`, `fp16`, `bf16`, `int8` (W8A8), `int8-weight-only`, `int4-weight-only`.
         max_seq_len: tokens that a sequence can hold; None: the model's `sequence_len`. At most 10 times that.
@@ -99,17 +106,19 @@ def export_bundle(
 
     """
     given = dict(locals())
-    source, target = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
+    source, target = check_source(checkpoint, "checkpoint"), check_path(bundle, "bundle")
     return _export(source, target, _request(given), check_callable(progress, "progress"))
 
 
 def estimate_bundle(checkpoint: str | Path, bundle: str | Path, **named: Any) -> Estimate:  # noqa: ANN401
     """Estimate what `export_bundle` would take with the same options, and make the checks that it begins with.
 
-    Writes nothing. Raises the errors of `export_bundle`, as far as they need no weights.
+    Writes nothing, but a checkpoint on the Hub is fetched into the cache. Raises the errors of `export_bundle`, as far
+    as they need no weights.
     """
-    source, bundle = check_path(checkpoint, "checkpoint"), check_path(bundle, "bundle")
-    job = _prepare(source, _target(bundle, bool(named.get("add"))), _request(_DEFAULTS | named))
+    source, bundle = check_source(checkpoint, "checkpoint"), check_path(bundle, "bundle")
+    progress = check_callable(named.pop("progress", _silent), "progress")
+    job = _prepare(source, _target(bundle, bool(named.get("add"))), _request(_DEFAULTS | named), progress)
     others = {} if job.tokenizer is None else tokenizer_sizes(job.tokenizer)
     sources = weight_sources(job.checkpoint.config)
     wide = {
@@ -177,7 +186,7 @@ def _target(bundle: Path, add: bool) -> Path:
     return bundle.resolve() if add or not bundle.name else bundle
 
 
-def _prepare(source: Path, target: Path, options: ExportRequest, progress: Progress = lambda *what: None) -> _Job:
+def _prepare(source: str | Path, target: Path, options: ExportRequest, progress: Progress) -> _Job:
     """Make the checks that need no weights; write nothing."""
     options.check()
     existing = ExistingBundle.open(target, options) if options.add else None
@@ -194,7 +203,7 @@ def _prepare(source: Path, target: Path, options: ExportRequest, progress: Progr
     from .graph import trace  # noqa: F401 - a missing package is reported before the checkpoint is read
 
     progress("reading the checkpoint", 0, 0)
-    opened = open_checkpoint(source, options.step)
+    opened = open_checkpoint(source, options.step, progress)
     if existing is not None:
         options = existing.complete(options, opened)
     capacity = options.capacity(opened.config)
@@ -203,7 +212,7 @@ def _prepare(source: Path, target: Path, options: ExportRequest, progress: Progr
     return _Job(target, opened, options, capacity, existing, tokenizer)
 
 
-def _export(source: Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
+def _export(source: str | Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
     target = _target(bundle, options.add)
     recover(target)
     job = _prepare(source, target, options, progress)
@@ -268,17 +277,11 @@ def _foreign_in(folder: Path) -> str | None:
 
 
 def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenizer | None:
-    """Return the tokenizer that was named (`none`: none), else the one of the checkpoint, else None.
-
-    Searched are the checkpoint's folder `tokenizer`, the checkpoint's own folder, as on the Hub, and the authors'
-    place, the folder `tokenizer` beside `base_checkpoints`.
-    """
+    """Return the tokenizer that was named (`none`: none), else the one of the checkpoint, else None."""
     vocab_size = checkpoint.config.vocab_size
     if named is not None:
         return None if named == Path("none") else load_source_tokenizer(named, vocab_size)
-    folder, home = checkpoint.folder, checkpoint.folder.resolve().parent.parent
-    candidates = (folder / manifest.TOKENIZER, folder, home / manifest.TOKENIZER)
-    found = next(filter(has_tokenizer, candidates), None)
+    found = tokenizer_folder(checkpoint.folder)
     return None if found is None else load_source_tokenizer(found, vocab_size)
 
 
@@ -366,6 +369,7 @@ def _manifest(
                 "step": checkpoint.step,
                 "known_as": checkpoint.known_as,
                 "chosen": checkpoint.chosen,
+                "hub": None if checkpoint.origin is None else checkpoint.origin.to_dict(),
             },
             "versions": {package: version(package) for package in packages},
         },

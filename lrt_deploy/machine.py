@@ -115,7 +115,7 @@ Extra = Literal["export", "serve", "grammar", "bench", "report", "tensorrt", "te
 
 # The modules that each extra brings, in the order in which people would look for them.
 MODULES: dict[Extra, tuple[str, ...]] = {
-    "export": ("torch", "onnx", "onnxscript", "onnx_ir"),
+    "export": ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub"),
     "serve": ("starlette", "uvicorn", "jinja2"),
     "grammar": ("llguidance",),
     "bench": ("matplotlib",),

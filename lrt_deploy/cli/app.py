@@ -41,6 +41,7 @@ from . import inspect as inspecting
 
 READER_GONE = 141
 _WITH_TRACEBACK = "run again with --debug for the traceback"
+_NAMES_OF_FILES = ("checkpoint", "path")  # texts, because names on the Hub are no paths
 _reported = False  # this command's error has been reported
 # Typer has a copy of Click or uses the package, by version; its exceptions are found through the one that it exports.
 _UsageError: Any = typer.BadParameter.__base__
@@ -109,7 +110,8 @@ class Verb(_PlainFlags, TyperCommand):
         kinds = get_type_hints(_COMMANDS[str(self.name)])
         for parameter in self.get_params(ctx):
             kind = kinds.get(parameter.name)
-            if given.get(parameter.name) == "" and Path in (kind, *get_args(kind)):
+            is_path = Path in (kind, *get_args(kind)) or parameter.name in _NAMES_OF_FILES
+            if given.get(parameter.name) == "" and is_path:
                 raise typer.BadParameter(
                     "it is empty; expected a path (is a shell variable unset?)", ctx=ctx, param=parameter
                 )

@@ -58,8 +58,7 @@ class ExportOptions:
 
 def export(
     checkpoint: Annotated[
-        Path,
-        typer.Argument(metavar="CHECKPOINT", help="A checkpoint folder, a weights file, or nanochat's base folder."),
+        str, typer.Argument(metavar="CHECKPOINT", help=f"{options.CHECKPOINT[0].upper()}{options.CHECKPOINT[1:]}.")
     ],
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder to make.")],
     *,
@@ -73,7 +72,9 @@ def export(
     if dry_run:
         from lrt_deploy.exporters.bundle import estimate_bundle
 
-        output.estimate(json, f"export {bundle}", estimate_bundle(checkpoint, bundle, **chosen.arguments()).to_dict())
+        with output.progress(quiet=json) as progress:
+            found = estimate_bundle(checkpoint, bundle, **chosen.arguments(), progress=progress)
+        output.estimate(json, f"export {bundle}", found.to_dict())
         return
     started = time.perf_counter()
     with output.progress(quiet=json) as progress:

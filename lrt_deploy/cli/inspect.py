@@ -21,34 +21,41 @@ if TYPE_CHECKING:
 
 
 _LARGEST_MESSAGE_BYTES = 2**31 - 1  # protobuf's own limit
-_KNOWN = "a bundle folder, a checkpoint (folder or weights file), a graph (.onnx), or an engine (its folder or .plan)"
+_KNOWN = (
+    "a bundle folder, a checkpoint (folder, weights file, or hf://owner/name[@revision] on the Hugging Face Hub), "
+    "a graph (.onnx), or an engine (its folder or .plan)"
+)
 
 Findings = tuple[dict[str, Any], str, Mapping[str, object]]  # JSON fields, the line for stdout, the table for people
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help=f"{_KNOWN[0].upper()}{_KNOWN[1:]}.")],
+    path: Annotated[str, typer.Argument(metavar="PATH", help=f"{_KNOWN[0].upper()}{_KNOWN[1:]}.")],
     verify: Annotated[bool, options.option(options.VERIFY)] = False,
     json: options.Json = False,
 ) -> None:
     """Tell what a bundle, checkpoint, graph or engine holds."""
     from lrt_deploy.bundle import kinds
+    from lrt_deploy.model.hub import check_source
 
-    if not path.exists():
-        found = "is a link that leads to nothing" if path.is_symlink() else "does not exist"
-        raise InputError(f"{path} {found}; expected {_KNOWN}")
-    kind = kinds.kind_of(path)
+    source = check_source(path, "PATH")
+    if isinstance(source, str):
+        output.result(json, *_checkpoint(source, json))
+        return
+    if not source.exists():
+        found = "is a link that leads to nothing" if source.is_symlink() else "does not exist"
+        raise InputError(f"{source} {found}; expected {_KNOWN}")
+    kind = kinds.kind_of(source)
     if kind is None:
-        raise InputError(f"{path} is none of the things that can be inspected; expected {_KNOWN}")
+        raise InputError(f"{source} is none of the things that can be inspected; expected {_KNOWN}")
     look: dict[kinds.Kind, Callable[[Path, bool], Findings]] = {
         "bundle": _bundle,
-        "checkpoint": _checkpoint,
+        "checkpoint": lambda path, _: _checkpoint(path, json),
         "graph": _graph,
         "plan": _engine,
         "engine": _engine,
     }
-    fields, line, rows = look[kind](path, verify)
-    output.result(json, fields, line, rows)
+    output.result(json, *look[kind](source, verify))
 
 
 def _bundle(path: Path, verify: bool) -> Findings:
@@ -61,12 +68,14 @@ def _bundle(path: Path, verify: bool) -> Findings:
             verify_files(path, manifest, force=True, progress=lambda done, total: progress("hashing", done, total))
     origin = dict(manifest.provenance.get("checkpoint") or {})
     step = "" if origin.get("step") is None else f", step {origin['step']}"
+    hub = dict(origin.get("hub") or {})
+    fetched = f", {hub.get('repository')} at {hub.get('commit')}" if hub else ""
     versions = dict(manifest.provenance.get("versions") or {})
     size = output.bytes_text(sum(record.bytes for record in manifest.files.values()))
     rows = summary.bundle_rows(manifest) | {
         "engines": _engines_text(path),
         "files": f"{len(manifest.files)}, {size}",
-        "checkpoint": f"{origin.get('file')}{step}, sha256 {str(origin.get('sha256'))[:16]}…",
+        "checkpoint": f"{origin.get('file')}{step}, sha256 {str(origin.get('sha256'))[:16]}…{fetched}",
         "made with": ", ".join(f"{name} {number}" for name, number in versions.items()),
     }
     fields = json_module.loads((path / MANIFEST).read_bytes())
@@ -87,11 +96,12 @@ def _engines_text(bundle: Path) -> str:
     return ", ".join(named) or "none"
 
 
-def _checkpoint(path: Path, verify: bool) -> Findings:
+def _checkpoint(path: str | Path, quiet: bool) -> Findings:
     from lrt_deploy.exporters.bundle import find_tokenizer
     from lrt_deploy.model.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(path)
+    with output.progress(quiet) as progress:
+        opened = open_checkpoint(path, progress=progress)
     tokenizer: dict[str, Any] = {"found": True, "tokens": None, "error": None}
     try:
         found = find_tokenizer(opened, None)
@@ -106,12 +116,13 @@ def _checkpoint(path: Path, verify: bool) -> Findings:
         "step": opened.step,
         "file": str(opened.model_file),
         "sha256": opened.sha256,
+        "hub": None if opened.origin is None else opened.origin.to_dict(),
         "parameters": summary.parameter_counts(opened.config, sizes),
         "tensors": len(opened.tensors),
         "dtypes": dict(Counter(tensor.dtype for tensor in opened.tensors.values())),
         "tokenizer": tokenizer,
     }
-    rows = {name.replace("_", " "): value for name, value in fields.items() if name != "chosen" or value}
+    rows = {name.replace("_", " "): value for name, value in fields.items() if name not in ("chosen", "hub") or value}
     if tokenizer["tokens"]:
         rows["tokenizer"] = summary.tokenizer_line(tokenizer["tokens"], opened.config.vocab_size)
     config = {"config": rows.pop("config")}  # long, so last

@@ -20,7 +20,7 @@ import typer
 
 from lrt_deploy import files
 from lrt_deploy.bundle.precisions import BACKENDS, PLAN_BACKENDS, PRECISIONS
-from lrt_deploy.errors import InputError
+from lrt_deploy.errors import CheckpointError, InputError
 
 from . import output
 
@@ -66,6 +66,7 @@ def parameter(name: str, annotation: Any, default: object) -> inspect.Parameter:
 
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle folder, made by `lrt-deploy export`.")]
+CHECKPOINT = "a folder, a weights file, nanochat's base folder, or hf://owner/name[@revision] on the Hugging Face Hub"
 Json = Annotated[bool, option("Print exactly one JSON document on stdout and nothing else.")]
 Debug = Annotated[bool, option("Print the traceback of an error.")]
 Prompt = Annotated[str | None, option("Prompt text; <|bos|> is put in front.")]
@@ -199,6 +200,18 @@ def check_tolerance(tolerance: float | None) -> None:
     """Raise InputError for a tolerance below 0; a precision's own limit is checked when a prompt is read."""
     if tolerance is not None and not (isfinite(tolerance) and tolerance >= 0):
         raise InputError(f"tolerance is {tolerance}, expected a number, 0 or more")
+
+
+def check_checkpoint(source: str) -> None:
+    """Raise InputError or CheckpointError for what is no checkpoint by its name alone; fetch nothing."""
+    from lrt_deploy.bundle import kinds
+    from lrt_deploy.model.hub import check_source
+
+    path = check_source(source, "the checkpoint")
+    if isinstance(path, Path):
+        if mistaken := kinds.instead_of_checkpoint(path):
+            raise CheckpointError(mistaken)
+        check_file(path, "the checkpoint")
 
 
 def check_file(path: Path | None, what: str) -> None:

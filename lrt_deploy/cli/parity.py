@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from lrt_deploy import tolerances
-from lrt_deploy.bundle import kinds
 from lrt_deploy.bundle.precisions import PRECISIONS
-from lrt_deploy.errors import CheckpointError, LRTDeployError
+from lrt_deploy.errors import LRTDeployError
 
 from . import options, output
 from .options import option
@@ -173,7 +172,7 @@ def parity(
     bundle: options.BundlePath,
     *,
     checkpoint: Annotated[
-        Path | None, typer.Option(metavar="CHECKPOINT", help="The checkpoint to compare with.")
+        str | None, typer.Option(metavar="CHECKPOINT", help=f"The checkpoint to compare with: {options.CHECKPOINT}.")
     ] = None,
     prompt: options.Prompt = None,
     tokens: options.Tokens = None,
@@ -190,9 +189,8 @@ def parity(
         raise typer.BadParameter(
             "give --checkpoint or --golden to compare with, or --check to compare the bundle with itself"
         )
-    if checkpoint is not None and (mistaken := kinds.instead_of_checkpoint(checkpoint)):
-        raise CheckpointError(mistaken)
-    options.check_file(checkpoint, "the checkpoint")
+    if checkpoint is not None:
+        options.check_checkpoint(checkpoint)
     options.check_file(own.golden, "the recording")
     options.check_tolerance(comparison.tolerance)
     from lrt_deploy.evaluation import parity as library

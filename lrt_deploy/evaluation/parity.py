@@ -123,12 +123,15 @@ def parity(
     document. A difference is a result: nothing is raised for it. The options are those of `ParityOptions`; the rest is
     as in `open_decoder`.
 
+    `checkpoint` may be `hf://owner/name[@revision]`, as in `export_bundle`.
+
     Raises CheckpointError, BundleError and BackendError for what cannot be opened, ParityError for models that cannot
     be compared, InputError for a prompt or limit that cannot be used.
     """
+    from lrt_deploy.model.hub import check_source
     from lrt_deploy.runtime.decoder import open_decoder
 
-    folder, source = check_path(bundle, "bundle"), check_path(checkpoint, "checkpoint")
+    folder, source = check_path(bundle, "bundle"), check_source(checkpoint, "checkpoint")
     options = ParityOptions(prompt, steps, step, prefill, tolerance, float64, bisect, max_kl, min_agreement)
     stored_only = stored_only_precision(folder, backend, precision)
     if stored_only is not None:
@@ -162,7 +165,7 @@ def stored_only_precision(folder: Path, backend: str, precision: str | None) -> 
 
 def parity_of_stored(
     bundle: Path,
-    checkpoint: Path,
+    checkpoint: str | Path,
     precision: str,
     options: ParityOptions,
     verify: bool = False,
@@ -183,7 +186,7 @@ def parity_of_stored(
 
 
 def parity_of(
-    bundle: Path, decoder: Decoder, checkpoint: Path, options: ParityOptions, progress: Progress = silent
+    bundle: Path, decoder: Decoder, checkpoint: str | Path, options: ParityOptions, progress: Progress = silent
 ) -> ParityReport:
     """Compare an open decoder of `bundle` with a checkpoint, in all parts.
 
@@ -218,7 +221,7 @@ def parity_of(
 
 
 def _open(
-    subject: Subject, checkpoint: Path, options: ParityOptions, progress: Progress
+    subject: Subject, checkpoint: str | Path, options: ParityOptions, progress: Progress
 ) -> tuple[Checkpoint, WeightsPart, Evidence]:
     bounds = options.limits(subject.precision)
     opened = open_same_model(subject.manifest, checkpoint, options.step, progress)
@@ -227,11 +230,11 @@ def _open(
     return opened, weights, Evidence(subject.precision, subject.backend, matches, bounds, weights)
 
 
-def open_same_model(held: Manifest, path: Path, step: int | None, progress: Progress = silent) -> Checkpoint:
+def open_same_model(held: Manifest, path: str | Path, step: int | None, progress: Progress = silent) -> Checkpoint:
     """Open a checkpoint of the bundle's architecture; ParityError names the fields in which another one differs."""
     from lrt_deploy.model.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(path, step)
+    opened = open_checkpoint(path, step, progress)
     if opened.chosen:
         progress(f"{path}: {opened.chosen}", 0, 0)
     theirs, ours = opened.config.to_dict(), held.model.to_dict()
@@ -350,7 +353,12 @@ def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, to
             "weights_sha256": files[manifest.weights_path(precision)].sha256,
             "checkpoint_sha256": (subject.manifest.provenance.get("checkpoint") or {}).get("sha256"),
         },
-        "checkpoint": {"file": opened.model_file.name, "sha256": opened.sha256, "step": opened.step},
+        "checkpoint": {
+            "file": opened.model_file.name,
+            "sha256": opened.sha256,
+            "step": opened.step,
+            "hub": None if opened.origin is None else opened.origin.to_dict(),
+        },
         "versions": {"python": platform.python_version()} | {name: v for name, v in versions().items() if v},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"processor": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},

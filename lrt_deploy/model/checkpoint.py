@@ -42,6 +42,7 @@ from lrt_deploy.errors import CheckpointError, ConfigError
 from lrt_deploy.fields import shown
 from lrt_deploy.files import open_regular, read_json, refuse_placeholder
 
+from . import hub
 from .checkpoint_folder import CheckpointFiles, find_checkpoint
 from .model import LRT
 from .pt_file import StoredTensor, read_state_dict
@@ -51,6 +52,7 @@ _DTYPES = ("float16", "bfloat16", "float32", "float64")
 _SAFETENSORS_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _META_BYTES, _CONFIG_BYTES = 4 * 1024 * 1024, 1024 * 1024
 _HEADER_BYTES = 16 * 1024 * 1024
+_TENSOR_BYTES = 4096  # of a tensor in a .pt file beside its numbers: names, alignment
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class LazyTensor:
 class Checkpoint:
     """A checkpoint whose tensors are described, not yet read; `model()` reads and checks them.
 
-    `known_as` names the code that wrote it, `chosen` how its files were chosen among several.
+    `known_as` names the code that wrote it, `chosen` how its files were chosen among several, `origin` the repository
+    that it was fetched from.
     """
 
     folder: Path
@@ -81,6 +84,7 @@ class Checkpoint:
     known_as: str = "native"
     chosen: str | None = None
     verified_sha256: str | None = None
+    origin: hub.Origin | None = None
 
     @cached_property
     def sha256(self) -> str:
@@ -149,16 +153,43 @@ class Checkpoint:
         return tensor
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint of either layout; see `checkpoint_folder` for the forms of `path`.
+def open_checkpoint(path: str | Path, step: int | None = None, progress: hub.Progress = lambda *_: None) -> Checkpoint:
+    """Open a checkpoint of either layout; see `checkpoint_folder` for the forms of `path`, and `hub` for `hf://` names.
 
     `step` picks one of several, default the last. A `.pt` file is read once from end to end, and its checksums are
-    verified. Raises CheckpointError naming the file, or ConfigError for a contradictory config.
+    verified. `progress` is called while files are fetched. Raises CheckpointError naming the file, or ConfigError for a
+    contradictory config.
     """
-    if mistaken := instead_of_checkpoint(Path(path)):
+    source = hub.check_source(path, "the checkpoint")
+    if isinstance(source, str):
+        found, origin = hub.fetch(hub.HubName.parse(source), step, _most_bytes, progress)
+        return dataclasses.replace(_open(found), origin=origin)
+    if mistaken := instead_of_checkpoint(source):
         raise CheckpointError(mistaken)
-    found = find_checkpoint(Path(path), step)
+    return _open(find_checkpoint(source, step))
+
+
+def _open(found: CheckpointFiles) -> Checkpoint:
     return _open_native(found) if found.native else _open_authors(found)
+
+
+def _most_bytes(found: CheckpointFiles) -> int:
+    """Return the most bytes that the weights of a checkpoint can have, by its configuration: all in float64."""
+    if found.native:
+        configs = [_native_config(found)]
+    else:  # tensors complete the meta file, so all that it leaves open counts
+        fields = _authors_fields(found)
+        sizes = {name: fields[name] for name in _SIZES if name in fields}
+        try:
+            configs = [
+                LRTConfig.from_dict(sizes | {"memory": memory, "ve_every_layer": True}) for memory in (True, False)
+            ]
+        except ConfigError as error:
+            raise ConfigError(f"{found.config}: {error}") from error
+    sources = [list(weight_sources(config).values()) for config in configs]
+    elements = max(sum(math.prod(shape) for source in model for shape in source.shapes) for model in sources)
+    tensors = max(sum(len(source.shapes) for source in model) for model in sources)
+    return 8 * elements + _TENSOR_BYTES * tensors + _HEADER_BYTES
 
 
 def parts_of(model: LRT, name: str, source: Source) -> list[Tensor]:
@@ -169,13 +200,16 @@ def parts_of(model: LRT, name: str, source: Source) -> list[Tensor]:
 
 
 def _open_native(found: CheckpointFiles) -> Checkpoint:
+    config, tensors = _native_config(found), _safetensors(found.weights)
+    return Checkpoint(found.weights.parent, found.weights, None, config, tensors, chosen=found.chosen)
+
+
+def _native_config(found: CheckpointFiles) -> LRTConfig:
     fields = _read_object(found.config, "the checkpoint's configuration", _CONFIG_BYTES)
     try:
-        config = LRTConfig.from_dict(fields)
+        return LRTConfig.from_dict(fields)
     except ConfigError as error:
         raise ConfigError(f"{found.config}: {error}") from error
-    tensors = _safetensors(found.weights)
-    return Checkpoint(found.weights.parent, found.weights, None, config, tensors, chosen=found.chosen)
 
 
 def _safetensors(file: Path) -> dict[str, LazyTensor]:
@@ -197,12 +231,17 @@ def _safetensors(file: Path) -> dict[str, LazyTensor]:
         raise CheckpointError(f"{file} cannot be read: {error}; it is damaged or not a safetensors file") from error
 
 
-def _open_authors(found: CheckpointFiles) -> Checkpoint:
+def _authors_fields(found: CheckpointFiles) -> dict[str, Any]:
     fields = _read_object(found.config, "the checkpoint's meta file", _META_BYTES).get("model_config")
     if not isinstance(fields, dict):
         raise CheckpointError(
             f"{found.config} has no 'model_config' object; the authors' training code always writes one"
         )
+    return fields
+
+
+def _open_authors(found: CheckpointFiles) -> Checkpoint:
+    fields = _authors_fields(found)
     state = read_state_dict(found.weights)
     stored = _without_prefixes(state.tensors, found.weights)
     shapes = {name: tensor.description.shape for name, tensor in stored.items()}

@@ -21,7 +21,15 @@ from lrt_deploy.pickles import MAX_FILE_BYTES, read_encoding
 from . import tokenizer_file
 from .byte_pairs import BytePairs, Splitter, as_chars
 from .chat import ASSISTANT_END, ASSISTANT_START, BOS, ROLES, USER_END, USER_START, check_messages, turns
-from .chat_template import TEMPLATE_FILE, ChatRenderer, ChatTemplate, load_template, template_files, write_template
+from .chat_template import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    ChatRenderer,
+    ChatTemplate,
+    load_template,
+    template_files,
+    write_template,
+)
 from .tokenizer_file import Vocabulary
 
 PICKLE_FILE = "tokenizer.pkl"
@@ -45,9 +53,25 @@ class SourceTokenizer(NamedTuple):
     template: ChatTemplate | None = None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a file in the folder has the name of a tokenizer's file."""
-    return any(os.path.lexists(folder / name) for name in (PICKLE_FILE, TOKENIZER_FILE))
+def tokenizer_folder(checkpoint: Path) -> Path | None:
+    """Return the folder with the tokenizer of the checkpoint in the folder `checkpoint`, by names alone; None: none.
+
+    Searched are the checkpoint's folder `tokenizer`, the checkpoint's own folder, as on the Hub, and the authors'
+    place, the folder `tokenizer` beside `base_checkpoints`.
+    """
+    home = checkpoint.resolve().parent.parent
+    return next(filter(_held, (checkpoint / "tokenizer", checkpoint, home / "tokenizer")), None)
+
+
+def source_files(folder: Path) -> list[Path]:
+    """Return the files in a folder that `load_source_tokenizer` reads, by names alone."""
+    beside = [folder / name for name in (TEMPLATE_FILE, CONFIG_FILE)]
+    return _held(folder)[:1] + [path for path in beside if os.path.lexists(path)]
+
+
+def _held(folder: Path) -> list[Path]:
+    """Return the tokenizer's files in a folder, the one that is read first."""
+    return [folder / name for name in (PICKLE_FILE, TOKENIZER_FILE) if os.path.lexists(folder / name)]
 
 
 def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
@@ -59,8 +83,7 @@ def load_source_tokenizer(path: Path, vocab_size: int) -> SourceTokenizer:
     if not os.path.lexists(path):
         raise CheckpointError(f"{path} does not exist; name the tokenizer's folder, or its file")
     if path.is_dir():
-        held = [path / name for name in (PICKLE_FILE, TOKENIZER_FILE) if os.path.lexists(path / name)]
-        if not held:
+        if not (held := _held(path)):
             raise CheckpointError(
                 f"{path} has neither {PICKLE_FILE} nor {TOKENIZER_FILE}; name the tokenizer's folder or file"
             )
