@@ -126,7 +126,7 @@ def test_export_hands_its_options_on_and_sums_up(bundle, monkeypatch, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert seen.pop("progress")
     assert seen == {
-        "checkpoint": Path("from"),
+        "checkpoint": "from",
         "target": bundle,
         "precision": ["fp32", "int8"],
         "max_seq_len": 99,
