@@ -14,12 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrt_deploy.arguments import check_callable, check_flag, check_path, check_texts, check_whole
 from lrt_deploy.bundle import contract, manifest
 from lrt_deploy.bundle.manifest import Manifest
 from lrt_deploy.bundle.precisions import INT4, base_dtype
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.errors import ExportError
+from lrt_deploy.fields import check_callable, check_flag, check_path, check_texts, check_whole
 from lrt_deploy.files import check_writable, read_json, read_text
 from lrt_deploy.model.hub import check_source
 from lrt_deploy.text.tokenizer import (

@@ -25,8 +25,8 @@ from typing import Literal, NamedTuple, Self, TypeVar, Unpack, overload
 
 import numpy as np
 
-from lrt_deploy.arguments import LARGEST_COUNT, check_flag, check_is, check_number, check_whole
 from lrt_deploy.errors import Busy, DeadlineExceeded, InputError, LRTDeployError, StateError
+from lrt_deploy.fields import LARGEST_COUNT, check_flag, check_is, check_number, check_whole
 from lrt_deploy.text.grammar import Grammar
 from lrt_deploy.types import PrefillPolicy
 

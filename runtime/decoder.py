@@ -15,9 +15,9 @@ from typing import Self, Unpack
 
 import numpy as np
 
-from lrt_deploy.arguments import check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
 from lrt_deploy.errors import BackendError, InputError, StateError
+from lrt_deploy.fields import check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.opening import choose

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.arguments import check_number, check_whole
+from lrt_deploy.fields import check_number, check_whole
 from lrt_deploy.runtime.backends.base import Block, StateBuffers
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 from lrt_deploy.types import FloatArray, IntArray

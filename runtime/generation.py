@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from lrt_deploy.arguments import check_is, check_texts, check_whole
 from lrt_deploy.errors import InputError
+from lrt_deploy.fields import check_is, check_texts, check_whole
 from lrt_deploy.text.grammar import Grammar, Matcher
 from lrt_deploy.text.prompts import check_ids
 from lrt_deploy.text.text_stream import TextStream

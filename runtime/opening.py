@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from lrt_deploy.arguments import check_whole
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import PLAN, build_command, engine_folder, read_sidecar
 from lrt_deploy.bundle.manifest import Manifest, table_path, weights_path
 from lrt_deploy.bundle.precisions import BACKENDS, PLAN_BACKENDS, PRECISIONS, QUANTIZED, base_dtype, not_held
 from lrt_deploy.errors import BackendError, BundleError, InputError
+from lrt_deploy.fields import check_whole
 from lrt_deploy.machine import find_gpu
 from lrt_deploy.runtime.backends.base import Backend
 from lrt_deploy.runtime.backends.memory_pages import read_ahead

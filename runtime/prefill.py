@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lrt_deploy.arguments import LARGEST_COUNT, check_choice, check_is, check_number, check_whole
 from lrt_deploy.bundle.weights import matrix_elements
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
+from lrt_deploy.fields import LARGEST_COUNT, check_choice, check_is, check_number, check_whole
 from lrt_deploy.runtime.backends.base import BlockLimits, StateBuffers
 from lrt_deploy.tolerances import DEFAULT_PREFILL_TOLERANCE, PrefillLimits, prefill_limits
 from lrt_deploy.types import PREFILL_POLICIES, FloatArray, IntArray, PrefillPolicy, PrefillReport

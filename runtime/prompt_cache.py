@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lrt_deploy.arguments import check_is, check_path, check_whole
 from lrt_deploy.errors import InputError, StateError
+from lrt_deploy.fields import check_is, check_path, check_whole
 from lrt_deploy.files import PARTIAL, remove_stale
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.types import IntArray, PrefillPolicy

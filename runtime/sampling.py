@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.arguments import check_number, check_whole, refuse
+from lrt_deploy.fields import check_number, check_whole, refuse
 
 # Both far beyond any use (CTRL's penalty: 1.2), and small enough that no float32 logit leaves float64's range.
 MAX_TEMPERATURE = 1e4

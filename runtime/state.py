@@ -20,9 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from lrt_deploy.arguments import check_is, check_list, check_path, check_wholes
 from lrt_deploy.errors import StateError
-from lrt_deploy.fields import shown
+from lrt_deploy.fields import check_is, check_list, check_path, check_wholes, shown
 from lrt_deploy.runtime.backends.base import SlotArrays, StateBuffers, check_finite
 from lrt_deploy.types import FloatArray, IntArray, PrefillReport
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import lrt_deploy
 from lrt_deploy import files
-from lrt_deploy.bundle import engine_sidecar, kinds, manifest
+from lrt_deploy.bundle import engine_sidecar, manifest
 from lrt_deploy.cli import options
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import ExportError
@@ -136,11 +136,7 @@ def test_an_engine_and_a_graph_are_named_as_such(tmp_path):
     assert "a.onnx is a graph, not a bundle" in refusal("chat", tmp_path / "a.onnx")
     assert "is an engine, not a checkpoint" in refusal("export", engine, tmp_path / "b")
     assert "has no sidecar" in refusal("inspect", engine)  # and with one it is shown
-    assert kinds.kind_of(tmp_path / "nowhere") is kinds.kind_of(tmp_path) is None
-
-
-def test_the_names_of_a_bundle_s_files_are_the_manifest_s():
-    assert kinds._BUNDLE_FILES == (manifest.MANIFEST, manifest.DIGEST)
+    assert manifest.kind_of(tmp_path / "nowhere") is manifest.kind_of(tmp_path) is None
 
 
 # the other verbs

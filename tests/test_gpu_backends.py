@@ -27,12 +27,12 @@ from fake_cuda import CUresult, FakeDriver
 from fake_tensorrt import GPU, FakeContext, FakeEngine, fake_library, put_engine
 
 import lrt_deploy
-from lrt_deploy.arguments import LARGEST_COUNT
 from lrt_deploy.bundle.manifest import graph_path, read_manifest
 from lrt_deploy.cli.app import app
 from lrt_deploy.cli.bench import BenchOptions, measure
 from lrt_deploy.cli.build import smoke_test
 from lrt_deploy.errors import BackendError, EngineError, ParityError
+from lrt_deploy.fields import LARGEST_COUNT
 from lrt_deploy.machine import Gpu, find_gpu
 from lrt_deploy.runtime import bench as measuring
 from lrt_deploy.runtime import opening

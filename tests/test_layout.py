@@ -368,7 +368,7 @@ def test_no_module_is_named_after_nothing():
         ("lrt_deploy/files.py", "from .bundle import manifest"),
         ("lrt_deploy/types.py", "from .bundle import manifest"),
         ("lrt_deploy/text/chat.py", "from lrt_deploy.bundle import manifest"),
-        ("lrt_deploy/bundle/kinds.py", "from lrt_deploy.model.checkpoint import load"),
+        ("lrt_deploy/bundle/manifest.py", "from lrt_deploy.model.checkpoint import load"),
         ("lrt_deploy/model/reference.py", "from lrt_deploy.evaluation import rollout"),
         ("lrt_deploy/evaluation/checks.py", "def f():\n    from lrt_deploy.model import reference"),
         ("lrt_deploy/bundle/manifest.py", "from ..runtime.sampling import Sampler"),

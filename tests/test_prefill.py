@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 import lrt_deploy
-from lrt_deploy.arguments import LARGEST_COUNT
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
 from lrt_deploy.evaluation.rollout import kl_divergence
+from lrt_deploy.fields import LARGEST_COUNT
 from lrt_deploy.runtime import fixed_point
 from lrt_deploy.runtime.backends.base import BlockLimits
 from lrt_deploy.runtime.fixed_point import SweepOptions, Sweeps, finish

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt_deploy.arguments import check_callable, check_flag, check_path, check_text, check_whole
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import (
     DECODE,
@@ -38,6 +37,7 @@ from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES, TensorRTLibrar
 from lrt_deploy.errors import EngineError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.exporters.estimate import Estimate, estimate_build
+from lrt_deploy.fields import check_callable, check_flag, check_path, check_text, check_whole
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 

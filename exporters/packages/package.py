@@ -16,11 +16,10 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from lrt_deploy.arguments import check_choice, check_flag, check_path
 from lrt_deploy.bundle.manifest import MANIFEST, FileRecord, hash_file, read_manifest
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
-from lrt_deploy.fields import Sha256, convert
+from lrt_deploy.fields import Sha256, check_choice, check_flag, check_path, convert
 from lrt_deploy.files import check_writable, read_json
 
 from . import docker, web

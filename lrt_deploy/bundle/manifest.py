@@ -7,7 +7,7 @@
       engines/  reports/                      added later, not in the manifest
 
 Big files are hashed at the first opening and then remembered in the user's cache folder by device, inode, size and
-times.
+times. `kind_of` tells bundles, checkpoints, graphs and engines apart, for messages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PureWindowsPath
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -35,9 +35,10 @@ from lrt_deploy.files import (
     read_json,
     user_cache_folder,
 )
+from lrt_deploy.model.checkpoint_folder import is_checkpoint
 
 from .contract import FLAVOURS, Flavour, embedding_inputs
-from .kinds import instead_of_bundle
+from .engine_sidecar import PLAN, sidecar_path
 from .precisions import ITEM_BYTES, PRECISIONS, Dtype
 
 FORMAT_VERSION = 2  # 1 knew fp32 alone
@@ -152,7 +153,7 @@ def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, FileRec
 
 def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json` and check it against its digest; raises BundleError that names file and field."""
-    if mistaken := instead_of_bundle(folder):
+    if mistaken := instead_of("bundle", folder):
         raise BundleError(mistaken)
     if not folder.is_dir():
         found = "is a file" if folder.exists() else "does not exist"
@@ -324,3 +325,34 @@ def _is_inside(name: str) -> bool:
     """Return whether a path stays in the bundle on any system, and has one spelling."""
     plain = not any(part in ("", ".", "..") for part in name.split("/"))
     return plain and "\\" not in name and "\0" not in name and not PureWindowsPath(name).drive
+
+
+Kind = Literal["bundle", "checkpoint", "engine", "graph"]
+_SUFFIXES: dict[str, Kind] = {".onnx": "graph", ".plan": "engine"}
+# What to do about a thing that was given in place of another.
+_INSTEAD = {
+    ("bundle", "checkpoint"): "; export it: lrt-deploy export {path} BUNDLE",
+    ("bundle", "engine"): "; name the bundle that it was built in",
+    ("bundle", "graph"): "; name the folder that `lrt-deploy export` made",
+    ("checkpoint", "bundle"): "; name the checkpoint that it was exported from",
+}
+
+
+def kind_of(path: Path) -> Kind | None:
+    """Return the kind of the thing at a path, by the names of its files; None for anything else, or nothing."""
+    if path.is_dir():
+        if any((path / name).exists() for name in (MANIFEST, DIGEST)):
+            return "bundle"
+        if (path / PLAN).exists() or sidecar_path(path / PLAN).exists():
+            return "engine"
+    elif path.suffix in _SUFFIXES and path.exists():
+        return _SUFFIXES[path.suffix]
+    return "checkpoint" if path.exists() and is_checkpoint(path) else None
+
+
+def instead_of(wanted: Literal["bundle", "checkpoint"], path: Path) -> str | None:
+    """Return the message for another thing at a path where `wanted` was expected; None for an unknown kind."""
+    if (kind := kind_of(path)) in (None, wanted):
+        return None
+    advice = _INSTEAD.get((wanted, str(kind)), "").format(path=path)
+    return f"{path} is {'an' if kind == 'engine' else 'a'} {kind}, not a {wanted}{advice}"

@@ -35,7 +35,7 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Tell what a bundle, checkpoint, graph or engine holds."""
-    from lrt_deploy.bundle import kinds
+    from lrt_deploy.bundle.manifest import Kind, kind_of
     from lrt_deploy.model.hub import check_source
 
     source = check_source(path, "PATH")
@@ -45,14 +45,13 @@ def inspect(
     if not source.exists():
         found = "is a link that leads to nothing" if source.is_symlink() else "does not exist"
         raise InputError(f"{source} {found}; expected {_KNOWN}")
-    kind = kinds.kind_of(source)
+    kind = kind_of(source)
     if kind is None:
         raise InputError(f"{source} is none of the things that can be inspected; expected {_KNOWN}")
-    look: dict[kinds.Kind, Callable[[Path, bool], Findings]] = {
+    look: dict[Kind, Callable[[Path, bool], Findings]] = {
         "bundle": _bundle,
         "checkpoint": lambda path, _: _checkpoint(path, json),
         "graph": _graph,
-        "plan": _engine,
         "engine": _engine,
     }
     output.result(json, *look[kind](source, verify))

@@ -204,12 +204,12 @@ def check_tolerance(tolerance: float | None) -> None:
 
 def check_checkpoint(source: str) -> None:
     """Raise InputError or CheckpointError for what is no checkpoint by its name alone; fetch nothing."""
-    from lrt_deploy.bundle import kinds
+    from lrt_deploy.bundle.manifest import instead_of
     from lrt_deploy.model.hub import check_source
 
     path = check_source(source, "the checkpoint")
     if isinstance(path, Path):
-        if mistaken := kinds.instead_of_checkpoint(path):
+        if mistaken := instead_of("checkpoint", path):
             raise CheckpointError(mistaken)
         check_file(path, "the checkpoint")
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lrt_deploy import activations
-from lrt_deploy.arguments import check_path
 from lrt_deploy.bundle import manifest
 from lrt_deploy.bundle.precisions import BACKENDS, PRECISIONS, base_dtype
 from lrt_deploy.errors import InputError, ParityError
+from lrt_deploy.fields import check_path
 from lrt_deploy.machine import cpu_model, versions
 from lrt_deploy.tolerances import ParityLimits, kernel_limits, limits
 from lrt_deploy.types import FloatArray, PrefillPolicy

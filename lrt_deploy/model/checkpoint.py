@@ -35,7 +35,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from lrt_deploy.bundle.kinds import instead_of_checkpoint
+from lrt_deploy.bundle.manifest import instead_of
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, Source, weight_sources
 from lrt_deploy.config import LOGIT_SOFTCAP, LRTConfig
 from lrt_deploy.errors import CheckpointError, ConfigError
@@ -164,7 +164,7 @@ def open_checkpoint(path: str | Path, step: int | None = None, progress: hub.Pro
     if isinstance(source, str):
         found, origin = hub.fetch(hub.HubName.parse(source), step, _most_bytes, progress)
         return dataclasses.replace(_open(found), origin=origin)
-    if mistaken := instead_of_checkpoint(source):
+    if mistaken := instead_of("checkpoint", source):
         raise CheckpointError(mistaken)
     return _open(find_checkpoint(source, step))
 

@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt_deploy.arguments import check_path, refuse
 from lrt_deploy.errors import CheckpointError, InputError, LRTDeployError
-from lrt_deploy.fields import shown
+from lrt_deploy.fields import check_path, refuse, shown
 from lrt_deploy.files import atomic_write, existing_parent
 from lrt_deploy.pickles import MAX_FILE_BYTES
 from lrt_deploy.text.tokenizer import source_files, tokenizer_folder

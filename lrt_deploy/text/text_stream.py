@@ -10,9 +10,8 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Sequence
 
-from lrt_deploy.arguments import check_texts
 from lrt_deploy.errors import InputError
-from lrt_deploy.fields import shown
+from lrt_deploy.fields import check_texts, shown
 
 
 class TextStream:

@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
-from lrt_deploy.arguments import check_number, check_whole
 from lrt_deploy.errors import InputError
-from lrt_deploy.fields import shown
+from lrt_deploy.fields import check_number, check_whole, shown
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.generation import Generation
 from lrt_deploy.runtime.prefill import PrefillRequest
