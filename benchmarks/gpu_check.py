@@ -199,9 +199,9 @@ def steps(settings: Settings) -> dict[str, Any]:
                 prompts = [tokens_for(decoder, context, row) for row in range(batch)]
                 times = timed_steps(decoder, decoder.prefill(prompts, policy="zero"), settings.steps)
                 seconds = float(np.median(times))
-                read = weights + batch * bench.state_bytes_per_step(
-                    decoder.config, context, ITEM_BYTES[base_dtype(PRECISION, "full")]
-                )
+                item = ITEM_BYTES[base_dtype(PRECISION, "full")]
+                state = bench.state_traffic(decoder.config, context, item)["state_bytes_read_per_step"]
+                read = weights + batch * state
                 rows.append(
                     {
                         "batch": batch,

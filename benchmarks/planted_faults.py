@@ -28,16 +28,17 @@ import onnx_ir as ir
 import lrt_deploy
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest
+from lrt_deploy.bundle.precisions import FORMATS
 from lrt_deploy.bundle.weights import Floats, StoredMatrix, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.evaluation.stored_weights import check_matrix, check_weights, expected_matrix
 from lrt_deploy.evaluation.verdict import ArithmeticPart, activation_scale_fault, judge_arithmetic
 from lrt_deploy.exporters.graph.debug_outputs import exact_graph
-from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
+from lrt_deploy.exporters.quantize.qdq import quantized, weight_scales
 from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import Checkpoint, open_checkpoint
 from lrt_deploy.model.reference import run_forced, take_stored_weights
-from lrt_deploy.runtime.backends.ort_session import OrtExact
+from lrt_deploy.runtime.backends.ort_session import OrtDebugger
 from lrt_deploy.tolerances import kernel_limits
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-weight-only", "int4-weight-only")
@@ -70,8 +71,7 @@ class Weights:
         before = self.stored[name]
         if before.scales is None:
             return dataclasses.replace(before, values=weight.astype(before.values.dtype))
-        kind = format_of(self.precision, before.block)
-        assert kind is not None
+        kind = dataclasses.replace(FORMATS[self.precision], block=before.block)
         scales = weight_scales(weight, kind)
         return dataclasses.replace(before, values=quantized(weight, scales, kind), scales=scales)
 
@@ -265,7 +265,7 @@ class Graphs:
             path = folder / self.path.name
             ir.save(model, path)
         exact = exact_graph(path, self.config)
-        found = OrtExact(exact.model, self.path.parent, self.config).run(self.tokens, self.latents)
+        found = OrtDebugger(exact.model, self.path.parent, self.config, fused=False).run(self.tokens, self.latents)
         stated: Mapping[str, float] = self.manifest.precision_details.get(self.precision, {}).get(
             "activation_scales", {}
         )

@@ -18,13 +18,12 @@ import secrets
 import shutil
 import stat
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lrt_deploy.errors import LRTDeployError
-from lrt_deploy.files import left_beside, partial_name, remove_partials, try_lock
+from lrt_deploy.files import left_beside, locked, partial_name, remove_partials, try_lock
 
 # Raises an error that names what it found, if a folder or link must not be replaced.
 Check = Callable[[Path], None]
@@ -85,18 +84,9 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
         return folder, number
 
 
-@contextlib.contextmanager
-def _section(parent: Path) -> Iterator[None]:
+def _section(parent: Path) -> contextlib.AbstractContextManager[None]:
     """Keep other processes from cleaning up and renaming in a folder, which takes moments."""
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            number = os.open(parent, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-            stack.callback(os.close, number)
-            ends = time.monotonic() + _SECTION_S
-            # Whoever holds it longer is no export: `flock FOLDER lrt-deploy export …`, for instance.
-            while try_lock(number) is False and time.monotonic() < ends:
-                time.sleep(0.01)
-        yield
+    return locked(parent, longest_s=_SECTION_S)  # longer has it no export: `flock FOLDER lrt-deploy export …`
 
 
 def _put_in_place(folder: Path, target: Path, check: Check | None, error: type[LRTDeployError]) -> None:

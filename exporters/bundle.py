@@ -120,23 +120,15 @@ def estimate_bundle(checkpoint: str | Path, bundle: str | Path, **named: Any) ->
     progress = check_callable(named.pop("progress", _silent), "progress")
     job = _prepare(source, _target(bundle, bool(named.get("add"))), _request(_DEFAULTS | named), progress)
     others = {} if job.tokenizer is None else tokenizer_sizes(job.tokenizer)
-    sources = weight_sources(job.checkpoint.config)
+    found = {f"{manifest.TOKENIZER}/{name}": size for name, size in others.items()}
+    tensors = job.checkpoint.tensors
     wide = {
         table
-        for table in EMBEDDING_TABLES
-        if table in sources
-        and any(
-            name in job.checkpoint.tensors and job.checkpoint.tensors[name].dtype != "bfloat16"
-            for name in sources[table].names
-        )
+        for table, source in weight_sources(job.checkpoint.config).items()
+        if table in EMBEDDING_TABLES
+        and any(tensors[name].dtype != "bfloat16" for name in source.names if name in tensors)
     }
-    found = {f"{manifest.TOKENIZER}/{name}": size for name, size in others.items()}
-    if (options := job.options).compensate is None:
-        has_text = job.tokenizer is not None or (
-            job.existing is not None and bool(job.existing.manifest.tokenizer_tokens)
-        )
-        options = replace(options, compensate=has_text)
-    return estimate_export(job.checkpoint.config, options, job.capacity, wide, found, job.target)
+    return estimate_export(job.checkpoint.config, job.options, job.capacity, wide, found, job.target)
 
 
 _DEFAULTS: dict[str, Any] = {
@@ -209,6 +201,9 @@ def _prepare(source: str | Path, target: Path, options: ExportRequest, progress:
     capacity = options.capacity(opened.config)
     check_space(target, opened.config, options.precisions)
     tokenizer = find_tokenizer(opened, options.tokenizer) if existing is None else None
+    if options.compensate is None:
+        has_text = tokenizer is not None or (existing is not None and bool(existing.manifest.tokenizer_tokens))
+        options = replace(options, compensate=has_text)
     return _Job(target, opened, options, capacity, existing, tokenizer)
 
 
@@ -296,13 +291,13 @@ def _write_graphs(
     from .graph.precision_graphs import write_precision
     from .graph.trace import trace
     from .graph.verify import verify_graphs
-    from .quantize.plan import make_plan, needs_calibration
+    from .quantize.plan import make_plan
 
     say("loading weights", 0, 0)
     model = checkpoint.model(max_positions=capacity)
     details: dict[str, Any] = {}
     seen = None
-    if needs_calibration(options.precisions):
+    if options.needs_calibration:
         seen, details["calibration"] = _calibrate(model, options, capacity, folder, say)
     say("tracing", 0, 0)
     traced = trace(model)
@@ -331,8 +326,7 @@ def _calibrate(
     tokenizer = Tokenizer.open(folder / manifest.TOKENIZER) if has_tokenizer else None
     rows = calibration_rows(options.calibration, tokenizer, model.config.vocab_size, capacity)
     say(f"calibrating on {rows.source}", 0, 0)
-    compensate = has_tokenizer if options.compensate is None else options.compensate
-    seen = calibrate(model, rows.tokens, say, moments=compensate and INT4 in options.precisions)
+    seen = calibrate(model, rows.tokens, say, moments=bool(options.compensate) and INT4 in options.precisions)
     return seen, {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
 
 

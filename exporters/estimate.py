@@ -17,16 +17,14 @@ from typing import Any
 from lrt_deploy.bundle import manifest
 from lrt_deploy.bundle.contract import FLAVOURS
 from lrt_deploy.bundle.manifest import TABLE_ALIGNMENT, Manifest
-from lrt_deploy.bundle.precisions import INT4, ITEM_BYTES, base_dtype
+from lrt_deploy.bundle.precisions import FORMATS, INT4, ITEM_BYTES
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.files import existing_parent
 
-from .export_options import ExportRequest, default_int4_block, matching
+from .export_options import ExportRequest, default_int4_block, kept_matrices
 
 _INLINE_BYTES = 1024  # smaller tensors stay in the graphs (`graph.precision_graphs`)
-_KEPT = ("gate",)  # of integer precisions, where nothing else is asked for
-_BITS = {"int8": 8, "int8-weight-only": 8, INT4: 4}
 # Measured bytes of a graph: of any model, and of each layer.
 _GRAPH_BYTES = {
     "fp32": (6_500, 8_100),
@@ -111,32 +109,25 @@ def estimate_export(
         for name, source in weight_sources(config).items()
         for shape in source.shapes
     )
-    calibrated = any(base_dtype(precision, "full") == "float16" for precision in options.precisions)
     seconds = _SECONDS + _SECONDS_LAYER * config.n_layer + _SECONDS_GB * model / 1e9 * len(options.precisions)
-    if calibrated:
+    if options.needs_calibration:
         seconds += _CALIBRATION_SECONDS + _CALIBRATION_SECONDS_GB * model / 1e9
-    share, moments = _MODEL_SHARE + (_CALIBRATION_SHARE if calibrated else 0), 0
+    share, moments = _MODEL_SHARE + (_CALIBRATION_SHARE if options.needs_calibration else 0), 0
     if INT4 in options.precisions and options.compensate:
-        for rows, columns in _quantized(config, options).values():
-            cube, square, product = _GPTQ_SECONDS
+        cube, square, product = _GPTQ_SECONDS
+        keep = kept_matrices(INT4, options.keep_high, matrix_shapes(config))
+        for rows, columns in (shape for name, shape in matrix_shapes(config).items() if name not in keep):
             seconds += cube * rows**3 + square * rows**2 + product * rows * columns
             moments += ITEM_BYTES["float32"] * rows**2
     free = shutil.disk_usage(existing_parent(target)).free
     return Estimate(files, int(_PROCESS_BYTES + share * model) + moments, round(seconds, 1), free)
 
 
-def _quantized(config: LRTConfig, options: ExportRequest) -> dict[str, tuple[int, int]]:
-    """Return the matrices that an integer precision quantizes, and their shapes."""
-    matrices = matrix_shapes(config)
-    keep = matching(_KEPT if options.keep_high is None else options.keep_high, matrices, strict=False)
-    return {name: shape for name, shape in matrices.items() if name not in keep}
-
-
 def estimate_build(folder: Path, found: Manifest, plan: str, precision: str) -> Estimate:
     """Estimate the building of an engine: `plan` is its path in the bundle; its weights are those of the graphs."""
     weights = found.files[manifest.weights_path(precision)].bytes
     layers = found.model.n_layer
-    first, each = _PLAN_INTEGER_BYTES if precision in _BITS else _PLAN_BYTES
+    first, each = _PLAN_INTEGER_BYTES if precision in FORMATS else _PLAN_BYTES
     files = {plan: FileEstimate(int(_PLAN_SHARE * weights) + first + each * layers, False)}
     seconds = _BUILD_SECONDS + _BUILD_SECONDS_LAYER * layers + _BUILD_SECONDS_GB * weights / 1e9
     free = shutil.disk_usage(folder).free
@@ -148,12 +139,10 @@ def _weights(
 ) -> tuple[list[int], list[int]]:
     """Return the bytes of the tensors in the weights file, in its order, and of those in the tables' file."""
     matrices = matrix_shapes(config)
-    bits, item = _BITS.get(precision), 4 if precision == "fp32" else 2
-    patterns = (_KEPT if bits else ()) if options.keep_high is None else options.keep_high
-    keep = matching(patterns, matrices, strict=False)
-    block = None
+    kind, item = FORMATS.get(precision), 4 if precision == "fp32" else 2
+    keep, block = kept_matrices(precision, options.keep_high, matrices), None
     if precision == INT4:
-        counts = [shape[0] for shape in _quantized(config, options).values()]
+        counts = [rows for name, (rows, _) in matrices.items() if name not in keep]
         block = options.int4_block or default_int4_block(counts, bool(options.compensate))
     elements = {name: sum(prod(shape) for shape in source.shapes) for name, source in weight_sources(config).items()}
     order = [name for name in elements if name in EMBEDDING_TABLES or name in matrices]
@@ -165,11 +154,11 @@ def _weights(
             (tables if options.host_embeddings else weights).append(elements[name] * (4 if wide else 2))
             continue
         rows, columns = matrices[name]
-        if bits is None or name in keep:
-            weights.append(rows * columns * (4 if bits is None and name in keep else item))
+        if kind is None or name in keep:
+            weights.append(rows * columns * (4 if kind is None and name in keep else item))
             continue
         whole = rows if block is None else -(-rows // block) * block
-        weights.append(whole * columns * bits // 8)
+        weights.append(whole * columns * kind.bits // 8)
         scales.append((1 if block is None else whole // block) * columns * ITEM_BYTES["float16"])
     if scales and "lm_head" not in keep:
         scales.append(scales.pop(0))  # the head's come last, in the order of use

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from lrt_deploy.bundle.contract import state_pairs
-from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS, ITEM_BYTES, PRECISIONS, base_dtype
+from lrt_deploy.bundle.precisions import (
+    DEFAULT_KEEP_HIGH,
+    FORMATS,
+    INT4,
+    INT4_BLOCKS,
+    ITEM_BYTES,
+    PRECISIONS,
+    base_dtype,
+)
 from lrt_deploy.bundle.weights import matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError, InputError
@@ -24,7 +32,6 @@ from lrt_deploy.files import existing_parent
 # Elements of one tensor that TensorRT, and kernels that index with 32 bits, can address.
 _LARGEST_TENSOR = 2**31 - 1
 DEFAULT_BATCH_SIZE = 8
-_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int8-weight-only": 8, "int4-weight-only": 4}
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class ExportRequest:
     def batch_size(self) -> int:
         """Sequences that can run together."""
         return DEFAULT_BATCH_SIZE if self.max_batch_size is None else self.max_batch_size
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a precision computes in float16, whose range must be measured, or has int8 activations."""
+        return any(base_dtype(precision, "full") == "float16" for precision in self.precisions)
 
     def check(self) -> None:
         """Raise ExportError or InputError for values that no model could be exported with."""
@@ -112,6 +124,12 @@ def matching(patterns: Sequence[str], matrices: Mapping[str, Any], strict: bool)
     return found
 
 
+def kept_matrices(precision: str, keep_high: Sequence[str] | None, matrices: Mapping[str, Any]) -> set[str]:
+    """Return the matrices that patterns keep precise, None: those of the precision's default; ExportError as above."""
+    default = DEFAULT_KEEP_HIGH if precision in FORMATS else ()
+    return matching(default if keep_high is None else keep_high, matrices, strict=keep_high is not None)
+
+
 def default_int4_block(rows: Sequence[int], compensated: bool) -> int:
     """Return the block for matrices with these numbers of rows: the longest that cuts all of them, if GPTQ rounds them.
 
@@ -137,7 +155,8 @@ def weight_bytes(config: LRTConfig, precision: str) -> int:
     """Return a lower bound of the bytes of a model's weights; embedding tables count as 16 bits a parameter."""
     matrices = sum(prod(shape) for shape in matrix_shapes(config).values())
     everything = sum(prod(shape) for source in weight_sources(config).values() for shape in source.shapes)
-    return (matrices * _BITS[precision] + (everything - matrices) * 16) // 8
+    bits = FORMATS[precision].bits if precision in FORMATS else 8 * ITEM_BYTES[base_dtype(precision, "full")]
+    return (matrices * bits + (everything - matrices) * 16) // 8
 
 
 def _state_bytes(config: LRTConfig, precision: str, capacity: int) -> int:

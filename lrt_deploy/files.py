@@ -14,6 +14,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -39,7 +40,7 @@ _PART_BYTES = 2**20
 PARTIAL = ".partial-"
 _LONGEST_STEM_BYTES = 200  # of the 255 that filesystems allow a name
 STALE_SECONDS = 24 * 3600  # only where there are no locks
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -212,7 +213,7 @@ def left_beside(target: Path, prefix: str) -> list[Path]:
 def remove_stale(path: Path) -> None:
     """Remove a temporary file or folder, unless a living process holds its lock; a link or a device is left."""
     try:
-        number = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        number = os.open(path, os.O_RDONLY | NO_FOLLOW)
     except OSError:  # a link, another user's, or gone
         return
     try:
@@ -243,6 +244,22 @@ def try_lock(number: int) -> bool | None:
     return True
 
 
+@contextlib.contextmanager
+def locked(path: Path, flags: int = 0, longest_s: float = math.inf) -> Iterator[None]:
+    """Hold the lock of a file or folder during the block, for moments; without it where it is not to be had.
+
+    `flags` are those of open(2); another process that has the lock is waited for, `longest_s` at most.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # Windows cannot open folders; a link, or another user's
+            number = os.open(path, flags | getattr(os, "O_CLOEXEC", 0), 0o600)
+            stack.callback(os.close, number)
+            ends = time.monotonic() + longest_s
+            while try_lock(number) is False and time.monotonic() < ends:
+                time.sleep(0.01)
+        yield
+
+
 def partial_name(target: Path) -> Path:
     """Return a new name for a temporary file or folder beside `target`."""
     return target.with_name(f".{_stem(target)}{PARTIAL}{secrets.token_hex(8)}")
@@ -269,7 +286,7 @@ def _new_partial(target: Path, mode: int) -> tuple[Path, int | None]:
     """Create and lock an empty temporary file; its open number holds the lock."""
     while True:
         partial = partial_name(target)
-        number = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, mode)
+        number = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_FOLLOW, mode)
         if fcntl is None:  # Windows cannot rename what is open
             os.close(number)
             return partial, None

@@ -330,35 +330,22 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
     return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
 
 
-def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
-    """Bytes of one sequence's state that a step reads after `context` tokens: live windows of K and V, and the latent.
+def state_traffic(config: LRTConfig, context: int, item_bytes: int = 4) -> dict[str, int]:
+    """Bytes of one sequence's state that a step after `context` tokens moves, by the names of the JSON fields.
 
-    The token's own key and value are not counted: they are in the processor's cache when they are read.
+    Read: live windows of K and V, and the latent; not the token's own key and value, which are in the processor's cache
+    when they are read. Written: a key and a value in each layer's cache, and the latent. Copied: caches that the
+    contract does not update in place, which are none; of the latent, two buffers change places. Recorded: the latent,
+    for rewinding, in float32 whatever the precision.
     """
-    live = sum(min(context, window) for window in config.windows)
-    latent = config.n_embd if config.memory else 0
-    return item_bytes * (2 * live * config.kv_dim + latent)
-
-
-def state_bytes_written_per_step(config: LRTConfig, item_bytes: int = 4) -> int:
-    """Bytes that a step writes to one sequence's state: a key and a value in each layer's cache, and the latent."""
-    latent = config.n_embd if config.memory else 0
-    return item_bytes * (2 * config.n_layer * config.kv_dim + latent)
-
-
-def state_bytes_copied_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> int:
-    """Bytes of one sequence's state that a step copies: all caches that the contract does not update in place.
-
-    By the contract these are none. The latent is not updated in place, but its second buffer changes places with the
-    first.
-    """
+    live, latent = sum(min(context, window) for window in config.windows), config.n_embd if config.memory else 0
     copied = [pair for pair in contract.state_pairs(config) if not pair.in_place and pair.past != "past_latent"]
-    return len(copied) * item_bytes * context * config.kv_dim
-
-
-def latent_record_bytes_per_step(config: LRTConfig) -> int:
-    """Bytes of the record of latents that a step appends for rewinding, in float32 whatever the precision."""
-    return 4 * config.n_embd if config.memory else 0
+    return {
+        "state_bytes_read_per_step": item_bytes * (2 * live * config.kv_dim + latent),
+        "state_bytes_written_per_step": item_bytes * (2 * config.n_layer * config.kv_dim + latent),
+        "state_bytes_copied_per_step": item_bytes * len(copied) * context * config.kv_dim,
+        "latent_record_bytes_per_step": 4 * latent,
+    }
 
 
 _ROUNDS = 5

@@ -32,7 +32,7 @@ import numpy as np
 
 from lrt_deploy.errors import InputError, StateError
 from lrt_deploy.fields import check_is, check_path, check_whole
-from lrt_deploy.files import PARTIAL, remove_stale
+from lrt_deploy.files import NO_FOLLOW, PARTIAL, locked, remove_stale
 from lrt_deploy.text.prompts import check_prompts
 from lrt_deploy.types import IntArray, PrefillPolicy
 
@@ -40,11 +40,6 @@ from .decoder import Decoder
 from .prefill import PrefillRequest, common_prefix
 from .state import DecodeState
 from .state_file import read_tokens
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes may evict at once, which costs entries and no correctness
-    fcntl = None  # type: ignore[assignment]
 
 MARKER, LOCK = ".lrt-deploy-prompt-cache", ".lock"
 SUFFIX = ".state"
@@ -54,7 +49,6 @@ _ENTRY = re.compile(rf"[0-9a-f]{{40}}{re.escape(SUFFIX)}")
 _PARTIAL = re.compile(rf"\.[0-9a-f]{{40}}{re.escape(SUFFIX + PARTIAL)}[0-9a-f]{{16}}")
 _ENTRY_OR_PARTIAL = re.compile(f"{_ENTRY.pattern}|{_PARTIAL.pattern}")
 _OWN = re.compile(f"{re.escape(MARKER)}|{re.escape(LOCK)}")
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
 DEFAULT_BYTES = 2**30
 FEWEST_TOKENS = 16  # shorter prompts are read faster than found
 
@@ -207,7 +201,8 @@ class PromptCache:
         room = self.max_bytes - needed
         if sum(size for _, size, _ in _all_entries(places)) <= room:
             return
-        with self._locked():
+        # Other processes do not evict meanwhile; without locks more entries than needed may go.
+        with locked(self.folder / LOCK, os.O_RDWR | os.O_CREAT | NO_FOLLOW):
             found = sorted(_all_entries(places))
             total = sum(size for _, size, _ in found)
             for _, size, path in found:
@@ -216,17 +211,6 @@ class PromptCache:
                 path.unlink(missing_ok=True)
                 self._known.pop(path, None)
                 total -= size
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes from evicting; without the lock, more entries than needed may go."""
-        with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # a link, or another user's
-                number = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, 0o600)
-                stack.callback(os.close, number)
-                if fcntl is not None:
-                    fcntl.flock(number, fcntl.LOCK_EX)
-            yield
 
 
 def _claim(folder: Path) -> None:

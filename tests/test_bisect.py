@@ -21,7 +21,7 @@ from lrt_deploy.evaluation.bisect import bisect, compare_activations, first_bad
 from lrt_deploy.evaluation.verdict import compare
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.model.reference import ReferenceDecoder
-from lrt_deploy.runtime.backends.ort_session import OrtObserver
+from lrt_deploy.runtime.backends.ort_session import OrtDebugger
 from lrt_deploy.tolerances import ACTIVATION_ERROR
 
 pytestmark = pytest.mark.slow  # for the export
@@ -54,7 +54,7 @@ def plant(export_once, tmp_path):
 def probe_of(bundle):
     config = read_manifest(bundle).model
     graph = with_debug_outputs(bundle / GRAPH, activations.in_order(config))
-    return OrtObserver(graph.model, graph.folder, config), graph.derivations
+    return OrtDebugger(graph.model, graph.folder, config), graph.derivations
 
 
 def found(reference, decoder, bundle, steps=24):

@@ -19,8 +19,8 @@ from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 from lrt_deploy.cli import build
 from lrt_deploy.cli.app import app
 from lrt_deploy.errors import EngineError
-from lrt_deploy.exporters.engine.tensorrt import Settings, parse, tensorrt_copy
 from lrt_deploy.exporters.engine.tensorrt import build as build_plan
+from lrt_deploy.exporters.engine.tensorrt import parse, tensorrt_copy
 from lrt_deploy.runtime.opening import Choice, limit_batch
 
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX has no wheels for this platform")
@@ -130,7 +130,6 @@ def test_workspace_and_timing_cache_reach_the_builder(built, bundle, tmp_path, m
     monkeypatch.setattr(polygraphy, "CreateConfig", recorded)
     cache = tmp_path / "kernels.timing"
     cache.write_bytes(b"")
-    settings = Settings(workspace_bytes=2**26, timing_cache=cache)
-    build_plan(LIBRARIES["tensorrt-rtx"], parsed, sidecar.profiles, settings, lambda *step: None)
+    build_plan(LIBRARIES["tensorrt-rtx"], parsed, sidecar.profiles, lambda *step: None, 2**26, cache)
     assert list(limits.values()) == [2**26]
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.timing"]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from lrt_deploy.bundle.precisions import FORMATS
 from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
-from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
+from lrt_deploy.exporters.quantize.qdq import quantized, weight_scales
 
 INT4 = FORMATS["int4-weight-only"]
 

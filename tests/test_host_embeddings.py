@@ -32,7 +32,7 @@ from lrt_deploy.errors import BundleError, ExportError, InputError
 from lrt_deploy.exporters.graph.debug_outputs import with_debug_outputs
 from lrt_deploy.exporters.graph.precision_graphs import take_out_tables
 from lrt_deploy.runtime.backends.host_tables import HostTables, RowArrays
-from lrt_deploy.runtime.backends.ort_session import OrtObserver
+from lrt_deploy.runtime.backends.ort_session import OrtDebugger
 from lrt_deploy.runtime.batch import BatchDecoder
 
 pytestmark = pytest.mark.slow  # for the exports
@@ -129,7 +129,7 @@ def test_probes_see_the_same_stages(on_host, in_every_precision, flavour):
             folder / graph_path("fp32", "prefill", flavour), activations.in_order(manifest.model)
         )
         tables = HostTables.open(folder, manifest, "fp32")
-        probe = OrtObserver(graph.model, graph.folder, manifest.model, tables)
+        probe = OrtDebugger(graph.model, graph.folder, manifest.model, tables)
         with lrt_deploy.open_decoder(folder, precision="fp32") as decoder:
             step = StepInput.after(decoder.prefill(PROMPTS[:1], policy="stepwise"), 7, manifest.model)
         seen.append(probe.observe(step))

@@ -8,11 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from lrt_deploy.bundle.precisions import FORMATS
 from lrt_deploy.bundle.weights import StoredMatrix
 from lrt_deploy.evaluation.stored_weights import check_matrix
 from lrt_deploy.evaluation.verdict import activation_scale_fault, forced_errors, judge_arithmetic
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
-from lrt_deploy.exporters.quantize.qdq import format_of, quantized, weight_scales
+from lrt_deploy.exporters.quantize.qdq import quantized, weight_scales
 from lrt_deploy.tolerances import (
     FP32,
     GPTQ_COLUMN,
@@ -31,7 +32,7 @@ def matrix(rows=96, columns=40, seed=0):
 
 
 def stored(weight, precision):
-    kind = format_of(precision)
+    kind = FORMATS.get(precision)
     scales = weight_scales(weight, kind)
     dtype = "int4" if kind.bits == 4 else "int8"
     return StoredMatrix("m", dtype, quantized(weight, scales, kind).astype(np.int8), scales, BLOCK[precision])
@@ -116,7 +117,7 @@ def gptq(weight, seed=1):
     rows = len(weight)
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(500, 24)) @ rng.normal(size=(24, rows)) + 0.3 * rng.normal(size=(500, rows))
-    scales, integers = round_by_gptq(weight, x.T @ x, format_of("int4-weight-only"))
+    scales, integers = round_by_gptq(weight, x.T @ x, FORMATS["int4-weight-only"])
     return StoredMatrix("m", "int4", integers.astype(np.int8), scales, 32)
 
 

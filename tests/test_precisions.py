@@ -17,7 +17,7 @@ import torch
 import lrt_deploy
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.manifest import PHASES, graph_path, read_manifest
-from lrt_deploy.bundle.precisions import PRECISIONS, base_dtype
+from lrt_deploy.bundle.precisions import FORMATS, PRECISIONS, base_dtype
 from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.errors import BackendError, ExportError, ParityError
 from lrt_deploy.evaluation.parity import PROMPT
@@ -30,7 +30,7 @@ from lrt_deploy.exporters.quantize import calibrate as calibrate_module
 from lrt_deploy.exporters.quantize.calibrate import SHIPPED, Calibration, Histogram, calibrate, calibration_rows
 from lrt_deploy.exporters.quantize.gptq import round_by_gptq
 from lrt_deploy.exporters.quantize.plan import make_plan
-from lrt_deploy.exporters.quantize.qdq import FORMATS, quantized, weight_scales
+from lrt_deploy.exporters.quantize.qdq import quantized, weight_scales
 from lrt_deploy.exporters.quantize.stored import StoredWeights
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder

@@ -41,7 +41,7 @@ from lrt_deploy.fields import check_callable, check_flag, check_path, check_text
 from lrt_deploy.files import check_writable
 from lrt_deploy.machine import find_gpu, peak_rss_bytes
 
-from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, Settings, build, parse, tensorrt_copy
+from .tensorrt import Listener, NoFusedAttentionError, Parsed, Plan, Progress, build, parse, tensorrt_copy
 from .verify import expected_network, find_slow_decoding, parse_layers, summarize, verify
 
 CHUNK_TOKENS = 512  # tokens that the prefill profile takes at once, at most
@@ -62,7 +62,8 @@ class _Job:
     profiles: tuple[Profile, ...]
     max_batch_size: int
     compute_capabilities: tuple[str, ...]
-    settings: Settings
+    workspace_bytes: int | None
+    timing_cache: Path | None
     listener: Listener | None
 
     @property
@@ -129,7 +130,8 @@ def build_engine(
         profiles(manifest.max_seq_len, batch, chunk),
         batch,
         _compute_capabilities(library),
-        Settings(workspace, _timing_cache(folder, library, cache)),
+        workspace,
+        _timing_cache(folder, library, cache),
         on_message,
     )
     return _build(job, force, progress)
@@ -144,20 +146,14 @@ def estimate_engine(
     library, _ = choose_library(backend)
     name = _precision(manifest, precision)
     target = engine_folder(folder, library.backend, name)
-    if os.path.lexists(target) and not force:
-        raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
-    check_replaceable(target)
-    check_writable(target, EngineError)
+    _check_target(target, force)
     return estimate_build(folder, manifest, (target / PLAN).relative_to(folder).as_posix(), name)
 
 
 def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
     target = engine_folder(job.bundle, job.library.backend, job.precision)
     recover(target)
-    if os.path.lexists(target) and not force:
-        raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
-    check_replaceable(target)
-    check_writable(target, EngineError)
+    _check_target(target, force)
     verify_files(job.bundle, job.manifest, progress=lambda done, total: progress("hashing", done, total))
     check_graph_file(job.bundle / job.graph, job.bundle / weights_path(job.precision))
     started = time.perf_counter()
@@ -169,7 +165,7 @@ def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
         built = _built(job, progress, decompose=True)
     parsed, layers, plan = built
     seconds = time.perf_counter() - started
-    with atomic_folder(target, check_replaceable if force else None, EngineError) as out:
+    with atomic_folder(target, _check_replaceable if force else None, EngineError) as out:
         progress("writing the plan", 0, 0)
         (out / PLAN).write_bytes(plan.data)
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
@@ -177,17 +173,23 @@ def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
     return sidecar
 
 
-def check_replaceable(target: Path) -> None:
+def _check_target(target: Path, force: bool) -> None:
+    """Raise EngineError if the engine's folder exists and `force` is False, or cannot be made or replaced."""
+    if os.path.lexists(target):
+        if not force:
+            raise EngineError(f"{target} exists; pass --force (force=True) to build it again")
+        _check_replaceable(target)
+    check_writable(target, EngineError)
+
+
+def _check_replaceable(target: Path) -> None:
     """Raise EngineError for a folder that holds anything besides a plan and its sidecar."""
-    if not os.path.lexists(target):
-        return
-    plan = target / PLAN
     written = rf"{PLAN}\.json|{RUNTIME_CACHE}"
     ours = re.compile(rf"{PLAN}|{written}|\.({written})\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
     foreign = [path.name for path in target.iterdir() if not ours.fullmatch(path.name)] if target.is_dir() else []
     if foreign or not target.is_dir():
         raise EngineError(
-            f"{target} holds {min(foreign, default='something else')}, expected only {plan.name} and its sidecar; "
+            f"{target} holds {min(foreign, default='something else')}, expected only {PLAN} and its sidecar; "
             "it is left as it is: remove it yourself, then build again"
         )
 
@@ -200,7 +202,7 @@ def _built(job: _Job, progress: Progress, decompose: bool) -> tuple[Parsed, dict
     progress("verifying", 0, 0)
     layers = verify(parsed.trt, parsed.network, expected)
     decomposable = decompose or expected.base == "float32"
-    plan = build(job.library, parsed, job.profiles, job.settings, progress)
+    plan = build(job.library, parsed, job.profiles, progress, job.workspace_bytes, job.timing_cache)
     names = [profile.name for profile in job.profiles]
     fused = parse_layers(parsed.log.fused_layers)
     slow = find_slow_decoding(fused, expected, job.capacity, names, decomposable)

@@ -15,14 +15,14 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lrt_deploy.bundle.engine_sidecar import Profile, Range
+from lrt_deploy.bundle.engine_sidecar import Profile
 from lrt_deploy.bundle.tensorrt_libraries import TensorRTLibrary, collecting_logger
 from lrt_deploy.errors import EngineError
 from lrt_deploy.files import atomic_write, read_bytes
@@ -202,18 +202,6 @@ class Plan:
     flags: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Settings of the builder.
-
-    `workspace_bytes` bounds the scratch memory of a layer; None: TensorRT's own limit. `timing_cache` is read where it
-    exists and replaced after the build.
-    """
-
-    workspace_bytes: int | None = None
-    timing_cache: Path | None = None
-
-
 def parse(library: TensorRTLibrary, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
     """Parse ONNX bytes, whose external weights lie beside the file `weights_beside`, into a strongly typed network.
 
@@ -235,21 +223,22 @@ def build(
     library: TensorRTLibrary,
     parsed: Parsed,
     profiles: Sequence[Profile],
-    settings: Settings,
     progress: Progress,
+    workspace_bytes: int | None = None,
+    cache: Path | None = None,
 ) -> Plan:
     """Build a plan with these profiles.
 
-    What `progress` raises, and an interrupt of this thread, cancel the build and pass through.
+    `workspace_bytes` bounds the scratch memory of a layer; None: TensorRT's own limit. `cache` holds measured kernel
+    times, and is read where it exists and replaced after the build. What `progress` raises, and an interrupt of this
+    thread, cancel the build and pass through.
     """
     cancellation = Cancellation()
     polygraphy = _polygraphy(library)
-    shapes = [polygraphy_profile(polygraphy, parsed.network, profile) for profile in profiles]
-    cache = settings.timing_cache
-    limits = {parsed.trt.MemoryPoolType.WORKSPACE: settings.workspace_bytes} if settings.workspace_bytes else None
-    with _quiet(), _errors_named(library, parsed):
+    limits = {parsed.trt.MemoryPoolType.WORKSPACE: workspace_bytes} if workspace_bytes else None
+    with _errors_named(library, parsed):
         config = polygraphy.CreateConfig(
-            profiles=shapes,
+            profiles=[_profile(polygraphy, parsed.network, profile) for profile in profiles],
             memory_pool_limits=limits,
             profiling_verbosity=parsed.trt.ProfilingVerbosity.DETAILED,  # lists the plan's layers
             progress_monitor=progress_monitor(parsed.trt, progress, cancellation),
@@ -269,29 +258,17 @@ def build(
         return plan
 
 
-def input_shapes(network: Any, sizes: Mapping[str, Range]) -> dict[str, tuple[tuple[int, ...], ...]]:  # noqa: ANN401
-    """Return smallest, typical and largest shape of every input, from the sizes of its symbolic dimensions."""
-    shapes = {}
+def _profile(polygraphy: Any, network: Any, profile: Profile) -> Any:  # noqa: ANN401
+    """Return Polygraphy's profile: the smallest, typical and largest shape of every input of the network."""
+    result, sizes = polygraphy.Profile(), {"batch": profile.batch, "tokens": profile.tokens}
     for tensor in (network.get_input(index) for index in range(network.num_inputs)):
         dims = [(size, tensor.get_dimension_name(axis)) for axis, size in enumerate(tensor.shape)]
-        unknown = [name for size, name in dims if size < 0 and name not in sizes]
-        if unknown:
+        if unknown := [name for size, name in dims if size < 0 and name not in sizes]:
             raise EngineError(
                 f"input {tensor.name} has the free dimension {unknown[0]}, profiles give {', '.join(sizes)}"
             )
-        shapes[str(tensor.name)] = tuple(
-            tuple(sizes[name][which] if size < 0 else int(size) for size, name in dims) for which in range(3)
-        )
-    return shapes
-
-
-def polygraphy_profile(polygraphy: Any, network: Any, profile: Profile) -> Any:  # noqa: ANN401
-    """Convert a profile to Polygraphy's type."""
-    result = polygraphy.Profile()
-    for name, (smallest, typical, largest) in input_shapes(
-        network, {"batch": profile.batch, "tokens": profile.tokens}
-    ).items():
-        result.add(name, min=smallest, opt=typical, max=largest)
+        shapes = [tuple(sizes[name][i] if size < 0 else int(size) for size, name in dims) for i in range(3)]
+        result.add(str(tensor.name), *shapes)
     return result
 
 
@@ -309,20 +286,14 @@ def _polygraphy(library: TensorRTLibrary) -> Any:  # noqa: ANN401
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence Polygraphy, which writes to stdout and uses functions that TensorRT-RTX has deprecated."""
-    log = importlib.import_module("polygraphy.logger").G_LOGGER
-    with log.verbosity(log.CRITICAL + 1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        yield
-
-
-@contextmanager
 def _errors_named(library: TensorRTLibrary, parsed: Parsed) -> Iterator[None]:
-    refused = importlib.import_module("polygraphy.exception").PolygraphyException
+    """Raise Polygraphy's errors as our own, and silence it: it writes to stdout and uses deprecated functions."""
+    log = importlib.import_module("polygraphy.logger").G_LOGGER
     try:
-        yield
-    except refused as error:
+        with log.verbosity(log.CRITICAL + 1), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    except importlib.import_module("polygraphy.exception").PolygraphyException as error:
         words = parsed.log.error_text()
         kind = NoFusedAttentionError if _NO_FUSED_KERNEL in words else EngineError
         raise kind(f"{library.backend} {parsed.trt.__version__} built no plan: {words}") from error

@@ -27,13 +27,12 @@ from typing import Any
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.engine_sidecar import DECODE
 from lrt_deploy.bundle.manifest import Manifest
-from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.precisions import FORMATS, base_dtype
 from lrt_deploy.bundle.tensorrt_libraries import TENSORRT_DTYPES
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import EngineError
 
-_QUANTIZED = {"int8": ("int8", "int8"), "int8-weight-only": ("int8", None), "int4-weight-only": ("int4", None)}
 _MASK = 3  # position among the inputs of an attention layer: query, key, value, mask
 # What may stand between a weight and the product that uses it.
 _CARRIERS = ("SHUFFLE", "CAST", "DEQUANTIZE", "IDENTITY", "UNSQUEEZE", "SQUEEZE")
@@ -70,8 +69,9 @@ def expected_network(manifest: Manifest, precision: str) -> ExpectedNetwork:
     config, base = manifest.model, base_dtype(precision, "full")
     details = manifest.precision_details.get(precision, {})
     kept, wide = set(details.get("keep_high", ())), set(details.get("multiplied_in_float32", ()))
-    quantized = _QUANTIZED.get(precision, (None, None))
-    products = {}
+    kind, products = FORMATS.get(precision), {}
+    integers = None if kind is None else f"int{kind.bits}"
+    quantized = (integers, integers if kind and kind.activations else None)
     for name in matrix_shapes(config):
         plain = name in kept or name in wide
         products[name] = Product("float32" if name in wide else base, *((None, None) if plain else quantized))

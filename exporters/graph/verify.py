@@ -15,11 +15,10 @@ import onnx_ir as ir
 
 from lrt_deploy.bundle.contract import FLAVOURS
 from lrt_deploy.bundle.manifest import PHASES, graph_path
-from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.precisions import Format, base_dtype
 from lrt_deploy.bundle.weights import matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.quantize.qdq import Format
 
 from .rewrite import dtype_name, matrix_name, producer
 

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .qdq import Floats, Format, quantized, weight_scales
+from lrt_deploy.bundle.precisions import Format
+
+from .qdq import Floats, quantized, weight_scales
 
 # Added to H's diagonal, as a share of its mean: limits corrections along inputs that calibration rarely had.
 _DAMPING = 0.01

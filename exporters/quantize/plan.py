@@ -11,17 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lrt_deploy.bundle.precisions import base_dtype
+from lrt_deploy.bundle.precisions import FORMATS, Format, base_dtype
 from lrt_deploy.errors import ExportError
-from lrt_deploy.exporters.export_options import default_int4_block, matching
+from lrt_deploy.exporters.export_options import default_int4_block, kept_matrices
 from lrt_deploy.tolerances import FLOAT16_LARGEST, FLOAT16_RANGE_USED
 
 from .calibrate import Calibration
-from .qdq import Floats, Format, format_of
-
-# Gates are 1% of the weights: quantizing them would gain nothing, and cost a product of its own in W8A8. The others are
-# quantized; what keeping them would be worth: docs/precisions.md.
-DEFAULT_KEEP_HIGH = ("gate",)
+from .qdq import Floats
 
 
 @dataclass(frozen=True)
@@ -42,11 +38,6 @@ class Plan:
     host_embeddings: bool = False  # whether graphs take rows of the embedding tables instead of holding them
 
 
-def needs_calibration(precisions: Sequence[str]) -> bool:
-    """Return whether one of them computes in float16, whose range must be measured, or has int8 activations."""
-    return any(base_dtype(precision, "full") == "float16" for precision in precisions)
-
-
 def make_plan(
     precision: str,
     matrices: Mapping[str, tuple[int, int]],
@@ -61,9 +52,7 @@ def make_plan(
     """
     if precision == "fp32":
         return Plan(precision)
-    kind = format_of(precision)
-    patterns = (DEFAULT_KEEP_HIGH if kind else ()) if keep_high is None else keep_high
-    named = matching(patterns, matrices, strict=keep_high is not None)
+    kind, named = FORMATS.get(precision), kept_matrices(precision, keep_high, matrices)
     wide = _beyond_float16(precision, seen) if seen and base_dtype(precision, "full") == "float16" else ()
     if kind is None:
         float32 = tuple(name for name in matrices if name in named or name in wide)

@@ -12,14 +12,13 @@ is not full as well, exactly and without the copy; `unpad` gives a graph for it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from lrt_deploy.bundle.precisions import INT4, INT4_BLOCKS
+from lrt_deploy.bundle.precisions import Format
 from lrt_deploy.errors import ExportError
 from lrt_deploy.exporters.graph.rewrite import (
     add,
@@ -40,37 +39,6 @@ _INT4_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 
 Floats = npt.NDArray[np.float32]
 Stored = tuple[npt.NDArray[np.float16], npt.NDArray[np.generic]]  # scales, integers
-
-
-@dataclass(frozen=True)
-class Format:
-    """Storage of matrices: bits, rows of a block that share a scale (None: a whole column), int8 activations."""
-
-    bits: int
-    block: int | None
-    activations: bool
-
-    @property
-    def largest(self) -> int:
-        """Largest integer; the smallest is its negative."""
-        return int(2 ** (self.bits - 1) - 1)
-
-    def missing_rows(self, rows: int) -> int:
-        """Return the number of rows missing to whole blocks."""
-        return 0 if self.block is None else -rows % self.block
-
-
-FORMATS = {
-    "int8": Format(bits=8, block=None, activations=True),
-    "int8-weight-only": Format(bits=8, block=None, activations=False),
-    INT4: Format(bits=4, block=INT4_BLOCKS[0], activations=False),
-}
-
-
-def format_of(precision: str, int4_block: int | None = None) -> Format | None:
-    """Return the format of a precision, None for one that quantizes none; `int4_block` None: the default."""
-    kind = FORMATS.get(precision)
-    return replace(kind, block=int4_block) if kind and precision == INT4 and int4_block is not None else kind
 
 
 def quantize(

@@ -15,6 +15,7 @@ rotary embedding and softcap are float32 in all of them. Quality: docs/precision
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .contract import Flavour
@@ -22,9 +23,37 @@ from .contract import Flavour
 # From the most precise on; the default is the first one that a bundle holds.
 PRECISIONS: tuple[str, ...] = ("fp32", "fp16", "bf16", "int8", "int8-weight-only", "int4-weight-only")
 INT4 = "int4-weight-only"
-QUANTIZED: tuple[str, ...] = ("int8", "int8-weight-only", INT4)
 # Rows of a column that may share an int4 scale. More of them cost quality and save time.
 INT4_BLOCKS: tuple[int, ...] = (32, 64, 128)
+# Gates are 1% of the weights: quantizing them would gain nothing, and cost a product of its own in W8A8. The others are
+# quantized; what keeping them would be worth: docs/precisions.md.
+DEFAULT_KEEP_HIGH = ("gate",)
+
+
+@dataclass(frozen=True)
+class Format:
+    """Storage of matrices: bits, rows of a block that share a scale (None: a whole column), int8 activations."""
+
+    bits: int
+    block: int | None
+    activations: bool
+
+    @property
+    def largest(self) -> int:
+        """Largest integer; the smallest is its negative."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    def missing_rows(self, rows: int) -> int:
+        """Return the number of rows missing to whole blocks."""
+        return 0 if self.block is None else -rows % self.block
+
+
+FORMATS = {
+    "int8": Format(bits=8, block=None, activations=True),
+    "int8-weight-only": Format(bits=8, block=None, activations=False),
+    INT4: Format(bits=4, block=INT4_BLOCKS[0], activations=False),
+}
+QUANTIZED: tuple[str, ...] = tuple(FORMATS)
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}

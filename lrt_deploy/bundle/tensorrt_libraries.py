@@ -15,13 +15,19 @@ from typing import Any
 from lrt_deploy import machine
 from lrt_deploy.errors import EngineError
 
+from .precisions import BACKENDS
+
 
 @dataclass(frozen=True)
 class TensorRTLibrary:
-    """One library: the name of its backend, which is that of the extra that installs it, and its module."""
+    """One library, by the name of its backend, which is that of the extra that installs it."""
 
     backend: machine.Extra
-    module: str
+
+    @property
+    def module(self) -> str:
+        """The name of its Python module."""
+        return BACKENDS[self.backend].module
 
     @property
     def installed(self) -> bool:
@@ -54,10 +60,7 @@ TENSORRT_DTYPES = {
 }
 
 # `auto` takes the first one that is installed.
-LIBRARIES: dict[str, TensorRTLibrary] = {
-    "tensorrt": TensorRTLibrary("tensorrt", "tensorrt"),
-    "tensorrt-rtx": TensorRTLibrary("tensorrt-rtx", "tensorrt_rtx"),
-}
+LIBRARIES = {"tensorrt": TensorRTLibrary("tensorrt"), "tensorrt-rtx": TensorRTLibrary("tensorrt-rtx")}
 
 
 def choose_library(requested: str) -> tuple[TensorRTLibrary, str]:

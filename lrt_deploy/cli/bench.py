@@ -186,8 +186,7 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
     flavour = BACKENDS[decoder.backend].flavour
     weights = bench.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
     item = ITEM_BYTES[base_dtype(decoder.precision, flavour)]
-    state = bench.state_bytes_per_step(decoder.config, times.context, item)
-    copied = bench.state_bytes_copied_per_step(decoder.config, times.context, item)
+    state = bench.state_traffic(decoder.config, times.context, item)
     ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
     median_ms = float(tpot["p50"] or 0)
     return {
@@ -197,18 +196,16 @@ def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> di
         "samples": {"ttft_ms": len(times.ttft_ms), "tpot_ms": len(times.tpot_ms)},
         "tokens_per_s": 1e3 / median_ms,
         "weight_bytes_per_step": weights,
-        "state_bytes_read_per_step": state,
-        "state_bytes_copied_per_step": None if times.copies_note else copied,
+        **state,
+        **({"state_bytes_copied_per_step": None} if times.copies_note else {}),
         "state_bytes_copied_note": times.copies_note,
-        "state_bytes_written_per_step": bench.state_bytes_written_per_step(decoder.config, item),
-        "latent_record_bytes_per_step": bench.latent_record_bytes_per_step(decoder.config),
         # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
         "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
         "outside_backend_fraction": times.outside_backend_fraction,
         "bandwidth_gb_s": memory.gb_s,
         "bandwidth_of": memory.of,
         "read_bandwidth_gb_s": memory.read_gb_s,
-        "roofline_fraction": (weights + state) / (median_ms / 1e3) / (memory.gb_s * 1e9),
+        "roofline_fraction": (weights + state["state_bytes_read_per_step"]) / (median_ms / 1e3) / (memory.gb_s * 1e9),
         "weights_fit_cache": weights < memory.cache_bytes,
     }
 

@@ -289,14 +289,15 @@ def _arithmetic(subject: Subject, model: LRT, run: Comparison) -> ArithmeticPart
     from lrt_deploy.exporters.quantize.stored import StoredWeights
     from lrt_deploy.model.reference import run_forced, take_stored_weights
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_session import OrtExact
+    from lrt_deploy.runtime.backends.ort_session import OrtDebugger
 
     held, precision = subject.manifest, subject.precision
     take_stored_weights(model, StoredWeights(subject.bundle, held, precision))
     count = sum(point.finite for point in run.points)
     tokens, given = run.tokens[:count], _latents_before(run.reference.latents[:count], held.model.n_embd)
     exact = exact_graph(subject.graph, held.model)
-    runner = OrtExact(exact.model, exact.folder, held.model, HostTables.open(subject.bundle, held, precision))
+    tables = HostTables.open(subject.bundle, held, precision)
+    runner = OrtDebugger(exact.model, exact.folder, held.model, tables, fused=False)
     stated = held.precision_details.get(precision, {}).get("activation_scales") or {}
     graph = runner.run(tokens, given), run_forced(model, tokens, given)
     own = _latents_before(run.decoder.latents[:count], held.model.n_embd)
@@ -380,15 +381,15 @@ def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Dec
     """
     from lrt_deploy.exporters.graph.debug_outputs import exact_graph, with_debug_outputs
     from lrt_deploy.runtime.backends.host_tables import HostTables
-    from lrt_deploy.runtime.backends.ort_session import OrtObserver
+    from lrt_deploy.runtime.backends.ort_session import OrtDebugger
 
     held = subject.manifest
     names = activations.in_order(held.model)
     tables = HostTables.open(subject.bundle, held, subject.precision)
     if decoder is None:
         exact = exact_graph(subject.graph, held.model, names)
-        observer = OrtObserver(exact.model, exact.folder, held.model, tables, fused=False)
+        observer = OrtDebugger(exact.model, exact.folder, held.model, tables, fused=False)
         return bisect_parts(reference, observer, report, exact.derivations)
     graph = with_debug_outputs(subject.graph, names)
-    observer = OrtObserver(graph.model, graph.folder, held.model, tables)
+    observer = OrtDebugger(graph.model, graph.folder, held.model, tables)
     return bisect(reference, decoder, observer, report, graph.derivations)

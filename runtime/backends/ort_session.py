@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: hold an opened one against the contract, turn what it raises into our errors, and find faults.
 
-`OrtExact` runs a graph over a whole sequence whose latents are given, `OrtObserver` a graph with extra outputs; both
-bind nothing and copy everything.
+`OrtDebugger` runs a graph over a whole sequence whose latents are given, or shows the activations of a step; it binds
+nothing and copies everything.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ BLOCK_TOKENS = 128
 _LOG_ERRORS = 3
 
 
-class _DebugSession:
+class OrtDebugger:
     """A serialized graph of either flavour, whose weights lie in `folder`; without `fused`, no op is optimized."""
 
     def __init__(
@@ -131,6 +131,33 @@ class _DebugSession:
             raise_backend_error(error, f"ONNX Runtime {ort.__version__} cannot open the graph for debugging")
         self._inputs = {value.name: np.dtype(DTYPES[value.type]) for value in self._session.get_inputs()}
         self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, tokens: list[int], latents: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return logits (T, V) and latents (T, C) after each token; `latents` (T, C) are those before it.
+
+        A model without memory ignores `latents` and returns none, (T, 0).
+        """
+        config, count = self._config, len(tokens)
+        pairs = [pair for pair in contract.state_pairs(config) if pair.in_place]
+        caches = {pair.past: np.zeros((1, config.n_kv_head, count, config.head_dim), np.float32) for pair in pairs}
+        logits, after = [], []
+        for start in range(0, count, BLOCK_TOKENS):
+            block = slice(start, start + BLOCK_TOKENS)
+            found = self._run(tokens[block], start, latents[block], caches)
+            logits.append(found["logits"][0])
+            after.append(found["present_latent"][0] if config.memory else np.zeros((len(logits[-1]), 0), np.float32))
+            caches = {pair.past: found[pair.present] for pair in pairs}
+        return np.concatenate(logits), np.concatenate(after)
+
+    def observe(self, step: StepInput) -> dict[str, FloatArray]:
+        """Return the activations of one step, by name; see `activations.Observer`."""
+        caches: dict[str, NDArray[Any]] = {}
+        for layer, pair in enumerate(zip(step.keys, step.values, strict=True)):
+            padded = (np.pad(cache, ((0, 0), (0, 1), (0, 0)))[None] for cache in pair)  # (1, G, P + 1, D)
+            caches |= zip(contract.past_cache(layer), padded, strict=True)
+        found = self._run([step.token], step.position, step.latent[None], caches)
+        wanted = set(activations.in_order(self._config))
+        return {name: value for name, value in found.items() if name in wanted}
 
     def _run(
         self, tokens: list[int], start: int, latents: FloatArray, caches: Mapping[str, NDArray[Any]]
@@ -160,41 +187,3 @@ class _DebugSession:
         except ORT_ERRORS as error:
             raise_backend_error(error, "ONNX Runtime failed on the graph for debugging")
         return {name: np.asarray(value, np.float32) for name, value in zip(self._outputs, found, strict=True)}
-
-
-class OrtExact(_DebugSession):
-    """A float32 graph, each op computed as it stands."""
-
-    def __init__(self, model: bytes, folder: Path, config: LRTConfig, tables: HostTables | None = None) -> None:
-        super().__init__(model, folder, config, tables, fused=False)
-
-    def run(self, tokens: list[int], latents: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return logits (T, V) and latents (T, C) after each token; `latents` (T, C) are those before it.
-
-        A model without memory ignores `latents` and returns none, (T, 0).
-        """
-        config, count = self._config, len(tokens)
-        pairs = [pair for pair in contract.state_pairs(config) if pair.in_place]
-        caches = {pair.past: np.zeros((1, config.n_kv_head, count, config.head_dim), np.float32) for pair in pairs}
-        logits, after = [], []
-        for start in range(0, count, BLOCK_TOKENS):
-            block = slice(start, start + BLOCK_TOKENS)
-            found = self._run(tokens[block], start, latents[block], caches)
-            logits.append(found["logits"][0])
-            after.append(found["present_latent"][0] if config.memory else np.zeros((len(logits[-1]), 0), np.float32))
-            caches = {pair.past: found[pair.present] for pair in pairs}
-        return np.concatenate(logits), np.concatenate(after)
-
-
-class OrtObserver(_DebugSession):
-    """Shows the activations of single steps; see `activations.Observer`."""
-
-    def observe(self, step: StepInput) -> dict[str, FloatArray]:
-        """Return activation name -> value of one step."""
-        caches: dict[str, NDArray[Any]] = {}
-        for layer, pair in enumerate(zip(step.keys, step.values, strict=True)):
-            padded = (np.pad(cache, ((0, 0), (0, 1), (0, 0)))[None] for cache in pair)  # (1, G, P + 1, D)
-            caches |= zip(contract.past_cache(layer), padded, strict=True)
-        found = self._run([step.token], step.position, step.latent[None], caches)
-        wanted = set(activations.in_order(self._config))
-        return {name: value for name, value in found.items() if name in wanted}
