@@ -1,7 +1,7 @@
 """Kill what writes files at random moments, fill its disk, bound its files: the old or the new stays, never a half.
 
-For each operation (export, export --force over a bundle, export --add to one, package, package --force, build, saving a
-state, writing to a prompt cache):
+For each operation (export, export --force over a bundle, export --add to one, package, package --force for each
+target, build, saving a state, writing to a prompt cache):
 
 - kills: SIGKILL at a random moment of the time that it takes. Afterwards the target is whole, old or new, or it is
   absent where there was no old one, and at most one temporary file or folder lies beside it: each run has removed what
@@ -50,7 +50,7 @@ from lrt_deploy.errors import LRTDeployError
 from lrt_deploy.exporters.engine import build as engine_module
 from lrt_deploy.exporters.graph import trace as trace_module
 from lrt_deploy.exporters.packages import web
-from lrt_deploy.exporters.packages.package import package_bundle, verify_package
+from lrt_deploy.exporters.packages.package import TARGETS, Target, package_bundle, verify_package
 from lrt_deploy.runtime.prompt_cache import PromptCache
 from lrt_deploy.runtime.state_file import read_file
 
@@ -171,28 +171,31 @@ def check_added(bundles: dict[int, Path]) -> Callable[[Path], str]:
 
 
 def package_operations(bundles: dict[int, Path], folder: Path) -> Iterator[Operation]:
-    """Package a bundle where nothing is, and in place of an older package."""
-    packages = {capacity: folder / f"package-{capacity}" for capacity in bundles}
+    """Package a bundle for the web where nothing is, and for each target in place of an older package."""
     assets = folder / "assets"  # in place of npm's packages, which are copied and not run
     for name in web.ASSETS:
         (assets / name).parent.mkdir(parents=True, exist_ok=True)
         (assets / name).write_bytes(bytes(100_000))
-    for capacity, path in packages.items():
-        package_bundle(bundles[capacity], path, "web", assets=assets)
 
     def check(folder: Path) -> str:
         if not os.path.lexists(folder / "target"):
             return "nothing"
         verify_package(folder / "target")
-        manifest = read_manifest(folder / "target" / "bundle")
-        return {OLD_CAPACITY: "old", NEW_CAPACITY: "new"}[manifest.max_seq_len]
+        (path,) = (folder / "target").rglob("manifest.json")
+        return {OLD_CAPACITY: "old", NEW_CAPACITY: "new"}[read_manifest(path.parent).max_seq_len]
 
-    def run(folder: Path) -> None:
-        package_bundle(bundles[NEW_CAPACITY], folder / "target", "web", assets=assets, force=True)
+    for target in TARGETS:
+        packages = {capacity: folder / f"{target}-{capacity}" for capacity in bundles}
+        for capacity, path in packages.items():
+            package_bundle(bundles[capacity], path, target, assets=assets)
 
-    size = folder_bytes(packages[NEW_CAPACITY])
-    yield Operation("package", nothing, run, check, size)
-    yield Operation("package --force", copying(packages[OLD_CAPACITY]), run, check, size)
+        def run(folder: Path, target: Target = target) -> None:
+            package_bundle(bundles[NEW_CAPACITY], folder / "target", target, assets=assets, force=True)
+
+        size = folder_bytes(packages[NEW_CAPACITY])
+        if target == "web":
+            yield Operation("package", nothing, run, check, size)
+        yield Operation(f"package {target} --force", copying(packages[OLD_CAPACITY]), run, check, size)
 
 
 def build_operation(bundle: Path, whole: bool) -> Iterator[Operation]:

@@ -22,13 +22,14 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.fields import Sha256, check_choice, check_flag, check_path, convert
 from lrt_deploy.files import check_writable, read_json
 
-from . import docker, web
+from . import docker, kserve, web
 from .source import PackageOptions, Progress, Source
 
-Target = Literal["docker", "web"]
+Target = Literal["docker", "kserve", "web"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 _WRITERS: dict[str, Callable[[Source], str]] = {
     "docker": docker.write,
+    "kserve": kserve.write,
     "web": web.write,
 }  # each returns the one command to run
 
