@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -19,7 +20,8 @@ def bundle(export_once):
 
 def run(root, name, *arguments, **options):
     command = [sys.executable, root / "examples" / name, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **options)
+    options = {"timeout": 120} | options
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert result.returncode == 0, result.stderr
     return result
 
@@ -88,22 +90,45 @@ def test_a_test_of_the_users_own_passes_on_a_right_bundle_and_fails_on_another_m
     assert wrong.returncode == 1 and "FAIL: weights: " in wrong.stdout, wrong.stdout
 
 
-@pytest.mark.parametrize("name", ["n_best", "resume_chat", "batch_server", "train_tiny"])
+@pytest.mark.parametrize("name", ["n_best", "resume_chat", "batch_server", "train_tiny", "walkthrough"])
 def test_each_example_says_what_it_does(root, name):
     text = run(root, f"{name}.py", "--help").stdout
     assert text.startswith("usage: ") and f"examples/{name}.py" in text
 
 
-def test_a_model_is_trained_on_a_text_of_ones_own_and_exports(root, tmp_path):
-    text = tmp_path / "own.txt"
-    docs = sorted((root / "docs").glob("*.md"))
-    text.write_text("\n\n".join(path.read_text() for path in docs))
-    run(root, "train_tiny.py", "--out", tmp_path / "made", "--text", text, "--minutes", 0.02, "--width", 32)
+def own_text(root, file):
+    file.write_text("\n\n".join(path.read_text() for path in sorted((root / "docs").glob("*.md"))))
+    return file
+
+
+def test_the_walkthrough_goes_from_a_text_of_ones_own_to_two_turns_of_a_chat(root, tmp_path):
+    text = own_text(root, tmp_path / "own.txt")
+    done = run(root, "walkthrough.py", "--quick", "--text", text, "--folder", tmp_path / "walk", timeout=480)
+    assert "\nfp32: PASS: 8 of 8 greedy tokens equal" in done.stdout
+    assert re.search(r"\nfp32: \d\.\d{3} bits per byte over [\d,]+ bytes\n", done.stdout)
+    assert done.stdout.count("\nuser: ") == done.stdout.count("\nassistant: ") == 2
+    assert done.stderr.count('"path":"/v1/chat/completions","status":200') == 2
+    assert "the server ended with exit code 0" in done.stdout
     from lrt_deploy.model.checkpoint import open_checkpoint
 
-    opened = open_checkpoint(tmp_path / "made")
+    opened = open_checkpoint(tmp_path / "walk" / "checkpoint")
     opened.check_tensors()
     assert opened.config.n_embd == 32
+    with lrt_deploy.open_decoder(tmp_path / "walk" / "bundle") as decoder:
+        assert (tmp_path / "walk" / "sample.txt").read_text()[:100] in text.read_text()
+        assert decoder.tokenizer.vocab_size == opened.config.vocab_size
+
+
+def test_the_cells_of_the_walkthrough_run_without_a_file_or_arguments_of_their_own(root):
+    source = (root / "examples" / "walkthrough.py").read_text()
+    cells = re.split(r"^# %%.*\n", source, flags=re.MULTILINE)[1:]
+    assert len(cells) >= 14
+    for cell in cells:
+        compile(cell, "cell", "exec")  # none is cut in the middle of a statement
+
+
+def test_a_text_that_is_too_short_to_train_on_is_refused(root, tmp_path):
+    text = tmp_path / "own.txt"
     text.write_text("Too little.")
     command = [sys.executable, root / "examples/train_tiny.py", "--out", tmp_path / "other", "--text", text]
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
