@@ -9,7 +9,11 @@ DEMO := demo/bundle
 WEB_ASSETS := build/web-assets
 
 # make ptx: compile the GPU's kernels (runtime/device_loop/kernels.cu) again, by the compiler of PyPI's wheels.
-.PHONY: install demo test test-services web-assets docs check ptx kills interrupts fuzz pictures dist wheel-check lock sbom clean
+# What runs the package of `lrt-deploy package --to triton` in the tests: tritonserver, and a client.
+TRITON_ENV := build/triton
+TRITON_PACKAGES := nvidia-pytriton==0.7.0 tritonclient==2.73.0 grpcio==1.85.3 python-rapidjson==1.25 urllib3==2.8.0
+
+.PHONY: install demo test test-services web-assets triton-env docs check ptx kills interrupts fuzz pictures dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -36,7 +40,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --ignore tests/services
 
 # Servers as processes, with real clients, Chromium among them; none of these tests may be skipped.
-test-services: install web-assets
+test-services: install web-assets triton-env
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile tests/services
 
 # The documentation site, into build/site; a warning is an error.
@@ -47,6 +51,14 @@ web-assets: $(WEB_ASSETS)/node_modules/.package-lock.json
 
 $(WEB_ASSETS)/node_modules/.package-lock.json: exporters/packages/web/__init__.py | install
 	$$($(BIN)/python -c 'from lrt_deploy.exporters.packages.web import npm_line; print(npm_line("$(WEB_ASSETS)"))') --no-audit --no-fund --ignore-scripts
+	@touch $@
+
+triton-env: $(TRITON_ENV)/installed
+
+$(TRITON_ENV)/installed: Makefile exporters/packages/triton/requirements.txt | install
+	$(BIN)/python -m venv --clear $(TRITON_ENV)
+	$(TRITON_ENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(TRITON_PACKAGES) \
+	  --requirement exporters/packages/triton/requirements.txt
 	@touch $@
 
 check: install

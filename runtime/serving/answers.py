@@ -17,7 +17,7 @@ from lrt_deploy.types import PrefillReport
 from .engine import Delivery
 from .openai_api import Call
 
-_REASONS = {"stop_token": "stop", "stop_string": "stop", "grammar": "stop", "length": "length", "capacity": "length"}
+REASONS = {"stop_token": "stop", "stop_string": "stop", "grammar": "stop", "length": "length", "capacity": "length"}
 
 
 class Scored(NamedTuple):
@@ -52,7 +52,7 @@ class Choice:
             self.scored.append(Scored(event.token, event.logprob, event.top_logprobs))
             self.latent_cosine.append(event.latent_cosine)
         if event.finish_reason is not None:
-            self.reason, self.stop = _REASONS[event.finish_reason], event.stop
+            self.reason, self.stop = REASONS[event.finish_reason], event.stop
 
 
 class Answer:

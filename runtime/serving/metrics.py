@@ -47,6 +47,7 @@ class EngineMetrics:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter(ok=0, error=0, cancelled=0, refused=0)
         self.prompt_tokens = self.reused_tokens = self.generated_tokens = self.backend_errors = 0
+        self.steps = 0  # that gave tokens
         self.first_token_s, self.token_s = Histogram(_FIRST_TOKEN_SECONDS), Histogram(_TOKEN_SECONDS)
         self.passes = Histogram(_PASSES)
         self._last_step = 0.0
@@ -56,6 +57,7 @@ class EngineMetrics:
         if tokens and self._last_step:
             self.token_s.observe(now - self._last_step, tokens)
         self.generated_tokens += tokens
+        self.steps += tokens > 0
         self._last_step = now
 
     def idle(self) -> None:
@@ -84,6 +86,7 @@ class EngineMetrics:
         yield from counter("lrt_prompt_tokens_total", "Tokens of prompts, reused ones included.", self.prompt_tokens)
         yield from counter("lrt_reused_tokens_total", "Tokens of prompts found in a kept state.", self.reused_tokens)
         yield from counter("lrt_generated_tokens_total", "Tokens that were generated.", self.generated_tokens)
+        yield from counter("lrt_steps_total", "Decode steps that gave tokens.", self.steps)
         yield from counter("lrt_backend_errors_total", "Decode steps that failed.", self.backend_errors)
         yield from self.first_token_s.lines("lrt_time_to_first_token_seconds", "From submitting to the first token.")
         yield from self.token_s.lines("lrt_time_per_token_seconds", "Time between two steps, for each token of a step.")
