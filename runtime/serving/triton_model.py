@@ -184,8 +184,8 @@ class TritonModel:
         folder = Path(args["model_repository"], args["model_version"], BUNDLE)
         self.decoder = open_decoder(
             folder,
-            backend=given.get("backend", "ort-cpu"),  # type: ignore[arg-type] # checked there
-            precision=given.get("precision") or None,  # type: ignore[arg-type]
+            backend=given.get("backend", "ort-cpu"),
+            precision=given.get("precision") or None,
             threads=whole.get("threads"),
         )
         self.api = Api(self.decoder, ApiOptions(args["model_name"]))
@@ -276,7 +276,11 @@ class _Responses:
 
     def _do(self, action: Callable[[], object]) -> None:
         """Queue something for the thread."""
-        self._found.put([(lambda _: action() and None, Delivery((), False))])
+
+        def run(_: Delivery) -> None:
+            action()
+
+        self._found.put([(run, Delivery((), False))])
 
     def _run(self) -> None:
         asked = 0.0
