@@ -27,6 +27,7 @@ from lrt_deploy.text.prompts import check_prompts, check_tokens
 from lrt_deploy.text.tokenizer import Tokenizer
 from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy
 
+from .device_loop.ahead import Ahead, start_ahead
 from .fixed_point import InBlocks, finish
 from .generation import Continuation, Event, Generation
 from .opening import check_contract, check_threads, limit_batch, limit_capacity, load_backend
@@ -223,17 +224,34 @@ class Decoder:
             reason = None
             while reason is None:
                 self.check_own(state)
-                logits = state.row_logits(0)  # (V)
-                full = state.row_lengths[0] == state.capacity
-                token, normalizer = continuation.choose(logits), log_normalizers(logits[None])[0]
-                top = top_logprobs(logits[: options.choices], normalizer, options.logprobs) if options.logprobs else ()
-                event = continuation.take(token, logits.item(token) - normalizer, top, state.prefill, full)
+                ahead = self._ahead_of(state, continuation)
+                chosen = ahead.next(state) if ahead is not None else None
+                if chosen is None:
+                    logits = state.row_logits(0)  # (V)
+                    full = state.row_lengths[0] == state.capacity
+                    token, normalizer = continuation.choose(logits), log_normalizers(logits[None])[0]
+                    logprob, more = logits.item(token) - normalizer, options.logprobs
+                    top = top_logprobs(logits[: options.choices], normalizer, more) if more else ()
+                else:
+                    token, logprob, top, full = chosen
+                event = continuation.take(token, logprob, top, state.prefill, full)
                 reason = event.finish_reason
+                if reason is not None and ahead is not None and state.ahead is ahead:
+                    state.follow((), None)
+                    state.ready()
                 yield continuation.emit(state, event, full)
         except BaseException:
             if reads and state is not None and not (continuation and continuation.emitted):
                 state.roll_back(undo or state.undo)
             raise
+
+    def _ahead_of(self, state: DecodeState, continuation: Continuation) -> Ahead | None:
+        """Return the loop on the device that continues a state; None where the host chooses the next token."""
+        if self.device is None or not continuation.made:
+            return None
+        if isinstance(state.ahead, Ahead) and state.ahead.continuation is continuation:
+            return state.ahead
+        return start_ahead(self._live.backend, state, continuation)
 
     def close(self) -> None:
         """Release the weights; they stay in memory while a state of this decoder is alive."""
@@ -323,12 +341,14 @@ def open_decoder(
     verify: bool = False,
     prefill_options: PrefillOptions | None = None,
     cuda_graph: bool = True,
+    device_loop: bool = True,
 ) -> Decoder:
     """Open a bundle for decoding; `precision` None takes the only or most precise one that the backend can run.
 
     `max_seq_len` lowers the capacity, and with it the memory of every state. `verify` hashes all files again.
     `prefill_options` pins how prompts are read: the length from which `auto` iterates, strides and chunks.
-    `cuda_graph` False keeps a TensorRT backend from running its decode step as a CUDA graph.
+    `cuda_graph` False keeps a TensorRT backend from running its decode step as a CUDA graph, `device_loop` False any
+    GPU from choosing the tokens of `generate`: the host does.
     Raises BundleError for a bundle that is not intact, BackendError for a backend that is not there, EngineError for
     an engine that is not there or must not be used here.
     """
@@ -340,6 +360,7 @@ def open_decoder(
         check_is(prefill_options, PrefillOptions, "prefill_options")
     check_flag(verify, "verify")
     check_flag(cuda_graph, "cuda_graph")
+    check_flag(device_loop, "device_loop")
     manifest = limit_capacity(read_manifest(folder), max_seq_len)
     verify_files(folder, manifest, force=verify)
     choice = choose(folder, manifest, backend, precision)
@@ -350,7 +371,7 @@ def open_decoder(
     if manifest.tokenizer_tokens:
         template = f"{TOKENIZER}/{TEMPLATE_FILE}" in manifest.files
         tokenizer = Tokenizer.open(folder / TOKENIZER, manifest.tokenizer_tokens, template)
-    loaded = load_backend(choice, folder, manifest, threads, cuda_graph)
+    loaded = load_backend(choice, folder, manifest, threads, cuda_graph, device_loop)
     decoder = Decoder(manifest, loaded, tokenizer, prefill_options, hash_file(folder / MANIFEST))
     decoder.backend_reason = choice.reason
     return decoder

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lrt_deploy.errors import InputError
 from lrt_deploy.fields import check_is, check_texts, check_whole
 from lrt_deploy.text.grammar import Grammar, Matcher
@@ -164,10 +167,13 @@ class Continuation:
                 stream.push(token)
         self._stream, self.made = stream, made
 
+    def allowed(self) -> NDArray[np.intp] | None:
+        """Return the ids that the grammar allows, ascending; None: all."""
+        return self._matcher.allowed(self.history[self.read :]) if self._matcher else None
+
     def choose(self, logits: FloatArray) -> int:
         """Choose the next token from logits (V), among those that have a text and that the grammar allows."""
-        allowed = self._matcher.allowed(self.history[self.read :]) if self._matcher else None
-        return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made, allowed)
+        return self.options.sampler.choose(logits[: self.options.choices], self.history, self.made, self.allowed())
 
     def take(
         self, token: int, logprob: float, top: tuple[TokenLogprob, ...], prefill: PrefillReport, full: bool
@@ -187,10 +193,15 @@ class Continuation:
         return Event(token, text, reason, prefill, logprob, top, stop)
 
     def emit(self, state: DecodeState, event: Event, full: bool) -> Event:
-        """Return the event, in one step with appending its token to the state where there is room."""
+        """Return the event, in one step with appending its token to the state where there is room.
+
+        While a loop is ahead of the state, it has run the state's last token.
+        """
         emitted = self.emitted
         try:
             self.emitted = emitted + 1
+            if state.ahead is not None:
+                return state.follow((event.token,), event)
             return event if full else state.defer((event.token,), event)
         except BaseException:
             self.emitted = emitted

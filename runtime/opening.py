@@ -127,7 +127,9 @@ def check_threads(threads: int | None) -> None:
         raise InputError(f"threads is {threads}, expected 1 to {most} ({_MOST_THREADS} for each core of this machine)")
 
 
-def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool) -> Backend:
+def load_backend(
+    choice: Choice, folder: Path, manifest: Manifest, threads: int | None, cuda_graph: bool, device_loop: bool
+) -> Backend:
     """Load the weights on the selected backend; embedding tables that it leaves on disk are read ahead."""
     name, precision, _ = choice
     backend: Backend
@@ -139,10 +141,12 @@ def load_backend(choice: Choice, folder: Path, manifest: Manifest, threads: int 
         from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 
         backend = OrtCudaBackend.open(folder, manifest, precision)
+        backend.loops = device_loop
     else:
         from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend
 
         backend = TensorRTBackend.open(folder, manifest, name, precision, cuda_graph)
+        backend.loops = device_loop
     if manifest.host_embeddings:
         read_ahead(folder / table_path(precision))
     elif name == "ort-cpu":  # after its matrices, which it has packed by now

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -64,6 +64,8 @@ class Row(NamedTuple):
         return self._replace(tokens=self.tokens[:n], latents=latents, logits=logits, tag=None)
 
 
+# In the latents of a row: still on the device, where a loop has put it.
+ON_DEVICE: FloatArray = np.zeros(0, np.float32)
 _EMPTY = Row([], [], 0, None, _NOTHING_KEPT, None, 0.0)
 
 
@@ -83,6 +85,18 @@ class Undo(NamedTuple):
     before: Content
     beyond: int  # slots beyond the length of each row that may have been written
     saved: tuple[tuple[int, int, SlotArrays], ...]  # row, first slot, copies of its cache entries
+
+
+class Ahead(Protocol):
+    """A loop on the device that runs ahead of a state."""
+
+    overshoot: int  # slots beyond the length of each row that it may have written
+
+    def latents(self, row: int, start: int, stop: int) -> FloatArray:
+        """Wait for all that runs; return the latents (stop - start, C) after these tokens of a row."""
+
+    def release(self) -> None:
+        """End the loop."""
 
 
 class Reading(NamedTuple):
@@ -105,6 +119,7 @@ class DecodeState:
         self.capacity = self.buffers.capacity  # tokens that each sequence can hold
         self._now = Content(tuple(_EMPTY.independent() for _ in range(rows)))
         self.undo: Undo | None = None  # what undoes the last operation; see `roll_back`
+        self.ahead: Ahead | None = None  # a loop on the device that has run the last tokens; see `follow`
         self.extra: dict[str, Any] = {}  # the caller's own, JSON types; saved and forked with the state
 
     @property
@@ -216,6 +231,8 @@ class DecodeState:
 
     def ready(self) -> Content:
         """Undo an operation that did not end, move a row that is due, and return what this state is."""
+        if self.ahead is not None:
+            self._land(self.ahead)
         if self.undo is not None and self.undo.before is self._now:
             self._restore(self.undo)
         if self._now.due is not None:
@@ -225,6 +242,19 @@ class DecodeState:
             self._set_latents([row], [row.length], index)
             self._now = self._now._replace(due=None)
         return self._now
+
+    def _land(self, ahead: Ahead) -> None:
+        """Fetch the latents that a loop has left on the device, and drop what it has run beyond this state."""
+        now = self._now
+        for index, row in enumerate(now.rows):
+            first = row.length
+            while first and row.latents[first - 1] is ON_DEVICE:
+                first -= 1
+            if first < row.length:
+                row.latents[first : row.length] = list(ahead.latents(index, first, row.length))
+        self._restore(Undo(now, ahead.overshoot, ()))
+        self.ahead = None
+        ahead.release()
 
     def fit(self, soon: int = 0) -> None:
         """Do a part of `StateBuffers.fit`, which would lose the entries of a row that is due: it is moved first."""
@@ -301,6 +331,27 @@ class DecodeState:
         Returns `result`: a caller that hands something out with the token does both in one step.
         """
         return self.commit(self.computed()._replace(unfed=tuple(ids)), result)
+
+    def unfed_token(self) -> int | None:
+        """Return the token of a state of one sequence that was appended and not run; None if there is none."""
+        unfed = self.ready().unfed
+        return unfed[0] if len(unfed) == 1 else None
+
+    def follow(self, ids: Sequence[int], result: _Result) -> _Result:
+        """Append one token to each row (B), as `defer`; the loop that is ahead has run those that were appended before.
+
+        Their latents stay on the device until the state is used otherwise.
+        """
+        now, rows = self._now, []
+        for row, token in zip(now.rows, now.unfed, strict=True):
+            n = row.length
+            tokens = [*row.tokens[:n]] if len(row.tokens) != n else row.tokens
+            latents = [*row.latents[:n]] if len(row.latents) != n else row.latents
+            tokens.append(token)
+            latents.append(ON_DEVICE)
+            rows.append(row._replace(tokens=tokens, latents=latents, length=n + 1, logits=None))
+        computed = now.computed_tokens + len(rows)
+        return self.commit(now._replace(rows=tuple(rows), computed_tokens=computed, unfed=tuple(ids)), result)
 
     def _run(self, before: Content, ids: IntArray, give: bool = False) -> FloatArray:
         """Run one token of each row in the backend, and append it, its latent and its logits."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -215,6 +216,20 @@ def kernels_once(make_once):
         compile_kernels(folder)
 
     return make_once("kernels", make) / "kernels.so"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels_of_the_fake(request):
+    """A fake of CUDA's driver takes the kernels when it is asked for them."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from fake_cuda import FakeDriver
+
+    def library():
+        from host_kernels import HostKernels
+
+        return HostKernels(request.getfixturevalue("kernels_once"), threads=2)
+
+    FakeDriver.library = staticmethod(cache(library))
 
 
 @pytest.fixture(scope="session")

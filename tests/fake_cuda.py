@@ -10,7 +10,7 @@ GPU forbids, it refuses:
   when the capturing thread does it; a capture is ended by the thread that began it
 - after a fault every call fails with the same error
 `before` and `after` are called with the name of each call: tests raise an interrupt there. `fail` makes a call fail.
-Kernels are those of `host_kernels`, compiled by g++: `kernels` is set by tests that launch some.
+Kernels are those of `host_kernels`, compiled by g++.
 With `eager` everything is done at once, as ONNX Runtime on the host does it. Numbers of errors are CUDA's.
 """
 
@@ -101,7 +101,16 @@ def call(context=True, safe=True):
     return wrap
 
 
+class Event:
+    marks = happened = 0
+
+    def happen(self):
+        self.happened += 1
+
+
 class FakeDriver:
+    library = None  # returns the `HostKernels` that are taken where a test sets no others
+    CUevent_flags = SimpleNamespace(CU_EVENT_DISABLE_TIMING=2)
     CUresult = CUresult
     CUstream_flags = SimpleNamespace(CU_STREAM_NON_BLOCKING=1)
     CUmemorytype = SimpleNamespace(CU_MEMORYTYPE_HOST=1, CU_MEMORYTYPE_DEVICE=2)
@@ -114,11 +123,12 @@ class FakeDriver:
         self.random, self.eager, self.memory_bytes = random.Random(seed), eager, memory_bytes  # noqa: S311
         self.mutex, self.process, self.current = threading.RLock(), os.getpid(), threading.local()
         self.memory, self.pinned, self.buried = {}, {}, []  # blocks by address; freed blocks stay, full of noise
+        self.events = []
         self.queue, self.capture, self.templates, self.graphs = [], None, [], []
         self.sticky, self.failures = None, {}
         self.before = self.after = lambda name: None
         self.cache, self.launches, self.copies, self.copied_within = 2**14, 0, [], 0
-        self.kernels = None  # `HostKernels`
+        self.kernels = None  # `HostKernels`; the shipped ones by default
         self.violations = []  # what no GPU would notice at once
 
     # What tests and the fake engine ask of it
@@ -328,8 +338,36 @@ class FakeDriver:
     def cuGraphExecDestroy(self, graph):
         return remove(self.graphs, graph, self.violations)
 
+    @call()
+    def cuEventCreate(self, flags):
+        self.events.append(Event())
+        return OK, self.events[-1]
+
+    @call()
+    def cuEventRecord(self, event, stream):
+        if event not in self.events or stream != STREAM or self.capture is not None:
+            return CUresult.CUDA_ERROR_INVALID_VALUE
+        event.marks += 1
+        return self.push(Work(lambda: event.happen()))
+
+    @call()
+    def cuEventSynchronize(self, event):
+        if event not in self.events or not event.marks:
+            return CUresult.CUDA_ERROR_INVALID_VALUE
+        if self.capture is not None:
+            self.capture.broken = True
+            return CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        while event.happened < event.marks and self.queue:
+            self.run(1)
+        return self.sticky or OK
+
+    @call(safe=False)
+    def cuEventDestroy(self, event):
+        return remove(self.events, event, self.violations)
+
     @call(safe=False)
     def cuModuleLoadData(self, data):
+        self.kernels = self.kernels or FakeDriver.library()
         if not self.kernels.load(data):
             return CUresult.CUDA_ERROR_INVALID_PTX, None
         return OK, "the module"

@@ -208,6 +208,7 @@ CALLS = {
     "open_decoder verify": (lambda env, v: lrt_deploy.open_decoder(env.bundle, verify=v), FLAGS),
     "open_decoder prefill_options": (lambda env, v: lrt_deploy.open_decoder(env.bundle, prefill_options=v), {"None"}),
     "open_decoder cuda_graph": (lambda env, v: lrt_deploy.open_decoder(env.bundle, cuda_graph=v), FLAGS),
+    "open_decoder device_loop": (lambda env, v: lrt_deploy.open_decoder(env.bundle, device_loop=v), FLAGS),
     "prefill prompts": (lambda env, v: env.decoder.prefill(v), ROWS),
     "prefill prompt": (lambda env, v: env.decoder.prefill([v]), IDS),
     "prefill state": (lambda env, v: env.decoder.prefill([[1]], state=v), {"None"}),

@@ -28,7 +28,8 @@ from lrt_deploy.errors import BackendError
 
 Array = NDArray[Any]
 
-_MEMORY, _PINNED, _GRAPH = "cuMemFree", "cuMemFreeHost", "cuGraphExecDestroy"  # what gives each kind of thing back
+# What gives each kind of thing back.
+_MEMORY, _PINNED, _GRAPH, _EVENT = "cuMemFree", "cuMemFreeHost", "cuGraphExecDestroy", "cuEventDestroy"
 # Errors after which CUDA answers every call of the process with the same error.
 _STICKY = (
     "CUDA_ERROR_ECC_UNCORRECTABLE",
@@ -53,7 +54,8 @@ class Arena:
         self.device = device
         self._addresses: list[int] = []
         self._graphs: list[Any] = []
-        weakref.finalize(self, device.give_back, self._addresses, self._graphs).atexit = False
+        self._events: list[Any] = []
+        weakref.finalize(self, device.give_back, self._addresses, self._graphs, self._events).atexit = False
 
     def allocate(self, count_bytes: int) -> int:
         """Address of zeroed device memory, aligned to 256 bytes."""
@@ -65,12 +67,17 @@ class Arena:
         self._graphs.append(self.device.capture(enqueue))
         return self._graphs[-1]
 
+    def event(self) -> Any:  # noqa: ANN401
+        """Return an event; see `CudaDevice.event`."""
+        self._events.append(self.device.event())
+        return self._events[-1]
+
     def release(self) -> None:
         """Give everything back."""
-        addresses, graphs = list(self._addresses), list(self._graphs)
-        self._addresses.clear()
-        self._graphs.clear()
-        self.device.give_back(addresses, graphs)
+        things = [list(kind) for kind in (self._addresses, self._graphs, self._events)]
+        for kind in (self._addresses, self._graphs, self._events):
+            kind.clear()
+        self.device.give_back(*things)
 
 
 class _Rows(NamedTuple):
@@ -92,6 +99,7 @@ class CudaDevice:
         cuda, self._process, self._lock = self._cuda, os.getpid(), threading.Lock()
         self._failure: str | None = None  # the first error after which CUDA fails every call
         self._enqueued = self._capturing = self._keeps_garbage = False
+        self._sound = False  # whether what is enqueued may go on while an operation begins
         self._returned: deque[tuple[str, Any]] = deque()
         self._ask("initializing CUDA", cuda.cuInit(0))
         status, self._number = cuda.cuCtxGetDevice()
@@ -113,9 +121,10 @@ class CudaDevice:
             )
         return self._lock
 
-    def begin(self) -> None:
+    def begin(self, go_on: bool = False) -> None:
         """Begin an operation, with `lock` held: bind the device to this thread, and end what an earlier one left.
 
+        With `go_on`, what an operation has enqueued that ended with `leave_running` is not waited for.
         Raises BackendError with the first error where an earlier one has made the device unusable.
         """
         if self._failure is None:
@@ -128,13 +137,24 @@ class CudaDevice:
                 f"the GPU cannot be used any more in this process, because of an earlier error: {self._failure}; "
                 "start the process again"
             )
+        sound, self._sound = self._sound, False
+        if self._enqueued and go_on and sound:
+            return
         if self._enqueued:
             self.synchronize()
         self._free_returned()
 
-    def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = ()) -> None:
-        """Free memory and graphs as soon as no operation runs; may be called in any thread at any time."""
-        self._return([(_GRAPH, graph) for graph in graphs] + [(_MEMORY, address) for address in memory])
+    def leave_running(self) -> None:
+        """End an operation without waiting for what it has enqueued, which uses memory that will not be used otherwise.
+
+        Any operation that begins, but for one that goes on, waits for it.
+        """
+        self._sound = True
+
+    def give_back(self, memory: Iterable[int], graphs: Iterable[Any] = (), events: Iterable[Any] = ()) -> None:
+        """Free memory, graphs and events as soon as no operation runs; may be called in any thread at any time."""
+        things = [(_GRAPH, graph) for graph in graphs] + [(_EVENT, event) for event in events]
+        self._return(things + [(_MEMORY, address) for address in memory])
 
     def allocate(self, count_bytes: int) -> int:
         """Address of zeroed device memory, aligned to 256 bytes."""
@@ -207,6 +227,19 @@ class CudaDevice:
         """Wait until everything enqueued has happened."""
         self._ask("running on the GPU", self._cuda.cuStreamSynchronize(self.stream))
         self._enqueued = False
+
+    def event(self) -> Any:  # noqa: ANN401
+        """Return a place in the stream that can be waited for, once it is marked."""
+        flags = self._cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        return self._ask("making an event", self._cuda.cuEventCreate(flags))
+
+    def mark(self, event: Any) -> None:  # noqa: ANN401
+        """Let an event stand for all that is enqueued by now."""
+        self._ask("marking an event", self._cuda.cuEventRecord(event, self.stream))
+
+    def wait(self, event: Any) -> None:  # noqa: ANN401
+        """Wait for what an event stands for."""
+        self._ask("running on the GPU", self._cuda.cuEventSynchronize(event))
 
     def capture(self, enqueue: Callable[[], None]) -> Any:  # noqa: ANN401
         """Record what `enqueue` enqueues, without running it, as a graph."""

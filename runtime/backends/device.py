@@ -245,7 +245,8 @@ class PrefillStep:
 class StateMemory:
     """Device memory of one state: a cache for each pair of the contract, (B, G, S, D), and two latents (B, C).
 
-    `graphs` holds the decode steps that were captured on it, by the number of rows and the latent they start from.
+    `graphs` holds the decode steps that were captured on it, by the number of rows and the latent they start from, or
+    the loop that they belong to.
     """
 
     setup: Setup
@@ -361,6 +362,16 @@ class DeviceBuffers(StateBuffers):
         # What the device holds in the two places, known here without asking it.
         self._latents = [np.zeros((batch, setup.config.n_embd), np.float32) for _ in range(2)]
         self._logits = np.zeros((batch, setup.config.vocab_size), np.float32)
+
+    @property
+    def memory(self) -> StateMemory:
+        """Where it all lies."""
+        return self._memory
+
+    @property
+    def current_latent(self) -> int:
+        """Address of the current latents (B, C)."""
+        return self._memory.latents[self._turn]
 
     @property
     def copies_note(self) -> str:
@@ -482,6 +493,8 @@ class DeviceBackend:
         self.name, self.precision, self.capacity, self.detail = name, precision, max_seq_len, detail
         self.setup, self.device, self.state_dtype = setup, setup.device, setup.dtype.name
         self.steps = Steps(setup)
+        self.loops = True  # whether `generate` chooses tokens on the device
+        self.loop_pool: Any = None  # of `device_loop`, once it is needed
         self.blocks = BlockLimits(setup.chunk_tokens, in_order=True, auto_iterates=False)
 
     def allocate(self, batch: int) -> DeviceBuffers:

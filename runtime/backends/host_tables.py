@@ -24,7 +24,7 @@ class HostTables:
     """The tables of a precision by the graph inputs that their rows are for; none where the graphs hold them."""
 
     def __init__(self, tables: dict[str, NDArray[Any]]) -> None:
-        self._tables = tables
+        self.tables = tables
 
     @classmethod
     def open(cls, folder: Path, manifest: Manifest, precision: str) -> HostTables:
@@ -36,17 +36,17 @@ class HostTables:
             raise BundleError(f"cannot map the embedding tables in {path}: {error}; export the bundle again") from error
 
     def __bool__(self) -> bool:
-        return bool(self._tables)
+        return bool(self.tables)
 
     @property
     def columns(self) -> dict[str, int]:
         """Numbers in a row, by graph input."""
-        return {name: table.shape[1] for name, table in self._tables.items()}
+        return {name: table.shape[1] for name, table in self.tables.items()}
 
     def take(self, ids: IntArray, rows: Rows) -> None:
         """Fill `rows`, (*ids.shape, columns) each, with what the tables hold for `ids`."""
         for name, found in rows.items():
-            found[...] = self._tables[name][ids]
+            found[...] = self.tables[name][ids]
 
 
 class RowArrays:

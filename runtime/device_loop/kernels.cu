@@ -1,5 +1,6 @@
-// Token selection on the GPU: one block of threads chooses the next token of one row, by the rules of
-// runtime/sampling.py, with the same random numbers.
+// What follows a decode step on the GPU. `select_tokens` chooses the next token of each row by the rules of
+// runtime/sampling.py, with the same random numbers; `advance_rows` makes it the input of the next step. One block of
+// threads has one row.
 //
 // All threads of a block give the same answer in whatever order they run, because everything that they add up or
 // compare is a whole number: probabilities are weights of fixed-point arithmetic, scores are compared as keys whose
@@ -15,7 +16,7 @@ typedef unsigned __int128 u128;
 
 const int MAX_THREADS = 1024;  // of a block; a power of two
 const u32 IN_HISTORY = 0x80000000u;  // in `counts`: the token is in the history; below it, how often it was chosen
-enum Status { CHOSEN = 0, NOT_FINITE = 1, NOTHING_ALLOWED = 2 };
+enum Status { CHOSEN = 0, NOT_FINITE = 1, NOTHING_ALLOWED = 2, INACTIVE = 3 };
 
 // What `selection.py` packs for a row: the fields of SamplingOptions, the start of the random numbers, and arrays.
 struct Rules {
@@ -35,6 +36,27 @@ struct Choice {
   int status;
   float logprob;  // of the token, by the model's own logits
   int unused;
+};
+
+// Where a row is. A row that is not active runs the same step again and again, which changes nothing.
+struct Place {
+  int length;  // tokens that have been run
+  int limit;   // no token is run beyond so many
+  int active, unused;
+};
+
+// What a step has done to a row, for the host.
+struct Record {
+  int token, status;  // as in Choice
+  int length;         // tokens that have been run
+  float logprob;
+};
+
+// An embedding table, and where the rows of the next tokens go (B, columns).
+struct Table {
+  const void* values;
+  float* rows;
+  int columns, type;  // 0: float, 1: half, 2: bfloat16
 };
 
 // Results of a pass over a row: a sum, and the smallest and largest of some keys.
@@ -355,9 +377,65 @@ __device__ inline Choice choose_for(const float* logits, int vocab, Rules& rules
 }
 
 extern "C" __global__ void __launch_bounds__(MAX_THREADS)
-    select_tokens(const float* logits, int vocab, Rules* rules, Choice* choices, double* scores, u64* weights) {
+    select_tokens(const float* logits, int vocab, Rules* rules, const Place* places, Choice* choices, double* scores,
+                  u64* weights) {
   __shared__ Pass parts[MAX_THREADS];
   const size_t row = blockIdx.x, start = row * vocab;
+  if (places && !places[row].active) return;
   Choice choice = choose_for(logits + start, vocab, rules[row], scores + start, weights + start, parts);
   if (threadIdx.x == 0) choices[row] = choice;
+}
+
+__device__ inline float entry(const Table& table, size_t index) {
+  if (table.type == 0) return ((const float*)table.values)[index];
+  u32 bits = ((const unsigned short*)table.values)[index];
+  if (table.type == 2) return __uint_as_float(bits << 16);
+  u32 sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+  float value = rest < 0x7c00u ? __uint_as_float(rest << 13) * 5.192296858534828e33f  // 2^112
+                               : __uint_as_float(0x7f800000u | rest << 13);
+  return __uint_as_float(__float_as_uint(value) | sign);
+}
+
+// After select_tokens: keep the latent that the step has computed, and make the choice the next input. The integer
+// inputs of the graph lie one after the other, `stride` apart: ids, positions, write index. Latents are of `words`
+// whole words of 4 bytes; `history` (B, capacity, words) has one for each token.
+extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+    advance_rows(const Choice* choices, Place* places, Record* records, long long* inputs, int stride, const u32* present,
+                 u32* past, u32* history, int words, int capacity, const Table* tables, int table_count) {
+  const size_t row = blockIdx.x;
+  const Place place = places[row];
+  const Choice choice = choices[row];
+  Record record;
+  record.token = -1;
+  record.status = INACTIVE;
+  record.length = place.length;
+  record.logprob = 0;
+  if (place.active) {
+    record.token = choice.token;
+    record.status = choice.status;
+    record.length = place.length + 1;
+    record.logprob = choice.logprob;
+    const bool goes_on = choice.status == CHOSEN && record.length < place.limit;
+    for (int i = threadIdx.x; i < words; i += blockDim.x) {
+      u32 word = present[row * words + i];
+      history[(row * capacity + place.length) * words + i] = word;
+      if (goes_on) past[row * words + i] = word;
+    }
+    for (int t = 0; goes_on && t < table_count; t++) {
+      const Table table = tables[t];
+      for (int i = threadIdx.x; i < table.columns; i += blockDim.x)
+        table.rows[row * table.columns + i] = entry(table, (size_t)choice.token * table.columns + i);
+    }
+    __syncthreads();  // all have read the place
+    if (threadIdx.x == 0) {
+      places[row].length = record.length;
+      places[row].active = goes_on;
+      if (goes_on) {
+        inputs[row] = choice.token;
+        inputs[stride + row] = record.length;
+        inputs[2 * stride + row] = record.length;
+      }
+    }
+  }
+  if (threadIdx.x == 0) records[row] = record;
 }

@@ -20,13 +20,20 @@ class Kernels:
     def __init__(self, device: CudaDevice, threads: int = THREADS) -> None:
         self._device, self._threads = device, threads
         self._module = device.load(read_bytes(PTX, "the kernels", BackendError, _LARGEST_PTX))
-        self._select = device.function(self._module, "select_tokens")
+        self._functions = {name: device.function(self._module, name) for name in ("select_tokens", "advance_rows")}
 
-    def select_tokens(self, rows: int, vocab: int, logits: int, addresses: tuple[int, int, int, int]) -> None:
+    def select_tokens(self, rows: int, logits: int, vocab: int, *addresses: int) -> None:
         """Enqueue the choice of a token for each row of logits (rows, vocab) float32.
 
-        `addresses` are those of the rules, the choices and two arrays to work in; see `selection.Selection`.
+        `addresses` are those of the rules, the places (0: all rows are active), the choices, and two arrays to work in.
         """
-        rules, choices, scores, weights = map(ctypes.c_uint64, addresses)
-        values = (ctypes.c_uint64(logits), ctypes.c_int32(vocab), rules, choices, scores, weights)
-        self._device.run_kernel(self._select, rows, self._threads, values)
+        found = map(ctypes.c_uint64, addresses)
+        self._run("select_tokens", rows, ctypes.c_uint64(logits), ctypes.c_int32(vocab), *found)
+
+    def advance_rows(self, rows: int, *parameters: int) -> None:
+        """Enqueue what follows; parameters as in kernels.cu."""
+        types = [ctypes.c_int32 if index in (4, 8, 9, 11) else ctypes.c_uint64 for index in range(len(parameters))]
+        self._run("advance_rows", rows, *(type_(value) for type_, value in zip(types, parameters, strict=True)))
+
+    def _run(self, name: str, rows: int, *values: ctypes.c_uint64 | ctypes.c_int32) -> None:
+        self._device.run_kernel(self._functions[name], rows, self._threads, values)

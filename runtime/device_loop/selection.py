@@ -25,7 +25,7 @@ RULES = np.dtype(
     + [(name, np.int32) for name in ("bias_count", "top_k", "choices", "index")]
 )
 CHOICE = np.dtype([("token", np.int32), ("status", np.int32), ("logprob", np.float32), ("unused", np.int32)])
-CHOSEN, NOT_FINITE, NOTHING_ALLOWED = range(3)
+CHOSEN, NOT_FINITE, NOTHING_ALLOWED, INACTIVE = range(4)
 
 IN_HISTORY = np.uint32(2**31)  # in the counts of a row
 _MOST = np.iinfo(np.int32).max  # of top_k: more than any vocabulary
@@ -61,10 +61,13 @@ class Selection:
         self.choices_address = arena.allocate(rows * CHOICE.itemsize)
         self._working = arena.allocate(rows * vocab * 8), arena.allocate(rows * vocab * 8)
 
-    def enqueue(self, logits: int, rows: int) -> None:
-        """Enqueue a choice for each of the first rows, from logits (rows, vocab) on the device."""
-        addresses = (self._rules_address, self.choices_address, *self._working)
-        self._kernels.select_tokens(rows, self._vocab, logits, addresses)
+    def enqueue(self, logits: int, rows: int, places: int = 0) -> None:
+        """Enqueue a choice for each of the first rows, from logits (rows, vocab) on the device.
+
+        `places` is where it stands which rows are active; 0: all.
+        """
+        addresses = (self._rules_address, places, self.choices_address, *self._working)
+        self._kernels.select_tokens(rows, logits, self._vocab, *addresses)
 
     def set_row(self, row: int, rules: RowRules) -> None:
         """Set how tokens of a row are chosen from now on, and enqueue what the device needs to know of it."""
