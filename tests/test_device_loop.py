@@ -216,7 +216,7 @@ def test_a_state_that_is_used_in_the_middle_is_what_it_is_on_the_host(loops, tmp
                         break
             found.append(seen(state))
             one.step(state, [7])
-            state.rewind(len(PROMPT) + 1)
+            state.rewind(len(PROMPT) - 1)
             found.append(seen(state))
         return found
 
