@@ -27,7 +27,7 @@ from lrt_deploy.text.tokenizer import (
     Tokenizer,
     load_source_tokenizer,
     tokenizer_folder,
-    tokenizer_sizes,
+    tokenizer_texts,
     write_tokenizer,
 )
 
@@ -119,8 +119,8 @@ def estimate_bundle(checkpoint: str | Path, bundle: str | Path, **named: Any) ->
     source, bundle = check_source(checkpoint, "checkpoint"), check_path(bundle, "bundle")
     progress = check_callable(named.pop("progress", _silent), "progress")
     job = _prepare(source, _target(bundle, bool(named.get("add"))), _request(_DEFAULTS | named), progress)
-    others = {} if job.tokenizer is None else tokenizer_sizes(job.tokenizer)
-    found = {f"{manifest.TOKENIZER}/{name}": size for name, size in others.items()}
+    texts = {} if job.tokenizer is None else tokenizer_texts(job.tokenizer)
+    found = {f"{manifest.TOKENIZER}/{name}": len(text.encode()) for name, text in texts.items()}
     tensors = job.checkpoint.tensors
     wide = {
         table
@@ -140,25 +140,19 @@ _DEFAULTS: dict[str, Any] = {
 
 def _request(given: Mapping[str, Any]) -> ExportRequest:
     """Check the types of all options of `export_bundle`."""
-
-    def unless_none(name: str, check: Callable[[Any, str], Any]) -> Any:  # noqa: ANN401 - what `check` returns
-        return None if given[name] is None else check(given[name], name)
-
     precision = given["precision"]
-    return ExportRequest(
-        precisions=(precision,) if isinstance(precision, str) else check_texts(precision, "precision"),
-        max_seq_len=unless_none("max_seq_len", check_whole),
-        max_batch_size=unless_none("max_batch_size", check_whole),
-        tokenizer=unless_none("tokenizer", check_path),
-        step=unless_none("step", check_whole),
-        force=check_flag(given["force"], "force"),
-        add=check_flag(given["add"], "add"),
-        calibration=unless_none("calibration", check_path),
-        keep_high=unless_none("keep_high", check_texts),
-        compensate=unless_none("compensate", check_flag),
-        int4_block=unless_none("int4_block", check_whole),
-        host_embeddings=check_flag(given["host_embeddings"], "host_embeddings"),
-    )
+    checked = {name: None if given[name] is None else check(given[name], name) for name, check in _OPTIONAL.items()}
+    flags = {name: check_flag(given[name], name) for name in ("force", "add", "host_embeddings")}
+    precisions = (precision,) if isinstance(precision, str) else check_texts(precision, "precision")
+    return ExportRequest(precisions=precisions, **checked, **flags)
+
+
+_OPTIONAL: dict[str, Callable[[Any, str], Any]] = {
+    **dict.fromkeys(("max_seq_len", "max_batch_size", "step", "int4_block"), check_whole),
+    **dict.fromkeys(("tokenizer", "calibration"), check_path),
+    "keep_high": check_texts,
+    "compensate": check_flag,
+}
 
 
 @dataclass(frozen=True)
@@ -208,32 +202,28 @@ def _prepare(source: str | Path, target: Path, options: ExportRequest, progress:
 
 
 def _export(source: str | Path, bundle: Path, options: ExportRequest, progress: Progress) -> Manifest:
+    """Make the bundle beside its place, with the files of the one that it is added to, and put it there."""
     target = _target(bundle, options.add)
     recover(target)
     job = _prepare(source, target, options, progress)
-    opened, options, capacity, tokenizer = job.checkpoint, job.options, job.capacity, job.tokenizer
-    if job.existing is not None:
-        return _add(opened, capacity, options, job.existing, progress)
-    with atomic_folder(target, check_replaceable if options.force else None, ExportError) as folder:
-        if tokenizer is not None:
+    existing, tokenizer = job.existing, job.tokenizer
+    check = check_replaceable if options.force else None
+    if existing is not None:
+        check = lambda _: existing.take_rest(folder)  # noqa: E731
+    with atomic_folder(target, check, ExportError) as folder:
+        tokens = None if existing is None else existing.manifest.tokenizer_tokens
+        if existing is not None:
+            existing.take_files(folder)
+        elif tokenizer is not None:
+            tokens = len(tokenizer.byte_lengths)
             (folder / manifest.TOKENIZER).mkdir()
             write_tokenizer(folder / manifest.TOKENIZER, tokenizer)
-        details, tables = _write_graphs(opened, capacity, options, folder, progress)
+        details, tables = _write_graphs(job, folder, progress)
         progress("hashing", 0, 0)
-        tokens = None if tokenizer is None else len(tokenizer.byte_lengths)
-        return manifest.write_manifest(folder, _manifest(opened, options, capacity, tokens, details, tables))
-
-
-def _add(
-    opened: Checkpoint, capacity: int, options: ExportRequest, existing: ExistingBundle, progress: Progress
-) -> Manifest:
-    """Make the bundle with the added precisions beside the old one, and exchange the two."""
-    with atomic_folder(existing.folder, lambda _: existing.take_rest(folder), ExportError) as folder:
-        existing.take_files(folder)
-        details, tables = _write_graphs(opened, capacity, options, folder, progress)
-        progress("hashing", 0, 0)
-        added = _manifest(opened, options, capacity, existing.manifest.tokenizer_tokens, details, tables)
-        return manifest.write_manifest(folder, existing.join(added), existing.manifest.files)
+        made = _manifest(job, tokens, details, tables)
+        if existing is not None:
+            return manifest.write_manifest(folder, existing.join(made), existing.manifest.files)
+        return manifest.write_manifest(folder, made)
 
 
 def check_replaceable(target: Path) -> None:
@@ -283,9 +273,7 @@ def find_tokenizer(checkpoint: Checkpoint, named: Path | None) -> SourceTokenize
 Tables = dict[str, dict[str, manifest.TableRecord]]
 
 
-def _write_graphs(
-    checkpoint: Checkpoint, capacity: int, options: ExportRequest, folder: Path, say: Progress
-) -> tuple[dict[str, Any], Tables]:
+def _write_graphs(job: _Job, folder: Path, say: Progress) -> tuple[dict[str, Any], Tables]:
     """Write the graphs of all precisions and their weights; return the manifest's entries on them, and on tables."""
     from .graph import passes
     from .graph.precision_graphs import write_precision
@@ -294,7 +282,8 @@ def _write_graphs(
     from .quantize.plan import make_plan
 
     say("loading weights", 0, 0)
-    model = checkpoint.model(max_positions=capacity)
+    options, capacity, config = job.options, job.capacity, job.checkpoint.config
+    model = job.checkpoint.model(max_positions=capacity)
     details: dict[str, Any] = {}
     seen = None
     if options.needs_calibration:
@@ -302,12 +291,12 @@ def _write_graphs(
     say("tracing", 0, 0)
     traced = trace(model)
     passes.clean(traced)
-    matrices = matrix_shapes(checkpoint.config)
+    matrices = matrix_shapes(config)
     plans = [make_plan(p, matrices, options.keep_high, seen, options.int4_block) for p in options.precisions]
     tables: Tables = {}
     for plan in plans:
         plan = replace(plan, host_embeddings=options.host_embeddings)
-        operations, on_host = write_precision(traced, checkpoint.config, capacity, plan, folder, say)
+        operations, on_host = write_precision(traced, config, capacity, plan, folder, say)
         say(f"opening the {plan.precision} graphs", 0, 0)
         verify_graphs(folder, plan.precision)
         details[plan.precision] = {**plan.details, "operations": operations}
@@ -330,19 +319,12 @@ def _calibrate(
     return seen, {"text": rows.source, "sha256": rows.sha256, "rows": seen.rows, "row_tokens": seen.row_tokens}
 
 
-def _manifest(
-    checkpoint: Checkpoint,
-    options: ExportRequest,
-    capacity: int,
-    tokenizer_tokens: int | None,
-    details: dict[str, Any],
-    tables: Tables,
-) -> Manifest:
-    config = checkpoint.config
+def _manifest(job: _Job, tokenizer_tokens: int | None, details: dict[str, Any], tables: Tables) -> Manifest:
+    checkpoint, options, config = job.checkpoint, job.options, job.checkpoint.config
     packages = ("lrt-deploy", "torch", "onnx", "onnx-ir", "onnxscript")
     return Manifest(
         model=config,
-        max_seq_len=capacity,
+        max_seq_len=job.capacity,
         max_batch_size=options.batch_size,
         precisions=options.precisions,
         prefill_policies=("stepwise", "fixed-point", "zero") if config.memory else ("stepwise", "fixed-point"),

@@ -82,46 +82,28 @@ class PromptCache:
         """
         (row,) = check_prompts([tokens], check_is(decoder, Decoder, "decoder").config.vocab_size)
         request = PrefillRequest.of(policy, tolerance, decoder.config.memory, decoder.precision)
-        if not request.reuses:
-            return decoder.prefill([tokens], policy=policy, tolerance=tolerance)
-        place, notes = self._place(decoder, request), list[str]()
-        found, shared = self._find(place, decoder, row, notes)
+        found, notes = self.find(decoder, row, request)
+        shared = 0 if found is None else common_prefix(np.array(found.tokens[0]), row)
         state = decoder.prefill([tokens], state=found, reuse=found is not None, policy=policy, tolerance=tolerance)
         if len(row) - shared >= FEWEST_TOKENS:
-            notes += self._store(place, state, row)
+            notes += self.store(decoder, state, request)
         if notes:
             before = [state.prefill.note] if state.prefill.note else []
             state.prefill = replace(state.prefill, note="; ".join([*before, *notes]))
         return state
 
     def find(
-        self, decoder: Decoder, tokens: Sequence[int], request: PrefillRequest, more_than: int
+        self, decoder: Decoder, tokens: Sequence[int] | IntArray, request: PrefillRequest, more_than: int = 0
     ) -> tuple[DecodeState | None, list[str]]:
         """Load the state that shares the most tokens with a prompt, if these are more than `more_than`.
 
-        Returns None where there is none, and notes on what was wrong with the folder.
+        Returns None where there is none, and notes on what was wrong with the folder. Removes entries that are damaged.
         """
         notes = list[str]()
         if not request.reuses:
             return None, notes
         row = np.array(tokens, np.int64)
-        found, _ = self._find(self._place(decoder, request), decoder, row, notes, more_than)
-        return found, notes
-
-    def store(self, decoder: Decoder, state: DecodeState, request: PrefillRequest) -> list[str]:
-        """Save a state of one sequence that was read as requested; returns notes on why it could not be saved."""
-        if not request.reuses:
-            return []
-        return self._store(self._place(decoder, request), state, np.array(state.tokens[0], np.int64))
-
-    def _place(self, decoder: Decoder, request: PrefillRequest) -> Path:
-        return self.folder / _name(_key(decoder, request))
-
-    def _find(
-        self, place: Path, decoder: Decoder, row: IntArray, notes: list[str], more_than: int = 0
-    ) -> tuple[DecodeState | None, int]:
-        """Load the entry that shares the most, and count what it shares; removes entries that are damaged."""
-        for shared, _, path in sorted(self._candidates(place, row, notes), reverse=True):
+        for shared, _, path in sorted(self._candidates(self._place(decoder, request), row, notes), reverse=True):
             if shared <= more_than:
                 break
             try:
@@ -133,8 +115,37 @@ class PromptCache:
                 continue
             with contextlib.suppress(OSError):
                 os.utime(path)
-            return state, shared
-        return None, 0
+            return state, notes
+        return None, notes
+
+    def store(self, decoder: Decoder, state: DecodeState, request: PrefillRequest) -> list[str]:
+        """Save a state of one sequence that was read as requested; returns notes on why it could not be saved.
+
+        Room is made first, so that processes that are killed right after saving do not let the folder grow.
+        """
+        place = self._place(decoder, request)
+        path = place / f"{_name(np.array(state.tokens[0], np.int64).tobytes())}{SUFFIX}"
+        if not request.reuses or state.num_bytes > self.max_bytes or os.path.lexists(path):
+            return []
+        try:
+            _claim(self.folder)
+            place.mkdir(mode=0o700, exist_ok=True)
+            if not stat.S_ISDIR(place.lstat().st_mode):
+                raise StateError(f"{place} is a link; expected a folder of entries")
+            self._make_room(state.num_bytes)
+            state.save(path)
+            self._make_room(0)  # the file is a little larger than the state, and others store too
+        except (OSError, StateError, InputError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            return [_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}"]
+        return []
+
+    def _place(self, decoder: Decoder, request: PrefillRequest) -> Path:
+        """Return the folder of entries that were read in the same way: named by all but the tokens that they follow."""
+        model = dataclasses.asdict(decoder.fingerprint) | dataclasses.asdict(request)
+        options = dataclasses.asdict(decoder.prefill_options)
+        key = json.dumps([decoder.backend, decoder.max_seq_len, model, options], sort_keys=True)
+        return self.folder / _name(key.encode())
 
     def _candidates(self, place: Path, row: IntArray, notes: list[str]) -> Iterator[tuple[int, int, Path]]:
         """Yield the tokens that an entry shares, minus those to be rewound, and its path, if it is worth loading."""
@@ -172,27 +183,6 @@ class PromptCache:
             notes.append(f"prompt cache: a damaged entry was removed and its prompt read again ({error})")
         except OSError as refused:
             notes.append(f"{_trouble(path, refused)}; it is damaged ({error})")
-
-    def _store(self, place: Path, state: DecodeState, row: IntArray) -> list[str]:
-        """Save an entry; returns why it could not be saved.
-
-        Room is made first, so that processes that are killed right after saving do not let the folder grow.
-        """
-        path = place / f"{_name(row.tobytes())}{SUFFIX}"
-        if state.num_bytes > self.max_bytes or os.path.lexists(path):
-            return []
-        try:
-            _claim(self.folder)
-            place.mkdir(mode=0o700, exist_ok=True)
-            if not stat.S_ISDIR(place.lstat().st_mode):
-                raise StateError(f"{place} is a link; expected a folder of entries")
-            self._make_room(state.num_bytes)
-            state.save(path)
-            self._make_room(0)  # the file is a little larger than the state, and others store too
-        except (OSError, StateError, InputError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            return [_trouble(self.folder, cause) if isinstance(cause, OSError) else f"prompt cache: {error}"]
-        return []
 
     def _make_room(self, needed: int) -> None:
         """Remove files of killed processes, then evict the least recently used entries until `needed` bytes fit."""
@@ -241,13 +231,6 @@ def _foreign(folder: Path) -> str | None:
     ours = {*places, *_listed(folder, _OWN), *(path for place in places for path in _listed(place, _ENTRY_OR_PARTIAL))}
     found = (path for at in (folder, *places) for path in at.iterdir())
     return min((str(path.relative_to(folder)) for path in found if path not in ours), default=None)
-
-
-def _key(decoder: Decoder, request: PrefillRequest) -> bytes:
-    """Return everything but the tokens that the numbers depend on."""
-    model = dataclasses.asdict(decoder.fingerprint) | dataclasses.asdict(request)
-    options = dataclasses.asdict(decoder.prefill_options)
-    return json.dumps([decoder.backend, decoder.max_seq_len, model, options], sort_keys=True).encode()
 
 
 def _name(content: bytes) -> str:

@@ -166,7 +166,7 @@ def test_arithmetic_passes_at_its_limits_and_fails_beyond_them():
     assert not graph.passed and "the graph is off" in graph.line and "at position 3" in graph.line
     kernels = judge_arithmetic((computed(), computed()), (computed(latent=1.1 * limits.latent), computed()), limits)
     assert not kernels.passed and "the decoder is off" in kernels.line and kernels.kernels.first_exceeded == 3
-    nan = judge_arithmetic((computed(np.nan), computed()), None, limits)
+    nan = judge_arithmetic((computed(np.nan), computed()), (computed(), computed()), limits)
     assert not nan.passed
 
 

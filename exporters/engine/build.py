@@ -17,19 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrt_deploy.bundle import contract
-from lrt_deploy.bundle.engine_sidecar import (
-    DECODE,
-    ENGINES,
-    PLAN,
-    PREFILL,
-    RUNTIME_CACHE,
-    EngineSidecar,
-    Profile,
-    cache_capacity,
-    engine_folder,
-    write_sidecar,
-)
+from lrt_deploy.bundle import contract, engine_sidecar
+from lrt_deploy.bundle.engine_sidecar import PLAN, EngineSidecar, Profile
 from lrt_deploy.bundle.graph_file import check_graph_file
 from lrt_deploy.bundle.manifest import Manifest, graph_path, read_manifest, verify_files, weights_path
 from lrt_deploy.bundle.precisions import not_held
@@ -126,7 +115,7 @@ def build_engine(
         manifest,
         library,
         _precision(manifest, precision),
-        cache_capacity(manifest.max_seq_len),
+        engine_sidecar.cache_capacity(manifest.max_seq_len),
         profiles(manifest.max_seq_len, batch, chunk),
         batch,
         _compute_capabilities(library),
@@ -145,13 +134,13 @@ def estimate_engine(
     manifest = read_manifest(folder)
     library, _ = choose_library(backend)
     name = _precision(manifest, precision)
-    target = engine_folder(folder, library.backend, name)
+    target = engine_sidecar.engine_folder(folder, library.backend, name)
     _check_target(target, force)
     return estimate_build(folder, manifest, (target / PLAN).relative_to(folder).as_posix(), name)
 
 
 def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
-    target = engine_folder(job.bundle, job.library.backend, job.precision)
+    target = engine_sidecar.engine_folder(job.bundle, job.library.backend, job.precision)
     recover(target)
     _check_target(target, force)
     verify_files(job.bundle, job.manifest, progress=lambda done, total: progress("hashing", done, total))
@@ -169,7 +158,7 @@ def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
         progress("writing the plan", 0, 0)
         (out / PLAN).write_bytes(plan.data)
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
-        write_sidecar(out / PLAN, sidecar)
+        engine_sidecar.write_sidecar(out / PLAN, sidecar)
     return sidecar
 
 
@@ -184,7 +173,7 @@ def _check_target(target: Path, force: bool) -> None:
 
 def _check_replaceable(target: Path) -> None:
     """Raise EngineError for a folder that holds anything besides a plan and its sidecar."""
-    written = rf"{PLAN}\.json|{RUNTIME_CACHE}"
+    written = rf"{PLAN}\.json|{engine_sidecar.RUNTIME_CACHE}"
     ours = re.compile(rf"{PLAN}|{written}|\.({written})\.partial-[0-9a-f]{{16}}|\.sidecar\.\w+")
     foreign = [path.name for path in target.iterdir() if not ours.fullmatch(path.name)] if target.is_dir() else []
     if foreign or not target.is_dir():
@@ -221,8 +210,8 @@ def profiles(max_seq_len: int, max_batch_size: int, chunk_tokens: int) -> tuple[
     """Return the profiles: decode, 1 token in up to `max_batch_size` rows; prefill, a chunk of tokens in 1 row."""
     chunk = min(chunk_tokens, max_seq_len)
     return (
-        Profile(DECODE, batch=(1, 1, max_batch_size), tokens=(1, 1, 1)),
-        Profile(PREFILL, batch=(1, 1, 1), tokens=(1, max(1, chunk // 2), chunk)),
+        Profile(engine_sidecar.DECODE, batch=(1, 1, max_batch_size), tokens=(1, 1, 1)),
+        Profile(engine_sidecar.PREFILL, batch=(1, 1, 1), tokens=(1, max(1, chunk // 2), chunk)),
     )
 
 
@@ -258,8 +247,8 @@ def _timing_cache(bundle: Path, library: TensorRTLibrary, asked: Path | None) ->
     if asked is not None:
         check_writable(asked, EngineError)
         return asked
-    (bundle / ENGINES).mkdir(exist_ok=True)
-    return bundle / ENGINES / f"{library.backend}.timing"
+    (bundle / engine_sidecar.ENGINES).mkdir(exist_ok=True)
+    return bundle / engine_sidecar.ENGINES / f"{library.backend}.timing"
 
 
 def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:

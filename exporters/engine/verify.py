@@ -351,14 +351,14 @@ def _kernels(layers: Sequence[FusedLayer], profile: int) -> list[FusedLayer]:
 
 
 def _attentions_on_caches(kernels: Sequence[FusedLayer], expected: ExpectedNetwork) -> int:
-    read = [{tensor.name for tensor in kernel.inputs} for kernel in kernels if _is_plain_attention(kernel)]
+    plain = [
+        kernel.inputs
+        for kernel in kernels
+        if _ATTENTION in kernel.name and len(kernel.inputs) == 4 and [t.dtype for t in kernel.inputs].count("Bool") == 1
+    ]
+    read = [{tensor.name for tensor in inputs} for inputs in plain]
     caches = [set(contract.present_cache(i)) for i in range(expected.config.n_layer)]
     return sum(any(pair <= names for names in read) for pair in caches)
-
-
-def _is_plain_attention(kernel: FusedLayer) -> bool:
-    masks = [tensor for tensor in kernel.inputs if tensor.dtype == "Bool"]
-    return _ATTENTION in kernel.name and len(kernel.inputs) == 4 and len(masks) == 1
 
 
 def _kernel_faults(kernels: Sequence[FusedLayer], expected: ExpectedNetwork, capacity: int) -> Iterator[str]:

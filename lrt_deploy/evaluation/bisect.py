@@ -111,7 +111,7 @@ def bisect_parts(
             reads = "one step by itself computes every value right, so it reads several tokens wrong"
             return Bisection("graph", f"{arithmetic.fault}; {reads}", graph.first_exceeded, stages=compared)
         line = f"{arithmetic.fault}; the graph itself computes every value right"
-        if arithmetic.kernels is None or arithmetic.kernels.passed:
+        if arithmetic.kernels.passed:
             return Bisection("graph", line)
         line += ": look at the kernels, and at the state that the decoder hands on (`--check all`)"
         return Bisection("kernels", line, arithmetic.kernels.first_exceeded)

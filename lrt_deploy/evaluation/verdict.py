@@ -78,7 +78,7 @@ class ArithmeticPart:
     line: str
     max_abs_logit_error: float
     graph: ForcedErrors
-    kernels: ForcedErrors | None = None
+    kernels: ForcedErrors
     fault: str | None = None
 
 
@@ -87,23 +87,20 @@ Computed = tuple[FloatArray, FloatArray]  # logits (T, V) and latents (T, C), or
 
 def judge_arithmetic(
     graph: tuple[Computed, Computed],
-    kernels: tuple[Computed, Computed] | None,
+    kernels: tuple[Computed, Computed],
     limits: KernelLimits,
     scale_fault: str | None = None,
 ) -> ArithmeticPart:
     """Judge pairs of (found, expected): the graph's by float32's limits, the decoder's by those of its kernels.
 
-    `kernels` is None where nothing ran; `scale_fault` is the result of `activation_scale_fault`.
+    `scale_fault` is the result of `activation_scale_fault`.
     """
     exact = forced_errors(*graph, KernelLimits(FP32.max_abs_logit_error, FP32.max_abs_latent_error, math.inf))
-    ran = None if kernels is None else forced_errors(*kernels, limits)
-    fault = scale_fault or exact.fault("the graph") or (None if ran is None else ran.fault("the decoder"))
-    decoded = "and nothing was decoded"
-    if ran is not None:
-        decoded = f"the kernels that run within {ran.max_abs_logit_error:.1e} (limit {ran.limit_logit:.1e})"
+    ran = forced_errors(*kernels, limits)
+    fault = scale_fault or exact.fault("the graph") or ran.fault("the decoder")
     right = (
         f"the graph within {exact.max_abs_logit_error:.1e} (limit {exact.limit_logit:.1e}) of PyTorch on the stored "
-        f"weights, {decoded}"
+        f"weights, the kernels that run within {ran.max_abs_logit_error:.1e} (limit {ran.limit_logit:.1e})"
     )
     return ArithmeticPart(fault is None, f"arithmetic: {fault or right}", exact.max_abs_logit_error, exact, ran, fault)
 

@@ -95,12 +95,6 @@ def template_files(template: ChatTemplate) -> dict[str, str]:
     return {TEMPLATE_FILE: template.source, CONFIG_FILE: json.dumps(template.tokens, indent=2) + "\n"}
 
 
-def write_template(folder: Path, template: ChatTemplate) -> None:
-    """Write the files that `load_template` reads."""
-    for name, text in template_files(template).items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
-
-
 class ChatRenderer:
     """Renders conversations by a template, for a tokenizer with these special tokens. Threads may share it."""
 

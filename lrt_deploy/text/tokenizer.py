@@ -28,7 +28,6 @@ from .chat_template import (
     ChatTemplate,
     load_template,
     template_files,
-    write_template,
 )
 from .tokenizer_file import Vocabulary
 
@@ -104,21 +103,16 @@ def _size_limit(tokens: int) -> int:
     return min(_FILE_BYTES + _TOKEN_FILE_BYTES * tokens, MAX_FILE_BYTES)
 
 
-def write_tokenizer(folder: Path, source: SourceTokenizer) -> tuple[Path, Path]:
-    """Write the files that `Tokenizer.open` reads into an existing folder; return their paths."""
-    (table := folder / TOKENIZER_FILE).write_text(source.json, encoding="utf-8")
-    (lengths := folder / BYTE_LENGTHS_FILE).write_text(json.dumps(source.byte_lengths), encoding="utf-8")
-    if source.template is not None:
-        write_template(folder, source.template)
-    return table, lengths
-
-
-def tokenizer_sizes(source: SourceTokenizer) -> dict[str, int]:
-    """Return the bytes of each file that `write_tokenizer` would write, by name."""
+def tokenizer_texts(source: SourceTokenizer) -> dict[str, str]:
+    """Return the text of each file that `Tokenizer.open` reads, by name."""
     texts = {TOKENIZER_FILE: source.json, BYTE_LENGTHS_FILE: json.dumps(source.byte_lengths)}
-    if source.template is not None:
-        texts |= template_files(source.template)
-    return {name: len(text.encode()) for name, text in texts.items()}
+    return texts if source.template is None else texts | template_files(source.template)
+
+
+def write_tokenizer(folder: Path, source: SourceTokenizer) -> None:
+    """Write the files that `Tokenizer.open` reads into an existing folder."""
+    for name, text in tokenizer_texts(source).items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
 
 
 def token_byte_lengths(tokens: Sequence[bytes], special_ids: Collection[int]) -> list[int]:

@@ -28,18 +28,8 @@ from lrt_deploy.fields import Whole, convert, shown
 from lrt_deploy.files import parse_json
 from lrt_deploy.pickles import EncodingData, is_text
 
-from .byte_pairs import (
-    BYTE_OF,
-    GPT2,
-    MAX_TOKEN_BYTES,
-    PATTERNS,
-    Merge,
-    SplitPattern,
-    as_chars,
-    known_pattern,
-    merges_of,
-    size_problem,
-)
+from . import byte_pairs
+from .byte_pairs import Merge, SplitPattern
 from .chat import CONTROL_TOKENS
 
 # Parts of a pre-tokenizer, without trim_offsets, which changes no piece. Both splits are equal in meaning, because the
@@ -105,7 +95,7 @@ class Vocabulary:
     def ids(self) -> dict[str, int]:
         """Ids of the ordinary tokens, which are written in printable characters."""
         special = set(self.special.values())
-        return {as_chars(token): i for i, token in enumerate(self.tokens) if i not in special}
+        return {byte_pairs.as_chars(token): i for i, token in enumerate(self.tokens) if i not in special}
 
 
 def from_encoding(data: EncodingData, source: str, vocab_size: int) -> Vocabulary:
@@ -121,7 +111,7 @@ def from_encoding(data: EncodingData, source: str, vocab_size: int) -> Vocabular
     _check_ids(ids, source, "ordinary tokens first, then the special ones")
     _check_tokens(ordinary, named, source)
     pattern = _known(data.pat_str, source)
-    return Vocabulary([*ordinary, *map(str.encode, named)], dict(special), merges_of(ranks), True, pattern)
+    return Vocabulary([*ordinary, *map(str.encode, named)], dict(special), byte_pairs.merges_of(ranks), True, pattern)
 
 
 def from_json(text: str, source: str, vocab_size: int) -> Vocabulary:
@@ -190,7 +180,7 @@ def _pattern_of(value: object, source: str) -> SplitPattern:
     parts = listed if isinstance(listed, list) else [value]
     *first, last = [{**part, "trim_offsets": None} if isinstance(part, dict) else {} for part in parts] or [{}]
     if not first and last in (_PLAIN, _PLAIN | {"use_regex": True}):
-        return GPT2
+        return byte_pairs.GPT2
     if len(first) == 1 and last == _PLAIN | {"use_regex": False}:
         pattern = first[0].pop("pattern", None)
         if first[0] in _SPLITS and isinstance(pattern, dict):
@@ -203,9 +193,9 @@ def _pattern_of(value: object, source: str) -> SplitPattern:
 
 
 def _known(text: object, source: str) -> SplitPattern:
-    found = known_pattern(text) if isinstance(text, str) else None
+    found = byte_pairs.known_pattern(text) if isinstance(text, str) else None
     if found is None:
-        names = ", ".join(pattern.name for pattern in PATTERNS)
+        names = ", ".join(pattern.name for pattern in byte_pairs.PATTERNS)
         raise CheckpointError(
             f"{source} has the split pattern {ascii(text)[:300]}, which is none of those that are known ({names}); "
             "export with --tokenizer none and give token ids instead of text"
@@ -258,23 +248,23 @@ def _check_ids(ids: Sequence[int], source: str, expected: str) -> None:
 
 def _check_tokens(ordinary: Sequence[bytes], special: Sequence[str], source: str) -> None:
     """Raise CheckpointError unless all bytes are tokens, special tokens are no ordinary ones, and lengths in bounds."""
-    known, written = set(ordinary), set(map(as_chars, ordinary))
+    known, written = set(ordinary), set(map(byte_pairs.as_chars, ordinary))
     if missing := [byte for byte in range(256) if bytes([byte]) not in known]:
         raise CheckpointError(
             f"{source}: {len(missing)} of the 256 bytes are no tokens ({missing[0]} is one), so texts have none"
         )
     for name in special:
-        if not name or len(name) > MAX_TOKEN_BYTES or name in written or name.encode() in known:
+        if not name or len(name) > byte_pairs.MAX_TOKEN_BYTES or name in written or name.encode() in known:
             raise CheckpointError(
                 f"{source}: the special token {name[:100]!a} is empty, too long, or an ordinary token too"
             )
-    if problem := size_problem(ordinary):
+    if problem := byte_pairs.size_problem(ordinary):
         raise CheckpointError(f"{source} has {problem}")
 
 
 def _as_bytes(name: str, source: str) -> bytes:
     try:
-        return bytes(map(BYTE_OF.__getitem__, name))
+        return bytes(map(byte_pairs.BYTE_OF.__getitem__, name))
     except KeyError as error:
         raise CheckpointError(
             f"{source}: the token {name[:100]!a} has the character {error.args[0]!a}, which stands for no byte in "
