@@ -31,7 +31,7 @@ from lrt_deploy.text.tokenizer import (
     write_tokenizer,
 )
 
-from .atomic_folder import atomic_folder, recover
+from .atomic_folder import Check, atomic_folder, recover
 from .estimate import Estimate, estimate_export
 from .existing import ExistingBundle
 from .export_options import ExportRequest, check_space
@@ -141,10 +141,10 @@ _DEFAULTS: dict[str, Any] = {
 def _request(given: Mapping[str, Any]) -> ExportRequest:
     """Check the types of all options of `export_bundle`."""
     precision = given["precision"]
-    checked = {name: None if given[name] is None else check(given[name], name) for name, check in _OPTIONAL.items()}
-    flags = {name: check_flag(given[name], name) for name in ("force", "add", "host_embeddings")}
-    precisions = (precision,) if isinstance(precision, str) else check_texts(precision, "precision")
-    return ExportRequest(precisions=precisions, **checked, **flags)
+    checked: dict[str, Any] = {name: check_flag(given[name], name) for name in ("force", "add", "host_embeddings")}
+    for name, check in _OPTIONAL.items():
+        checked[name] = None if given[name] is None else check(given[name], name)
+    return ExportRequest((precision,) if isinstance(precision, str) else check_texts(precision, "precision"), **checked)
 
 
 _OPTIONAL: dict[str, Callable[[Any, str], Any]] = {
@@ -207,7 +207,8 @@ def _export(source: str | Path, bundle: Path, options: ExportRequest, progress: 
     recover(target)
     job = _prepare(source, target, options, progress)
     existing, tokenizer = job.existing, job.tokenizer
-    check = check_replaceable if options.force else None
+    check: Check | None = check_replaceable if options.force else None
+    folder: Path
     if existing is not None:
         check = lambda _: existing.take_rest(folder)  # noqa: E731
     with atomic_folder(target, check, ExportError) as folder:
