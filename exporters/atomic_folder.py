@@ -31,7 +31,9 @@ Check = Callable[[Path], None]
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when another process came in between
-_SECTION_S = 10.0  # longest wait for other processes that rename in the same folder
+# Longest wait for other processes that clean up and rename in the same folder, which takes moments. Whoever has the lock
+# longer is no export: `flock FOLDER lrt-deploy export …`, for instance.
+_SECTION_S = 10.0
 _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
@@ -48,7 +50,7 @@ def atomic_folder(target: Path, check: Check | None, error: type[LRTDeployError]
     try:
         try:
             yield folder
-            with _section(target.parent):
+            with locked(target.parent, longest_s=_SECTION_S):
                 _put_in_place(folder, target, check, error)
         finally:  # the new one after an error, the old one after an exchange, nothing where there was no old one
             _remove(folder)
@@ -61,7 +63,7 @@ def recover(target: Path) -> None:
     """Clean up after killed processes: bring back a folder that stood aside, remove temporary ones."""
     if not target.parent.is_dir():
         return
-    with _section(target.parent):
+    with locked(target.parent, longest_s=_SECTION_S):
         with contextlib.suppress(OSError):
             for retired in left_beside(target, f".{target.name}.retired-"):
                 if os.path.lexists(target):
@@ -73,7 +75,7 @@ def recover(target: Path) -> None:
 
 def _new_folder(target: Path) -> tuple[Path, int | None]:
     """Create and lock an empty temporary folder; its open number holds the lock."""
-    with _section(target.parent):
+    with locked(target.parent, longest_s=_SECTION_S):
         folder = partial_name(target)
         folder.mkdir()
         try:
@@ -82,11 +84,6 @@ def _new_folder(target: Path) -> tuple[Path, int | None]:
             return folder, None
         try_lock(number)
         return folder, number
-
-
-def _section(parent: Path) -> contextlib.AbstractContextManager[None]:
-    """Keep other processes from cleaning up and renaming in a folder, which takes moments."""
-    return locked(parent, longest_s=_SECTION_S)  # longer has it no export: `flock FOLDER lrt-deploy export …`
 
 
 def _put_in_place(folder: Path, target: Path, check: Check | None, error: type[LRTDeployError]) -> None:

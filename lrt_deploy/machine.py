@@ -88,20 +88,18 @@ _PACKAGES: dict[str, tuple[str, ...]] = {
 
 def versions() -> dict[str, str | None]:
     """Versions of the packages that compute, None for one that is not installed; imports none of them."""
-    found: dict[str, str | None] = dict.fromkeys(_PACKAGES)
-    for name, others in _PACKAGES.items():
-        for package in (*others, name):
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                found[name] = importlib.metadata.version(package)
-    return found
+    return {name: next(filter(None, map(_version, (name, *others))), None) for name, others in _PACKAGES.items()}
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
 
 
 def onnxruntime_clash() -> str | None:
     """Say that two packages of ONNX Runtime are installed, and what to do; None where there is one at most."""
-    found = {}
-    for name in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+    found = {name: number for name in ("onnxruntime", "onnxruntime-gpu") if (number := _version(name))}
     if len(found) < 2:
         return None
     both = " and ".join(f"{name} {version}" for name, version in found.items())

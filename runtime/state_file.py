@@ -275,7 +275,8 @@ def _check_row(where: str, arrays: Arrays, length: int, owner: Owner) -> None:
     cache: tuple[tuple[int, ...], str] = ((config.n_kv_head, length, config.head_dim), owner.fingerprint.state_dtype)
     expected = {pair.past: cache for pair in contract.state_pairs(config) if pair.in_place}
     expected |= {"tokens": ((length,), "int64"), "latents": ((length, width), "float32")}
-    expected |= {name: logits for name in arrays if name == "logits" or _kept_after(name, length)}
+    kept = {f"kept.{at}" for at in range(1, length + 1)}
+    expected |= {name: logits for name in arrays if name == "logits" or name in kept}
     for name in sorted(expected.keys() | arrays.keys()):
         shape = (arrays[name].shape, str(arrays[name].dtype)) if name in arrays else "missing"
         if shape != expected.get(name):
@@ -286,8 +287,3 @@ def _check_row(where: str, arrays: Arrays, length: int, owner: Owner) -> None:
     tokens = arrays["tokens"]
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < config.vocab_size:
         raise StateError(f"{where}tokens holds ids outside 0 to {config.vocab_size - 1}")
-
-
-def _kept_after(name: str, length: int) -> bool:
-    number = name.removeprefix("kept.")
-    return name.startswith("kept.") and number.isdecimal() and len(number) < 20 and 1 <= int(number) <= length

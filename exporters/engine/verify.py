@@ -100,7 +100,7 @@ class _Network:
         self.layers = [network.get_layer(index) for index in range(network.num_layers)]
         self.inputs = {network.get_input(index).name for index in range(network.num_inputs)}
         self.outputs = {network.get_output(i).name: network.get_output(i) for i in range(network.num_outputs)}
-        self.makers = {output.name: layer for layer in self.layers for output in _outputs(layer)}
+        self.makers = {layer.get_output(i).name: layer for layer in self.layers for i in range(layer.num_outputs)}
         self.by_kind: dict[str, list[Any]] = defaultdict(list)
         for layer in self.layers:
             self.by_kind[layer.type.name].append(layer)
@@ -233,10 +233,6 @@ def _float32_faults(view: _Network) -> Iterator[str]:
         yield f"logits are {_dtype(logits) if logits is not None else 'missing'}, expected is float32"
 
 
-def _outputs(layer: Any) -> Iterator[Any]:  # noqa: ANN401
-    return (layer.get_output(index) for index in range(layer.num_outputs))
-
-
 def _dtype(tensor: Any) -> str:  # noqa: ANN401
     name = str(tensor.dtype.name)
     return TENSORRT_DTYPES.get(name, name.lower())
@@ -294,7 +290,13 @@ def parse_layers(text: str) -> list[FusedLayer]:
     for found in _LAYER.finditer(_OTHER_PROFILE.sub("", text)):
         name, kind, *tensors, nodes = found.groups()
         profile = _PROFILE.search(name)
-        inputs, constants, outputs = (_tensors(part) for part in tensors)
+        inputs, constants, outputs = (
+            tuple(
+                Tensor(tensor, tuple(int(size) for size in shape.split(",") if size), dtype)
+                for tensor, shape, dtype in _TENSOR.findall(part)
+            )
+            for part in tensors
+        )
         number = int(profile[1]) if profile else 0
         layers.append(FusedLayer(name, kind, number, inputs, constants, outputs, frozenset(_NODE.findall(nodes))))
     return layers
@@ -418,10 +420,3 @@ def _elements(expected: ExpectedNetwork, name: str) -> int:
     """Return the elements of a matrix, without the columns that pad the vocabulary."""
     rows, columns = matrix_shapes(expected.config)[name]
     return rows * (expected.config.vocab_size if name == "lm_head" else columns)
-
-
-def _tensors(text: str) -> tuple[Tensor, ...]:
-    return tuple(
-        Tensor(name, tuple(int(size) for size in shape.split(",") if size), dtype)
-        for name, shape, dtype in _TENSOR.findall(text)
-    )

@@ -51,29 +51,24 @@ def doctor(json: options.Json = False) -> None:
 
 
 def report_backend(name: str, info: BackendInfo, gpu: tuple[Gpu | None, str]) -> BackendReport:
-    """Report a backend: available if its library works and there is the GPU that it needs."""
-    version, works, reason = try_library(info)
-    if info.needs_gpu:
-        works, reason = works and gpu[0] is not None, f"{reason}; {gpu[1]}"
-    return BackendReport(name, works, version, reason)
-
-
-def try_library(info: BackendInfo) -> tuple[str | None, bool, str]:
-    """Import the library of a backend; return its version, whether it has the execution provider, and a clause.
+    """Import the library of a backend and report whether it works, and whether there is the GPU that it needs.
 
     The device is not tried.
     """
+    version, works = None, False
     try:
         library: Any = importlib.import_module(info.module)
         version = getattr(library, "__version__", None)
-        if info.provider is None:
-            return version, True, f"{info.module} {version} can be imported"
-        works = info.provider in library.get_available_providers()
-        return version, works, f"ONNX Runtime {version} {'offers' if works else 'was built without'} {info.provider}"
+        works = info.provider is None or info.provider in library.get_available_providers()
+        reason = f"ONNX Runtime {version} {'offers' if works else 'was built without'} {info.provider}"
+        reason = f"{info.module} {version} can be imported" if info.provider is None else reason
     except ModuleNotFoundError as error:
-        return None, False, f"{error.name} is not installed"
+        reason = f"{error.name} is not installed"
     except Exception as error:  # a broken installation may raise anything
-        return None, False, f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}"
+        reason = f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}"
+    if info.needs_gpu:
+        works, reason = works and gpu[0] is not None, f"{reason}; {gpu[1]}"
+    return BackendReport(name, works, version, reason)
 
 
 def environment() -> dict[str, Any]:

@@ -200,7 +200,10 @@ def parity_of(
     opened, weights, evidence = _open(subject, checkpoint, options, progress)
     if not weights.passed:
         report = _report(Comparison(len(prompt), steps, tokens=prompt), evidence, subject, opened, options)
-        return dataclasses.replace(report, bisect=_bisect_weights(weights)) if options.bisect else report
+        name = None if weights.worst is None else weights.worst.matrix
+        layer = None if name is None else activations.layer_of(name)
+        found = Bisection("weights", f"{weights.line}; nothing was run", None, layer, name)
+        return dataclasses.replace(report, bisect=found) if options.bisect else report
     progress("loading the checkpoint", 0, 0)
     model = opened.model(decoder.max_seq_len)
     reference = ReferenceDecoder(model, decoder.max_seq_len, options.float64)
@@ -339,16 +342,11 @@ def _bits_per_byte(decoder: Decoder, run: Comparison) -> tuple[float, float] | N
 def _report(
     run: Comparison, evidence: Evidence, subject: Subject, opened: Checkpoint, options: ParityOptions
 ) -> ParityReport:
-    provenance = _provenance(subject, opened, options, run.tokens)
-    return dataclasses.replace(report_of(run, evidence), provenance=provenance)
-
-
-def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, tokens: Sequence[int]) -> dict[str, Any]:
-    """The hashes of both sides, versions, date, machine, prompt and options: what reproducing a report takes."""
+    """Judge, and add what reproducing the report takes: hashes of both sides, versions, machine, prompt and options."""
     files, precision = subject.manifest.files, subject.precision
     selected = {name: value for name, value in dataclasses.asdict(options).items() if name != "prompt"}
     prompt = options.prompt if isinstance(options.prompt, str) else None
-    return {
+    provenance = {
         "bundle": {
             "manifest_sha256": manifest.hash_file(subject.bundle / manifest.MANIFEST),
             "weights_sha256": files[manifest.weights_path(precision)].sha256,
@@ -363,15 +361,10 @@ def _provenance(subject: Subject, opened: Checkpoint, options: ParityOptions, to
         "versions": {"python": platform.python_version()} | {name: v for name, v in versions().items() if v},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": {"processor": cpu_model(), "cores": os.cpu_count(), "system": platform.platform()},
-        "prompt": {"text": PROMPT if options.prompt is None else prompt, "tokens": list(tokens)},
+        "prompt": {"text": PROMPT if options.prompt is None else prompt, "tokens": run.tokens},
         "options": selected | {"backend": subject.backend, "precision": precision},
     }
-
-
-def _bisect_weights(weights: WeightsPart) -> Bisection:
-    name = None if weights.worst is None else weights.worst.matrix
-    layer = None if name is None else activations.layer_of(name)
-    return Bisection("weights", f"{weights.line}; nothing was run", None, layer, name)
+    return dataclasses.replace(report_of(run, evidence), provenance=provenance)
 
 
 def _bisect(subject: Subject, report: ParityReport, reference: Any, decoder: Decoder | None) -> Bisection:  # noqa: ANN401

@@ -121,7 +121,9 @@ def check_matrix(stored: StoredMatrix, expected: Floats, precision: str, compens
         return MatrixCheck(stored.name, stored.dtype, math.inf, 0.0, "", fault=fault)
     if stored.scales is None:
         return _check_floats(stored, expected, precision)
-    nearest = _check_nearest(stored, expected)
+    rows = "a column" if stored.block is None else f"{stored.block} rows of a column"
+    kind = f"{stored.dtype}, a scale for {rows}, rounded to nearest"
+    nearest = _check_scales(stored, expected, kind) or _check_integers(stored, expected, kind)
     if nearest.passed or not compensated:
         return nearest
     return _check_gptq(stored, expected)
@@ -143,13 +145,6 @@ def _check_floats(stored: StoredMatrix, expected: Floats, precision: str) -> Mat
             f"({int(off.sum())} of {off.size} numbers differ by more than {stored.dtype} rounds)"
         )
     return MatrixCheck(stored.name, kind, float(off.sum()), 0.0, "numbers that are not the nearest", fault=fault)
-
-
-def _check_nearest(stored: StoredMatrix, expected: Floats) -> MatrixCheck:
-    """Check rounding to nearest: the scales, then every integer in steps of its own scale."""
-    rows = "a column" if stored.block is None else f"{stored.block} rows of a column"
-    kind = f"{stored.dtype}, a scale for {rows}, rounded to nearest"
-    return _check_scales(stored, expected, kind) or _check_integers(stored, expected, kind)
 
 
 def _check_integers(stored: StoredMatrix, expected: Floats, kind: str) -> MatrixCheck:

@@ -98,10 +98,20 @@ class Grammar:
         self.start(tokenizer)
 
     def start(self, tokenizer: Tokenizer) -> LLMatcher:
-        """Return llguidance's matcher before the first token, to be copied."""
-        found = self._compiled.get(tokenizer)
-        if found is None:
-            found = self._compiled[tokenizer] = _compiled(self, tokenizer)
+        """Return llguidance's matcher before the first token, of which every answer has a copy.
+
+        Raises InputError for a grammar that cannot be used.
+        """
+        if (matcher := self._compiled.get(tokenizer)) is not None:
+            return matcher
+        table = _table(tokenizer)
+        if (found := table.compiled.get(self)) is None:
+            found = table.compiled[self] = _compile(self, table.tokenizer)
+            if len(table.compiled) > _KEPT:
+                table.compiled.popitem(last=False)
+        if isinstance(found, str):
+            raise InputError(found)
+        self._compiled[tokenizer] = found
         return found
 
 
@@ -152,19 +162,6 @@ class _Table(NamedTuple):
 
 
 _TABLES: WeakKeyDictionary[Tokenizer, _Table] = WeakKeyDictionary()
-
-
-def _compiled(grammar: Grammar, tokenizer: Tokenizer) -> LLMatcher:
-    """Return a matcher at the start, of which every answer has a copy; raises InputError for an unfit grammar."""
-    table = _table(tokenizer)
-    found = table.compiled.get(grammar)
-    if found is None:
-        found = table.compiled[grammar] = _compile(grammar, table.tokenizer)
-    if len(table.compiled) > _KEPT:
-        table.compiled.popitem(last=False)
-    if isinstance(found, str):
-        raise InputError(found)
-    return found
 
 
 def _table(tokenizer: Tokenizer) -> _Table:
