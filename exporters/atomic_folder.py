@@ -31,8 +31,8 @@ Check = Callable[[Path], None]
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2  # of renameat2(2)
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 _FASTER = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)  # of a rename, when another process came in between
-# Longest wait for other processes that clean up and rename in the same folder, which takes moments. Whoever has the lock
-# longer is no export: `flock FOLDER lrt-deploy export …`, for instance.
+# Longest wait for processes that clean up and rename in the same folder, which takes moments. Whoever has its lock
+# longer is no export: `flock FOLDER lrt-deploy export …`.
 _SECTION_S = 10.0
 _FOLDER = getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
