@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,9 +96,11 @@ class ExistingBundle:
         """Take over all else, engines for instance; raise ExportError if the bundle is no longer the one opened."""
         if _read_digest(self.folder) != self.digest:
             raise ExportError(f"{self.folder} was replaced while a precision was added; nothing was changed: try again")
-        for name in _files_below(self.folder):
-            if name.as_posix() not in self.manifest.files and str(name) not in _OWN:
-                _take(self.folder / name, folder / name)
+        for path in self.folder.rglob("*"):
+            name = path.relative_to(self.folder)
+            is_folder = path.is_dir() and not path.is_symlink()
+            if not is_folder and name.as_posix() not in self.manifest.files and str(name) not in _OWN:
+                _take(path, folder / name)
         for name in (Path(), *(path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_dir())):
             if (folder / name).is_dir() and not (folder / name).is_symlink():
                 shutil.copymode(self.folder / name, folder / name)
@@ -129,13 +130,6 @@ def _read_digest(folder: Path) -> bytes:
     if not os.path.lexists(folder / manifest.DIGEST):
         return b""
     return read_bytes(folder / manifest.DIGEST, "the manifest's digest", BundleError, _DIGEST_BYTES)
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield files and links below a folder, relative to it; links to folders are not entered."""
-    for place, folders, files in os.walk(folder):
-        linked = [name for name in folders if (Path(place) / name).is_symlink()]
-        yield from (Path(place, name).relative_to(folder) for name in (*files, *linked))
 
 
 def _take(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from .errors import ConfigError
-from .fields import convert, shown
+from .fields import convert, raised_as, shown
 
 # float32's machine epsilon, in every dtype: the default of torch's rms_norm, used by all norms here.
 RMS_NORM_EPS = 1.1920928955078125e-07
@@ -62,11 +62,9 @@ class LRTConfig:
     memory_residual: bool = True
 
     def __post_init__(self) -> None:
-        for name, kind in _TYPES.items():
-            try:
+        with raised_as(ConfigError, "model config: "):
+            for name, kind in _TYPES.items():
                 convert(kind, getattr(self, name), name)
-            except ValueError as error:
-                raise ConfigError(f"model config: {error}") from error
         rotary = self.sequence_len * self.head_dim
         feeds_back = self.memory_kv or self.memory_residual or not self.memory
         source = f"0 to {self.n_layer - 1}, the index of a block"

@@ -7,6 +7,7 @@ Python's or NumPy's and never `True`, numbers are finite. Token ids: see `text.p
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import math
@@ -22,7 +23,7 @@ from typing import Annotated, Any, NoReturn, TypeGuard, TypeVar
 import msgspec
 from msgspec import Meta
 
-from .errors import InputError
+from .errors import InputError, LRTDeployError
 
 LARGEST_INTEGER = 2**63 - 1
 Whole = Annotated[int, Meta(ge=-LARGEST_INTEGER, le=LARGEST_INTEGER)]
@@ -56,6 +57,15 @@ def convert(kind: type[T], value: object, name: str = "") -> T:
         raise ValueError(_message(kind, value, name, str(error))) from error
     except UnicodeEncodeError as error:
         raise ValueError(f"{name or 'the document'} holds text that is no Unicode: {shown(error.object)}") from error
+
+
+@contextlib.contextmanager
+def raised_as(error: type[LRTDeployError], before: str, after: str = "") -> Iterator[None]:
+    """Raise a ValueError of the block as `error`, with a text before and after its message."""
+    try:
+        yield
+    except ValueError as cause:
+        raise error(f"{before}{cause}{after}") from cause
 
 
 def _parts(kind: Any, value: object, name: str) -> Iterator[tuple[Any, object, str]]:  # noqa: ANN401 - any type

@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
+from lrt_deploy.fields import raised_as
 
 from .rewrite import cast_value, finish, matrix_name, nodes, producer, scalar, store, walk_back
 
@@ -70,7 +71,8 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
     """
     model = ir.load(path)
     derivations = _add_outputs(model.graph, names)
-    scales = _unround_activations(model.graph, path)
+    with raised_as(ParityError, f"{path}: ", "; export the bundle again"):
+        scales = _unround_activations(model.graph)
     _unround_scale(model.graph, config.head_dim**-0.5)
     _widen(model.graph)
     finish(model)
@@ -105,8 +107,11 @@ def _derivation(value: ir.Value, known: frozenset[str]) -> Derivation:
     return Derivation(tuple(node.op_type for node in ops), tuple(sources))
 
 
-def _unround_activations(graph: ir.Graph, path: Path) -> dict[str, float]:
-    """Let products read activations before QuantizeLinear; return the scale by the matrix that each is for."""
+def _unround_activations(graph: ir.Graph) -> dict[str, float]:
+    """Let products read activations before QuantizeLinear; return the scale by the matrix that each is for.
+
+    Raises ValueError for a form that no export writes.
+    """
     scales: dict[str, float] = {}
     for node in nodes(graph, "MatMul"):
         name, dequantize = matrix_name(node) or "", producer(node.inputs[0], behind=("Cast",))
@@ -114,14 +119,12 @@ def _unround_activations(graph: ir.Graph, path: Path) -> dict[str, float]:
             continue
         quantize = producer(dequantize.inputs[0], behind=("Cast",))
         if quantize is None or quantize.op_type != "QuantizeLinear":
-            raise ParityError(
-                f"{path}: the input of {name} is dequantized and never quantized; export the bundle again"
-            )
-        ways = [(_number(q, 1, path), _number(q, 2, path)) for q in (quantize, dequantize)]
+            raise ValueError(f"the input of {name} is dequantized and never quantized")
+        ways = [(_number(q, 1), _number(q, 2)) for q in (quantize, dequantize)]
         if ways[0] != ways[1] or ways[0][1] != 0:
-            raise ParityError(
-                f"{path}: the input of {name} is quantized by scale and zero point {ways[0]} and dequantized by "
-                f"{ways[1]}, expected the same scale and no zero point; export the bundle again"
+            raise ValueError(
+                f"the input of {name} is quantized by scale and zero point {ways[0]} and dequantized by {ways[1]}, "
+                "expected the same scale and no zero point"
             )
         scales[name] = ways[0][0]
         node.replace_input_with(0, quantize.inputs[0])
@@ -156,12 +159,12 @@ def _widen(graph: ir.Graph) -> None:
                 node.replace_input_with(position, cast_value(graph, source, ir.DataType.FLOAT))
 
 
-def _number(node: ir.Node, position: int, path: Path) -> float:
+def _number(node: ir.Node, position: int) -> float:
     """Read a scale or zero point of one number, behind casts; 0 where there is none."""
     value = node.inputs[position] if position < len(node.inputs) else None
     if value is None:
         return 0.0
     number = scalar(walk_back(value, ("Cast",)))
     if number is None:
-        raise ParityError(f"{path}: {node.name} has no constant scale of one number; export the bundle again")
+        raise ValueError(f"{node.name} has no constant scale of one number")
     return number

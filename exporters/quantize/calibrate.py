@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from lrt_deploy.errors import ExportError
 from lrt_deploy.evaluation.rollout import Progress, rollout, silent
+from lrt_deploy.fields import raised_as
 from lrt_deploy.files import MAX_TEXT_BYTES, read_text
 from lrt_deploy.model.model import LRT
 from lrt_deploy.model.reference import ReferenceDecoder
@@ -205,13 +206,9 @@ class _Watch(TorchFunctionMode):
             waiting.append(x.reshape(-1, x.shape[-1]).numpy().copy())
             if sum(map(len, waiting)) >= _MOMENT_ROWS:
                 self.add_moments(name)
-        try:
+        advice = "; the checkpoint itself does not decode this text, see `lrt-deploy inspect`"
+        with raised_as(ExportError, f"calibration: what {name} is multiplied with is ", advice):
             self.found.inputs.setdefault(name, Histogram()).add(x.numpy())
-        except ValueError as error:
-            raise ExportError(
-                f"calibration: what {name} is multiplied with is {error}; the checkpoint itself does not decode this "
-                "text, see `lrt-deploy inspect`"
-            ) from error
 
     def add_moments(self, *names: str) -> None:
         """Add the inputs that wait to the moments of the named matrices, or of all."""

@@ -22,6 +22,7 @@ from lrt_deploy.bundle.weights import StoredMatrix, matrix_shapes
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import ParityError
 from lrt_deploy.exporters.graph.rewrite import dtype_name, producer, walk_back
+from lrt_deploy.fields import raised_as
 
 _DTYPES = ("int4", "int8", "float16", "bfloat16", "float32")
 _TABLE_INPUTS = {TOKEN_EMBEDS: "wte", VALUE_EMBEDS: "value_embeds"}
@@ -57,7 +58,8 @@ class StoredWeights:
         for flavour in reversed(FLAVOURS):  # windowed first: it never holds more rows than there are
             for phase in PHASES:
                 path = bundle / graph_path(precision, phase, flavour)
-                found = _uses(path, manifest.model, manifest.host_embeddings)
+                with raised_as(ParityError, f"{path}: ", "; export the bundle again"):
+                    found = _uses(ir.load(path).graph, manifest.model, manifest.host_embeddings)
                 if not self._uses:
                     self._uses, first = found, path.name
                 for name, use in self._uses.items():
@@ -83,64 +85,67 @@ class StoredWeights:
             yield StoredMatrix(name, dtype_name(use.tensor.dtype), values[:rows], scales, use.block)
 
 
-def _uses(path: Path, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
-    """Find every matrix that a product of the graph multiplies by, and every table that it gathers from."""
-    graph, shapes = ir.load(path).graph, matrix_shapes(config)
+def _uses(graph: ir.Graph, config: LRTConfig, host_embeddings: bool) -> dict[str, _Use]:
+    """Find every matrix that a product of the graph multiplies by, and every table that it gathers from.
+
+    Raises ValueError for a form that no export writes.
+    """
+    shapes = matrix_shapes(config)
     found: dict[str, _Use] = {}
     for node in graph:
         if node.op_type == "MatMul":
-            name, use = _matrix(node.inputs[1], path)
+            name, use = _matrix(node.inputs[1])
             use = dataclasses.replace(use, rows=shapes[name][0] if name in shapes else None)
         elif node.op_type == "Gather" and (value := node.inputs[0]) is not None and value.name in graph.initializers:
             if value.name not in _TABLE_INPUTS.values():
                 continue
-            name, use = str(value.name), _Use(_known(value, path))
+            name, use = str(value.name), _Use(_known(value))
         else:
             continue
         if name in found and found[name].key != use.key:
-            raise ParityError(f"{path} dequantizes {name} in two ways; export the bundle again")
+            raise ValueError(f"it dequantizes {name} in two ways")
         found[name] = use
     tables = set() if host_embeddings else {"wte"} | ({"value_embeds"} if config.value_embed_layers else set())
     expected = set(matrix_shapes(config)) | tables
     if set(found) != expected:
         wrong = sorted(expected ^ set(found))
-        raise ParityError(
-            f"{path} multiplies by {len(found)} matrices and tables, expected {len(expected)}; {wrong[0]} is "
-            f"{'missing' if wrong[0] in expected else 'unknown'}: export the bundle again"
+        raise ValueError(
+            f"it multiplies by {len(found)} matrices and tables, expected {len(expected)}: {wrong[0]} is "
+            f"{'missing' if wrong[0] in expected else 'unknown'}"
         )
     return found
 
 
-def _matrix(value: ir.Value | None, path: Path) -> tuple[str, _Use]:
+def _matrix(value: ir.Value | None) -> tuple[str, _Use]:
     dequantize = producer(value, "DequantizeLinear", behind=("Cast",))
-    scales, block = (None, None) if dequantize is None else _scales(dequantize, path)
+    scales, block = (None, None) if dequantize is None else _scales(dequantize)
     value = walk_back(value if dequantize is None else dequantize.inputs[0], ("Cast",))
     maker = None if value is None else value.producer()
     if value is None or maker is not None:
         found = "nothing" if maker is None else maker.op_type
-        raise ParityError(f"{path}: a product takes its matrix from {found}, expected Cast or DequantizeLinear")
-    return value.name or "", _Use(_known(value, path), scales, block)
+        raise ValueError(f"a product takes its matrix from {found}, expected Cast or DequantizeLinear")
+    return value.name or "", _Use(_known(value), scales, block)
 
 
-def _scales(node: ir.Node, path: Path) -> tuple[ir.TensorProtocol, int | None]:
+def _scales(node: ir.Node) -> tuple[ir.TensorProtocol, int | None]:
     """Return the scales of a DequantizeLinear, and the rows that share one; None for a whole column."""
     value = walk_back(node.inputs[1], ("Cast",))
     if value is None or len(node.inputs) > 2:
-        raise ParityError(f"{path}: {node.name} dequantizes with a zero point or without scales")
-    tensor = _known(value, path)
+        raise ValueError(f"{node.name} dequantizes with a zero point or without scales")
+    tensor = _known(value)
     block, axis = node.attributes.get_int("block_size", 0), node.attributes.get_int("axis", 1)
     expected = (0, 2) if block else (1, 1)
     if (axis, len(tensor.shape)) != expected:
-        raise ParityError(f"{path}: {node.name} dequantizes along axis {axis} with scales of shape {tensor.shape}")
+        raise ValueError(f"{node.name} dequantizes along axis {axis} with scales of shape {tensor.shape}")
     return tensor, block or None
 
 
-def _known(value: ir.Value, path: Path) -> ir.TensorProtocol:
+def _known(value: ir.Value) -> ir.TensorProtocol:
     tensor = value.const_value
     if tensor is None or dtype_name(tensor.dtype) not in _DTYPES:
-        raise ParityError(f"{path}: {value.name} is {value.dtype} and no stored matrix; export the bundle again")
+        raise ValueError(f"{value.name} is {value.dtype} and no stored matrix")
     if isinstance(tensor, ir.ExternalTensor) and str(tensor.location) not in (WEIGHTS, TABLES):
-        raise ParityError(f"{path}: {value.name} lies in {tensor.location}, expected {WEIGHTS}")
+        raise ValueError(f"{value.name} lies in {tensor.location}, expected {WEIGHTS}")
     return tensor
 
 

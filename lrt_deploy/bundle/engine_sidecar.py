@@ -21,7 +21,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from lrt_deploy.errors import EngineError
-from lrt_deploy.fields import Size, Whole, convert, shown
+from lrt_deploy.fields import Size, Whole, convert, raised_as, shown
 from lrt_deploy.files import atomic_write, open_regular, read_json
 
 SIDECAR_FORMAT = 1
@@ -162,15 +162,13 @@ def read_sidecar(plan: Path) -> EngineSidecar:
     fields = read_json(path, "the sidecar", EngineError, _LARGEST_SIDECAR_BYTES)
     if not isinstance(fields, dict) or fields.pop("format_version", None) != SIDECAR_FORMAT:
         raise EngineError(f"{path} is not a sidecar of format {SIDECAR_FORMAT}; build the engine again")
-    try:
+    with raised_as(EngineError, f"{path} is damaged (", "); build the engine again"):
         sidecar = convert(EngineSidecar, fields)
         for kind, name in ((_Tensor, "inputs"), (_Tensor, "outputs"), (_Pair, "state")):
             convert(list[kind], fields[name], name)  # type: ignore[valid-type]
         convert(_Layers, sidecar.layers, "layers")
         convert(_Build, sidecar.build, "build")
-    except ValueError as error:
-        raise EngineError(f"{path} is damaged ({error}); build the engine again") from error
-    return sidecar
+        return sidecar
 
 
 def check_plan(plan: Path, sidecar: EngineSidecar) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lrt_deploy.errors import BundleError
-from lrt_deploy.fields import shown
+from lrt_deploy.fields import raised_as, shown
 from lrt_deploy.files import open_regular, read_bytes
 
 _LARGEST_GRAPH_BYTES = 64 * 2**20  # a model with 100 layers has about 2 MB
@@ -35,10 +35,8 @@ def check_graph_file(graph: Path, weights: Path) -> None:
     data = read_bytes(graph, "the graph", BundleError, _LARGEST_GRAPH_BYTES)
     with open_regular(weights, "the weights file", BundleError) as file:
         size = file.seek(0, 2)
-    try:
+    with raised_as(BundleError, f"{graph} is no graph of a bundle: ", "; export the bundle again"):
         _check_model(memoryview(data), weights.name, size)
-    except ValueError as error:
-        raise BundleError(f"{graph} is no graph of a bundle: {error}; export the bundle again") from error
 
 
 def _check_model(data: memoryview, weights: str, size: int) -> None:

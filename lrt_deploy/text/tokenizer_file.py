@@ -24,7 +24,7 @@ from msgspec import Struct
 from tokenizers import decoders, models, pre_tokenizers
 
 from lrt_deploy.errors import CheckpointError
-from lrt_deploy.fields import Whole, convert, shown
+from lrt_deploy.fields import Whole, convert, raised_as, shown
 from lrt_deploy.files import parse_json
 from lrt_deploy.pickles import EncodingData, is_text
 
@@ -104,13 +104,14 @@ def from_encoding(data: EncodingData, source: str, vocab_size: int) -> Vocabular
     Raises CheckpointError for one that has more than `vocab_size` tokens, is not complete, or cannot be equalled.
     """
     ranks, special = data.mergeable_ranks, data.special_tokens
-    _check_count(len(ranks) + len(special), vocab_size, source)
     ordinary = sorted(ranks, key=ranks.__getitem__)
     named = sorted(special, key=special.__getitem__)
     ids = [*(ranks[token] for token in ordinary), *(special[name] for name in named)]
-    _check_ids(ids, source, "ordinary tokens first, then the special ones")
-    _check_tokens(ordinary, named, source)
-    pattern = _known(data.pat_str, source)
+    with raised_as(CheckpointError, f"{source}: "):
+        _check_count(len(ids), vocab_size)
+        _check_ids(ids, "ordinary tokens first, then the special ones")
+        _check_tokens(ordinary, named)
+        pattern = _known(data.pat_str)
     return Vocabulary([*ordinary, *map(str.encode, named)], dict(special), byte_pairs.merges_of(ranks), True, pattern)
 
 
@@ -120,25 +121,30 @@ def from_json(text: str, source: str, vocab_size: int) -> Vocabulary:
     Raises CheckpointError for more than `vocab_size` tokens, for a form that is not known, and for a table of tokens
     that contradicts itself.
     """
-    try:
-        file = convert(_File, parse_json(text, source, CheckpointError))
-    except ValueError as error:
-        raise CheckpointError(f"{source} is no tokenizer.json of byte-level BPE: {error}") from error
-    _check_forms(file, source)
-    pattern = _pattern_of(file.pre_tokenizer, source)
-    special = _special_tokens(file.added_tokens or [], source)
-    table = file.model.vocab
-    _check_count(len(table.keys() | special.keys()), vocab_size, source)
+    fields = parse_json(text, source, CheckpointError)
+    with raised_as(CheckpointError, f"{source} is no tokenizer.json of byte-level BPE: "):
+        file = convert(_File, fields)
+    with raised_as(CheckpointError, f"{source}: "):
+        return _vocabulary(file, vocab_size)
+
+
+def _vocabulary(file: _File, vocab_size: int) -> Vocabulary:
+    """Check a file whose fields have the right types; raises ValueError."""
+    _check_forms(file)
+    pattern, special, table = (
+        _pattern_of(file.pre_tokenizer),
+        _special_tokens(file.added_tokens or []),
+        file.model.vocab,
+    )
+    _check_count(len(table.keys() | special.keys()), vocab_size)
     if wrong := [name for name in special if table.get(name, special[name]) != special[name]]:
-        raise CheckpointError(
-            f"{source}: {wrong[0][:100]!a} has the token id {table[wrong[0]]} and {special[wrong[0]]}"
-        )
+        raise ValueError(f"{wrong[0][:100]!a} has the token id {table[wrong[0]]} and {special[wrong[0]]}")
     ids = table | special
     names = sorted(ids, key=ids.__getitem__)
-    _check_ids([ids[name] for name in names], source, "every id once, without gaps")
-    tokens = [name.encode() if name in special else _as_bytes(name, source) for name in names]
-    _check_tokens([tokens[i] for name, i in table.items() if name not in special], list(special), source)
-    merges = _merges(file.model.merges, table.keys() - special.keys(), source)
+    _check_ids([ids[name] for name in names], "every id once, without gaps")
+    tokens = [name.encode() if name in special else _as_bytes(name) for name in names]
+    _check_tokens([tokens[i] for name, i in table.items() if name not in special], list(special))
+    merges = _merges(file.model.merges, table.keys() - special.keys())
     return Vocabulary(tokens, special, merges, bool(file.model.ignore_merges), pattern)
 
 
@@ -158,23 +164,21 @@ def to_json(vocabulary: Vocabulary) -> str:
     return made.to_str()
 
 
-def _check_forms(file: _File, source: str) -> None:
+def _check_forms(file: _File) -> None:
     for option in _UNUSED:
         if value := getattr(file.model, option):
-            raise CheckpointError(f"{source} sets {option} to {shown(value)}; byte-level BPE must not have it")
+            raise ValueError(f"it sets {option} to {shown(value)}; byte-level BPE must not have it")
     for part, allowed in _PARTS.items():
         if (kind := _kind(getattr(file, part))) not in allowed:
             known = " and ".join(name or "none" for name in allowed)
-            raise CheckpointError(
-                f"{source} has the {part} {kind and shown(kind)}; known for byte-level BPE is {known}"
-            )
+            raise ValueError(f"it has the {part} {kind and shown(kind)}; known for byte-level BPE is {known}")
 
 
 def _kind(part: object) -> object:
     return part.get("type") if isinstance(part, dict) else part
 
 
-def _pattern_of(value: object, source: str) -> SplitPattern:
+def _pattern_of(value: object) -> SplitPattern:
     """Return the split pattern of a pre-tokenizer of a known form."""
     listed = value.get("pretokenizers") if isinstance(value, dict) and value.get("type") == "Sequence" else None
     parts = listed if isinstance(listed, list) else [value]
@@ -184,89 +188,82 @@ def _pattern_of(value: object, source: str) -> SplitPattern:
     if len(first) == 1 and last == _PLAIN | {"use_regex": False}:
         pattern = first[0].pop("pattern", None)
         if first[0] in _SPLITS and isinstance(pattern, dict):
-            return _known(pattern.get("Regex"), source)
+            return _known(pattern.get("Regex"))
     found = ascii(parts[0] if len(parts) == 1 else list(map(_kind, parts)))[:150]
-    raise CheckpointError(
-        f"{source} has the pre-tokenizer {found}; known are ByteLevel with use_regex, and a Sequence of Split (by a "
+    raise ValueError(
+        f"it has the pre-tokenizer {found}; known are ByteLevel with use_regex, and a Sequence of Split (by a "
         "regex, Isolated or inverted and Removed) and ByteLevel, both without add_prefix_space"
     )
 
 
-def _known(text: object, source: str) -> SplitPattern:
+def _known(text: object) -> SplitPattern:
     found = byte_pairs.known_pattern(text) if isinstance(text, str) else None
     if found is None:
         names = ", ".join(pattern.name for pattern in byte_pairs.PATTERNS)
-        raise CheckpointError(
-            f"{source} has the split pattern {ascii(text)[:300]}, which is none of those that are known ({names}); "
+        raise ValueError(
+            f"it has the split pattern {ascii(text)[:300]}, which is none of those that are known ({names}); "
             "export with --tokenizer none and give token ids instead of text"
         )
     return found
 
 
-def _special_tokens(entries: Sequence[_AddedToken], source: str) -> dict[str, int]:
+def _special_tokens(entries: Sequence[_AddedToken]) -> dict[str, int]:
     found: dict[str, int] = {}
     for entry in entries:
         name = entry.content
         if not is_text(name):
-            raise CheckpointError(
-                f"{source} has the added token {name[:100]!a}, expected its content to be Unicode text"
-            )
+            raise ValueError(f"it has the added token {name[:100]!a}, expected its content to be Unicode text")
         if not entry.special:
             reason = ", so any text could contain it" if name in CONTROL_TOKENS else "; only special tokens are known"
-            raise CheckpointError(f"{source}: the added token {name[:100]!a} is not marked special{reason}")
+            raise ValueError(f"the added token {name[:100]!a} is not marked special{reason}")
         if name in found:
-            raise CheckpointError(f"{source} has the added token {name[:100]!a} twice")
+            raise ValueError(f"it has the added token {name[:100]!a} twice")
         found[name] = entry.id
     return found
 
 
-def _merges(entries: Sequence[str | tuple[str, str]], known: set[str], source: str) -> list[Merge]:
+def _merges(entries: Sequence[str | tuple[str, str]], known: set[str]) -> list[Merge]:
     """Return pairs of ordinary tokens that join to an ordinary token."""
     merges = []
     for entry in entries:
         left, _, right = entry.partition(" ") if isinstance(entry, str) else (entry[0], "", entry[1])
         if left not in known or right not in known or left + right not in known:
-            raise CheckpointError(f"{source} has the merge {shown(entry)}, whose parts or result are no tokens")
+            raise ValueError(f"it has the merge {shown(entry)}, whose parts or result are no tokens")
         merges.append((left, right))
     return merges
 
 
-def _check_count(tokens: int, vocab_size: int, source: str) -> None:
+def _check_count(tokens: int, vocab_size: int) -> None:
     if tokens > vocab_size:
-        raise CheckpointError(
-            f"{source} has {tokens} tokens, more than the model's vocab_size of {vocab_size}; take the "
+        raise ValueError(
+            f"it has {tokens} tokens, more than the model's vocab_size of {vocab_size}; take the "
             "tokenizer that the checkpoint was trained with"
         )
 
 
-def _check_ids(ids: Sequence[int], source: str, expected: str) -> None:
-    """Raise CheckpointError for ids other than 0 to n-1, in this order."""
+def _check_ids(ids: Sequence[int], expected: str) -> None:
+    """Raise ValueError for ids other than 0 to n-1, in this order."""
     for position, token in enumerate(ids):
         if token != position:
-            raise CheckpointError(f"{source} has the token id {token} where {position} is expected ({expected})")
+            raise ValueError(f"it has the token id {token} where {position} is expected ({expected})")
 
 
-def _check_tokens(ordinary: Sequence[bytes], special: Sequence[str], source: str) -> None:
-    """Raise CheckpointError unless all bytes are tokens, special tokens are no ordinary ones, and lengths in bounds."""
+def _check_tokens(ordinary: Sequence[bytes], special: Sequence[str]) -> None:
+    """Raise ValueError unless all bytes are tokens, special tokens are no ordinary ones, and lengths in bounds."""
     known, written = set(ordinary), set(map(byte_pairs.as_chars, ordinary))
     if missing := [byte for byte in range(256) if bytes([byte]) not in known]:
-        raise CheckpointError(
-            f"{source}: {len(missing)} of the 256 bytes are no tokens ({missing[0]} is one), so texts have none"
-        )
+        raise ValueError(f"{len(missing)} of the 256 bytes are no tokens ({missing[0]} is one), so texts have none")
     for name in special:
         if not name or len(name) > byte_pairs.MAX_TOKEN_BYTES or name in written or name.encode() in known:
-            raise CheckpointError(
-                f"{source}: the special token {name[:100]!a} is empty, too long, or an ordinary token too"
-            )
+            raise ValueError(f"the special token {name[:100]!a} is empty, too long, or an ordinary token too")
     if problem := byte_pairs.size_problem(ordinary):
-        raise CheckpointError(f"{source} has {problem}")
+        raise ValueError(f"it has {problem}")
 
 
-def _as_bytes(name: str, source: str) -> bytes:
+def _as_bytes(name: str) -> bytes:
     try:
         return bytes(map(byte_pairs.BYTE_OF.__getitem__, name))
     except KeyError as error:
-        raise CheckpointError(
-            f"{source}: the token {name[:100]!a} has the character {error.args[0]!a}, which stands for no byte in "
-            "byte-level BPE"
+        raise ValueError(
+            f"the token {name[:100]!a} has the character {error.args[0]!a}, which stands for no byte in byte-level BPE"
         ) from error

@@ -38,15 +38,11 @@ def in_huge_pages() -> Iterator[Moved]:
     yield moved
     parts = [part for region in _anonymous_regions() for part in _without(region, before)]
     regions = [(start, end) for start, end in parts if end - start >= HUGE_PAGE_BYTES]
-    if regions:
-        _give_back_freed()
+    if regions and hasattr(
+        library := ctypes.CDLL(None), "malloc_trim"
+    ):  # glibc's: gives back what was freed amid others
+        library.malloc_trim(0)
     moved.bytes = sum(_collapse(start, end) for start, end in regions)
-
-
-def _give_back_freed() -> None:
-    """Let malloc return to the system what was freed amid memory in use; other allocators than glibc's are left."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _anonymous_regions() -> list[_Region]:
