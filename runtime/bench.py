@@ -27,7 +27,7 @@ import numpy.typing as npt
 from lrt_deploy.bundle import contract
 from lrt_deploy.bundle.contract import Flavour
 from lrt_deploy.bundle.manifest import Manifest, weights_path
-from lrt_deploy.bundle.precisions import ITEM_BYTES, base_dtype
+from lrt_deploy.bundle.precisions import BACKENDS, ITEM_BYTES, base_dtype
 from lrt_deploy.bundle.weights import EMBEDDING_TABLES, matrix_shapes, weight_sources
 from lrt_deploy.config import LRTConfig
 from lrt_deploy.errors import InputError
@@ -43,6 +43,7 @@ from lrt_deploy.types import FloatArray, IntArray, PrefillPolicy, PrefillReport
 _WARM_UP_TOKENS = 4
 _WATCHED_STEPS = 32
 _MOST_SWEEPS = 16
+_P99_SAMPLES = 100
 
 
 @contextlib.contextmanager
@@ -64,30 +65,15 @@ def random_tokens(count: int, vocab_size: int, seed: int) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(0, vocab_size, count)]
 
 
-@dataclass
-class DecodeTimes:
-    """Times of decoding one sequence, in milliseconds.
-
-    `first_ttft_ms` is that of the very first prompt, in which memory is committed and kernels run for the first time.
-    `ttft_ms` has the time from prompt to first token of each repeat, `tpot_ms` that of each following token. `context`
-    is the mean number of tokens in the state. `outside_backend_fraction` is the share of a step outside of the backend:
-    checks, bookkeeping, copies of logits. `copies_note` is that of `StateBuffers`.
-    """
-
-    first_ttft_ms: float
-    ttft_ms: list[float]
-    tpot_ms: list[float]
-    context: int
-    outside_backend_fraction: float
-    copies_note: str | None
-
-
 def measure_decode(
     decoder: Decoder, prompt: Sequence[int], new_tokens: int, repeats: int, tolerance: float | None, progress: Progress
-) -> DecodeTimes:
+) -> dict[str, Any]:
     """Time greedy decoding of one sequence, `repeats` times after a warm-up; stop tokens are ignored.
 
-    Raises InputError for counts too small to measure and for more tokens than the capacity.
+    Returns the JSON fields: times in ms, `first_ttft_ms` of the very first prompt, in which memory is committed and
+    kernels run for the first time; the share of a step outside of the backend (checks, bookkeeping, copies of logits);
+    and the memory traffic of a step with the mean number of tokens in the state. Raises InputError for counts too small
+    to measure and for more tokens than the capacity.
     """
     if not (prompt and new_tokens >= 2 and repeats >= 1):
         raise InputError("decoding is measured over at least 1 prompt token, 2 new tokens and 1 repeat")
@@ -106,8 +92,28 @@ def measure_decode(
         following += times[1:]
     state = decoder.prefill([prompt], tolerance=tolerance)
     outside = outside_backend(decoder, state, min(new_tokens, _WATCHED_STEPS))
-    context = len(prompt) + new_tokens // 2
-    return DecodeTimes(warm_up[0], first, following, context, outside, state.buffers.copies_note)
+    flavour, tpot = BACKENDS[decoder.backend].flavour, percentiles(following)
+    item = ITEM_BYTES[base_dtype(decoder.precision, flavour)]
+    fields = {
+        "first_ttft_ms": warm_up[0],
+        "ttft_ms": percentiles(first),
+        "tpot_ms": tpot,
+        "samples": {"ttft_ms": len(first), "tpot_ms": len(following)},
+        "tokens_per_s": 1e3 / float(tpot["p50"] or 0),
+        "outside_backend_fraction": outside,
+        "weight_bytes_per_step": weight_bytes_per_step(decoder.manifest, decoder.precision, flavour),
+        # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
+        "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
+        "state_bytes_copied_note": state.buffers.copies_note,
+        **state_traffic(decoder.config, len(prompt) + new_tokens // 2, item),
+    }
+    return fields | ({"state_bytes_copied_per_step": None} if state.buffers.copies_note else {})
+
+
+def percentiles(values: list[float]) -> dict[str, float | None]:
+    """Return median and 99th percentile; the latter is None below 100 samples, where it would be the largest."""
+    enough = len(values) >= _P99_SAMPLES
+    return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99)) if enough else None}
 
 
 def outside_backend(decoder: Decoder, state: DecodeState, steps: int) -> float:
@@ -357,26 +363,19 @@ _COPIES = 20  # in a round, so that waiting for them is little of it
 _CPU_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
-@dataclass(frozen=True)
-class Bandwidth:
-    """Bandwidth of the memory that weights and state are read from.
+def measure_bandwidth(device: CudaDevice | None, threads: int = 1) -> tuple[dict[str, Any], int]:
+    """Measure the memory that weights and state are read from: a GPU's, without `device` the host's by some threads.
 
-    `read_gb_s` is that of reading alone, None where not measured; `of` names the measurement; `cache_bytes` is the size
-    of the largest cache in front of that memory, 0 where unknown.
+    Returns the JSON fields (`read_bandwidth_gb_s`, of reading alone, is None where it was not measured), and the bytes
+    of the largest cache in front of that memory, 0 where unknown. Raises BackendError where CUDA fails.
     """
-
-    gb_s: float
-    read_gb_s: float | None
-    of: str
-    cache_bytes: int
-
-
-def measure_bandwidth(device: CudaDevice | None, threads: int = 1) -> Bandwidth:
-    """Measure a GPU, or without `device` the host's memory with `threads` threads. BackendError where CUDA fails."""
+    found: tuple[float, str, float | None, int]
     if device is not None:
-        return Bandwidth(device_copy_gb_s(device), None, "device-to-device copy", device.cache_bytes())
-    name = f"triad, {threads} thread{'s' if threads > 1 else ''}"
-    return Bandwidth(triad_gb_s(threads), read_gb_s(threads), name, last_level_cache_bytes() or 0)
+        found = device_copy_gb_s(device), "device-to-device copy", None, device.cache_bytes()
+    else:
+        name = f"triad, {threads} thread{'s' if threads > 1 else ''}"
+        found = triad_gb_s(threads), name, read_gb_s(threads), last_level_cache_bytes() or 0
+    return dict(zip(("bandwidth_gb_s", "bandwidth_of", "read_bandwidth_gb_s"), found, strict=False)), found[3]
 
 
 def device_copy_gb_s(device: CudaDevice, array_bytes: int | None = None) -> float:

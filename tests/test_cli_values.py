@@ -21,10 +21,10 @@ from lrt_deploy.bundle.precisions import BACKENDS, INT4_BLOCKS, PLAN_BACKENDS, P
 from lrt_deploy.bundle.tensorrt_libraries import LIBRARIES
 from lrt_deploy.cli import bench, build, export, options, output, parity, summary
 from lrt_deploy.cli.app import app, describe
-from lrt_deploy.cli.bench import percentiles
 from lrt_deploy.cli.output import WordWrapper, columns, table_lines
 from lrt_deploy.cli.summary import product_words
 from lrt_deploy.evaluation import checks
+from lrt_deploy.runtime.bench import percentiles
 from lrt_deploy.types import PREFILL_POLICIES
 
 COMMAND = [sys.executable, "-m", "lrt_deploy"]

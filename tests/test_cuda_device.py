@@ -113,7 +113,10 @@ def test_a_copy_that_fails_while_measuring_leaves_no_memory(cuda, device):
 
 def test_what_is_measured_of_a_device_is_named(device, monkeypatch):
     monkeypatch.setattr(bench, "device_copy_gb_s", lambda device: 1234.5)
-    assert bench.measure_bandwidth(device) == bench.Bandwidth(1234.5, None, "device-to-device copy", 2**14)
+    assert bench.measure_bandwidth(device) == (
+        {"bandwidth_gb_s": 1234.5, "bandwidth_of": "device-to-device copy", "read_bandwidth_gb_s": None},
+        2**14,
+    )
 
 
 def test_rows_go_to_and_from_addresses_a_pitch_apart(device):

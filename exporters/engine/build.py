@@ -156,7 +156,7 @@ def _build(job: _Job, force: bool, progress: Progress) -> EngineSidecar:
     seconds = time.perf_counter() - started
     with atomic_folder(target, _check_replaceable if force else None, EngineError) as out:
         progress("writing the plan", 0, 0)
-        (out / PLAN).write_bytes(plan.data)
+        (out / PLAN).write_bytes(plan[0])
         sidecar = _sidecar(job, parsed, plan, layers, seconds)
         engine_sidecar.write_sidecar(out / PLAN, sidecar)
     return sidecar
@@ -253,21 +253,22 @@ def _timing_cache(bundle: Path, library: TensorRTLibrary, asked: Path | None) ->
 
 def _sidecar(job: _Job, parsed: Parsed, plan: Plan, layers: dict[str, Any], seconds: float) -> EngineSidecar:
     manifest, network, files = job.manifest, parsed.network, job.manifest.files
+    data, flags = plan
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     expected, (gpu, reason) = expected_network(manifest, job.precision), find_gpu()
     return EngineSidecar(
         backend=job.library.backend,
         precision=job.precision,
-        plan_sha256=hashlib.sha256(plan.data).hexdigest(),
-        plan_bytes=plan.data.nbytes,
+        plan_sha256=hashlib.sha256(data).hexdigest(),
+        plan_bytes=data.nbytes,
         onnx=job.graph,
         onnx_sha256=files[job.graph].sha256,
         weights_sha256=files[weights_path(job.precision)].sha256,
         tensorrt_version=str(parsed.trt.__version__),
         compute_capabilities=job.compute_capabilities,
         profiles=job.profiles,
-        flags=plan.flags,
+        flags=flags,
         capacity=job.capacity,
         max_seq_len=manifest.max_seq_len,
         max_batch_size=job.max_batch_size,

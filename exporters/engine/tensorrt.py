@@ -194,12 +194,7 @@ class Parsed:
     log: BuildLog
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The bytes of a plan, and the flags that TensorRT was given."""
-
-    data: memoryview
-    flags: tuple[str, ...]
+Plan = tuple[memoryview, tuple[str, ...]]  # its bytes, and the flags that TensorRT was given
 
 
 def parse(library: TensorRTLibrary, model: bytes, weights_beside: Path, listener: Listener | None = None) -> Parsed:
@@ -251,11 +246,11 @@ def build(
             config.set_flag(parsed.trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
         flags = tuple(sorted(_flags(parsed.trt, config, parsed.network)))
         loader = polygraphy.EngineBytesFromNetwork((parsed.builder, parsed.network, parsed.parser), config)
-        plan = Plan(memoryview(run_interruptibly(loader, cancellation)), flags)
+        plan = memoryview(run_interruptibly(loader, cancellation))
         if cache is not None:
             with atomic_write(cache) as partial:
                 partial.write_bytes(bytes(config.get_timing_cache().serialize()))
-        return plan
+        return plan, flags
 
 
 def _profile(polygraphy: Any, network: Any, profile: Profile) -> Any:  # noqa: ANN401

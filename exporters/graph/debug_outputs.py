@@ -25,28 +25,15 @@ _TAKES_LOW = ("Cast", "Gather", "Shape")
 
 
 @dataclass(frozen=True)
-class Derivation:
-    """The ops between a value and the activations, inputs and weights (`sources`) that it is computed from."""
-
-    ops: tuple[str, ...]
-    sources: tuple[str, ...]
-
-    def __str__(self) -> str:
-        *before, last = self.ops
-        after = f" (after {', '.join(before)})" if before else ""
-        return f"{last}{after} of {', '.join(self.sources)}"
-
-
-@dataclass(frozen=True)
 class DebugGraph:
-    """A serialized graph, the folder of its weights, and the derivation of every activation that is an output.
+    """A serialized graph, the folder of its weights, and the ops behind every activation that is an output, in words.
 
     `activation_scales`: the int8 scale of the input of each matrix, where activations were quantized.
     """
 
     model: bytes
     folder: Path
-    derivations: dict[str, Derivation]
+    derivations: dict[str, str]
     activation_scales: dict[str, float] = field(default_factory=dict)
 
 
@@ -79,7 +66,7 @@ def exact_graph(path: Path, config: LRTConfig, names: Sequence[str] = ()) -> Deb
     return DebugGraph(ir.to_proto(model).SerializeToString(), path.parent, derivations, scales)
 
 
-def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, Derivation]:
+def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, str]:
     values = {value.name: value for node in graph for value in node.outputs}
     found = {name: values[name] for name in names if name in values}
     known = frozenset(found)
@@ -88,8 +75,8 @@ def _add_outputs(graph: ir.Graph, names: Sequence[str]) -> dict[str, Derivation]
     return {name: _derivation(value, known) for name, value in found.items()}
 
 
-def _derivation(value: ir.Value, known: frozenset[str]) -> Derivation:
-    """Walk back to values that are known themselves, graph inputs and initializers."""
+def _derivation(value: ir.Value, known: frozenset[str]) -> str:
+    """Name the ops between a value and the values that are `known`, inputs and weights that it is computed from."""
     ops: dict[ir.Node, None] = {}
     sources: dict[str, None] = {}
 
@@ -104,7 +91,9 @@ def _derivation(value: ir.Value, known: frozenset[str]) -> Derivation:
             ops[node] = None
 
     visit(value)
-    return Derivation(tuple(node.op_type for node in ops), tuple(sources))
+    *before, last = (node.op_type for node in ops)
+    after = f" (after {', '.join(before)})" if before else ""
+    return f"{last}{after} of {', '.join(sources)}"
 
 
 def _unround_activations(graph: ir.Graph) -> dict[str, float]:

@@ -20,7 +20,6 @@ from . import doctor, options, output
 from .options import option
 
 if TYPE_CHECKING:
-    from lrt_deploy.runtime.bench import Bandwidth, DecodeTimes
     from lrt_deploy.runtime.decoder import Decoder
 
 
@@ -89,7 +88,6 @@ def prefill_rows(fields: dict[str, Any]) -> dict[str, str]:
 
 
 _LONGEST_CONVERGENCE = 512
-_P99_SAMPLES = 100
 
 
 @dataclass(frozen=True)
@@ -157,12 +155,14 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
     if asked.prompt_tokens > len(tokens):
         raise InputError(f"--prompt-tokens is {asked.prompt_tokens}; the text and the capacity give {len(tokens)}")
     prompt, tolerance = tokens[: asked.prompt_tokens], asked.tolerance
-    times = bench.measure_decode(decoder, prompt, asked.new_tokens, asked.repeats, tolerance, progress)
-    peak = peak_rss_bytes()
+    fields: dict[str, Any] = {"backend": decoder.backend, "precision": decoder.precision}
+    fields |= bench.measure_decode(decoder, prompt, asked.new_tokens, asked.repeats, tolerance, progress)
+    fields |= {"peak_rss_bytes": peak_rss_bytes()}
     progress("memory bandwidth", 0, 0)  # after decoding: its arrays would count into the peak memory
-    memory = bench.measure_bandwidth(decoder.device, thread_count(decoder) or 1)
-    fields = {"backend": decoder.backend, "precision": decoder.precision} | decode_fields(decoder, times, memory)
-    fields |= {"peak_rss_bytes": peak}
+    memory, cache_bytes = bench.measure_bandwidth(decoder.device, thread_count(decoder) or 1)
+    weights, moved = fields["weight_bytes_per_step"], fields["state_bytes_read_per_step"]
+    share = (weights + moved) * fields["tokens_per_s"] / (memory["bandwidth_gb_s"] * 1e9)
+    fields |= memory | {"roofline_fraction": share, "weights_fit_cache": weights < cache_bytes}
     fields |= {name: getattr(asked, name) for name in ("prompt_tokens", "new_tokens", "repeats")}
     fits = [length for length in asked.lengths if length <= len(tokens)]
     short = [length for length in fits if 1 < length <= _LONGEST_CONVERGENCE]
@@ -176,46 +176,6 @@ def measure(decoder: Decoder, tokens: list[int], asked: BenchOptions, progress: 
         "prefill_lengths_left_out": [length for length in asked.lengths if length not in fits],
         "environment": environment(decoder),
     }
-
-
-def decode_fields(decoder: Decoder, times: DecodeTimes, memory: Bandwidth) -> dict[str, Any]:
-    """Return the JSON fields of decoding; rates follow from the median time of a step."""
-    from lrt_deploy.bundle.precisions import BACKENDS, ITEM_BYTES, base_dtype
-    from lrt_deploy.runtime import bench
-
-    flavour = BACKENDS[decoder.backend].flavour
-    weights = bench.weight_bytes_per_step(decoder.manifest, decoder.precision, flavour)
-    item = ITEM_BYTES[base_dtype(decoder.precision, flavour)]
-    state = bench.state_traffic(decoder.config, times.context, item)
-    ttft, tpot = percentiles(times.ttft_ms), percentiles(times.tpot_ms)
-    median_ms = float(tpot["p50"] or 0)
-    return {
-        "first_ttft_ms": times.first_ttft_ms,
-        "ttft_ms": ttft,
-        "tpot_ms": tpot,
-        "samples": {"ttft_ms": len(times.ttft_ms), "tpot_ms": len(times.tpot_ms)},
-        "tokens_per_s": 1e3 / median_ms,
-        "weight_bytes_per_step": weights,
-        **state,
-        **({"state_bytes_copied_per_step": None} if times.copies_note else {}),
-        "state_bytes_copied_note": times.copies_note,
-        # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
-        "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
-        "outside_backend_fraction": times.outside_backend_fraction,
-        "bandwidth_gb_s": memory.gb_s,
-        "bandwidth_of": memory.of,
-        "read_bandwidth_gb_s": memory.read_gb_s,
-        "roofline_fraction": (weights + state["state_bytes_read_per_step"]) / (median_ms / 1e3) / (memory.gb_s * 1e9),
-        "weights_fit_cache": weights < memory.cache_bytes,
-    }
-
-
-def percentiles(values: list[float]) -> dict[str, float | None]:
-    """Return median and 99th percentile; the latter is None below 100 samples, where it would be the largest."""
-    import numpy as np
-
-    enough = len(values) >= _P99_SAMPLES
-    return {"p50": float(np.percentile(values, 50)), "p99": float(np.percentile(values, 99)) if enough else None}
 
 
 def draw(fields: dict[str, Any], bundle: Path, plot: Path | None) -> str | None:

@@ -10,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -24,33 +23,23 @@ if TYPE_CHECKING:
     from lrt_deploy.machine import Gpu
 
 
-@dataclass(frozen=True)
-class BackendReport:
-    """Whether a backend can be used here, the version of its library if there is one, and the reason."""
-
-    name: str
-    available: bool
-    version: str | None
-    reason: str
-
-
 def doctor(json: options.Json = False) -> None:
     """Tell which backends can run here, and why the others cannot. Exits with 1 if none can."""
     gpu = machine.find_gpu()
     backends = [report_backend(name, info, gpu) for name, info in sorted(BACKENDS.items())]
     here = environment()
-    usable = [backend.name for backend in backends if backend.available]
+    usable = [backend["name"] for backend in backends if backend["available"]]
     line = f"ready: {', '.join(usable)}" if usable else "no backend can run here"
     problems = [clash] if (clash := machine.onnxruntime_clash()) else []
-    rows: dict[str, object] = {b.name: f"{'ready' if b.available else 'no'}: {b.reason}" for b in backends}
+    rows: dict[str, object] = {b["name"]: f"{'ready' if b['available'] else 'no'}: {b['reason']}" for b in backends}
     rows |= {"problem": "; ".join(problems)} if problems else {}
-    fields = {"backends": [asdict(backend) for backend in backends], "problems": problems, "environment": here}
+    fields = {"backends": backends, "problems": problems, "environment": here}
     output.result(json, fields, line, rows | here)
     if not usable:
         raise typer.Exit(1)
 
 
-def report_backend(name: str, info: BackendInfo, gpu: tuple[Gpu | None, str]) -> BackendReport:
+def report_backend(name: str, info: BackendInfo, gpu: tuple[Gpu | None, str]) -> dict[str, Any]:
     """Import the library of a backend and report whether it works, and whether there is the GPU that it needs.
 
     The device is not tried.
@@ -68,7 +57,7 @@ def report_backend(name: str, info: BackendInfo, gpu: tuple[Gpu | None, str]) ->
         reason = f"{info.module} is installed but fails: {' '.join(str(error).split())[:200]}"
     if info.needs_gpu:
         works, reason = works and gpu[0] is not None, f"{reason}; {gpu[1]}"
-    return BackendReport(name, works, version, reason)
+    return {"name": name, "available": works, "version": version, "reason": reason}
 
 
 def environment() -> dict[str, Any]:

@@ -69,7 +69,7 @@ def bisect(
     decoder: StatefulDecoder,
     observer: Observer,
     report: ParityReport,
-    producers: Mapping[str, object],
+    producers: Mapping[str, str],
 ) -> Bisection:
     """Find the fault behind `report`, the comparison of the two.
 
@@ -91,7 +91,7 @@ def bisect(
 
 
 def bisect_parts(
-    reference: ObservedDecoder, observer: Observer, report: ParityReport, producers: Mapping[str, object]
+    reference: ObservedDecoder, observer: Observer, report: ParityReport, producers: Mapping[str, str]
 ) -> Bisection:
     """Name the part of a quantized bundle's verdict that fails, and its place.
 
@@ -167,9 +167,9 @@ def _first_off(
 
 
 def _at_activation(
-    off: ActivationError, position: int, compared: tuple[ActivationError, ...], producers: Mapping[str, object]
+    off: ActivationError, position: int, compared: tuple[ActivationError, ...], producers: Mapping[str, str]
 ) -> Bisection:
-    op, layer = str(producers.get(off.name, "")) or None, activations.layer_of(off.name)
+    op, layer = producers.get(off.name), activations.layer_of(off.name)
     line = (
         f"begins at position {position} in {off.name} ({activations.meaning(off.name)}), which is off by "
         f"{off.error:.1e} of its largest number (limit {ACTIVATION_ERROR:.0e}) though everything before it is right"
