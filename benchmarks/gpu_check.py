@@ -200,7 +200,7 @@ def steps(settings: Settings) -> dict[str, Any]:
                 times = timed_steps(decoder, decoder.prefill(prompts, policy="zero"), settings.steps)
                 seconds = float(np.median(times))
                 item = ITEM_BYTES[base_dtype(PRECISION, "full")]
-                state = bench.state_traffic(decoder.config, context, item)["state_bytes_read_per_step"]
+                state = bench.state_bytes_per_step(decoder.config, context, item)["state_bytes_read_per_step"]
                 read = weights + batch * state
                 rows.append(
                     {

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lrt_deploy.model.checkpoint import Checkpoint
 
 _DIGEST_BYTES = 2**10
-_OWN = (manifest.MANIFEST, manifest.DIGEST)  # written anew
+_OWN = (manifest.MANIFEST, manifest.DIGEST)  # written again
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class ExistingBundle:
         found = manifest.read_manifest(folder)
         if present := [name for name in options.precisions if name in found.precisions]:
             raise ExportError(
-                f"{folder} has {', '.join(present)} already; it holds {', '.join(found.precisions)}. To make one anew, "
-                "export the whole bundle with --force (force=True)"
+                f"{folder} has {', '.join(present)} already; it holds {', '.join(found.precisions)}. To make one "
+                "again, export the whole bundle with --force (force=True)"
             )
         wanted = {
             "max_seq_len": (options.max_seq_len, found.max_seq_len),
@@ -68,11 +68,11 @@ class ExistingBundle:
 
     def complete(self, options: ExportRequest, checkpoint: Checkpoint) -> ExportRequest:
         """Return the options with the bundle's values; raise ExportError if the checkpoint is another one."""
-        origin = self.manifest.provenance.get("checkpoint", {}).get("sha256")
-        if checkpoint.sha256 != origin:
+        exported_from = self.manifest.provenance.get("checkpoint", {}).get("sha256")
+        if checkpoint.sha256 != exported_from:
             raise ExportError(
                 f"{checkpoint.model_file} has the SHA-256 {checkpoint.sha256}, and {self.folder} was exported from a "
-                f"checkpoint with {origin}; precisions of one bundle are of one checkpoint"
+                f"checkpoint with {exported_from}; precisions of one bundle are of one checkpoint"
             )
         theirs, ours = checkpoint.config.to_dict(), self.manifest.model.to_dict()
         if changed := next((name for name in ours if theirs.get(name) != ours[name]), None):

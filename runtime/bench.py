@@ -105,7 +105,7 @@ def measure_decode(
         # Written by the graph, from a GPU fetched, kept with the state, copied once more for whoever called the step.
         "logits_bytes_written_per_step": (3 if decoder.device is None else 4) * 4 * decoder.config.vocab_size,
         "state_bytes_copied_note": state.buffers.copies_note,
-        **state_traffic(decoder.config, len(prompt) + new_tokens // 2, item),
+        **state_bytes_per_step(decoder.config, len(prompt) + new_tokens // 2, item),
     }
     return fields | ({"state_bytes_copied_per_step": None} if state.buffers.copies_note else {})
 
@@ -336,7 +336,7 @@ def _table_item_bytes(manifest: Manifest, precision: str) -> int:
     return 4 if stored >= matrix_bytes(manifest, precision, "windowed") + 4 * elements else 2
 
 
-def state_traffic(config: LRTConfig, context: int, item_bytes: int = 4) -> dict[str, int]:
+def state_bytes_per_step(config: LRTConfig, context: int, item_bytes: int = 4) -> dict[str, int]:
     """Bytes of one sequence's state that a step after `context` tokens moves, by the names of the JSON fields.
 
     Read: live windows of K and V, and the latent; not the token's own key and value, which are in the processor's cache

@@ -232,7 +232,7 @@ def test_state_bytes_follow_the_live_windows(export_once):
     """Windows of 16, 16, 16 and 32 keys: 2 x 32 numbers a key, and 64 of the latent."""
     config = read_manifest(export_once(NAME)).model
     assert config.windows == (16, 16, 16, 32)
-    read = [bench.state_traffic(config, context)["state_bytes_read_per_step"] for context in (10, 500)]
+    read = [bench.state_bytes_per_step(config, context)["state_bytes_read_per_step"] for context in (10, 500)]
     assert read == [4 * (4 * 10 * 64 + 64), 4 * ((16 * 3 + 32) * 64 + 64)]
 
 

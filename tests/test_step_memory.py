@@ -173,7 +173,7 @@ def test_every_precision_copies_what_the_contract_says(in_every_precision, preci
         decoder.step(state, [7, 8])  # may still bind something
         copies = count_copies(state.buffers, state.lengths, lambda: decoder.step(state, [7, 8]))
         assert copies == Copies(backend=0, kept=0)
-        assert copies.total == bench.state_traffic(decoder.config, 4)["state_bytes_copied_per_step"]
+        assert copies.total == bench.state_bytes_per_step(decoder.config, 4)["state_bytes_copied_per_step"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -183,7 +183,7 @@ def test_writes_are_counted_by_a_true_step(in_every_precision, precision):
         writes = count_writes(counted, lambda: decoder.step(counted, [7, 8]))
         item = 4 if precision == "fp32" else 2
         assert writes == Writes(cache=2 * 4 * 64 * item, latent=2 * 64 * item, record=2 * 64 * 4)
-        one_row = bench.state_traffic(decoder.config, 4, item)
+        one_row = bench.state_bytes_per_step(decoder.config, 4, item)
         assert writes.cache + writes.latent == 2 * one_row["state_bytes_written_per_step"]
         assert writes.record == 2 * one_row["latent_record_bytes_per_step"]
         assert np.array_equal(counted.logits, decoder.step(plain, [7, 8]))

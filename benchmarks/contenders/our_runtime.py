@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 import lrt_deploy
-from lrt_deploy.runtime.bench import state_traffic
+from lrt_deploy.runtime.bench import state_bytes_per_step
 
 
 class OurRuntime:
@@ -18,7 +18,7 @@ class OurRuntime:
     def __init__(self, bundle: Path, threads: int, **options: Any) -> None:  # noqa: ANN401 - of open_decoder
         self.decoder = lrt_deploy.open_decoder(bundle, threads=threads, **options)
         unknown = self.decoder.new_state(1).buffers.copies_note
-        copied = state_traffic(self.decoder.config, 1)["state_bytes_copied_per_step"]
+        copied = state_bytes_per_step(self.decoder.config, 1)["state_bytes_copied_per_step"]
         self.facts = {
             "runs": self.decoder.backend_detail,
             "bytes_allocated_per_step": 0,

@@ -61,8 +61,8 @@ def bundle_rows(manifest: Manifest) -> dict[str, str]:
     """Return the rows of a table on a bundle."""
     from lrt_deploy.bundle.manifest import table_path
 
-    origin = manifest.provenance.get("checkpoint") or {}
-    chosen = {"checkpoint": str(origin["chosen"])} if origin.get("chosen") else {}
+    source = manifest.provenance.get("checkpoint") or {}
+    chosen = {"checkpoint": str(source["chosen"])} if source.get("chosen") else {}
     sizes = ", ".join(f"{p} {bytes_text(manifest.files[table_path(p)].bytes)}" for p in manifest.tables)
     return {
         "model": model_line(manifest.model),

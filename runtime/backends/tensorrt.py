@@ -178,13 +178,13 @@ def find_misfit(
 ) -> str | None:
     """What in the sidecar does not fit this bundle, this TensorRT or this GPU; None if all does."""
     files, weights = manifest.files, weights_path(asked[1])
-    facts = {
+    compared = {
         "backend and precision": ((sidecar.backend, sidecar.precision), asked),
         f"{asked[0]} version": (sidecar.tensorrt_version, version),
         f"SHA-256 of {sidecar.onnx}": (sidecar.onnx_sha256, getattr(files.get(sidecar.onnx), "sha256", None)),
         f"SHA-256 of {weights}": (sidecar.weights_sha256, getattr(files.get(weights), "sha256", None)),
     }
-    for what, (made_for, found) in facts.items():
+    for what, (made_for, found) in compared.items():
         if made_for != found:
             return f"it was made for {what} {made_for}, and here it is {found}"
     if not runs_on(sidecar.compute_capabilities, gpu.compute_capability):
