@@ -1,7 +1,7 @@
 """Check an ONNX graph file: external weights lie within the bundle's weights file, and no graph is nested.
 
-A graph that a stranger wrote could name another file, or bytes beyond the end, or hold graphs within graphs. The
-protobuf wire format is read here, because a deployment has no onnx. Inputs and outputs: see `ort_session`.
+A graph that a stranger wrote could name another file, or bytes beyond the end, or hold graphs within graphs. A
+deployment has no onnx, so messages are read as unknown fields. Inputs and outputs: see `ort_session`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+
+from google.protobuf.empty_pb2 import Empty  # type: ignore[import-untyped]
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from google.protobuf.unknown_fields import UnknownFieldSet  # type: ignore[import-untyped]
 
 from lrt_deploy.errors import BundleError
 from lrt_deploy.fields import raised_as, shown
@@ -25,9 +29,10 @@ _NODE_ATTRIBUTE, _NODE_DOMAIN = 5, 7
 _NESTED = {5: "a tensor", 6: "a graph", 10: "tensors", 11: "graphs", 22: "a sparse tensor", 23: "sparse tensors"}
 _DIMS, _DATA_TYPE, _TENSOR_NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14
 _KEY, _VALUE = 1, 2
+_VARINT, _BYTES = 0, 2  # protobuf's types of fields
 _BROKEN = "it is no protobuf message, or was cut"
 
-Field = tuple[int, "int | memoryview"]
+Value = int | bytes | None
 
 
 def check_graph_file(graph: Path, weights: Path) -> None:
@@ -36,10 +41,10 @@ def check_graph_file(graph: Path, weights: Path) -> None:
     with open_regular(weights, "the weights file", BundleError) as file:
         size = file.seek(0, 2)
     with raised_as(BundleError, f"{graph} is no graph of a bundle: ", "; export the bundle again"):
-        _check_model(memoryview(data), weights.name, size)
+        _check_model(data, weights.name, size)
 
 
-def _check_model(data: memoryview, weights: str, size: int) -> None:
+def _check_model(data: bytes, weights: str, size: int) -> None:
     graphs = []
     for number, value in _fields(data):
         if number in (_TRAINING, _FUNCTIONS):
@@ -57,7 +62,7 @@ def _check_model(data: memoryview, weights: str, size: int) -> None:
             raise ValueError("it holds sparse weights")
 
 
-def _check_node(data: memoryview) -> None:
+def _check_node(data: bytes) -> None:
     for number, value in _fields(data):
         if number == _NODE_DOMAIN and _text(value) not in _DOMAINS:
             raise ValueError(f"a node is of the domain {shown(_text(value))}, expected one of {_DOMAINS}")
@@ -67,13 +72,15 @@ def _check_node(data: memoryview) -> None:
                     raise ValueError(f"a node holds {_NESTED[kind]}")
 
 
-def _check_tensor(data: memoryview, weights: str, size: int) -> None:
+def _check_tensor(data: bytes, weights: str, size: int) -> None:
     """Check the place of an external tensor against the file, and its bytes against its type and shape."""
     dims, kind, outside, name = [], 0, False, ""
     place: dict[str, str] = {}
     for number, value in _fields(data):
         if number == _DIMS:
-            dims += [value] if isinstance(value, int) else list(_varints(value))
+            if not isinstance(value, int):
+                raise ValueError("its dimensions are packed, as no export writes them")
+            dims.append(value)
         elif number == _DATA_TYPE and isinstance(value, int):
             kind = value
         elif number == _DATA_LOCATION:
@@ -82,13 +89,13 @@ def _check_tensor(data: memoryview, weights: str, size: int) -> None:
             name = _text(value)
         elif number == _EXTERNAL_DATA:
             entry = dict(_fields(_message(value)))
-            place[_text(entry.get(_KEY, memoryview(b"")))] = _text(entry.get(_VALUE, memoryview(b"")))
+            place[_text(entry.get(_KEY, b""))] = _text(entry.get(_VALUE, b""))
     if not outside and not place:
         return
     if place.get("location") != weights:
         raise ValueError(f"{shown(name)} lies in {shown(place.get('location'))}, expected {weights}")
     offset, length = _count(place, "offset", name), _count(place, "length", name)
-    if kind not in _BITS or any(dim < 0 for dim in dims):
+    if kind not in _BITS or any(dim >= 2**63 for dim in dims):  # negative
         raise ValueError(f"{shown(name)} is of the type {kind} and the shape {shown(dims)}")
     if length != -(-math.prod(dims) * _BITS[kind] // 8):
         raise ValueError(f"{shown(name)} has {length} bytes, which is not what its type and shape {shown(dims)} need")
@@ -103,50 +110,22 @@ def _count(place: dict[str, str], key: str, name: str) -> int:
     return int(text)
 
 
-def _fields(data: memoryview) -> Iterator[Field]:
-    """Yield number and value of each field of a message; a value is an integer, or bytes for all other types."""
-    at = 0
-    while at < len(data):
-        tag, at = _varint(data, at)
-        number, wire = tag >> 3, tag & 7
-        if wire == 0:
-            value, at = _varint(data, at)
-            yield number, value
-            continue
-        length, at = _varint(data, at) if wire == 2 else ({1: 8, 5: 4}.get(wire, -1), at)
-        if length < 0 or at + length > len(data):
-            raise ValueError(_BROKEN)
-        yield number, data[at : at + length]
-        at += length
+def _fields(data: bytes) -> Iterator[tuple[int, Value]]:
+    """Yield number and value of each field of a message: a whole number, bytes for messages and texts, else None."""
+    message = Empty()
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise ValueError(_BROKEN) from error
+    for field in UnknownFieldSet(message):
+        yield field.field_number, field.data if field.wire_type in (_VARINT, _BYTES) else None
 
 
-def _varints(data: memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        yield value
-
-
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Return the signed 64-bit integer at an offset, and the offset behind it."""
-    value = 0
-    for shift in range(0, 70, 7):
-        if at >= len(data):
-            break
-        byte = data[at]
-        at += 1
-        value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            value &= 2**64 - 1
-            return (value if value < 2**63 else value - 2**64), at
-    raise ValueError(_BROKEN)
-
-
-def _message(value: int | memoryview) -> memoryview:
-    if isinstance(value, int):
+def _message(value: Value) -> bytes:
+    if not isinstance(value, bytes):
         raise ValueError(_BROKEN)
     return value
 
 
-def _text(value: int | memoryview) -> str:
-    return bytes(_message(value)).decode("utf-8", "replace")
+def _text(value: Value) -> str:
+    return _message(value).decode("utf-8", "replace")
