@@ -92,8 +92,8 @@ class Ahead(Protocol):
 
     overshoot: int  # slots beyond the length of each row that it may have written
 
-    def latents(self, row: int, start: int, stop: int) -> FloatArray:
-        """Wait for all that runs; return the latents (stop - start, C) after these tokens of a row."""
+    def fetch(self, row: int, start: int, stop: int) -> FloatArray:
+        """Wait for all that runs; put the row's entries of these tokens into its caches, and return their latents."""
 
     def release(self) -> None:
         """End the loop."""
@@ -251,7 +251,7 @@ class DecodeState:
             while first and row.latents[first - 1] is ON_DEVICE:
                 first -= 1
             if first < row.length:
-                row.latents[first : row.length] = list(ahead.latents(index, first, row.length))
+                row.latents[first : row.length] = list(ahead.fetch(index, first, row.length))
         self._restore(Undo(now, ahead.overshoot, ()))
         self.ahead = None
         ahead.release()

@@ -24,6 +24,8 @@ from lrt_deploy.runtime.backends.host_tables import HostTables
 from lrt_deploy.runtime.backends.ort_cuda import OrtCudaBackend
 from lrt_deploy.runtime.backends.tensorrt import TensorRTBackend, open_engine
 from lrt_deploy.runtime.decoder import Decoder
+from lrt_deploy.runtime.device_loop.rows import LoopRows
+from lrt_deploy.runtime.generation import Continuation, Generation
 from lrt_deploy.text.grammar import Grammar
 
 GOLDEN = "mr_gqa_SSSL"
@@ -100,7 +102,7 @@ def on_host(decoder, run):
 def steps_of(decoder):
     """Steps that loops have enqueued."""
     pool = decoder._backend.loop_pool
-    return sum(loop._started for loop in pool._free) if pool else 0
+    return sum(loop.started for loop in pool._free) if pool else 0
 
 
 # Tokens
@@ -242,6 +244,113 @@ def test_two_that_are_generated_in_turns_do_not_mix(loops):
     running = [decoder.generate(PROMPT, TOKENS, policy="stepwise", **one) for one in options]
     found = zip(*[(event.token for event in one) for one in running], strict=True)
     assert [list(one) for one in zip(*found, strict=True)] == expected
+
+
+# Batches
+
+
+class Driver:
+    """Requests on a loop of 8 places: they join when one is free, and the one that was cancelled leaves at once."""
+
+    def __init__(self, decoder, requests):
+        self.decoder, self.rows, self.waiting = decoder, LoopRows(decoder._backend, 8), list(enumerate(requests))
+        self.found = {number: [] for number, _ in self.waiting}
+        self.joined = 0
+
+    def admit(self):
+        while self.waiting and None in self.rows.members:
+            number, (prompt, count, stop, options) = self.waiting.pop(0)
+            vocabulary = (self.decoder.tokenizer, self.decoder.config.vocab_size)
+            rules = Generation.of(vocabulary, count, (stop, ()), None, options)
+            state = self.decoder.prefill([prompt], policy="stepwise")
+            continuation = Continuation(rules, prompt)
+            if self.take(number, state, continuation, continuation.choose(state.row_logits(0)), False):
+                self.rows.join(state, continuation).number = number
+                self.joined += 1
+
+    def take(self, number, state, continuation, token, full):
+        """Hand a token out; whether the sequence goes on."""
+        event = continuation.take(token, 0.0, (), state.prefill, full)
+        if event.finish_reason is None:
+            continuation.emit(state, event, full)
+        self.found[number].append(token)
+        return event.finish_reason is None
+
+    def come_back(self, number, state, continuation):
+        """Join again; where the state has run its last token, the host chooses the next one."""
+        if state.unfed_token() is None:
+            token = continuation.choose(state.row_logits(0))
+            if not self.take(number, state, continuation, token, state.row_lengths[0] == state.capacity):
+                return
+        self.rows.join(state, continuation).number = number
+
+    def run(self, act=lambda driver, number, state: None):
+        while self.waiting or any(self.rows.members):
+            self.admit()
+            for member, chosen in self.rows.step():
+                number, state, continuation = member.number, member.state, member.continuation
+                if not self.take(number, state, continuation, chosen.token, chosen.full):
+                    state.follow((), None)
+                    state.ready()
+                elif act(self, number, state):
+                    state.ready()
+                elif state.ahead is None:  # it was used, and comes back
+                    self.come_back(number, state, continuation)
+        return self.found
+
+
+def requests_of(golden, count=20):
+    dice = np.random.default_rng(1)
+    found = []
+    for seed in range(count):
+        prompt = golden.ids[0, : dice.integers(1, 9)].tolist()
+        options = {} if seed % 3 == 0 else {**SAMPLED, **(PENALTIES if seed % 2 else {}), "seed": seed}
+        found.append((prompt, int(dice.integers(1, 16)), [int(dice.integers(100))], options))
+    return found
+
+
+@pytest.mark.parametrize("execution", ["strict", "onnx_runtime"])
+@pytest.mark.parametrize("name", [GOLDEN, "baseline_ve", "demo"])
+def test_rows_that_join_and_leave_get_the_tokens_that_they_get_alone(
+    loops_of, export_once, golden_of, decoder_of, execution, name
+):
+    decoder, requests = getattr(loops_of(export_once(name)), execution)(), requests_of(golden_of(name))
+    driver = Driver(decoder, requests)
+    found = driver.run()
+    assert driver.joined > 8
+    reference, differ = decoder_of(name), 0
+    for number, (prompt, count, stop, options) in enumerate(requests):
+        differ += found[number] != tokens_of(reference, prompt, count, stop_ids=stop, **options)
+    assert differ == 0
+
+
+def test_rows_that_are_used_in_the_middle_are_what_they_are_alone(loops, golden_of, tmp_path):
+    """Looked at, forked, saved, and cancelled, while the others go on."""
+    decoder, requests, shown = loops.strict(), requests_of(golden_of(GOLDEN)), []
+
+    def act(driver, number, state):
+        if len(driver.found[number]) != 2 + number % 3:
+            return False
+        if number % 4 == 1:
+            twin = state.fork()
+            decoder.step(twin, [3])
+            shown.append(seen(twin))
+        elif number % 4 == 2:
+            state.save(tmp_path / "a.state")
+            shown.append(seen(decoder.load_state(tmp_path / "a.state")))
+        elif number % 4 == 3:
+            return True
+        return False
+
+    found = Driver(decoder, requests).run(act)
+    for number, (prompt, count, stop, options) in enumerate(requests):
+        alone = on_host(decoder, lambda one: tokens_of(one, prompt, count, stop_ids=stop, **options))  # noqa: B023
+        assert found[number] == alone[: len(found[number])]
+        assert len(found[number]) == len(alone) or number % 4 == 3
+    assert len(shown) > 4
+    for tokens, logits, *_ in shown:
+        state = decoder.prefill(tokens, policy="stepwise")
+        np.testing.assert_allclose(state.logits, np.frombuffer(logits, np.float32).reshape(1, -1), atol=1e-4)
 
 
 # Faults

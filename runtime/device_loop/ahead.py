@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from lrt_deploy.runtime.backends.base import Backend
 from lrt_deploy.runtime.backends.device import DeviceBackend, DeviceBuffers
-from lrt_deploy.runtime.generation import Continuation
+from lrt_deploy.runtime.generation import Continuation, Generation
 from lrt_deploy.runtime.sampling import TokenLogprob, log_normalizers, top_logprobs
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.types import FloatArray
@@ -27,6 +27,21 @@ class Chosen(NamedTuple):
     logprob: float
     top: tuple[TokenLogprob, ...]
     full: bool  # whether the state has no room for it
+
+
+def chosen_of(taken: Taken, row: int, state: DecodeState, options: Generation) -> Chosen | None:
+    """Return the token that a step has chosen for a row, which continues a state; None where it has not."""
+    record = taken.records[row]
+    token, length = int(record["token"]), int(record["length"])
+    if record["status"] != CHOSEN or length != state.row_lengths[0]:
+        return None
+    full = length == state.capacity
+    if taken.logits is None or not options.logprobs:
+        return Chosen(token, float(record["logprob"]), (), full)
+    logits = taken.logits[row]
+    normalizer = log_normalizers(logits[None])[0]
+    top = top_logprobs(logits[: options.choices], normalizer, options.logprobs)
+    return Chosen(token, logits.item(token) - normalizer, top, full)
 
 
 class LoopPool:
@@ -99,23 +114,10 @@ class Ahead:
         taken = self._loop.take()
         self._sound = True
         self._left -= 1
-        record = taken.records[0]
-        token, length = int(record["token"]), int(record["length"])
-        if record["status"] != CHOSEN or length != state.row_lengths[0]:
-            return None
-        logprob, top = self._logprobs(token, float(record["logprob"]), taken)
-        return Chosen(token, logprob, top, length == state.capacity)
+        return chosen_of(taken, 0, state, options)
 
-    def _logprobs(self, token: int, logprob: float, taken: Taken) -> tuple[float, tuple[TokenLogprob, ...]]:
-        options = self.continuation.options
-        if taken.logits is None:
-            return logprob, ()
-        logits = taken.logits[0]
-        normalizer = log_normalizers(logits[None])[0]
-        return logits.item(token) - normalizer, top_logprobs(logits[: options.choices], normalizer, options.logprobs)
-
-    def latents(self, row: int, start: int, stop: int) -> FloatArray:
-        """Return latents that are still on the device; see `DeviceLoop.latents`."""
+    def fetch(self, row: int, start: int, stop: int) -> FloatArray:
+        """Return latents that are still on the device; the caches are the state's own."""
         return self._loop.latents(row, start, stop)
 
     def release(self) -> None:

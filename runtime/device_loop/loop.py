@@ -53,6 +53,7 @@ class Seat:
 class Taken:
     """What one step has done."""
 
+    number: int  # of the step, among all of the loop's
     records: Array  # (B) RECORD
     logits: FloatArray | None  # (B, V), to be used before the next step is taken
 
@@ -100,7 +101,7 @@ class DeviceLoop:
         self._bind()
         self._memory: StateMemory | None = None
         self._warm = self._wants_logits = False
-        self._started = 0  # steps that were enqueued
+        self.started = 0  # steps that were enqueued
         self._waiting: deque[int] = deque()  # those whose results were not taken
 
     def _send_tables(self, tables: DeviceTables) -> int:
@@ -176,7 +177,7 @@ class DeviceLoop:
     def enqueue(self) -> None:
         """Enqueue one step of all rows."""
         assert len(self._waiting) < _KEPT and self._memory is not None
-        slot, graphs, key = self._started % _KEPT, self._memory.graphs, (-1 - self._number, self.rows)
+        slot, graphs, key = self.started % _KEPT, self._memory.graphs, (-1 - self._number, self.rows)
         with self._device.lock:
             self._device.begin(go_on=True)
             captures = self._warm and self._setup.cuda_graph and key not in graphs
@@ -191,8 +192,8 @@ class DeviceLoop:
                 self._device.copy_out(self._host_logits[slot], self._logits)
             self._device.mark(self._events[slot])
             self._device.leave_running()
-        self._waiting.append(slot)
-        self._started += 1
+        self._waiting.append(self.started)
+        self.started += 1
 
     def _capture(self, memory: StateMemory) -> Any:  # noqa: ANN401 - the device's handle
         try:
@@ -221,7 +222,8 @@ class DeviceLoop:
 
     def take(self) -> Taken:
         """Wait for the oldest step whose result was not taken, and return it."""
-        slot = self._waiting[0]
+        number = self._waiting[0]
+        slot = number % _KEPT
         with self._device.lock:
             self._device.begin(go_on=True)
             self._device.wait(self._events[slot])
@@ -230,7 +232,7 @@ class DeviceLoop:
             self._warm = True
             self._device.leave_running()
         self._waiting.popleft()
-        return Taken(self._results[slot].copy(), self._host_logits[slot] if self._wants_logits else None)
+        return Taken(number, self._results[slot].copy(), self._host_logits[slot] if self._wants_logits else None)
 
     def latents(self, row: int, start: int, stop: int) -> FloatArray:
         """Return the latents (stop - start, C) after tokens `start` to `stop` - 1 of a row, which this loop has run."""
