@@ -22,9 +22,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hub_server import Repository, serve
+
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests/data/golden/mr_gqa_SSSL"
-VERBS = "export build generate chat parity eval serve batch bench inspect doctor".split()  # noqa: SIM905
+VERBS = "export build generate chat parity eval serve batch bench inspect doctor package".split()  # noqa: SIM905
 
 
 class Environment:
@@ -33,32 +35,29 @@ class Environment:
     def __init__(self, folder: Path, wheel: Path, extra: str) -> None:
         self.folder = folder / extra
         subprocess.run([sys.executable, "-m", "venv", self.folder], check=True)
-        name = str(wheel) if extra == "none" else f"{wheel}[{extra}]"
-        self.run(
-            "python",
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            "-c",
-            ROOT / "constraints.txt",
-            name,
-        )
+        self.install(str(wheel) if extra == "none" else f"{wheel}[{extra}]")
+        self.wheel = wheel
 
-    def run(self, program: str, *arguments: object, input: str | None = None) -> str:
+    def install(self, name: str) -> None:
+        """Install a package, and check that all that is installed fits together."""
+        pip = ("-m", "pip", "--disable-pip-version-check")
+        self.run("python", *pip, "install", "--quiet", "-c", ROOT / "constraints.txt", name)
+        self.run("python", *pip, "check")
+
+    def run(self, program: str, *arguments: object, input: str | None = None, **variables: str) -> str:
         """Run a program of the environment; return its stdout, or raise with its stderr."""
         command = [self.folder / "bin" / program, *map(str, arguments)]
+        named = environment() | variables
         done = subprocess.run(
-            command, cwd=self.folder, capture_output=True, text=True, input=input, env=environment(), check=False
+            command, cwd=self.folder, capture_output=True, text=True, input=input, env=named, check=False
         )
         if done.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} exits with {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout
 
-    def lrt(self, *arguments: object) -> dict[str, Any]:
+    def lrt(self, *arguments: object, **variables: str) -> dict[str, Any]:
         """Run a verb with --json; return its document."""
-        found: dict[str, Any] = json.loads(self.run("lrt-deploy", *arguments, "--json"))
+        found: dict[str, Any] = json.loads(self.run("lrt-deploy", *arguments, "--json", **variables))
         return found
 
 
@@ -98,10 +97,20 @@ def try_none(env: Environment, bundle: Path) -> None:
 
 
 def try_export(env: Environment, bundle: Path) -> None:
-    """Export another precision, and compare with the checkpoint."""
+    """Export another precision, compare with the checkpoint, take it from a Hub; with `report`, write the report."""
     made = shutil.copytree(bundle, env.folder / "bundle")
     env.lrt("export", CHECKPOINT, made, "--add", "--precision", "int8-weight-only")
-    assert env.lrt("parity", made, "--checkpoint", CHECKPOINT, "--tokens", "1,2,3")["passed"]
+    assert env.lrt("export", CHECKPOINT, env.folder / "none", "--dry-run")["bytes"] > 0
+    compare = ("parity", made, "--checkpoint", CHECKPOINT, "--tokens", "1,2,3", "--steps", 8)
+    assert env.lrt(*compare)["passed"] and env.lrt(*compare, "--precision", "int8-weight-only")["passed"]
+    names = ("model_000000.pt", "meta_000000.json")
+    with serve() as hub:
+        hub.repositories["owner/name"] = Repository({name: (CHECKPOINT / name).read_bytes() for name in names})
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(env.folder / "hub")}
+        assert env.lrt("inspect", "hf://owner/name", **variables)["hub"]["repository"] == "owner/name"
+    env.install(f"{env.wheel}[report]")
+    page = Path(env.lrt(*compare, "--report-dir", env.folder / "pages")["report"])
+    assert page.stat().st_size > 1000 and page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def try_serve(env: Environment, bundle: Path) -> None:
@@ -135,8 +144,11 @@ def try_bench(env: Environment, bundle: Path) -> None:
 
 
 def try_report(env: Environment, bundle: Path) -> None:
-    """What a report is made by can be imported; a comparison with a checkpoint needs the extra `export` too."""
-    env.run("python", "-c", "from lrt_deploy.evaluation import html, plots")
+    """Write the page of a comparison that was made elsewhere; to make one needs the extra `export` too."""
+    code = "import json, pathlib, sys; from lrt_deploy.cli.parity import write_page; "
+    code += "print(write_page(pathlib.Path(sys.argv[2]), 'made', json.loads(pathlib.Path(sys.argv[1]).read_text())))"
+    page = Path(env.run("python", "-c", code, bundle.with_suffix(".json"), env.folder / "pages").strip())
+    assert page.stat().st_size > 1000 and page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def try_engine(env: Environment, bundle: Path) -> None:
@@ -165,6 +177,21 @@ def main(wheel: Path, extras: list[str]) -> None:
         code = "import sys, lrt_deploy; lrt_deploy.export_bundle(*sys.argv[1:], max_seq_len=64)"
         maker = made["export"].folder / "bin/python" if made else Path(sys.executable)
         subprocess.run([maker, "-c", code, CHECKPOINT, bundle], check=True, cwd=folder, env=environment())
+        if "report" in extras:
+            command = [
+                maker,
+                "-m",
+                "lrt_deploy",
+                "parity",
+                bundle,
+                "--checkpoint",
+                CHECKPOINT,
+                "--steps",
+                "8",
+                "--json",
+            ]
+            compared = subprocess.run(command, check=True, cwd=folder, env=environment(), stdout=subprocess.PIPE)
+            bundle.with_suffix(".json").write_bytes(compared.stdout)
         for extra in extras:
             began = time.monotonic()
             env = made.get(extra) or Environment(folder, wheel, extra)
