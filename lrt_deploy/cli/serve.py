@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,9 +25,10 @@ from .options import option
 
 if TYPE_CHECKING:
     from lrt_deploy.runtime.decoder import Decoder
+    from lrt_deploy.runtime.serving.app import AppOptions
     from lrt_deploy.runtime.serving.engine import Engine
     from lrt_deploy.runtime.serving.openai_api import Api
-    from lrt_deploy.runtime.serving.server import Server
+    from lrt_deploy.runtime.serving.server import ConnectionOptions, Server, Service
 
 API_KEY = "LRT_DEPLOY_API_KEY"
 MAX_WAITING = 256
@@ -103,6 +105,10 @@ class ServerOptions:
         float, option("Time for which idle connections stay open; more than a proxy's.", panel=SERVING)
     ] = 620.0
     drain_seconds: Annotated[float, option("Time for running answers after SIGTERM.", panel=SERVING)] = 30.0
+    replicas: Annotated[int | None, option("Run so many replicas of the server by Ray Serve.", panel=SERVING)] = None
+    max_replicas: Annotated[int | None, option("Start up to so many replicas while requests wait.", panel=SERVING)] = (
+        None
+    )
 
     def __post_init__(self) -> None:
         if self.api_key == "":
@@ -113,6 +119,13 @@ class ServerOptions:
             raise InputError("cors_origin is empty; set it to an origin such as https://example.org, or leave it out")
         if "" in (self.allowed_host or ()):
             raise InputError("allowed_host is empty; set it to a name such as models.example.org, or leave it out")
+        if self.max_replicas is not None and self.replicas is None:
+            raise InputError(f"max_replicas is {self.max_replicas}, which needs --replicas, the fewest")
+        if self.replicas is not None and (self.replicas < 1 or (self.max_replicas or self.replicas) < self.replicas):
+            raise InputError(
+                f"replicas is {self.replicas} and max_replicas {self.max_replicas}, expected 1 or more, and a larger "
+                "or equal number"
+            )
         if self.turn_tokens < 0:
             raise InputError(f"turn_tokens is {self.turn_tokens}, expected a number from 0 on")
         if self.max_connections < 1:
@@ -135,38 +148,91 @@ def serve(
     json: options.Json = False,
 ) -> None:
     """Serve a bundle over HTTP with OpenAI's API. With --json the address is printed as one document."""
-    from lrt_deploy.runtime.serving.app import AppOptions, Log, is_loopback
-    from lrt_deploy.runtime.serving.server import ConnectionOptions, Server, listen
+    from lrt_deploy.runtime.serving.app import App, AppOptions, Log, is_loopback
+    from lrt_deploy.runtime.serving.server import ConnectionOptions, listen
 
     bounds = ConnectionOptions(server.max_connections, server.head_seconds, server.body_seconds, server.idle_seconds)
     bounds.check()
-    log = Log()
-    with listen(server.host, server.port) as listener, opening.open(bundle) as decoder:
-        engine, checked = engine_of(decoder, bundle, api, server.max_waiting, log.put)
-        engine.batch.turn_tokens = server.turn_tokens or None
-        hosts = tuple(server.allowed_host or ()) if is_loopback(server.host) else None
-        running = Server(
-            engine, checked, AppOptions(server.api_key, tuple(server.cors_origin or ()), hosts, log), bounds
-        )
-        address = f"[{server.host}]" if ":" in server.host else server.host
-        about = {
-            "url": f"http://{address}:{listener.getsockname()[1]}",
-            "model": checked.options.model,
-            "slots": engine.slots,
-            "backend": decoder.backend,
-            "precision": decoder.precision,
-        }
+    hosts = tuple(server.allowed_host or ()) if is_loopback(server.host) else None
+    settings = AppOptions(server.api_key, tuple(server.cors_origin or ()), hosts, Log())
+    with listen(server.host, server.port) as listener:
+        process = _Process(listener, settings, bounds, server, json)
+        with opening.open(bundle) as decoder:
+            engine, checked = engine_of(decoder, bundle, api, server.max_waiting, settings.log.put)
+            engine.batch.turn_tokens = server.turn_tokens or None
+            process.describe(engine, checked.options.model)
+            if server.replicas is None:
+                process.run(lambda: App(engine, checked, settings))
+                return
+            engine.stop()  # all options are right; the replicas open the bundle for themselves
+        _serve_replicas(process, bundle, api, opening)
+
+
+@dataclass(frozen=True)
+class _Process:
+    """What a server's process has, whatever it serves."""
+
+    listener: socket.socket
+    settings: AppOptions
+    bounds: ConnectionOptions
+    options: ServerOptions
+    json: bool
+    about: dict[str, Any] = field(default_factory=dict)  # printed when it takes connections
+
+    def describe(self, engine: Engine, model: str) -> None:
+        """Note what the server says of itself when it has started."""
+        host, decoder = self.options.host, engine.decoder
+        address = f"[{host}]" if ":" in host else host
+        self.about["url"] = f"http://{address}:{self.listener.getsockname()[1]}"
+        self.about.update(model=model, slots=engine.slots, backend=decoder.backend, precision=decoder.precision)
+        if self.options.replicas is not None:
+            self.about["replicas"] = self.options.replicas
+
+    def run(self, make: Callable[[], Service]) -> None:
+        """Serve what `make` returns until a signal has ended it; `make` is called in the event loop."""
+        from lrt_deploy.runtime.serving.server import Server
 
         def started() -> None:
-            if json:
-                output.document(about)
-            log.put("serving {model} on {url} ({backend}, {precision}, {slots} slots)".format(**about))
+            if self.json:
+                output.document(self.about)
+            text = "serving {model} on {url} ({backend}, {precision}, {slots} slots".format(**self.about)
+            many = f", {self.options.replicas} replicas" if self.options.replicas else ""
+            self.settings.log.put(f"{text}{many})")
 
         async def run() -> None:
-            _handle_signals(running, server.drain_seconds)
-            await running.run(listener, started)
+            server = Server(make(), self.settings.log, self.bounds)
+            _handle_signals(server, self.options.drain_seconds)
+            await server.run(self.listener, started)
 
         asyncio.run(run())
+
+
+def _serve_replicas(process: _Process, bundle: Path, api: ApiOptions, opening: options.DecoderOptions) -> None:
+    """Start replicas, and serve them until a signal has ended the server."""
+    from lrt_deploy.runtime.serving.replicas.cluster import LocalCluster, Scaling, deployment
+    from lrt_deploy.runtime.serving.replicas.front import Front
+    from lrt_deploy.runtime.serving.replicas.replica import ReplicaOptions
+
+    server = process.options
+    chosen = ReplicaOptions(
+        bundle=str(bundle.resolve()),
+        model=process.about["model"],
+        opening=asdict(opening),
+        prefill=api.prefill,
+        tolerance=api.tolerance,
+        implicit_bos=api.implicit_bos,
+        max_tokens_limit=api.max_tokens_limit,
+        slots=process.about["slots"],
+        max_waiting=server.max_waiting,
+        turn_tokens=server.turn_tokens or None,
+        state_bytes=api.state_bytes,
+        state_dir=None if api.state_dir is None else str(api.state_dir.resolve()),
+    )
+    assert server.replicas is not None
+    scaling = Scaling(server.replicas, server.max_replicas, server.drain_seconds, process.about["slots"])
+    with LocalCluster() as cluster:
+        cluster.start(deployment(chosen, scaling, gpus=0 if process.about["backend"] == "ort-cpu" else 1))
+        process.run(lambda: Front(cluster.replicas(), process.settings))
 
 
 def engine_of(

@@ -155,10 +155,11 @@ class Mailbox:
 
 
 class App:
-    """The server's routes on one engine. `abort(client)` ends the connection of a client's address at once."""
+    """The server's routes on one engine. Whoever serves it sets `abort`, which ends a client's connection at once."""
 
-    def __init__(self, engine: Engine, api: Api, options: AppOptions, abort: Callable[[Any], None]) -> None:
-        self.engine, self.api, self.options, self.abort = engine, api, options, abort
+    def __init__(self, engine: Engine, api: Api, options: AppOptions) -> None:
+        self.engine, self.api, self.options = engine, api, options
+        self.abort: Callable[[Any], None] = lambda client: None  # by the address in the scope of its request
         routes = [
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),
@@ -181,8 +182,8 @@ class App:
         }
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False  # Starlette's redirects name http://, also behind a proxy with TLS
-        app: ASGIApp = inner
-        app = Gate(app, options)
+        self.inner: ASGIApp = inner  # without origins, the key and the log; needs an `entry` in its scope
+        app: ASGIApp = Gate(inner, options)
         if options.cors_origins:
             app = CORSMiddleware(
                 app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
@@ -192,14 +193,32 @@ class App:
         self._describing = asyncio.Lock()  # the first description of the model scores a text; others wait for it
         self.answering = 0  # requests whose answers are not all handed to their connections
 
-    def connect(self) -> None:
-        """Let deliveries come to the running event loop."""
+    async def start(self) -> None:
+        """Start the engine; its deliveries come to the running event loop."""
         loop = asyncio.get_running_loop()
 
         def post(deliveries: Sequence[tuple[Deliver, Delivery]]) -> None:
             loop.call_soon_threadsafe(deliver_directly, deliveries)
 
         self.engine.post = post
+        self.engine.start()
+
+    def drain(self) -> None:
+        """Refuse new requests; running ones go on."""
+        self.engine.drain()
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests run, or answers are not all handed to their connections."""
+        return bool(self.engine.outstanding or self.answering)
+
+    def end_all(self) -> None:
+        """End running requests with an error."""
+        self.engine.end_all()
+
+    async def stop(self) -> None:
+        """Stop the engine, and write the states that wait for that."""
+        self.engine.stop()
 
     # Generation
 
@@ -227,7 +246,7 @@ class App:
             ticket = self.engine.submit(call.request, mailbox.put)
         except LRTDeployError as error:
             self.engine.metrics.ended("refused")
-            return _failure(error)
+            return failure_response(error)
         entry |= {"id": call.id, "prompt_tokens": call.prompt_tokens}
         answer = Answer(call, self.api.tokenizer)
         exchange = Exchange(answer, mailbox, entry, lambda: self.engine.cancel(ticket))
@@ -241,15 +260,15 @@ class App:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return _json({"object": "list", "data": [await self._description()]})
+        return json_response({"object": "list", "data": [await self._description()]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/NAME`."""
         try:
             self.api.check_model(request.path_params["model"])
         except LRTDeployError as error:
-            return _failure(error)
-        return _json(await self._description())
+            return failure_response(error)
+        return json_response(await self._description())
 
     async def _description(self) -> dict[str, Any]:
         async with self._describing:
@@ -265,31 +284,35 @@ class App:
 
     async def _answered(self, request: Request, answer: Callable[[object], dict[str, Any]]) -> Response:
         try:
-            return _json(await self._parsed(request, answer))
+            return json_response(await self._parsed(request, answer))
         except LRTDeployError as error:
-            return _failure(error)
+            return failure_response(error)
 
     async def tokenizer_info(self, request: Request) -> Response:
         """`GET /tokenizer_info`: the names of special tokens."""
         try:
-            return _json(self.api.tokenizer_info())
+            return json_response(self.api.tokenizer_info())
         except LRTDeployError as error:
-            return _failure(error)
+            return failure_response(error)
 
     async def health(self, request: Request) -> Response:
         """Whether the process answers."""
-        return _json({"status": "alive"})
+        return json_response({"status": "alive"})
 
     async def ready(self, request: Request) -> Response:
         """Whether it takes requests; 503 while it drains, or while the backend fails."""
         if self.engine.ready:
-            return _json({"status": "ready"})
-        return _json({"status": "draining" if self.engine.draining else self.engine.trouble or "stopped"}, 503)
+            return json_response({"status": "ready"})
+        return json_response({"status": "draining" if self.engine.draining else self.engine.trouble or "stopped"}, 503)
 
     async def metrics(self, request: Request) -> Response:
         """Counters in Prometheus' text format."""
+        return Response(self.metrics_text(), headers={"content-type": CONTENT_TYPE})
+
+    def metrics_text(self) -> str:
+        """Return the counters."""
         lines = [*self.engine.metrics.lines(), *gauges(self.engine.stats() | process_gauges())]
-        return Response("\n".join(lines) + "\n", headers={"content-type": CONTENT_TYPE})
+        return "\n".join(lines) + "\n"
 
 
 class _Counted(Response):
@@ -349,24 +372,24 @@ class Exchange(Response):
 
     def _whole(self, delivery: Delivery) -> Response:
         if delivery.error is not None:
-            return _failure(delivery.error)
+            return failure_response(delivery.error)
         self.answer.add(delivery)
-        return _json(self.answer.body())
+        return json_response(self.answer.body())
 
     async def _send_part(self, delivery: Delivery, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the chunks of a delivery; with the first of them the head."""
         first = "status" not in self.entry
         if first and delivery.error is not None and not delivery.events:
-            await _failure(delivery.error)(scope, receive, send)
+            await failure_response(delivery.error)(scope, receive, send)
             return
         if first:
             await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-        chunks = [_event(chunk) for chunk in self.answer.chunks(self.answer.add(delivery))]
+        chunks = [stream_event(chunk) for chunk in self.answer.chunks(self.answer.add(delivery))]
         if delivery.error is not None:
-            chunks.append(_event(Failure.of(delivery.error).body()))
+            chunks.append(stream_event(Failure.of(delivery.error).body()))
         elif delivery.last:
             if self.call.include_usage:
-                chunks.append(_event(self.answer.usage_chunk()))
+                chunks.append(stream_event(self.answer.usage_chunk()))
             chunks.append(b"data: [DONE]\n\n")
         if not (chunks or first):
             return
@@ -463,16 +486,17 @@ def _file(file: page.PageFile) -> Callable[[Request], Awaitable[Response]]:
     return respond
 
 
-def _event(value: object) -> bytes:
+def stream_event(value: object) -> bytes:
     """Return a server-sent event."""
     return b"data: %b\n\n" % msgspec.json.encode(value)
 
 
-def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+def json_response(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """Return a JSON value as a response."""
     return Response(msgspec.json.encode(value), status, headers, "application/json")
 
 
-def _failure(error: LRTDeployError) -> Response:
+def failure_response(error: LRTDeployError) -> Response:
     """Return an error in OpenAI's form."""
     failure = Failure.of(error)
     headers = {}
@@ -480,13 +504,13 @@ def _failure(error: LRTDeployError) -> Response:
         headers["retry-after"] = str(_RETRY_AFTER_SECONDS)
     if isinstance(error, ApiError) and failure.status in (413, 503):
         headers["connection"] = "close"  # what is left of the body is not read
-    return _json(failure.body(), failure.status, headers)
+    return json_response(failure.body(), failure.status, headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
     what = "there is no" if status == 404 else f"{request.method} is not a method of"
-    return _failure(ApiError(f"{what} {request.url.path[:200]}", None, status))
+    return failure_response(ApiError(f"{what} {request.url.path[:200]}", None, status))
 
 
 async def _client_left(request: Request, error: Exception) -> Response:
@@ -496,7 +520,7 @@ async def _client_left(request: Request, error: Exception) -> Response:
 
 async def _broken(request: Request, error: Exception) -> Response:
     """Answer a request that a fault of ours has ended; uvicorn logs the traceback."""
-    return _json(Failure(500, "something broke in the server; its log says what", "server_error").body(), 500)
+    return json_response(Failure(500, "something broke in the server; its log says what", "server_error").body(), 500)
 
 
 _STREAM_HEADERS = [
@@ -504,7 +528,7 @@ _STREAM_HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx passes the events on as they come
 ]
-_FOREIGN = _json(
+_FOREIGN = json_response(
     Failure(
         403,
         "the Origin of this request is neither this server's nor one that --cors-origin allows",
@@ -512,7 +536,7 @@ _FOREIGN = _json(
     ).body(),
     403,
 )
-_MISDIRECTED = _json(
+_MISDIRECTED = json_response(
     Failure(
         403,
         "the Host of this request is no loopback name, and this server listens on a loopback address only; "
@@ -521,7 +545,7 @@ _MISDIRECTED = _json(
     ).body(),
     403,
 )
-_UNAUTHORIZED = _json(
+_UNAUTHORIZED = json_response(
     Failure(
         401, "the API key is missing or wrong; send it as Authorization: Bearer KEY", "authentication_error"
     ).body(),

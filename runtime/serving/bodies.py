@@ -41,12 +41,21 @@ class Bodies:
         Raises ApiError for a body that is no JSON (400), that is too large (413), or that comes while others hold all
         the memory for bodies (503).
         """
-        data = bytearray()
-        try:
-            await self._read(size, parts, data)
+        async with self.held(size, parts) as data:
             long = len(data) >= _LONG_BYTES
             async with self._long if long else contextlib.nullcontext():
                 return await self._value(data, long, parse)
+
+    @contextlib.asynccontextmanager
+    async def held(self, size: str, parts: AsyncIterator[bytes]) -> AsyncIterator[bytearray]:
+        """Read a body without parsing it; it counts among those that are held until the context ends.
+
+        Raises ApiError as `parsed` does.
+        """
+        data = bytearray()
+        try:
+            await self._read(size, parts, data)
+            yield data
         finally:
             self._held -= len(data)
 

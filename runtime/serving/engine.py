@@ -22,6 +22,7 @@ from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.decoder import Decoder
 from lrt_deploy.runtime.generation import NO_TOKEN, Event
 from lrt_deploy.runtime.prefill import PrefillRequest
+from lrt_deploy.runtime.prompt_cache import FEWEST_TOKENS
 from lrt_deploy.runtime.shard import BatchEvent
 from lrt_deploy.runtime.state import DecodeState
 
@@ -306,7 +307,7 @@ class Engine:
             state, held[at] = self.states.find(prompt.tokens, reading)
             if state is not None:
                 ticket.starts[at] = state
-        if self.folder is None:
+        if self.folder is None or all(len(prompt.tokens) < FEWEST_TOKENS for prompt in request.prompts):
             self._start(ticket)
             return
 

@@ -13,18 +13,17 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import h11
 import msgspec
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lrt_deploy.errors import InputError
 
-from .app import App, AppOptions, Log
-from .engine import Engine
-from .openai_api import Api
+from .app import Log
 from .request_fields import Failure
 
 KEEP_ALIVE_SECONDS = 620  # longer than a proxy keeps its idle connections, or it would use one that is closed
@@ -262,18 +261,30 @@ _TOO_LATE = _closing(
 )
 
 
-class Server:
-    """An engine behind HTTP. `run` returns when `drain` has ended it."""
+class Service(Protocol):
+    """What a server serves: an ASGI application with a start and an end."""
 
-    def __init__(
-        self, engine: Engine, api: Api, options: AppOptions, bounds: ConnectionOptions = ConnectionOptions()
-    ) -> None:
-        self.engine, self.log = engine, options.log
+    asgi: ASGIApp
+    abort: Callable[[Any], None]  # the server's: end the connection of this address at once
+
+    async def start(self) -> None: ...  # noqa: D102
+    def drain(self) -> None: ...  # noqa: D102 - take no new requests
+    @property
+    def busy(self) -> bool: ...  # noqa: D102 - whether requests have not ended
+    def end_all(self) -> None: ...  # noqa: D102 - end running requests with an error
+    async def stop(self) -> None: ...  # noqa: D102
+
+
+class Server:
+    """A service behind HTTP. `run` returns when `drain` has ended it."""
+
+    def __init__(self, service: Service, log: Log, bounds: ConnectionOptions = ConnectionOptions()) -> None:
+        self.service, self.log = service, log
         self._connections = _Connections(bounds)
-        self._app = App(engine, api, options, self._abort)
+        service.abort = self._abort
         self._draining: asyncio.Task[None] | None = None
         config = uvicorn.Config(
-            self._app.asgi,
+            service.asgi,
             http=partial(_Protocol, self._connections),  # type: ignore[arg-type] # as uvicorn calls a class
             ws="none",
             lifespan="off",
@@ -293,8 +304,7 @@ class Server:
 
     async def run(self, listener: socket.socket, started: Callable[[], None]) -> None:
         """Serve on a bound socket; `started` is called when connections are accepted."""
-        self._app.connect()
-        self.engine.start()
+        await self.service.start()
         handler, logger = _LogHandler(self.log), logging.getLogger("uvicorn.error")
         logger.addHandler(handler)
         try:
@@ -304,19 +314,19 @@ class Server:
             started()
             await serving
         finally:
-            self.engine.stop()
+            await self.service.stop()
             logger.removeHandler(handler)
             self.log.flush(_FLUSH_SECONDS)
 
     def drain(self, seconds: float) -> None:
         """Refuse new requests, let running ones end for at most so many seconds, end the rest with an error, stop."""
-        self.engine.drain()
+        self.service.drain()
         if self._draining is None:
             self._draining = asyncio.get_running_loop().create_task(self._drain(seconds))
 
     async def _drain(self, seconds: float) -> None:
         if not await self._idle_within(seconds):
-            self.engine.end_all()
+            self.service.end_all()
             if not await self._idle_within(_CLOSING_SECONDS):
                 for transport in self._writing():
                     transport.abort()
@@ -325,7 +335,7 @@ class Server:
     async def _idle_within(self, seconds: float) -> bool:
         """Wait until all requests have ended and all answers were sent, at most so long; return whether that came."""
         until = asyncio.get_running_loop().time() + seconds
-        while self.engine.outstanding or self._app.answering or self._writing():
+        while self.service.busy or self._writing():
             if asyncio.get_running_loop().time() >= until:
                 return False
             await asyncio.sleep(_POLL_SECONDS)

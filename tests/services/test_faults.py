@@ -31,7 +31,8 @@ class Local:
 
     def __init__(self, decoder, send_buffer=None, **options):
         self.engine = Engine(decoder, **options)
-        self.server = Server(self.engine, Api(decoder, ApiOptions("demo")), app.AppOptions())
+        options = app.AppOptions()
+        self.server = Server(app.App(self.engine, Api(decoder, ApiOptions("demo")), options), options.log)
         self.listener = listen("127.0.0.1", 0)
         if send_buffer:
             self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
