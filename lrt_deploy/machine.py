@@ -109,12 +109,13 @@ def onnxruntime_clash() -> str | None:
     )
 
 
-Extra = Literal["export", "serve", "grammar", "bench", "report", "tensorrt", "tensorrt-rtx"]
+Extra = Literal["export", "serve", "ray", "grammar", "bench", "report", "tensorrt", "tensorrt-rtx"]
 
 # The modules that each extra brings, in the order in which people would look for them.
 MODULES: dict[Extra, tuple[str, ...]] = {
     "export": ("torch", "onnx", "onnxscript", "onnx_ir", "huggingface_hub"),
     "serve": ("starlette", "uvicorn", "jinja2"),
+    "ray": ("ray",),
     "grammar": ("llguidance",),
     "bench": ("matplotlib",),
     "report": ("jinja2", "matplotlib"),

@@ -131,17 +131,18 @@ RULES = (
         forbidden=("polygraphy",),
     ),
     Rule(
-        "HTTP is in two files",
+        "HTTP is in three files",
         files=("*",),
-        but=("runtime/serving/app.py", "runtime/serving/server.py"),
+        but=("runtime/serving/app.py", "runtime/serving/server.py", "runtime/serving/replicas/front.py"),
         forbidden=("starlette", "uvicorn"),
     ),
     Rule(
         "the API's logic, the engine and batches in files need no HTTP",
         files=("runtime/*",),
-        but=("runtime/serving/app.py", "runtime/serving/server.py"),
+        but=("runtime/serving/app.py", "runtime/serving/server.py", "runtime/serving/replicas/*"),
         forbidden=("lrt_deploy.runtime.serving.app", "lrt_deploy.runtime.serving.server"),
     ),
+    Rule("Ray is in one file", files=("*",), but=("runtime/serving/replicas/cluster.py",), forbidden=("ray",)),
     Rule(
         "what runs models does not know who serves them",
         files=("runtime/*",),

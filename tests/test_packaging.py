@@ -167,7 +167,7 @@ def test_every_import_is_declared_and_every_declared_package_is_imported():
 
 def test_the_runtime_declares_what_it_imports_without_an_extra():
     optional = named(
-        text for extra in ("serve", "grammar", "bench", "tensorrt", "tensorrt-rtx") for text in EXTRAS[extra]
+        text for extra in ("serve", "ray", "grammar", "bench", "tensorrt", "tensorrt-rtx") for text in EXTRAS[extra]
     )
     assert modules("runtime") <= named(PROJECT["dependencies"]) | optional
     assert "torch" not in modules("runtime") | named(PROJECT["dependencies"])
