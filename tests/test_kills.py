@@ -19,6 +19,7 @@ OPERATIONS = [
     "export --add",
     "package docker --force",
     "package kserve --force",
+    "package ray --force",
     "package triton --force",
     "package",
     "package web --force",

@@ -22,14 +22,15 @@ from lrt_deploy.exporters.atomic_folder import atomic_folder, recover
 from lrt_deploy.fields import Sha256, check_choice, check_flag, check_path, convert
 from lrt_deploy.files import check_writable, read_json
 
-from . import docker, kserve, triton, web
+from . import docker, kserve, ray, triton, web
 from .source import PackageOptions, Progress, Source
 
-Target = Literal["docker", "kserve", "triton", "web"]
+Target = Literal["docker", "kserve", "ray", "triton", "web"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 _WRITERS: dict[str, Callable[[Source], str]] = {
     "docker": docker.write,
     "kserve": kserve.write,
+    "ray": ray.write,
     "triton": triton.write,
     "web": web.write,
 }  # each returns the one command to run

@@ -11,7 +11,7 @@ import typer
 from . import options, output
 from .options import option
 
-TargetName: TypeAlias = Literal["docker", "kserve", "triton", "web"]
+TargetName: TypeAlias = Literal["docker", "kserve", "ray", "triton", "web"]
 
 
 @dataclass(frozen=True)
