@@ -40,8 +40,8 @@ def test_the_schema_of_ray_serve_accepts_the_config_and_notices_a_wrong_field(co
     schema = pytest.importorskip("ray.serve.schema")
     accepted = schema.ServeDeploySchema.model_validate(config)
     assert accepted.http_options.host == "127.0.0.1"
-    wrong = config["applications"][0]["deployments"][0] | {"health_check_period": 2}
-    with pytest.raises(ValueError, match="health_check_period"):
+    wrong = config["applications"][0]["deployments"][0] | {"health_check_period_s": -2}
+    with pytest.raises(ValueError, match="health_check_period_s"):
         schema.DeploymentSchema.model_validate(wrong)
 
 

@@ -35,6 +35,7 @@ _SETTINGS = {
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_AUTH_MODE": "token",
+    "RAY_worker_niceness": "0",  # 15 otherwise, and the replicas are what this machine is for
 }
 for _name, _value in _SETTINGS.items():
     os.environ.setdefault(_name, _value)
