@@ -44,6 +44,7 @@ NEAR_TIE = 1e-2  # DESIGN: the margin of the two best logits, for prompts that m
 MODES = ("stream", "prefill", "saving")
 START_SECONDS = 300
 TOKENS = 48
+BUSY_NS = 2_000_000  # of 20 ms: more than a replica that waits
 RANDOM = random.Random()  # noqa: S311 - when a replica dies
 WORDS = ("parse", "return", "value", "list", "file", "module", "class", "import", "string", "number", "loop", "index")
 
@@ -235,14 +236,19 @@ def _wait_for_events(client: Client, count: int) -> None:
 def _busiest(pids: Sequence[int]) -> int | None:
     """Return the process that computes the most for some hundredths of a second; None if none does."""
 
-    def used() -> dict[int, float]:
-        return {pid: sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids}
+    def used(pid: int) -> int:
+        """Return the nanoseconds that the threads of a process have run."""
+        total = 0
+        with contextlib.suppress(OSError):  # threads end
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                total += int((task / "schedstat").read_text().split()[0])
+        return total
 
-    before = used()
-    time.sleep(0.03)
-    spent = {pid: after - before[pid] for pid, after in used().items()}
+    before = {pid: used(pid) for pid in pids}
+    time.sleep(0.02)
+    spent = {pid: used(pid) - before[pid] for pid in pids}
     pid = max(spent, key=lambda pid: spent[pid])
-    return pid if spent[pid] else None
+    return pid if spent[pid] > BUSY_NS else None
 
 
 def _writer(pids: Sequence[int], folder: Path, seconds: float) -> int | None:
