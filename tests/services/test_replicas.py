@@ -26,6 +26,7 @@ FORM = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
 
 if not INSIDE:
 
+    @pytest.mark.timeout(1800)
     def test_the_tests_of_replicas_pass_where_the_network_is_the_loopback_interface(tmp_path):
         report = tmp_path / "report.xml"
         command = ["-p", "no:cacheprovider", "-q", "-x", __file__, f"--junitxml={report}"]
@@ -37,7 +38,7 @@ if not INSIDE:
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr
-        assert re.search(r" 9 passed", result.stdout) and "skipped" not in result.stdout, result.stdout
+        assert re.search(r"^9 passed", result.stdout, flags=re.M) and "skipped" not in result.stdout, result.stdout
 
 else:
 
