@@ -6,6 +6,7 @@ that the page writes to the console.
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import os
 import re
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import pytest
 
+import lrt_deploy
 from lrt_deploy.exporters.packages.package import package_bundle
 from lrt_deploy.exporters.packages.web import npm_line
+from lrt_deploy.tolerances import kernel_limits
 
 from .test_page import CHROMIUM, FLAGS
 
@@ -34,6 +37,16 @@ def assets() -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def quantized(make_once, golden_of):
+    """The demo in a precision whose weights are integers."""
+
+    def make(folder: Path) -> None:
+        lrt_deploy.export_bundle(golden_of("demo").folder, folder, precision="int8-weight-only", max_seq_len=256)
+
+    return make_once("demo-int8-weight-only", make)
+
+
 @pytest.fixture(scope="session")
 def packaged(bundle, assets, tmp_path_factory):
     """The folder, and its list."""
@@ -44,7 +57,12 @@ def packaged(bundle, assets, tmp_path_factory):
 @pytest.fixture(scope="session")
 def address(packaged):
     """The package as its README says that it is served, on a free port."""
-    folder, package = packaged
+    with served(*packaged) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def served(folder, package):
     assert (folder / "README.md").read_text().startswith(f"```console\n$ {package.run}\n")
     words = shlex.split(package.run)
     assert words[0] == "python3" and words[-1] == "8000"
@@ -52,8 +70,10 @@ def address(packaged):
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as server:
         assert server.stdout is not None
         port = re.search(rb"port (\d+)", server.stdout.readline())[1].decode()
-        yield f"http://127.0.0.1:{port}/"
-        server.terminate()
+        try:
+            yield f"http://127.0.0.1:{port}/"
+        finally:
+            server.terminate()
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +89,14 @@ def browser():
 
 @pytest.fixture(scope="module")
 def loaded(browser, address):
-    """One page for all tests, ready, which reaches nothing but the package and keeps what its worker says."""
+    """One page for all tests."""
+    with opened(browser, address) as page:
+        yield page
+
+
+@contextlib.contextmanager
+def opened(browser, address):
+    """A page that is ready, reaches nothing but the package, and keeps what its worker says."""
     said, refused = [], []
 
     def guard(route):
@@ -163,6 +190,23 @@ def test_an_iteration_that_cannot_reach_its_tolerance_is_finished_stepwise_and_s
     assert prompt["fallback"].startswith("the iteration did not converge at token ")
     assert "the rest was read stepwise" in page.locator("main .facts").first.text_content()
     assert end["tokens"] == generated(decoder, decoder.tokenizer.encode_prompt(LONG), 16)
+
+
+def test_a_quantized_precision_chooses_the_tokens_of_the_runtime(browser, assets, quantized, tmp_path):
+    """WebAssembly has other kernels for integers: few tokens may differ, and only where the logits are about equal."""
+    package = package_bundle(quantized, tmp_path / "package", "web", assets=assets)
+    assert package.precision == "int8-weight-only"
+    with served(tmp_path / "package", package) as address, opened(browser, address) as page:
+        set_options(page, policy="stepwise", tolerance=1e-3, count=64, temperature=0)
+        prompt, end = send(page, PROMPT)
+    assert len(end["tokens"]) == 64
+    with lrt_deploy.open_decoder(quantized, threads=1) as decoder:
+        state, behind = decoder.prefill([prompt["tokens"]], policy="stepwise"), []
+        for token in end["tokens"]:
+            (logits,) = state.logits
+            behind.append(float(logits.max() - logits[token]))
+            decoder.step(state, [token])
+    assert max(behind) <= kernel_limits("int8-weight-only").logit and behind.count(0) >= 0.93 * 64
 
 
 def test_text_becomes_the_tokens_of_the_runtime(page, decoder):
