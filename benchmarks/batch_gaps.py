@@ -3,6 +3,8 @@
 CPU time of one thread, so that a busy machine matters little, as multiples of the median step of the rows alone. A
 1,900-token row leaves beside short ones, then steps are compared with those of a batch that never held it, in turns.
 
+The batch needs a slot for each row and one for the prompt: 9 with 8 rows, so export with `--max-batch-size 9` or more.
+
     .venv/bin/python benchmarks/batch_gaps.py BUNDLE [--rows 8] [--prompt-tokens 900] [--out FILE.json]
 """
 
@@ -95,6 +97,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with lrt_deploy.open_decoder(args.bundle, threads=1) as decoder:
+        if (most := decoder.manifest.max_batch_size) <= args.rows:
+            parser.error(f"{args.rows} rows and a prompt need {args.rows + 1} slots, and the bundle has {most}")
         draw = np.random.default_rng(0)
         prompt = draw.integers(0, decoder.config.vocab_size, args.prompt_tokens).tolist()
         result: dict[str, Any] = {"rows": args.rows, "prompt_tokens": args.prompt_tokens}

@@ -11,6 +11,7 @@ the machine does; the first is what users see where the machine is theirs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 import statistics
@@ -18,12 +19,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 import lrt_deploy
+
+SILENCE_SECONDS = 60.0  # after which a client gives up
 
 
 def request_bytes(index: int, tokens: int, stream: bool) -> bytes:
@@ -34,14 +39,16 @@ def request_bytes(index: int, tokens: int, stream: bool) -> bytes:
 
 
 def read_response(connection: socket.socket, stream: bool) -> None:
-    """Read one response to its end."""
+    """Read one response to its end; raises ConnectionError for one that is torn or no success."""
     data = b""
     end = b"0\r\n\r\n" if stream else None
     while end is None or not data.endswith(end):
-        data += connection.recv(65536)
+        part = connection.recv(65536)
+        data += part
+        if not part or not data.startswith(b"HTTP/1.1 200"[: len(data)]):
+            raise ConnectionError(f"the server's answer ends, or is no success: {data[-500:]!r}")
         if end is None and b"\r\n\r\n" in data:
             head, _, body = data.partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200"), data
             length = next(
                 int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length")
             )
@@ -69,25 +76,28 @@ def now(process: psutil.Process) -> tuple[float, float]:
 
 
 def through_http(server: psutil.Process, port: int, clients: int, requests: int, tokens: int, stream: bool) -> Rate:
-    """Return the rate of all clients together."""
-    numbers, lock = iter(range(requests)), threading.Lock()
+    """Return the rate of all clients together; raises what one of them raises."""
+    numbers, lock, failed = iter(range(requests)), threading.Lock(), threading.Event()
 
     def client() -> None:
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            while True:
-                with lock:
-                    index = next(numbers, None)
-                if index is None:
-                    return
-                connection.sendall(request_bytes(index, tokens, stream))
-                read_response(connection, stream)
+        try:
+            with socket.create_connection(("127.0.0.1", port), SILENCE_SECONDS) as connection:
+                while not failed.is_set():
+                    with lock:
+                        index = next(numbers, None)
+                    if index is None:
+                        return
+                    connection.sendall(request_bytes(index, tokens, stream))
+                    read_response(connection, stream)
+        except BaseException:
+            failed.set()
+            raise
 
-    threads = [threading.Thread(target=client) for _ in range(clients)]
     started = now(server)
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as pool:
+        running = [pool.submit(client) for _ in range(clients)]
+    for done in running:
+        done.result()
     return Rate.of(requests * tokens, started, server)
 
 
@@ -107,6 +117,24 @@ def through_generate(decoder: lrt_deploy.Decoder, requests: int, tokens: int) ->
     return Rate.of(count, started, psutil.Process())
 
 
+@contextlib.contextmanager
+def serving(bundle: Path, threads: int, slots: int) -> Iterator[tuple[psutil.Process, int]]:
+    """Run a server, and give its process and port; whatever comes of it, the server is ended."""
+    command = [Path(sys.executable).parent / "lrt-deploy", "serve", bundle, "--port", "0", "--json"]
+    command += ["--threads", str(threads), "--slots", str(slots)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            assert server.stdout is not None
+            about = ""
+            while (line := server.stdout.readline()) not in ("}\n", ""):
+                about += line
+            if not line or '"url"' not in about:
+                raise RuntimeError(f"the server has ended: {about}{line}")
+            yield psutil.Process(server.pid), int(json.loads(about + line)["url"].rpartition(":")[2])
+        finally:
+            server.terminate()
+
+
 def share(rate: Rate, of: Rate) -> Rate:
     """Return a rate as a share of another one."""
     return Rate(rate.wall / of.wall, rate.cpu / of.cpu)
@@ -119,19 +147,11 @@ def main() -> None:
     for name, default in (("clients", 8), ("tokens", 128), ("requests", 64), ("rounds", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
-    command = [Path(sys.executable).parent / "lrt-deploy", "serve", options.bundle, "--port", "0", "--json"]
-    command += ["--threads", str(options.threads), "--slots", str(options.clients)]
     found: dict[str, list[Rate]] = {}
     with (
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server,
+        serving(options.bundle, options.threads, options.clients) as (process, port),
         lrt_deploy.open_decoder(options.bundle, threads=options.threads) as decoder,
     ):
-        assert server.stdout is not None
-        about = ""
-        while "}" not in about:
-            about += server.stdout.readline()
-        port = int(json.loads(about)["url"].rpartition(":")[2])
-        process = psutil.Process(server.pid)
         shape = (options.requests, options.tokens)
         through_http(process, port, options.clients, options.clients, options.tokens, True)  # warms up
         for _ in range(options.rounds):
@@ -142,7 +162,6 @@ def main() -> None:
             alone = through_generate(decoder, options.requests // options.clients, options.tokens)
             rate = through_http(process, port, 1, options.requests // options.clients, options.tokens, False)
             found.setdefault("one client, full answers / Decoder.generate", []).append(share(rate, alone))
-        server.terminate()
     for name, ratios in found.items():
         print(f"{name}: {statistics.median(ratio.wall for ratio in ratios):.2f}", end=", ")
         print(f"in processor time {statistics.median(ratio.cpu for ratio in ratios):.2f}", end="; rounds: ")
