@@ -34,7 +34,7 @@ from .decoder import Decoder
 from .fixed_point import InBlocks
 from .generation import Continuation, Generation
 from .prefill import PrefillRequest, reused, shared_tokens
-from .sampling import Sampler, SamplingArguments
+from .sampling import SamplingArguments
 from .shard import BatchEvent, Book, Prompt, Request, Shard, divided, slots_of_a_step, step_cost
 from .state import Content, DecodeState
 
@@ -215,10 +215,9 @@ class BatchDecoder:
         else:
             source = self._prompt(prompt, None, replace(reading, policy="stepwise"), n)
             source.top = check_whole(prompt_logprobs, "prompt_logprobs", 0, vocabulary[1])
-        first, requests, chosen = self._book.submitted, [], options.sampler.options
+        first, requests = self._book.submitted, []
         for i in range(n):
-            sampler = Sampler(replace(chosen, seed=None if chosen.seed is None else chosen.seed + i))
-            continuation = Continuation(replace(options, sampler=sampler), source.ids)
+            continuation = Continuation(options.choice(i), source.ids)
             requests.append(Request(first + i, source, continuation, keep_state, latent_cosine, priority, deadline))
         book = _queued(self._book._replace(submitted=first + n), *requests)
         return self._commit(book, first if n == 1 else list(range(first, first + n)))
@@ -280,9 +279,8 @@ class BatchDecoder:
         Events that were not taken, because of an error or because the iterator was closed, come with the next call.
         """
         while True:
-            while self._book.events:
-                event, *rest = self._book.events
-                yield self._commit(self._book._replace(events=tuple(rest)), event)
+            while events := self._book.events:
+                yield self._commit(self._book._replace(events=events[1:]), events[0])
             if not (self.waiting or self.running):
                 return
             self._advance()
@@ -370,8 +368,10 @@ class BatchDecoder:
     def _divide(self) -> None:
         """Move one row to the other shard, where steps cost clearly less when all rows are where they belong."""
         held = [shard.state.row_lengths for shard in self._shards]
+        if self._lanes > 1 or (len(held) == 1 and len(held[0]) * max(held[0], default=0) < self._step_slots):
+            return
         rows = sorted(((n, at, row) for at, lengths in enumerate(held) for row, n in enumerate(lengths)), reverse=True)
-        if self._lanes > 1 or len(rows) < 2 or (len(held) == 1 and len(rows) * rows[0][0] < self._step_slots):
+        if len(rows) < 2:
             return
         cost, longer = divided([n for n, _, _ in rows], self._step_slots)
         if sum(step_cost(lengths, self._step_slots) for lengths in held) - cost < self._step_slots / 4:

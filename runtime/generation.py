@@ -7,7 +7,7 @@ state as its event is yielded, and run when its successor is needed: the state h
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -118,6 +118,14 @@ class Generation:
     def choices(self) -> int | None:
         """Only ids below this are chosen, those that the tokenizer has a text for; None: all."""
         return self.tokenizer.vocab_size if self.tokenizer else None
+
+    def choice(self, index: int) -> Generation:
+        """Return the options of choice `index` of several: it draws from the seed + index, or from fresh entropy."""
+        if index == 0:
+            return self
+        options = self.sampler.options
+        seed = None if options.seed is None else options.seed + index
+        return replace(self, sampler=Sampler(replace(options, seed=seed)))
 
     def stream(self) -> TextStream | None:
         """Start a stream of text, where there is a tokenizer."""

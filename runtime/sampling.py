@@ -115,7 +115,7 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._start = np.random.PCG64(options.seed).state
+        self._start: Mapping[str, Any] | None = None  # of the stream, from the first number on: greedy needs no entropy
         self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
 
     @property
@@ -149,6 +149,8 @@ class Sampler:
         """Return one number of the stream, from 0 to below 1."""
         part, place = divmod(index, _DRAWN_AT_ONCE)
         if part != self._drawn[0]:
+            if self._start is None:
+                self._start = np.random.PCG64(self.options.seed).state
             bits = np.random.PCG64(0)
             bits.state = self._start
             bits.advance(part * _DRAWN_AT_ONCE)

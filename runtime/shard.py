@@ -106,12 +106,6 @@ class Request:
         """Of two requests that wait, the one with the smaller order is admitted first."""
         return -self.priority, max(self.behind, self.number), self.turns, self.number
 
-    def next_token(self, made: int | None, length: int) -> int | None:
-        """Return the next token of a row of `length` tokens; None if none was chosen or the request does not run."""
-        if made is None or length == self.continuation.read + made:
-            return None
-        return self.continuation.history[length]
-
 
 class Book(NamedTuple):
     """The progress of all requests of a batch."""
@@ -174,11 +168,12 @@ class Shard:
                 continue
             if length == request.continuation.read + count:
                 ready.append(row)
-            elif request.prompt.needs_score(length):
+            elif request.prompt.top is not None and request.prompt.needs_score(length):
                 request.prompt.score(length, self.state.row_logits(row))
         if not ready:
             return book
-        logits = np.concatenate([self.state.row_logits(row) for row in ready]).reshape(len(ready), -1)  # (n, V)
+        found = [self.state.row_logits(row) for row in ready]
+        logits = found[0][None] if len(found) == 1 else np.concatenate(found).reshape(len(found), -1)  # (n, V)
         tokenizer = self.decoder.tokenizer
         choices = tokenizer.vocab_size if tokenizer else None  # as in `Generation`
         largest, normalizers = logits[:, :choices].argmax(axis=1).tolist(), log_normalizers(logits)
@@ -250,9 +245,12 @@ class Shard:
         """
         while requests := self.requests:
             lengths = self.state.row_lengths
-            tokens = [r.next_token(made.get(r.number), n) for r, n in zip(requests, lengths, strict=True)]
-            if None in tokens:
-                return
+            tokens = []
+            for request, length in zip(requests, lengths, strict=True):
+                continuation, count = request.continuation, made.get(request.number)
+                if count is None or length == continuation.read + count:  # no token was chosen, or it does not run
+                    return
+                tokens.append(continuation.history[length])
             self.state.fit(self.soon)
             try:
                 self.decoder.advance(self.state, np.array(tokens, np.int64))
@@ -281,10 +279,9 @@ class Shard:
 
     def free(self, made: Mapping[int, int]) -> None:
         """Evict the rows of requests that have ended, the last one first: the last row moves into the gap."""
-        requests = self.requests
-        for row in reversed(range(len(requests))):
-            if requests[row].number not in made:
-                self.state.drop(row)
+        ended = [row for row, request in enumerate(self.requests) if request.number not in made]
+        for row in reversed(ended):
+            self.state.drop(row)
 
     def take(self, other: Shard, row: int) -> None:
         """Move a row of another shard here. After an interrupt both may have it; see `evict`."""

@@ -59,7 +59,7 @@ class Row(NamedTuple):
         Latents and logits of a step are views of the arrays of all rows, which one row would keep alive.
         """
         n = self.length
-        latents = list(np.array(self.latents[:n], np.float32)) if n else []
+        latents = list(np.concatenate(self.latents[:n]).reshape(n, self.latents[0].size)) if n else []
         logits = None if self.logits is None else self.logits.copy()
         return self._replace(tokens=self.tokens[:n], latents=latents, logits=logits, tag=None)
 

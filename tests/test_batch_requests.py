@@ -13,6 +13,7 @@ import pytest
 
 from lrt_deploy.errors import Busy, DeadlineExceeded, InputError, StateError
 from lrt_deploy.runtime import batch as batch_module
+from lrt_deploy.runtime.backends import ort_cpu
 from lrt_deploy.runtime.backends.ort_cpu import OrtCpuBuffers
 from lrt_deploy.runtime.batch import BatchDecoder
 from lrt_deploy.runtime.generation import NO_TOKEN
@@ -479,6 +480,12 @@ def work(monkeypatch):
     return counts
 
 
+@pytest.fixture
+def shrinking(monkeypatch):
+    """Makes caches shrink that are as small as those of the models here."""
+    monkeypatch.setattr(ort_cpu, "_SMALL_EXCESS_BYTES", 0)
+
+
 def test_caches_grow_one_between_two_steps_and_every_token_stays(one, work):
     batch = BatchDecoder(one, 3)
     work.clear()
@@ -505,7 +512,16 @@ def test_caches_have_grown_when_the_row_of_a_prompt_that_was_iterated_is_added(o
     assert found[running] == alone(one, PROMPTS[3], 40, stop_ids=[])
 
 
-def test_caches_shrink_when_the_longest_row_has_left(one, work):
+def test_caches_stay_as_large_as_they_are_where_little_is_read_in_vain(one, monkeypatch):
+    monkeypatch.setattr(ort_cpu, "_SMALL_EXCESS_BYTES", 2**40)
+    batch, seen = BatchDecoder(one, 2), []
+    for _ in range(3):
+        batch.submit([1, 2], 60, stop_ids=[])
+        seen += [sizes(batch)[0] for _ in batch.run()]
+    assert len({max(size) for size in seen[:59]}) > 1 and seen[60:] == [{max(seen[59])}] * 120
+
+
+def test_caches_shrink_when_the_longest_row_has_left(one, work, shrinking):
     batch = BatchDecoder(one, 3)
     long = batch.submit([1] * 120, 3, stop_ids=[])
     short = batch.submit(PROMPTS[3], 30, stop_ids=[])
@@ -522,7 +538,7 @@ def test_caches_shrink_when_the_longest_row_has_left(one, work):
         assert [event.event for event in events if event.request == number] == alone(one, prompt, budget, stop_ids=[])
 
 
-def test_caches_shrink_when_a_row_has_left_for_which_they_were_to_grow(one):
+def test_caches_shrink_when_a_row_has_left_for_which_they_were_to_grow(one, shrinking):
     state, alone = one.prefill([[1] * 90, [2, 3]], policy="stepwise"), one.prefill([[2, 3]], policy="stepwise")
     while state.lengths[0] < 95:
         state.fit()
@@ -536,7 +552,7 @@ def test_caches_shrink_when_a_row_has_left_for_which_they_were_to_grow(one):
     assert buffers._bound.room <= 64
 
 
-def test_rows_that_come_go_and_move_while_caches_change_their_size_give_what_they_give_alone(one):
+def test_rows_that_come_go_and_move_while_caches_change_their_size_give_what_they_give_alone(one, shrinking):
     draw = np.random.default_rng(5)
     lengths = draw.choice([1, 2, 5, 30, 60, 100], 40).tolist()
     prompts = [draw.integers(0, 250, length).tolist() for length in lengths]
@@ -569,7 +585,9 @@ def divides(monkeypatch):
     return steps
 
 
-def test_long_rows_are_stepped_apart_from_short_ones_and_every_request_gives_what_it_gives_alone(one, divides):
+def test_long_rows_are_stepped_apart_from_short_ones_and_every_request_gives_what_it_gives_alone(
+    one, divides, shrinking
+):
     draw = np.random.default_rng(6)
     lengths = draw.choice([1, 2, 5, 60, 100], 40).tolist()
     prompts = [draw.integers(0, 250, length).tolist() for length in lengths]
@@ -593,7 +611,7 @@ def test_long_rows_are_stepped_apart_from_short_ones_and_every_request_gives_wha
     assert {len(lengths) for lengths in divides} >= {1, 2, 3, 4, 5}
 
 
-def test_a_second_shard_comes_with_a_long_row_and_goes_with_it(one, divides):
+def test_a_second_shard_comes_with_a_long_row_and_goes_with_it(one, divides, shrinking):
     batch = BatchDecoder(one, 4)
     for prompt in PROMPTS[:1] * 3:
         batch.submit(prompt, 40, stop_ids=[])

@@ -43,6 +43,7 @@ from .request_fields import ApiError, Failure
 _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
 _MOST_LINES = 4096  # of the log that wait to be written
+_LOG_SECONDS = 0.01  # in which lines gather: to wake another thread costs the one that wakes it time
 _LEFT = 499  # the status that the log shows for a client that has gone
 # Without the key. The page has nothing of the model; it asks its user for the key.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
@@ -84,10 +85,14 @@ class Log:
     def _run(self) -> None:
         while True:
             line = self._lines.get()
-            if isinstance(line, threading.Event):
-                line.set()
-            else:
-                self._write(line)
+            time.sleep(_LOG_SECONDS)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    if isinstance(line, threading.Event):
+                        line.set()
+                    else:
+                        self._write(line)
+                    line = self._lines.get_nowait()
             with self._lock:
                 dropped, self._dropped = self._dropped, 0
             if dropped:

@@ -9,9 +9,9 @@ beyond the types are checked where they are used.
 from __future__ import annotations
 
 import math
+import random
 import re
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,7 +101,7 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.id = self.id or f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{uuid.uuid4().hex}"
+        self.id = self.id or f"{'chatcmpl' if self.kind == 'chat' else 'cmpl'}-{random.getrandbits(128):032x}"
 
 
 class Api:

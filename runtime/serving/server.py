@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import h11
 import msgspec
@@ -105,6 +105,42 @@ class _Connections:
         return idle is not None
 
 
+class _Joined:
+    """A transport that sends together what is written in one turn of the event loop, as the head and body of an answer.
+
+    Each send lets other threads run, and waits until one of them lets this one go on.
+    """
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport, self._loop = transport, loop
+        self._parts: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - of the transport
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        """Send some bytes at the end of this turn."""
+        if not self._parts:
+            self._loop.call_soon(self.flush)
+        self._parts.append(data)
+
+    def flush(self) -> None:
+        """Send what was written."""
+        if self._parts:
+            parts, self._parts = self._parts, []
+            self._transport.write(b"".join(parts))
+
+    def write_eof(self) -> None:
+        """Close this side of the connection when all that was written is sent."""
+        self.flush()
+        self._transport.write_eof()
+
+    def close(self) -> None:
+        """Close the connection when all that was written is sent."""
+        self.flush()
+        self._transport.close()
+
+
 class _Protocol(H11Protocol):
     """uvicorn's protocol with bounds on time and on the number of connections, and an answer for half-closed ones.
 
@@ -121,6 +157,7 @@ class _Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.transport = transport = cast(asyncio.Transport, _Joined(transport, self.loop))
         transport.set_write_buffer_limits(0)  # whatever the system does not take at once starts the timer
         if self._all.make_room():
             self._all.open[self] = None
