@@ -39,6 +39,9 @@ from .shard import BatchEvent, Book, Prompt, Request, Shard, divided, slots_of_a
 from .state import Content, DecodeState
 
 _POLL_SECONDS = 1e-3
+# Of a prompt that is iterated, computed between two steps of the other rows. They take about as long as six steps of
+# eight rows. Longer blocks are computed in pieces of equal length.
+_PIECE_TOKENS = 80
 _COPIES_PER_SLOT = 4  # of rows whose turn has ended
 _MOST_CHOICES = 1024  # of one request
 _Found = TypeVar("_Found")
@@ -79,8 +82,8 @@ class BatchDecoder:
 
     Call `submit` at any time, also between steps, and `run` until all is done, or `step` in a loop. With several lanes
     use it in a `with` block, or call `close`. Beyond the free slots, `max_waiting` requests may wait, and prompts of
-    `max_waiting_tokens` (None: any number). A prompt that is iterated is read in blocks of half a chunk, as a rule, of
-    which `blocks_per_step` come before each decode step of the other requests.
+    `max_waiting_tokens` (None: any number). A prompt that is iterated is read in blocks of half a chunk, as a rule,
+    longer ones in pieces of at most 80 tokens, of which `blocks_per_step` come before each decode step of the others.
 
     `turn_tokens` makes requests take turns: while others of at least its priority wait, one that has had so many tokens
     since it was admitted goes to the end of the queue, with a copy of its row, and goes on exactly there when its turn
@@ -440,13 +443,13 @@ class BatchDecoder:
     def _start_reading(self, prompt: Prompt) -> tuple[DecodeState, InBlocks[Content]]:
         """Begin to iterate a prompt, in a state that later prompts use again, or in the copy of its beginning."""
         if prompt.start is not None:
-            return self.decoder.reading([prompt.ids], prompt.start, prompt.reading, reuse=True)
+            return self.decoder.reading([prompt.ids], prompt.start, prompt.reading, True, _PIECE_TOKENS)
         if self._reader is None:
             reader = self.decoder.new_state(1)
             reader.add()
             self._reader = reader
         self._reader.rewind(0)
-        return self.decoder.reading([prompt.ids], self._reader, prompt.reading, reuse=False)
+        return self.decoder.reading([prompt.ids], self._reader, prompt.reading, False, _PIECE_TOKENS)
 
     def _expire(self) -> None:
         """End the requests whose deadline has passed."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from lrt_deploy.bundle.manifest import MANIFEST, TOKENIZER, Manifest, hash_file, read_manifest, verify_files
 from lrt_deploy.errors import BackendError, InputError, StateError
-from lrt_deploy.fields import check_flag, check_is, check_path, check_text, check_whole
+from lrt_deploy.fields import LARGEST_COUNT, check_flag, check_is, check_path, check_text, check_whole
 from lrt_deploy.runtime.backends.base import Backend, check_finite
 from lrt_deploy.runtime.backends.cuda import CudaDevice
 from lrt_deploy.runtime.opening import choose
@@ -98,9 +98,19 @@ class Decoder:
         return state.commit(finish(reading), state)
 
     def reading(
-        self, prompts: Sequence[Sequence[int]], state: DecodeState | None, request: PrefillRequest, reuse: bool
+        self,
+        prompts: Sequence[Sequence[int]],
+        state: DecodeState | None,
+        request: PrefillRequest,
+        reuse: bool,
+        piece_tokens: int = LARGEST_COUNT,
     ) -> tuple[DecodeState, InBlocks[Content]]:
-        """Return the state of `prefill`, and the reading in blocks, whose result is to be committed to the state."""
+        """Return the state of `prefill`, and the reading in blocks, whose result is to be committed to the state.
+
+        Blocks are computed in pieces of at most `piece_tokens`.
+        """
+        kept = self.prefill_options
+        options = dataclasses.replace(kept, sweeps=dataclasses.replace(kept.sweeps, piece_tokens=piece_tokens))
         rows = check_prompts(prompts, self.config.vocab_size)
         if state is None:
             self._check_rows(len(rows), "prompts were given")
@@ -112,22 +122,26 @@ class Decoder:
         self._check(state, [len(row) for row in rows], again=reuse)
         if not reuse:
             past = state.row_lengths
-            return state, state.read(past, rows, lambda: self._read(state, past, rows, request))
+            return state, state.read(past, rows, lambda: self._read(state, past, rows, (request, options)))
         within = state.read_within
         shared = shared_tokens(state.tokens, rows, within, request)
         rest = [row[count:] for row, count in zip(rows, shared, strict=True)]
         if any(map(len, rest)):
-            run = lambda: self._read(state, shared, rest, request)  # noqa: E731
+            run = lambda: self._read(state, shared, rest, (request, options))  # noqa: E731
             return state, state.read(shared, rest, run, lambda report: reused(report, shared, rows, within))
         found = dataclasses.replace(state.prefill, passes=0.0, note=None)
         return state, state.read(shared, rest, None, lambda _: reused(found, shared, rows, within))
 
     def _read(
-        self, state: DecodeState, past: Sequence[int], rows: Sequence[IntArray], request: PrefillRequest
+        self,
+        state: DecodeState,
+        past: Sequence[int],
+        rows: Sequence[IntArray],
+        how: tuple[PrefillRequest, PrefillOptions],
     ) -> InBlocks[Reading]:
         """Read `rows` after the first `past` (B) tokens of a state, and refuse logits that are not finite."""
         place = Place(state.buffers, past, self.config.memory)
-        reading = yield from read_prompts(place, rows, request, self.prefill_options)
+        reading = yield from read_prompts(place, rows, *how)
         last = [start + len(row) - 1 for start, row in zip(past, rows, strict=True)]
         check_finite(reading.logits, last, state.owner.backend)
         return reading

@@ -17,13 +17,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lrt_deploy.fields import check_number, check_whole
+from lrt_deploy.fields import LARGEST_COUNT, check_number, check_whole
 from lrt_deploy.runtime.backends.base import Block, StateBuffers
 from lrt_deploy.tolerances import FLOAT32_RESIDUAL_NOISE
 from lrt_deploy.types import FloatArray, IntArray
@@ -38,11 +38,13 @@ class SweepOptions:
     largest_chunk_tokens: int = 512  # far from the start, and where nothing is iterated
     max_sweeps: int = 16
     min_block_tokens: int = 8
+    piece_tokens: int = LARGEST_COUNT  # of a block that are computed in one call, at most; see `Sweeps.read_in_pieces`
     noise: float = FLOAT32_RESIDUAL_NOISE  # of the precision: how much sweeps differ at the fixed point, max abs
     noise_rms: float = 0.0  # the same as root mean square, where the precision rounds activations; else 0
 
     def __post_init__(self) -> None:
-        for name in ("stride", "chunk_tokens", "largest_chunk_tokens", "max_sweeps", "min_block_tokens"):
+        whole = ("stride", "chunk_tokens", "largest_chunk_tokens", "max_sweeps", "min_block_tokens", "piece_tokens")
+        for name in whole:
             check_whole(getattr(self, name), name, 1)
         for name in ("noise", "noise_rms"):
             check_number(getattr(self, name), name, 0)
@@ -64,7 +66,7 @@ FIRST_MARGIN, FIRST_MARGIN_CACHE, MARGIN = 4.0, 6.0, 3.0
 
 
 T = TypeVar("T")
-InBlocks = Generator[None, None, T]  # reads something, yields after each block, and returns a result
+InBlocks = Generator[None, None, T]  # reads something, yields after each block or piece of it, and returns a result
 
 
 def finish(reading: InBlocks[T]) -> T:
@@ -131,9 +133,9 @@ def read_row_once(
     """Read a row in one parallel pass with zero memory: exact for a model without memory, else not as trained."""
     computed, start, latents = len(tokens), past, []
     for chunk in np.array_split(tokens, -(-len(tokens) // options.largest_chunk_tokens)):
-        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], JACOBI)
-        sweeps.sweep()
-        yield
+        once = replace(JACOBI, piece_tokens=options.piece_tokens)
+        sweeps = Sweeps(buffers, row, chunk, start, buffers.latent[row], once)
+        yield from sweeps.read_in_pieces()
         latents.append(sweeps.latents[1:])
         start += len(chunk)
     return RowReading(np.concatenate(latents), sweeps.logits, computed, 0.0, None)
@@ -180,9 +182,10 @@ class Sweeps:
         """
         order = np.concatenate(self.members)
         self.buffers.reorder(self.row, self.start, order, move=False)
+        if self.start:
+            yield  # it took time to put the slots of the chunk before in order, and to grow caches for this one
         while not (finished := self._within(tolerance)) and not self._hopeless(tolerance):
-            self.read_block()
-            yield
+            yield from self.read_in_pieces()
         self.buffers.reorder(self.row, self.start, order, move=True)
         return finished
 
@@ -192,18 +195,34 @@ class Sweeps:
             self.read_block()
 
     def read_block(self) -> None:
-        """Compute the next block. Those of the first sweep see only what has been computed before them."""
+        """Compute the next block."""
+        finish(self.read_in_pieces())
+
+    def read_in_pieces(self) -> InBlocks[None]:
+        """Compute the next block in equal pieces of at most `piece_tokens`, and yield after each.
+
+        Tokens of a block see only earlier ones of it, so that pieces give what the whole block gives, up to rounding:
+        the latents of the block before are replaced when all of it is done. Blocks of the first sweep see only what has
+        been computed before them.
+        """
         index = self.blocks % self.stride
         members, first, end = self.members[index], self.slots[index], self.slots[index + 1]
         last = members[-1] == len(self.tokens) - 1
-        live = self.start + len(self.tokens) if self.done else end
-        head = bool(last and self.head)
-        block = Block(self.row, self.tokens[members], self.start + members, first, live, self.start, head)
         slots = (self.row, first, end)
         noisy = self.options.noise_rms > 0
         compares = self.done and not noisy
         before = {k: v.copy() for k, v in self.buffers.read_slots(*slots).items()} if compares else {}
-        latents, logits = self.buffers.read(block, self.latents[members])
+        latents, at = np.empty((len(members), self.latents.shape[1]), np.float32), 0
+        pieces = np.array_split(members, -(-len(members) // self.options.piece_tokens))
+        for piece in pieces:
+            if at:
+                yield
+            until = at + len(piece)
+            live = self.start + len(self.tokens) if self.done else first + until
+            head = bool(last and self.head and until == len(members))
+            block = Block(self.row, self.tokens[piece], self.start + piece, first + at, live, self.start, head)
+            latents[at:until], logits = self.buffers.read(block, self.latents[piece])
+            at = until
         if self.done:
             change = latents - self.latents[members + 1]
             self.latent_changes.append(float(np.abs(change).max()))
@@ -215,6 +234,7 @@ class Sweeps:
         if last:
             self.logits = logits.copy()
         self.blocks, self.computed = self.blocks + 1, self.computed + len(members)
+        yield
 
     def finish_stepwise(self) -> InBlocks[None]:
         """Read the positions that are not exact yet token by token, and yield after each. Slots must be in order."""

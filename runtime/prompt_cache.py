@@ -144,6 +144,7 @@ class PromptCache:
         """Return the folder of entries that were read in the same way: named by all but the tokens that they follow."""
         model = dataclasses.asdict(decoder.fingerprint) | dataclasses.asdict(request)
         options = dataclasses.asdict(decoder.prefill_options)
+        del options["sweeps"]["piece_tokens"]  # no number depends on it
         key = json.dumps([decoder.backend, decoder.max_seq_len, model, options], sort_keys=True)
         return self.folder / _name(key.encode())
 

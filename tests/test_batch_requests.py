@@ -446,6 +446,26 @@ def test_steps_of_the_others_come_between_blocks_of_a_prompt_that_is_iterated(on
         assert tokens == [event.token for event in alone(one, PROMPTS[3], 110, stop_ids=[])][-len(tokens) :]
 
 
+def test_blocks_of_a_prompt_are_computed_in_pieces_and_give_what_whole_ones_give(one, monkeypatch):
+    sizes, read = [], OrtCpuBuffers.read
+    monkeypatch.setattr(
+        OrtCpuBuffers, "read", lambda self, block, *a: sizes.append(len(block.tokens)) or read(self, block, *a)
+    )
+    whole = {policy: alone(one, PROMPTS[0] * 4, 5, policy=policy, stop_ids=[]) for policy in ("fixed-point", "zero")}
+    assert max(sizes) > 50
+    monkeypatch.setattr(batch_module, "_PIECE_TOKENS", 7)
+    for policy, expected in whole.items():
+        sizes.clear()
+        batch = BatchDecoder(one, 2)
+        number = batch.submit(PROMPTS[0] * 4, 5, policy=policy, stop_ids=[])
+        found = collected(batch)[number]
+        assert max(sizes) <= 7
+        assert [event.token for event in found] == [event.token for event in expected]
+        report, same = found[0].prefill, expected[0].prefill
+        assert (report.policy, report.passes) == (same.policy, same.passes)
+        assert report.residual == pytest.approx(same.residual, rel=1e-2) if same.residual else not report.residual
+
+
 def test_a_prompt_beyond_the_capacity_is_refused_with_a_state_too(one):
     state = one.prefill([PROMPTS[0]])
     with pytest.raises(StateError, match="129 tokens and a slot holds 128"):
