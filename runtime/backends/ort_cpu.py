@@ -238,7 +238,8 @@ class OrtCpuBuffers(StateBuffers):
         Begins as many steps before the caches are full as there are caches. When they shrink, the memory of the large
         ones is kept for the next time: fresh pages cost most of growing.
         """
-        longest = max(soon, max(lengths, default=0))
+        held = max(lengths, default=0)
+        longest = max(soon, held)
         resized = self._resized = self._resizing(min(longest + 2 + len(self._caches), self.capacity), len(lengths))
         if resized is None:
             return
@@ -248,7 +249,7 @@ class OrtCpuBuffers(StateBuffers):
             for row, length in enumerate(lengths):
                 new[row, :, :length] = old[row, :, :length]
             resized.caches[name] = new
-        elif resized.room < self._bound.room or longest >= self._bound.room:  # steps cost more with larger caches
+        elif resized.room < self._bound.room or held >= self._bound.room:  # steps cost more with larger caches
             self._change_to(resized, lengths)
 
     def _resizing(self, end: int, rows: int) -> _Resized | None:
@@ -345,6 +346,9 @@ class OrtCpuBuffers(StateBuffers):
     def write_slots(self, row: int, start: int, entries: Mapping[str, NDArray[Any]]) -> None:
         """Put entries into a row's slots from `start` on."""
         end = start + max((array.shape[1] for name, array in entries.items() if name in self._caches), default=0)
+        room, resized = self._bound.room, self._resized
+        if resized and len(resized.caches) == len(self._caches) and room < end <= resized.room:
+            self._change_to(resized, [room] * self.batch)  # they were made for this row
         self._resized = None
         self._make_room(end)
         for name, cache in self._caches.items():
