@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
@@ -115,8 +116,12 @@ class Sampler:
 
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
-        self._start: Mapping[str, Any] | None = None  # of the stream, from the first number on: greedy needs no entropy
         self._drawn: tuple[int, list[float]] = (-1, [])  # numbers drawn together: index of the first / size, numbers
+
+    @cached_property
+    def _start(self) -> Any:  # noqa: ANN401 - as NumPy has it
+        """The state of PCG64 before the first number; not made for greedy, which needs no entropy."""
+        return np.random.PCG64(self.options.seed).state
 
     @property
     def start(self) -> tuple[int, int]:
@@ -149,8 +154,6 @@ class Sampler:
         """Return one number of the stream, from 0 to below 1."""
         part, place = divmod(index, _DRAWN_AT_ONCE)
         if part != self._drawn[0]:
-            if self._start is None:
-                self._start = np.random.PCG64(self.options.seed).state
             bits = np.random.PCG64(0)
             bits.state = self._start
             bits.advance(part * _DRAWN_AT_ONCE)
