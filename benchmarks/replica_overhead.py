@@ -55,16 +55,18 @@ def main() -> None:
         servers = {"single": single, "replica": replica}
         shape = options.clients, options.requests, options.tokens
         try:
-            for _, port in servers.values():
-                through_http(psutil.Process(), port, options.clients, options.clients, options.tokens, True)  # warms up
+            for process, port in servers.values():
+                through_http(
+                    psutil.Process(process.pid), port, options.clients, options.clients, options.tokens, True
+                )  # warms up
             for _ in range(options.rounds):
                 first = {name: first_token_ms(port) for name, (_, port) in servers.items()}
                 found.setdefault("first_token_ms_single", []).append(first["single"])
                 found.setdefault("first_token_ms_added", []).append(first["replica"] - first["single"])
                 for kind, stream in (("full_answers", False), ("streams", True)):
                     rates = {
-                        name: through_http(psutil.Process(), port, *shape, stream).wall
-                        for name, (_, port) in servers.items()
+                        name: through_http(psutil.Process(process.pid), port, *shape, stream).wall
+                        for name, (process, port) in servers.items()
                     }
                     found.setdefault(f"{kind}_ratio", []).append(rates["replica"] / rates["single"])
         finally:
