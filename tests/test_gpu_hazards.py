@@ -415,9 +415,7 @@ class Interleaving:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
-            if thread.is_alive():
-                self.faults.append("a thread hangs")
+            thread.join()  # without a limit, which a busy or a paused machine would reach; pytest has one
         return self.faults + self.driver.violations
 
     def work(self, way):

@@ -324,7 +324,11 @@ def summarize(
             "kernels_per_layer": max(spans) if spans and len(places) == expected.config.n_layer else None,
             "attentions": len(places),
             "attentions_on_caches": _attentions_on_caches(kernels, expected),
-            "weights_in_products": sum(_in_product(kernels, name, expected) for name in quantized),
+            # Read by one kernel, which does not write it dequantized.
+            "weights_in_products": sum(
+                len(readers) == 1 and not _written_matrices(readers[0], expected)
+                for readers in (_readers(kernels, name, expected) for name in quantized)
+            ),
             "kinds": dict(Counter(layer.kind for layer in kernels)),
             "faults": [*_kernel_faults(kernels, expected, capacity), *_weight_faults(kernels, expected)],
         }
@@ -386,12 +390,6 @@ def _weight_faults(kernels: Sequence[FusedLayer], expected: ExpectedNetwork) -> 
         count = len(_readers(kernels, name, expected)) if product.weight else 1
         if count != 1:
             yield f"{count} kernels read {name} in {product.weight}, expected is one"
-
-
-def _in_product(kernels: Sequence[FusedLayer], name: str, expected: ExpectedNetwork) -> bool:
-    """Return whether a quantized matrix is read by one kernel, which does not write it dequantized."""
-    readers = _readers(kernels, name, expected)
-    return len(readers) == 1 and not _written_matrices(readers[0], expected)
 
 
 def _readers(kernels: Sequence[FusedLayer], name: str, expected: ExpectedNetwork) -> list[FusedLayer]:

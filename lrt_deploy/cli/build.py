@@ -74,7 +74,9 @@ def build(
     from lrt_deploy import build_engine
     from lrt_deploy.bundle.engine_sidecar import PLAN, engine_folder, write_sidecar
 
-    arguments = dataclasses.asdict(chosen) | {"on_message": _print_message if builder.verbose else None}
+    arguments = dataclasses.asdict(chosen) | {"on_message": None}
+    if builder.verbose:
+        arguments["on_message"] = lambda severity, text: output.say(f"TensorRT {severity.lower()}: {text}")
     arguments["workspace_bytes"] = None if builder.workspace is None else parse_bytes(builder.workspace)
     if builder.device is not None:
         use_device(builder.device)
@@ -116,10 +118,6 @@ def use_device(number: int) -> None:
     if gpu is None:
         raise EngineError(f"--device is {number}, and there is no such GPU here: {reason}")
     output.say(f"device {number}: {reason}")
-
-
-def _print_message(severity: str, text: str) -> None:
-    output.say(f"TensorRT {severity.lower()}: {text}")
 
 
 def plain_commands(plan: Path, sidecar: EngineSidecar) -> dict[str, str]:

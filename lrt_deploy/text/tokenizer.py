@@ -262,24 +262,19 @@ class Tokenizer:
         message comes first, then user and assistant in turns, a user last. Raises InputError for another order.
         """
         if self.chat is not None:
-            return self._render_template(self.chat, messages)
+            listed = [{"role": role, "content": content} for role, content in check_messages(messages)]
+            if unknown := [message["role"] for message in listed if message["role"] not in ROLES]:
+                raise InputError(f"a message has the role {shown(unknown[0])}, expected one of {', '.join(ROLES)}")
+            pieces = self.chat.pieces(listed)
+            found = [[self.special_tokens[text]] if special else self.encode(text) for text, special in pieces]
+            if not any(found):
+                raise InputError("the chat template makes an empty text of these messages")
+            return [token for piece in found for token in piece]
         tokens = [self.bos_id]
         for role, content in turns(messages):
             start, end = (USER_START, USER_END) if role == "user" else (ASSISTANT_START, ASSISTANT_END)
             tokens += [self._special_id(start), *self.encode(content), self._special_id(end)]
         return [*tokens, self._special_id(ASSISTANT_START)]
-
-    def _render_template(self, chat: ChatRenderer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Return the tokens of a conversation in the form of the checkpoint's template."""
-        listed = [{"role": role, "content": content} for role, content in check_messages(messages)]
-        if unknown := [message["role"] for message in listed if message["role"] not in ROLES]:
-            raise InputError(f"a message has the role {shown(unknown[0])}, expected one of {', '.join(ROLES)}")
-        tokens: list[int] = []
-        for text, special in chat.pieces(listed):
-            tokens += [self.special_tokens[text]] if special else self.encode(text)
-        if not tokens:
-            raise InputError("the chat template makes an empty text of these messages")
-        return tokens
 
     def _special_id(self, name: str) -> int:
         if name not in self.special_tokens:
