@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import shutil
 import subprocess
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +81,6 @@ def memory_bytes() -> int | None:
 
 def gpus() -> list[str]:
     """List name, memory and driver of each NVIDIA GPU, from nvidia-smi."""
-    if shutil.which("nvidia-smi") is None:
-        return []
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
