@@ -26,6 +26,7 @@ install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"{sys.executable} is Python {sys.version.split()[0]}, 3.11 or newer is needed; make PYTHON=python3.11 names another one")'
+	@echo 'installing into .venv: 2 GB, some minutes'
 	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test]"
 	@touch $@
@@ -46,6 +47,7 @@ test-services: install web-assets triton-env
 # The documentation site, into build/site; a warning is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'built: build/site/index.html'
 
 web-assets: $(WEB_ASSETS)/node_modules/.package-lock.json
 

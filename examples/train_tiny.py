@@ -6,7 +6,7 @@ reads the latents of the pass before, shifted right by one position, and the los
 The result is a checkpoint as the paper's authors write it; `demo/checkpoint` came from this script.
 
 It does not resume, use a GPU, or try to be a good language model: 3 million parameters (more with --width), a few
-epochs of 2.4 MB.
+epochs of 2.4 MB. It needs tiktoken, which the extra `test` brings.
 
     python examples/train_tiny.py --out demo/checkpoint --minutes 30 > demo/training.log
     python examples/train_tiny.py --out mine --text FILE --minutes 10
@@ -103,9 +103,12 @@ def documents() -> Iterator[list[str]]:
 
 def documents_of(file: Path) -> list[list[str]]:
     """Return the pieces of a text of your own, each a document: it is cut at blank lines."""
-    found = [[piece] for piece in paragraphs(file.read_text(encoding="utf-8"))]
+    try:
+        found = [[piece] for piece in paragraphs(file.read_text(encoding="utf-8"))]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SystemExit(f"--text {file} is no text that can be read: {error}") from None
     if len(found) < FEWEST_PIECES:
-        raise SystemExit(f"{file} has {len(found)} pieces of 800 characters; expected at least {FEWEST_PIECES}")
+        raise SystemExit(f"{file} has {len(found)} pieces of 800 characters; expected at least {FEWEST_PIECES} (80 kB)")
     return found
 
 
@@ -270,8 +273,8 @@ def model_config(config: LRTConfig) -> dict[str, object]:
 
 
 def write_tokenizer(folder: Path, encoding: tiktoken.Encoding) -> Tensor:
-    """The two files of a tokenizer, in a new folder; how much each token (V) counts in bits per byte."""
-    folder.mkdir(parents=True)
+    """The two files of a tokenizer; how much each token (V) counts in bits per byte."""
+    folder.mkdir(parents=True, exist_ok=True)  # it may be left from a run that was stopped
     (folder / "tokenizer.pkl").write_bytes(pickle.dumps(encoding, protocol=4))
     tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab)]
     special = [encoding.encode_single_token(name) for name in SPECIAL_TOKENS]
@@ -342,6 +345,7 @@ def main() -> None:
     print(f"final, {len(val)} held-out rows: bits per byte by pass {' '.join(f'{value:.4f}' for value in bpb)}")
     write_model(args.out, model, step, bpb)
     report(model, val[:BATCH_ROWS], encoding)
+    print(f"wrote {args.out}; export it: lrt-deploy export {args.out} my-bundle --max-seq-len 1024")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def find_gpu() -> tuple[Gpu | None, str]:
         cuda = importlib.import_module("cuda.bindings.runtime")
         error, count = cuda.cudaGetDeviceCount()
     except ModuleNotFoundError as missing:
-        return None, f"{missing.name} is not installed (pip install cuda-bindings)"
+        return (
+            None,
+            f"{missing.name} is not installed, which finds NVIDIA GPUs; the extras tensorrt and tensorrt-rtx bring it",
+        )
     except Exception as broken:  # the driver's libraries may fail in any way
         return None, f"CUDA cannot be asked: {' '.join(str(broken).split())}"
     if error != cuda.cudaError_t.cudaSuccess or not count:
@@ -129,6 +132,7 @@ def install(extra: Extra) -> str:
     return (
         f"install the extra {extra!r} from where lrt-deploy came from: pip install -e '.[{extra}]' in a clone, or "
         f"pip install 'WHEEL[{extra}]' for a wheel"
+        + ("; without a GPU with --extra-index-url https://download.pytorch.org/whl/cpu" * (extra == "export"))
     )
 
 

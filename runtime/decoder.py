@@ -340,7 +340,10 @@ class Decoder:
         for row, (length, count) in enumerate(zip(lengths, more, strict=True)):
             if length + count > state.capacity:
                 raise StateError(
-                    f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
+                    f"sequence {row} has {count} tokens, more than its capacity of {state.capacity}; shorten it, or "
+                    "export with a larger --max-seq-len"
+                    if not length
+                    else f"sequence {row} holds {length} tokens and {count} more do not fit its capacity of "
                     f"{state.capacity}; export with a larger --max-seq-len, or start a new state"
                 )
 

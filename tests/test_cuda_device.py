@@ -331,7 +331,7 @@ def test_a_gpu_is_found_or_its_absence_explained(monkeypatch):
         monkeypatch.setitem(sys.modules, f"cuda.bindings.{name}", None)
     gpu, words = find_gpu()
     assert gpu is None and "is not installed" in words
-    with pytest.raises(BackendError, match="pip install cuda-bindings"):
+    with pytest.raises(BackendError, match="the extras tensorrt and tensorrt-rtx bring it"):
         CudaDevice()
 
 

@@ -121,7 +121,7 @@ def test_the_last_id_and_the_last_place_are_allowed(decoder):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_prompt_beyond_the_capacity_is_refused(decoder, policy):
-    words = r"sequence 1 holds 0 tokens and 129 more do not fit its capacity of 128"
+    words = "sequence 1 has 129 tokens, more than its capacity of 128; shorten it"
     with pytest.raises(StateError, match=words):
         decoder.prefill([[1], [1] * (CAPACITY + 1)], policy=policy)
 

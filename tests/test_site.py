@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import os
 import re
 import subprocess
@@ -99,6 +100,13 @@ def test_the_site_loads_nothing_from_elsewhere(site, pages):
 
 def test_internal_links_of_the_site_hold(site, pages):
     assert broken_links(pages, lambda path: (site / path).exists()) == []
+
+
+def test_the_programs_of_the_guide_are_on_its_page_whole(site):
+    text = re.sub(r"<[^>]+>", "", (site / "custom-runtime.html").read_text(encoding="utf-8"))
+    shown = "".join(html.unescape(text).split())
+    for program in ("own_runtime.py", "own_runtime.mjs"):
+        assert "".join((ROOT / "docs" / "snippets" / program).read_text(encoding="utf-8").split()) in shown
 
 
 def test_the_checks_of_the_site_can_fail():

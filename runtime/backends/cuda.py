@@ -95,7 +95,9 @@ class CudaDevice:
         try:
             self._cuda: Any = importlib.import_module("cuda.bindings.driver")
         except ModuleNotFoundError as error:
-            raise BackendError(f"{error.name} is not installed; pip install cuda-bindings") from error
+            raise BackendError(
+                f"{error.name} is not installed; the extras tensorrt and tensorrt-rtx bring it"
+            ) from error
         cuda, self._process, self._lock = self._cuda, os.getpid(), threading.Lock()
         self._failure: str | None = None  # the first error after which CUDA fails every call
         self._enqueued = self._capturing = self._keeps_garbage = False

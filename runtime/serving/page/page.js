@@ -55,7 +55,7 @@ function showWelcome(empty) {
       : "The model continues your text. It was not trained on chats.";
   $(`.modes [value="${conversation.kind}"]`).checked = true;
   $("#system-field").hidden = !chat;
-  settings.elements.max_tokens.placeholder = chat ? "all there is room for" : String(COMPLETION_TOKENS);
+  settings.elements.max_tokens.placeholder = chat ? "no limit" : String(COMPLETION_TOKENS);
 }
 
 function showControls() {
