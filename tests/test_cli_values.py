@@ -144,7 +144,9 @@ def test_no_message_of_ours_installs_the_package_from_an_index():
 
 
 def test_a_precision_that_does_not_exist_is_not_to_be_exported():
-    assert not_held(("fp32",), "fp16").endswith("not fp16; export it with --precision fp16")
+    assert not_held(("fp32",), "fp16").endswith(
+        "not fp16; lrt-deploy export CHECKPOINT BUNDLE --add --precision fp16 adds it"
+    )
     assert not_held(("fp32",), "fp23") == "there is no precision 'fp23'; this bundle holds fp32"
 
 
