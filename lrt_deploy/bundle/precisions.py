@@ -65,7 +65,8 @@ _QUANTIZED: dict[Flavour, Dtype] = {"full": "float16", "windowed": "float32"}
 def not_held(held: Sequence[str], requested: str) -> str:
     """Return the message for a bundle that does not hold the requested precision."""
     if requested in PRECISIONS:
-        return f"this bundle holds {', '.join(held)}, not {requested}; lrt-deploy export CHECKPOINT BUNDLE --add --precision {requested} adds it"
+        adding = f"lrt-deploy export CHECKPOINT BUNDLE --add --precision {requested}"
+        return f"this bundle holds {', '.join(held)}, not {requested}; {adding} adds it"
     return f"there is no precision {requested!r}; this bundle holds {', '.join(held)}"
 
 
