@@ -13,7 +13,7 @@ WEB_ASSETS := build/web-assets
 TRITON_ENV := build/triton
 TRITON_PACKAGES := nvidia-pytriton==0.7.0 tritonclient==2.73.0 grpcio==1.85.3 python-rapidjson==1.25 urllib3==2.8.0
 
-.PHONY: install demo test test-services web-assets triton-env docs check ptx kills interrupts fuzz pictures dist wheel-check lock sbom clean
+.PHONY: install demo test test-services web-assets triton-env docs bench bench-render check ptx kills interrupts fuzz pictures dist wheel-check lock sbom clean
 
 FUZZ_INPUTS ?= 100000
 FUZZ_LEAST ?= 5000
@@ -48,6 +48,18 @@ test-services: install web-assets triton-env
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'built: build/site/index.html'
+
+# What docs/measurements.md shows: measure, write docs/measurements/*.json, render. Ten minutes; BENCH=full takes longer.
+# BENCH_ONLY=decode,prefill measures a part; bench-render measures nothing.
+BENCH ?= quick
+BENCH_ONLY ?=
+MEASUREMENTS := PYTHONPATH=benchmarks $(BIN)/python -P -m measurements
+
+bench: install
+	$(MEASUREMENTS) $(if $(filter full,$(BENCH)),--full) $(if $(BENCH_ONLY),--only $(BENCH_ONLY))
+
+bench-render: install
+	$(MEASUREMENTS) --render
 
 web-assets: $(WEB_ASSETS)/node_modules/.package-lock.json
 

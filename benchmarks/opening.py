@@ -1,6 +1,6 @@
 """What opening a bundle for ONNX Runtime on a CPU is made of, in a fresh process: imports, hashes, session, token.
 
-    .venv/bin/python benchmarks/opening.py BUNDLE [--threads 2] [--prompt-tokens 64]
+    .venv/bin/python benchmarks/opening.py BUNDLE [--threads 2] [--prompt-tokens 64] [--precision P]
 
 Prints one JSON document. Memory is this process' own after each part; the packed copies of the matrices are what the
 session adds to it. The files' pages are in the system's cache from the second run on.
@@ -30,10 +30,15 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--precision", help="default: the only or most precise one")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--no-read-ahead", action="store_true")
     args = parser.parse_args()
-    print(json.dumps(cold_start(args) if args.cold else parts_of_opening(args), indent=2))
+    text = json.dumps(cold_start(args) if args.cold else parts_of_opening(args), indent=2)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
 
 
 def cold_start(args: argparse.Namespace) -> dict[str, Any]:
@@ -45,13 +50,13 @@ def cold_start(args: argparse.Namespace) -> dict[str, Any]:
     from lrt_deploy.runtime import opening
 
     found = read_manifest(args.bundle)
-    with (args.bundle / weights_path(found.precisions[0])).open("rb") as weights:
+    with (args.bundle / weights_path(args.precision or found.precisions[0])).open("rb") as weights:
         os.posix_fadvise(weights.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if args.no_read_ahead:
         opening.read_ahead = lambda file: None
     tokens = np.random.default_rng(0).integers(0, found.model.vocab_size, args.prompt_tokens + COLD_STEPS)
     times = [time.perf_counter()]
-    decoder = lrt_deploy.open_decoder(args.bundle, threads=args.threads)
+    decoder = lrt_deploy.open_decoder(args.bundle, precision=args.precision, threads=args.threads)
     times.append(time.perf_counter())
     state = decoder.prefill([tokens[: args.prompt_tokens]])
     times.append(time.perf_counter())
@@ -88,7 +93,8 @@ def parts_of_opening(args: argparse.Namespace) -> dict[str, Any]:
     done("hashing_all_files")
     manifest.verify_files(args.bundle, found)
     done("hashing_what_is_not_remembered")
-    loaded = ort_cpu.OrtCpuBackend(args.bundle, found, found.precisions[0], args.threads)
+    precision = args.precision or found.precisions[0]
+    loaded = ort_cpu.OrtCpuBackend(args.bundle, found, precision, args.threads)
     done("session")
     opened = decoder.Decoder(found, loaded, None)
     prompt = [(7 * i) % found.model.vocab_size for i in range(args.prompt_tokens)]
@@ -99,17 +105,17 @@ def parts_of_opening(args: argparse.Namespace) -> dict[str, Any]:
     opened.close()
     del opened, loaded
     begin = time.perf_counter()
-    lrt_deploy.open_decoder(args.bundle, threads=args.threads)
+    lrt_deploy.open_decoder(args.bundle, precision=precision, threads=args.threads)
     done("open_decoder_again")
-    matrices = decoder_bytes(found)
-    return {"parts": parts, "own_bytes": memory, "matrix_bytes": matrices}
+    matrices = decoder_bytes(found, precision)
+    return {"precision": precision, "parts": parts, "own_bytes": memory, "matrix_bytes": matrices}
 
 
-def decoder_bytes(found: Any) -> int:  # noqa: ANN401 - a manifest, which is imported late
+def decoder_bytes(found: Any, precision: str) -> int:  # noqa: ANN401 - a manifest, which is imported late
     """Bytes of the matrices that the session multiplies by."""
     from lrt_deploy.runtime import bench
 
-    return bench.matrix_bytes(found, found.precisions[0], "windowed")
+    return bench.matrix_bytes(found, precision, "windowed")
 
 
 def own_bytes() -> int:

@@ -1,15 +1,18 @@
-"""Precisions side by side on a golden, as a table and a picture: KL, equal first choices, divergence, bits per byte.
+"""Precisions side by side on a golden, as a table and as JSON: KL, equal first choices, divergence, bits per byte.
 
 Rollouts of 256 greedy steps from each of the golden's prompts against the PyTorch reference in float32, on ONNX
 Runtime's CPU provider; bits per byte of the golden's rows. Two more rows: INT4 with every matrix quantized, and with
 gates, head and attention output projections kept precise and the others rounded by GPTQ, measured like the others.
+`--bundle` takes a bundle that has the precisions, and leaves these two rows out.
 
-    python benchmarks/precision_rollouts.py GOLDEN_FOLDER [--steps 256] [--work FOLDER] [--picture FILE.png]
+    python benchmarks/precision_rollouts.py GOLDEN_FOLDER [--steps 256] [--work FOLDER] [--out FILE.json]
+    python benchmarks/precision_rollouts.py demo/checkpoint --recording tests/data/demo_golden.npz --bundle BUNDLE
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +23,7 @@ import numpy as np
 import lrt_deploy
 from lrt_deploy.bundle.manifest import weights_path
 from lrt_deploy.evaluation.bits_per_byte import evaluate
-from lrt_deploy.evaluation.rollout import compare_rollouts
-from lrt_deploy.figures import plot_precisions
+from lrt_deploy.evaluation.rollout import Comparison, compare_rollouts
 from lrt_deploy.model.checkpoint import open_checkpoint
 from lrt_deploy.model.reference import ReferenceDecoder
 
@@ -62,6 +64,16 @@ def measure(golden: Golden, bundle: Path, precision: str, steps: int, label: str
         "first_divergence": parts,
         "bits_per_byte": bits,
         "weight_bytes": (bundle / weights_path(precision)).stat().st_size,
+        "positions": by_step(rollouts),
+    }
+
+
+def by_step(rollouts: list[Comparison]) -> dict[str, list[float]]:
+    """The largest error of the logits and the largest KL of all rollouts after each step, in three digits."""
+    steps = list(zip(*(rollout.choices for rollout in rollouts), strict=True))
+    return {
+        name: [float(f"{max(getattr(point, name) for point in points):.3g}") for points in steps]
+        for name in ("logit_error", "kl")
     }
 
 
@@ -79,39 +91,39 @@ def show(rows: list[dict[str, Any]], steps: int) -> None:
 
 
 def main() -> None:
-    """Export, measure, print, draw."""
+    """Export where no bundle is given, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden", type=Path)
     parser.add_argument("--steps", type=int, default=256)
     parser.add_argument("--work", type=Path, help="folder for bundles, kept; default: a temporary one")
-    parser.add_argument("--picture", type=Path)
+    parser.add_argument("--recording", type=Path, help="its prompts and rows; default: golden.npz in the folder")
+    parser.add_argument("--bundle", type=Path, help="an existing bundle of these precisions")
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     args = parser.parse_args()
-    with np.load(args.golden / "golden.npz") as file:
+    with np.load(args.recording or args.golden / "golden.npz") as file:
         golden = Golden(args.golden, dict(file))
-    with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
-        every = work / "every"
-        plain = work / "plain"
-        if not every.exists():
-            lrt_deploy.export_bundle(args.golden, every, precision=PRECISIONS, max_seq_len=CAPACITY)
-            lrt_deploy.export_bundle(args.golden, plain, precision=INT4, max_seq_len=CAPACITY, keep_high=())
-        rows = [measure(golden, every, precision, args.steps, precision) for precision in PRECISIONS]
-        rows.append(measure(golden, plain, INT4, args.steps, f"{INT4}, all quantized"))
-        best = work / "kept"
-        lrt_deploy.export_bundle(
-            args.golden,
-            best,
-            precision=INT4,
-            max_seq_len=CAPACITY,
-            keep_high=KEPT,
-            compensate=True,
-            force=True,
-        )
-        rows.append(measure(golden, best, INT4, args.steps, f"{INT4}, three kept, GPTQ"))
+    if args.bundle:
+        rows = [measure(golden, args.bundle, precision, args.steps, precision) for precision in PRECISIONS]
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            rows = exported(golden, args.work or Path(temporary), args.steps)
     show(rows, args.steps)
-    print(f"\nINT4: {rows[-2]['mean_kl'] / rows[-1]['mean_kl']:.2f} times less KL with these kept")
-    if args.picture:
-        plot_precisions(args.picture, rows, f"Precisions on a trained model, {args.steps} steps from each prompt")
+    if args.out:
+        args.out.write_text(json.dumps({"steps": args.steps, "rows": rows}) + "\n")
+
+
+def exported(golden: Golden, work: Path, steps: int) -> list[dict[str, Any]]:
+    """Export all precisions and the two variants of INT4, and measure them."""
+    every, plain, best = work / "every", work / "plain", work / "kept"
+    if not every.exists():
+        lrt_deploy.export_bundle(golden.folder, every, precision=PRECISIONS, max_seq_len=CAPACITY)
+        lrt_deploy.export_bundle(golden.folder, plain, precision=INT4, max_seq_len=CAPACITY, keep_high=())
+    rows = [measure(golden, every, precision, steps, precision) for precision in PRECISIONS]
+    rows.append(measure(golden, plain, INT4, steps, f"{INT4}, all quantized"))
+    kept: dict[str, Any] = {"keep_high": KEPT, "compensate": True, "force": True}
+    lrt_deploy.export_bundle(golden.folder, best, precision=INT4, max_seq_len=CAPACITY, **kept)
+    rows.append(measure(golden, best, INT4, steps, f"{INT4}, three kept, GPTQ"))
+    return rows
 
 
 if __name__ == "__main__":

@@ -56,7 +56,8 @@ def measure(bundle: Path, args: argparse.Namespace) -> dict[str, Any]:
             # The iteration works chunk by chunk; one chunk shows how it contracts.
             curve = measure_convergence(decoder, tokens[: decoder.prefill_options.sweeps.chunk_tokens], say)
             rows = compare_prefill(decoder, tokens, rounds, args.tolerance, say)
-            results.append({"tokens": length, "rounds": rounds, "contraction": contraction(curve), "rows": rows})
+            result = {"tokens": length, "rounds": rounds, "contraction": contraction(curve), "rows": rows}
+            results.append(result | {"convergence": curve})
             results[-1]["checks"] = checks(rows)
             report(results[-1])
         return {"results": results, "arguments": model_facts(args), "environment": environment(decoder) | command()}

@@ -1,6 +1,6 @@
 """Throughput of `lrt-deploy serve` beside `BatchDecoder.run` and `Decoder.generate`, as ratios within one run.
 
-    python benchmarks/serving_load.py BUNDLE [--clients 8] [--tokens 128] [--requests 64] [--rounds 5]
+    python benchmarks/serving_load.py BUNDLE [--clients 8] [--tokens 128] [--requests 64] [--rounds 5] [--out FILE.json]
 
 Clients are threads of this process with raw sockets, because OpenAI's own client costs more than the server. In every
 round each way serves the same requests, one after another; printed are the medians of the rounds' ratios, of tokens per
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     for name, default in (("clients", 8), ("tokens", 128), ("requests", 64), ("rounds", 5), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     found: dict[str, list[Rate]] = {}
     with (
@@ -166,6 +167,9 @@ def main() -> None:
         print(f"{name}: {statistics.median(ratio.wall for ratio in ratios):.2f}", end=", ")
         print(f"in processor time {statistics.median(ratio.cpu for ratio in ratios):.2f}", end="; rounds: ")
         print(", ".join(f"{ratio.wall:.2f} {ratio.cpu:.2f}" for ratio in ratios))
+    if options.out:
+        rates = {name: [ratio._asdict() for ratio in ratios] for name, ratios in found.items()}
+        options.out.write_text(json.dumps(rates, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Counts are exact and repeatable; times are from this machine and are best read as ratios within one run. The model is
 the demo checkpoint, on ONNX Runtime's CPU provider in float32.
 
-    python benchmarks/state_costs.py --bundle demo/bundle --text README.md > state_costs.json
+    python benchmarks/state_costs.py --bundle demo/bundle --text README.md [--out FILE.json]
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--bundle", required=True)
     parser.add_argument("--text", required=True, help="a text of a few thousand tokens")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="default: standard output")
     options = parser.parse_args()
     with lrt_deploy.open_decoder(options.bundle, threads=options.threads) as decoder:
         assert decoder.tokenizer is not None
@@ -46,7 +47,11 @@ def main() -> None:
             "chat": chat(decoder, ids),
             "batch": {name: batch(decoder, ids, *mix) for name, mix in MIXES.items()},
         }
-    json.dump(report, sys.stdout, indent=2)
+    text = json.dumps(report, indent=2) + "\n"
+    if options.out:
+        options.out.write_text(text)
+    else:
+        sys.stdout.write(text)
 
 
 def best_ms(action: Callable[[], object], rounds: int = 7) -> float:

@@ -158,7 +158,7 @@ def plot_parity(path: Path, report: Mapping[str, Any], title: str) -> None:
 
 
 def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Write a bar for each precision as PNG: mean KL, share of equal first choices, and where present bits per byte.
+    """Write a point for each precision as PNG: mean KL, share of equal first choices, and where present bits per byte.
 
     Each row has `precision`, `mean_kl`, `top1_agreement`, and may have `bits_per_byte`.
     """
@@ -171,7 +171,7 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
     drawn[0].invert_yaxis()
     for axes, (field, label) in zip(drawn, panels, strict=True):
         values = [float(row[field]) for row in rows]
-        axes.barh(names, values, color=_BLUE, height=0.6)
+        axes.plot(values, names, color=_BLUE, marker="o", markersize=7, linestyle="none")
         if field == "mean_kl":
             axes.set_xscale("log")
             axes.set_xlim(left=min(value for value in values if value > 0) / 10)
@@ -180,7 +180,7 @@ def plot_precisions(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -
             axes.set_xlim(min(values) - 0.6 * spread - 1e-3, max(values) + 0.6 * spread + 1e-3)
         for index, value in enumerate(values):
             text = f"{value:.1e}" if field == "mean_kl" else f"{value:.4f}"
-            axes.annotate(text, (value, index), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
+            axes.annotate(text, (value, index), (7, 0), textcoords="offset points", va="center", fontsize=8, color=INK)
         style(axes, label)
     save_figure(figure, path)
 

@@ -174,7 +174,10 @@ def test_the_runtime_declares_what_it_imports_without_an_extra():
 
 
 def test_what_the_tests_import_is_declared():
-    own = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")} | {"hostile"}
+    own = {path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")} | {
+        "hostile",
+        "measurements",
+    }
     all_declared = named([*PROJECT["dependencies"], *(text for texts in EXTRAS.values() for text in texts)])
     elsewhere = {"contenders", "tritonclient"}  # tritonclient is in the environment of `make triton-env`
     assert modules("tests", "examples") - own - elsewhere <= all_declared

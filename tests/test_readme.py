@@ -5,6 +5,7 @@ Commands run in their order in a folder of their own, as a reader would, with th
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -59,16 +60,24 @@ def reader(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_commands_of_the_readme_run(reader):
-    outputs = {line: run(line, reader) for line in commands(ROOT / "README.md") if not line.startswith("make ")}
+    # There are no wheels of TensorRT-RTX for Mac and Arm.
+    left_out = ("make ",) if importlib.util.find_spec("tensorrt_rtx") else ("make ", "lrt-deploy build ")
+    outputs = {line: run(line, reader) for line in commands(ROOT / "README.md") if not line.startswith(left_out)}
     assert len(outputs) >= 7
     verdict = next(text for line, text in outputs.items() if " parity " in line)
     assert verdict.startswith("PASS") and verdict.count("\n") == 1
     document = next(text for line, text in outputs.items() if line.endswith("--json"))
     assert json.loads(document)["prefill"]["policy"]
     shown = SHOWN.findall((ROOT / "README.md").read_text())
-    assert len(shown) == 2
-    for command, text in shown:  # numbers vary with the machine, words do not
-        assert re.sub(r"\d[\d.e+-]*", "0", outputs[command].strip()) == re.sub(r"\d[\d.e+-]*", "0", text.strip())
+    assert len(shown) == 5
+    for command, text in shown:
+        if command in outputs:
+            assert without_numbers(outputs[command]) == without_numbers(text)
+
+
+def without_numbers(text):
+    """What an output has on every machine: numbers vary, and with a GPU an engine is run."""
+    return re.sub(r"\d[\d.e+-]*", "0", re.sub(r"; it (was not run here|passed the smoke test): .*", "", text.strip()))
 
 
 @pytest.mark.slow

@@ -136,6 +136,14 @@ def test_pages_that_are_made_from_elsewhere_are_there(pages):
     assert {"index.html", "measurements.html", "changelog.html", "security.html", "contributing.html"} <= set(pages)
 
 
+def test_measured_pictures_are_shown_by_the_theme_of_the_page(site, pages):
+    shown = pages["measurements.html"].loaded
+    for name in ("convergence", "quality-speed", "roofline"):
+        files = [f"measurements/{name}.svg#only-light", f"measurements/{name}-dark.svg#only-dark"]
+        assert set(files) <= set(shown)
+        assert all((site / file.partition("#")[0]).exists() for file in files)
+
+
 def test_every_picture_of_the_documents_has_a_text():
     documents = [ROOT / "README.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
     bare = [path.name for path in documents if re.search(r"!\[\s*\]\(", path.read_text(encoding="utf-8"))]

@@ -1,8 +1,9 @@
 """MkDocs hook: adds the pages that have another source, and fills in what is generated from the code.
 
-Pages: README.md (as index.md), CHANGELOG.md, SECURITY.md and CONTRIBUTING.md. Markers in pages:
-`<!-- commands -->` becomes the reference of the command line, `<!-- fields of module:Type -->` a table of the fields
-of a dataclass or msgspec Struct, and `<!-- schema of module:Type -->` its JSON Schema.
+Pages: README.md (as index.md), CHANGELOG.md, SECURITY.md and CONTRIBUTING.md. Pictures in docs/measurements get their
+second file, for dark pages. Markers in pages: `<!-- commands -->` becomes the reference of the command line,
+`<!-- fields of module:Type -->` a table of the fields of a dataclass or msgspec Struct, and `<!-- schema of
+module:Type -->` its JSON Schema.
 """
 
 from __future__ import annotations
@@ -47,8 +48,15 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in the markers of a page, and point links that leave docs/ at the pages of the site."""
     text = markdown if page.file.src_uri in PAGES.values() else relink(markdown, f"docs/{page.file.src_uri}")
     text = text.replace("<!-- commands -->", commands())
+    text = for_both_themes(text)
     text = re.sub(r"<!-- fields of ([\w.]+):(\w+) -->", lambda found: field_table(found[1], found[2]), text)
     return re.sub(r"<!-- schema of ([\w.]+):(\w+) -->", lambda found: schema(found[1], found[2]), text)
+
+
+def for_both_themes(text: str) -> str:
+    """Show one of the two files of a measured picture, by the theme of the page."""
+    pictures = re.compile(r"!\[([^\]]*)\]\((measurements/[\w-]+)\.svg\)")
+    return pictures.sub(r"![\1](\2.svg#only-light)![\1](\2-dark.svg#only-dark)", text)
 
 
 def relink(text: str, source: str) -> str:

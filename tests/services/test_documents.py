@@ -37,6 +37,31 @@ def test_the_calls_of_the_documents_are_answered(server, document, count):
             assert json.loads(result.stdout)["choices"]
 
 
+def test_the_readme_shows_what_the_server_says_and_answers(bundle, tmp_path):
+    (block,) = [body for body in blocks("README.md", "console") if "lrt-deploy serve" in body]
+    serve, said, call, answered = block.splitlines()
+    (tmp_path / "my-bundle").symlink_to(bundle)
+    line = shlex.split(serve.removeprefix("$ ").replace("8000", "0"))
+    command = [Path(sys.executable).parent / line[0], *line[1:], "--threads", "1"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stderr is not None
+            heard = process.stderr.readline().strip()
+            (url,) = re.findall(r"http://\S+", heard)
+            assert heard.replace(url, ADDRESS) == said
+            words = shlex.split(call.removeprefix("$ ").replace(ADDRESS, url))
+            result = subprocess.run([*words, "--max-time", "60"], capture_output=True, text=True, check=True)
+        finally:
+            process.terminate()
+            process.communicate(timeout=120)
+    found, shown = json.loads(result.stdout), json.loads(answered)
+    for varies in ("id", "created"):
+        assert found.pop(varies) and shown.pop(varies)
+    assert found == shown
+
+
 def test_the_python_client_of_the_document_runs(server):
     (code,) = blocks("docs/serving.md", "python")
     command = [sys.executable, "-c", code.replace(ADDRESS, server.about["url"])]
