@@ -116,7 +116,7 @@ dist: .venv-release/installed
 	.venv-release/bin/twine check --strict dist/lrt_deploy-*
 
 # Install the wheel of `make dist` into clean environments, one for each extra, and try its verbs there (EXTRAS: some).
-EXTRAS ?= none export serve grammar bench report tensorrt-rtx
+EXTRAS ?= none export serve ray grammar bench report tensorrt-rtx
 wheel-check:
 	$(PYTHON) tests/wheel_smoke.py dist/*.whl $(EXTRAS)
 

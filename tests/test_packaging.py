@@ -228,3 +228,12 @@ def test_versions_of_the_metadata_agree():
     assert f"version: {PROJECT['version']}\n" in (ROOT / "CITATION.cff").read_text()
     assert importlib.metadata.version("lrt-deploy") == PROJECT["version"]
     assert f"\n## {PROJECT['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_every_extra_of_the_product_is_tried_in_a_clean_environment():
+    """All but full TensorRT, whose libraries are on another index."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import wheel_smoke
+
+    tried = re.search(r"^EXTRAS \?= (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+    assert {*tried} == {*wheel_smoke.TRIALS} == {"none", *EXTRAS} - {"test", "docs", "release", "tensorrt"}

@@ -113,9 +113,14 @@ def try_export(env: Environment, bundle: Path) -> None:
     assert page.stat().st_size > 1000 and page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def try_serve(env: Environment, bundle: Path) -> None:
+def try_ray(env: Environment, bundle: Path) -> None:
+    """Serve by a replica."""
+    try_serve(env, bundle, "--replicas", "1")
+
+
+def try_serve(env: Environment, bundle: Path, *options: str) -> None:
     """Start the server, ask it, stop it."""
-    command = [env.folder / "bin/lrt-deploy", "serve", bundle, "--port", "0", "--json"]
+    command = [env.folder / "bin/lrt-deploy", "serve", bundle, "--port", "0", "--json", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as process:
         assert process.stdout is not None
         text = ""
@@ -127,7 +132,7 @@ def try_serve(env: Environment, bundle: Path) -> None:
         with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:  # noqa: S310 - on loopback
             assert answer.status == 200
         process.terminate()
-        assert process.wait(60) in (0, 143)
+        assert process.wait(180) in (0, 143)
 
 
 def try_grammar(env: Environment, bundle: Path) -> None:
@@ -161,6 +166,7 @@ TRIALS: dict[str, Callable[[Environment, Path], None]] = {
     "none": try_none,
     "export": try_export,
     "serve": try_serve,
+    "ray": try_ray,
     "grammar": try_grammar,
     "bench": try_bench,
     "report": try_report,
