@@ -144,7 +144,8 @@ def try_grammar(env: Environment, bundle: Path) -> None:
 
 def try_bench(env: Environment, bundle: Path) -> None:
     """Measure, and plot."""
-    env.lrt("bench", bundle, "--plot", env.folder / "roofline.png")
+    sizes = ("--prompt-tokens", 4, "--new-tokens", 4, "--prefill-lengths", 8, "--repeats", 1)
+    env.lrt("bench", bundle, *sizes, "--plot", env.folder / "roofline.png")
     assert (env.folder / "roofline.png").read_bytes().startswith(b"\x89PNG")
 
 
