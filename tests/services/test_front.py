@@ -170,6 +170,24 @@ def test_a_front_that_drains_refuses_new_requests_and_is_not_ready(local):
     assert reply.status == 503 and reply.error["code"] == "draining"
 
 
+def test_a_host_that_announces_start_and_end_is_answered(bundle):
+    sent = []
+
+    async def send(message):
+        sent.append(message["type"])
+
+    async def live():
+        events = iter(["lifespan.startup", "lifespan.shutdown"])
+
+        async def receive():
+            return {"type": next(events)}
+
+        await Front(InProcess(bundle), AppOptions()).asgi({"type": "lifespan"}, receive, send)
+
+    asyncio.run(live())
+    assert sent == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+
+
 # Replicas alone
 
 

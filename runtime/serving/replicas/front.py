@@ -133,6 +133,9 @@ class Front:
     # Requests
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
         if (own := await self._own(scope)) is not None:
             await own(scope, receive, send)
             return
@@ -252,6 +255,15 @@ class Front:
                 continue
             await stack.enter_async_context(contextlib.aclosing(parts))
             return parts, first
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """Answer ASGI's messages about start and end, which Ray Serve's proxies send: there is nothing to do."""
+    while True:
+        event = (await receive())["type"]
+        await send({"type": f"{event}.complete"})
+        if event == "lifespan.shutdown":
+            return
 
 
 async def _until_left(receive: Receive) -> None:
