@@ -360,7 +360,7 @@ def _attentions_on_caches(kernels: Sequence[FusedLayer], expected: ExpectedNetwo
     plain = [
         kernel.inputs
         for kernel in kernels
-        if _ATTENTION in kernel.name and len(kernel.inputs) == 4 and [t.dtype for t in kernel.inputs].count("Bool") == 1
+        if _ATTENTION in kernel.name and len(kernel.inputs) == 4 and sum(t.dtype == "Bool" for t in kernel.inputs) == 1
     ]
     read = [{tensor.name for tensor in inputs} for inputs in plain]
     caches = [set(contract.present_cache(i)) for i in range(expected.config.n_layer)]
