@@ -50,7 +50,7 @@ def run(line, folder):
 def reader(tmp_path_factory):
     """A folder with what a checkout gives a reader."""
     folder = tmp_path_factory.mktemp("reader")
-    for name in ("README.md", "examples"):
+    for name in ("LICENSE", "README.md", "examples"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "demo").mkdir()
     for name in ("checkpoint", "prompt.txt"):
