@@ -102,7 +102,9 @@ def try_export(env: Environment, bundle: Path) -> None:
     env.lrt("export", CHECKPOINT, made, "--add", "--precision", "int8-weight-only")
     assert env.lrt("export", CHECKPOINT, env.folder / "none", "--dry-run")["bytes"] > 0
     compare = ("parity", made, "--checkpoint", CHECKPOINT, "--tokens", "1,2,3", "--steps", 8)
-    assert env.lrt(*compare)["passed"] and env.lrt(*compare, "--precision", "int8-weight-only")["passed"]
+    assert env.lrt(*compare)["passed"]
+    added = env.lrt("generate", made, "--tokens", "1,2,3", "--max-new-tokens", 4, "--precision", "int8-weight-only")
+    assert added["precision"] == "int8-weight-only"
     names = ("model_000000.pt", "meta_000000.json")
     with serve() as hub:
         hub.repositories["owner/name"] = Repository({name: (CHECKPOINT / name).read_bytes() for name in names})
