@@ -322,11 +322,12 @@ def quick(export_once, monkeypatch):
 
     bundles = {name: export_once(name) for name in (NAME, OTHER)}
 
-    def write_graphs(checkpoint, capacity, precisions, folder, progress):
-        quick.before(checkpoint.folder.name)
-        shutil.copytree(bundles[checkpoint.folder.name] / "graphs", folder / "graphs")
-        quick.after(checkpoint.folder.name)
-        return read_manifest(bundles[checkpoint.folder.name]).precision_details, {}
+    def write_graphs(job, folder, say):
+        name = job.checkpoint.folder.name
+        quick.before(name)
+        shutil.copytree(bundles[name] / "graphs", folder / "graphs")
+        quick.after(name)
+        return read_manifest(bundles[name]).precision_details, {}
 
     class Quick:
         before = after = staticmethod(lambda name: None)
