@@ -71,6 +71,25 @@ def test_a_signal_while_the_command_line_is_imported_ends_quietly(number):
     assert CODES[number] in [rc for rc, _, _ in ends]
 
 
+def test_a_signal_while_an_extension_module_is_loaded_is_raised_after_it():
+    code = """
+import os, signal
+from lrt_deploy.cli import signals
+class ExtensionFileLoader:
+    def exec_module(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return "loaded"
+signals.install()
+print(ExtensionFileLoader().exec_module())
+try:
+    signals.check()
+except KeyboardInterrupt:
+    print("raised")
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.stdout.split(), result.stderr) == (["loaded", "raised"], "")
+
+
 @pytest.mark.parametrize("number", CODES)
 def test_an_export_that_is_stopped_leaves_nothing(number, tmp_path):
     draw = random.Random(int(number))  # noqa: S311 - moments, not secrets

@@ -90,7 +90,17 @@ def _raise(number: int, frame: FrameType | None) -> None:
     if _received is not None and now - _received_at < _CLEANING_S:
         return
     _received, _received_at = number, now
-    check()
+    if not _loads_extension(frame):
+        check()
+
+
+def _loads_extension(frame: FrameType | None) -> bool:
+    """Return whether an extension module is being loaded: those of nanobind (onnx) end the process at an exception."""
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith("ExtensionFileLoader."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _except_hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
