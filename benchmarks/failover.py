@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 
 import own_network
 import psutil
+from server_process import serving
 
 import lrt_deploy
 from lrt_deploy.files import PARTIAL
@@ -343,23 +344,6 @@ def troubled(kind: str, folder: Path) -> Iterator[list[str]]:
             subprocess.run(["umount", "-l", folder], check=True)
 
 
-def start(bundle: Path, log: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
-    """Start a server; return its process and port."""
-    command = [str(Path(sys.executable).parent / "lrt-deploy"), "serve", str(bundle), "--port", "0", "--json"]
-    server = subprocess.Popen(
-        [*command, "--threads", "1", *options], stdout=subprocess.PIPE, stderr=log.open("w"), text=True
-    )
-    assert server.stdout is not None
-    about = ""
-    while not about.endswith("\n}\n"):
-        line = server.stdout.readline()
-        assert line, log.read_text()
-        about += line
-    found = json.loads(about)
-    assert "url" in found, f"{found} {log.read_text()}"
-    return server, int(found["url"].rpartition(":")[2])
-
-
 def main() -> None:
     """Run, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -371,16 +355,13 @@ def main() -> None:
     RANDOM.seed(options.seed)
     with tempfile.TemporaryDirectory(prefix="fo-") as place, troubled(options.folder, Path(place) / "s") as folder:
         log = Path(place) / "log"
-        server, port = start(options.bundle, log, "--replicas", str(options.replicas), *folder)
-        try:
-            replicas = Replicas(server.pid, port, options.replicas, Path(place) / "s")
+        words = ("--threads", "1", "--replicas", str(options.replicas), *folder)
+        with serving(options.bundle, *words, log=log) as server:
+            replicas = Replicas(server.process.pid, server.port, options.replicas, Path(place) / "s")
             replicas.wait()
             shape = options.chats, options.turns, options.kills
-            found = run(port, replicas, Reference(options.bundle), shape)
-        finally:
-            server.terminate()
-            code = server.wait()
-        assert code == 0, log.read_text()
+            found = run(server.port, replicas, Reference(options.bundle), shape)
+        assert server.process.returncode == 0, log.read_text()
     print(json.dumps({"replicas": options.replicas, "folder": options.folder, **found.summary()}, indent=2))
     sys.exit(bool(found.wrong))
 

@@ -8,41 +8,18 @@ machine's. `make pictures` does it for the demo.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 from playwright.sync_api import Browser, sync_playwright
+from server_process import serving
 
 WIDTHS, HEIGHT, SCHEMES = (1280, 400), 800, ("light", "dark")
 PROMPTS = ('def read(self, size=-1):\n    """Read', '\n\n\ndef write(self, data):\n    """Write')
 OPTIONS = {"temperature": 0.6, "seed": 5, "max_tokens": 64}
 SHOWN_TOKEN = 22  # of the first answer, in its strip
 FLAGS = ["--disable-gpu", *(["--no-sandbox"] if os.geteuid() == 0 else [])]  # Chromium's sandbox refuses root
-
-
-@contextlib.contextmanager
-def serving(bundle: Path) -> Iterator[str]:
-    """Start a server of a bundle on a free port; gives its address, and ends it."""
-    command = [sys.executable, "-m", "lrt_deploy", "serve", str(bundle), "--port", "0", "--json"]
-    command += ["--served-model-name", "demo"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        document = ""
-        try:
-            for line in process.stdout:
-                document += line
-                with contextlib.suppress(ValueError):
-                    yield json.loads(document)["url"]
-                    return
-            raise SystemExit(f"no server of {bundle} has started")
-        finally:
-            process.terminate()
 
 
 def take(browser: Browser, url: str, width: int, scheme: str, target: Path) -> None:
@@ -85,11 +62,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.chromium is None:
         parser.error("Chromium was not found; name it by --chromium")
-    with serving(options.bundle) as url, sync_playwright() as playwright:
+    with serving(options.bundle, "--served-model-name", "demo") as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=options.chromium, args=FLAGS)
         for width in WIDTHS:
             for scheme in SCHEMES:
-                take(browser, url, width, scheme, options.folder / f"chat-page-{width}-{scheme}.png")
+                take(browser, server.url, width, scheme, options.folder / f"chat-page-{width}-{scheme}.png")
         browser.close()
 
 

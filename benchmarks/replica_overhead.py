@@ -10,6 +10,7 @@ median of the difference of first tokens in milliseconds, and the medians of the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import socket
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import own_network
 import psutil
-from failover import start
+from server_process import serving
 from serving_load import request_bytes, through_http
 
 _FIRST_TOKENS = 20
@@ -49,30 +50,26 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args()
     found: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory(prefix="ov-") as place:
-        single = start(options.bundle, Path(place) / "single")
-        replica = start(options.bundle, Path(place) / "replica", "--replicas", "1")
-        servers = {"single": single, "replica": replica}
+    with contextlib.ExitStack() as stack:
+        place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ov-")))
+        servers = {
+            name: stack.enter_context(serving(options.bundle, "--threads", "1", *words, log=place / name))
+            for name, words in (("single", ()), ("replica", ("--replicas", "1")))
+        }
+        processes = {name: psutil.Process(server.process.pid) for name, server in servers.items()}
         shape = options.clients, options.requests, options.tokens
-        try:
-            for process, port in servers.values():
-                through_http(
-                    psutil.Process(process.pid), port, options.clients, options.clients, options.tokens, True
-                )  # warms up
-            for _ in range(options.rounds):
-                first = {name: first_token_ms(port) for name, (_, port) in servers.items()}
-                found.setdefault("first_token_ms_single", []).append(first["single"])
-                found.setdefault("first_token_ms_added", []).append(first["replica"] - first["single"])
-                for kind, stream in (("full_answers", False), ("streams", True)):
-                    rates = {
-                        name: through_http(psutil.Process(process.pid), port, *shape, stream).wall
-                        for name, (process, port) in servers.items()
-                    }
-                    found.setdefault(f"{kind}_ratio", []).append(rates["replica"] / rates["single"])
-        finally:
-            for process, _ in servers.values():
-                process.terminate()
-                process.wait()
+        for name, server in servers.items():  # warms up
+            through_http(processes[name], server.port, options.clients, options.clients, options.tokens, True)
+        for _ in range(options.rounds):
+            first = {name: first_token_ms(server.port) for name, server in servers.items()}
+            found.setdefault("first_token_ms_single", []).append(first["single"])
+            found.setdefault("first_token_ms_added", []).append(first["replica"] - first["single"])
+            for kind, stream in (("full_answers", False), ("streams", True)):
+                rates = {
+                    name: through_http(processes[name], server.port, *shape, stream).wall
+                    for name, server in servers.items()
+                }
+                found.setdefault(f"{kind}_ratio", []).append(rates["replica"] / rates["single"])
     medians = {name: round(statistics.median(values), 3) for name, values in found.items()}
     rounds = {name: [round(value, 3) for value in values] for name, values in found.items()}
     print(json.dumps({"medians": medians, "rounds": rounds}, indent=2))

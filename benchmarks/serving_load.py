@@ -11,20 +11,18 @@ the machine does; the first is what users see where the machine is theirs.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import socket
 import statistics
-import subprocess
-import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
+from server_process import serving
 
 import lrt_deploy
 
@@ -117,24 +115,6 @@ def through_generate(decoder: lrt_deploy.Decoder, requests: int, tokens: int) ->
     return Rate.of(count, started, psutil.Process())
 
 
-@contextlib.contextmanager
-def serving(bundle: Path, threads: int, slots: int) -> Iterator[tuple[psutil.Process, int]]:
-    """Run a server, and give its process and port; whatever comes of it, the server is ended."""
-    command = [Path(sys.executable).parent / "lrt-deploy", "serve", bundle, "--port", "0", "--json"]
-    command += ["--threads", str(threads), "--slots", str(slots)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
-        try:
-            assert server.stdout is not None
-            about = ""
-            while (line := server.stdout.readline()) not in ("}\n", ""):
-                about += line
-            if not line or '"url"' not in about:
-                raise RuntimeError(f"the server has ended: {about}{line}")
-            yield psutil.Process(server.pid), int(json.loads(about + line)["url"].rpartition(":")[2])
-        finally:
-            server.terminate()
-
-
 def share(rate: Rate, of: Rate) -> Rate:
     """Return a rate as a share of another one."""
     return Rate(rate.wall / of.wall, rate.cpu / of.cpu)
@@ -149,11 +129,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args()
     found: dict[str, list[Rate]] = {}
+    words = ("--threads", str(options.threads), "--slots", str(options.clients))
     with (
-        serving(options.bundle, options.threads, options.clients) as (process, port),
+        tempfile.TemporaryDirectory() as place,
+        serving(options.bundle, *words, log=Path(place) / "log") as served,
         lrt_deploy.open_decoder(options.bundle, threads=options.threads) as decoder,
     ):
-        shape = (options.requests, options.tokens)
+        process, port, shape = psutil.Process(served.process.pid), served.port, (options.requests, options.tokens)
         through_http(process, port, options.clients, options.clients, options.tokens, True)  # warms up
         for _ in range(options.rounds):
             batch = through_batch(decoder, options.clients, *shape)

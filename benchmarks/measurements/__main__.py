@@ -1,4 +1,4 @@
-"""Measure and render: `make bench` (under ten minutes), `make bench BENCH=full`, or `make bench-render`.
+"""Measure and render: `make bench`, `make bench BENCH=full` (more rounds), or `make bench-render`.
 
 python -m measurements [--full] [--only NAME,NAME] [--render]
 """

@@ -1,8 +1,8 @@
 """What is measured: for each JSON file the commands that are run, and which of their figures are kept.
 
 Commands are the measuring scripts and `lrt-deploy bench`, each in a process of its own. They run in the root of the
-clone on two bundles that are made first, in build/measurements. Full mode has more
-rounds. Figures are kept as they come; tables and pictures are made of them elsewhere.
+clone on two bundles that are made first, in build/measurements. Full mode has more rounds. Figures are kept as they
+come; tables and pictures are made of them elsewhere.
 """
 
 from __future__ import annotations
