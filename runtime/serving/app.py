@@ -44,7 +44,7 @@ _MOST_PENDING = 16384  # events of a stream that its client has not taken
 _RETRY_AFTER_SECONDS = 1
 _MOST_LINES = 4096  # of the log that wait to be written
 _LOG_SECONDS = 0.01  # in which lines gather: to wake another thread costs the one that wakes it time
-_LEFT = 499  # the status that the log shows for a client that has gone
+LEFT = 499  # the status that the log shows for a client that has gone
 # Without the key. The page has nothing of the model; it asks its user for the key.
 _OPEN_PATHS = frozenset({"/health", "/ready", "/v2/health/live", "/v2/health/ready", *page.FILES})
 
@@ -188,12 +188,7 @@ class App:
         inner = Starlette(routes=routes, exception_handlers=handlers)
         inner.router.redirect_slashes = False  # Starlette's redirects name http://, also behind a proxy with TLS
         self.inner: ASGIApp = inner  # without origins, the key and the log; needs an `entry` in its scope
-        app: ASGIApp = Gate(inner, options)
-        if options.cors_origins:
-            app = CORSMiddleware(
-                app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-            )
-        self.asgi = app
+        self.asgi = gated(inner, options)
         self._bodies = Bodies(api.takes_long)
         self._describing = asyncio.Lock()  # the first description of the model scores a text; others wait for it
         self.answering = 0  # requests whose answers are not all handed to their connections
@@ -363,7 +358,7 @@ class Exchange(Response):
                 await self._send_part(delivery, scope, receive, send)
                 if ended:
                     return
-            self.entry["status"] = _LEFT
+            self.entry["status"] = LEFT
         finally:
             watch.cancel()
             if not ended:
@@ -371,8 +366,7 @@ class Exchange(Response):
             self.entry["tokens"] = sum(choice.tokens for choice in self.answer.choices)
 
     async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await until_left(receive)
         self.mailbox.leave()
 
     def _whole(self, delivery: Delivery) -> Response:
@@ -399,6 +393,20 @@ class Exchange(Response):
         if not (chunks or first):
             return
         await send({"type": "http.response.body", "body": b"".join(chunks), "more_body": not delivery.last})
+
+
+async def until_left(receive: Receive) -> None:
+    """Wait until the client of a request has gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def gated(app: ASGIApp, options: AppOptions) -> ASGIApp:
+    """Return an application behind the gate, and in front of it the answers to preflights where origins are allowed."""
+    gate: ASGIApp = Gate(app, options)
+    if not options.cors_origins:
+        return gate
+    return CORSMiddleware(gate, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"])
 
 
 class Gate:
@@ -463,7 +471,7 @@ class Gate:
         if scope["path"] in _OPEN_PATHS and entry.get("status") == 200:
             return
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": _LEFT, **entry}
+        line = {"time": at, "method": scope["method"], "path": scope["path"][:200], "status": LEFT, **entry}
         self.log.put(msgspec.json.encode(line | {"ms": round(seconds * 1e3, 1)}).decode())
 
 
@@ -520,7 +528,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _client_left(request: Request, error: Exception) -> Response:
     """Answer a client that has left before its body was read: nothing is sent, the log has the status."""
-    return Response(status_code=_LEFT)
+    return Response(status_code=LEFT)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

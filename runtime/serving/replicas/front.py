@@ -15,14 +15,21 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Mapp
 from typing import Any, Protocol
 
 import msgspec
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from lrt_deploy.errors import BackendError, LRTDeployError
-from lrt_deploy.runtime.serving.app import AppOptions, Gate, failure_response, json_response, stream_event
+from lrt_deploy.runtime.serving.app import (
+    LEFT,
+    AppOptions,
+    failure_response,
+    gated,
+    json_response,
+    stream_event,
+    until_left,
+)
 from lrt_deploy.runtime.serving.bodies import Bodies
 from lrt_deploy.runtime.serving.engine import Draining
 from lrt_deploy.runtime.serving.metrics import CONTENT_TYPE, counter, gauges
@@ -34,7 +41,6 @@ SESSION_HEADER = b"x-session-id"
 MOST_TRIES = 3  # of a request that no replica has begun to answer; it may be what kills them
 _WAIT_SECONDS = 0.1  # before a further try but the first
 _READY_SECONDS = 2.0
-_LEFT = 499
 _BEGINNING_BYTES = 256  # of a prompt: what belongs to one conversation begins alike
 _ALIVE, _READY = ("/health", "/v2/health/live"), ("/ready", "/v2/health/ready")
 # Of one connection, or what the front has checked.
@@ -96,12 +102,7 @@ class Front:
     def __init__(self, replicas: Replicas, options: AppOptions) -> None:
         self.replicas, self.options = replicas, options
         self.abort: Callable[[Any], None] = lambda client: None
-        app: ASGIApp = Gate(self._answer, options)
-        if options.cors_origins:
-            app = CORSMiddleware(
-                app, allow_origins=options.cors_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
-            )
-        self.asgi = app
+        self.asgi = gated(self._answer, options)
         self.draining = False
         self.retries = self.lost = 0  # requests sent again, and streams that broke
         self._running: set[asyncio.Task[None]] = set()
@@ -142,16 +143,17 @@ class Front:
         if self.draining and scope["method"] == "POST":
             await failure_response(Draining())(scope, receive, send)
             return
-        sending, size = StarletteRequest(scope, receive), _headers(scope).get(b"content-length", b"0")
+        sending, headers = StarletteRequest(scope, receive), dict(scope["headers"])
+        size = headers.get(b"content-length", b"0").decode("latin-1")
         try:
             async with contextlib.AsyncExitStack() as held:
-                body = await held.enter_async_context(self._bodies.held(size.decode("latin-1"), sending.stream()))
-                request, key = _request(scope, bytes(body)), affinity_key(_headers(scope), body)
+                body = await held.enter_async_context(self._bodies.held(size, sending.stream()))
+                request, key = _request(scope, bytes(body)), affinity_key(headers, body)
                 await self._unless_left(self._forward(request, key, scope, send, held.aclose), scope, receive)
         except LRTDeployError as error:
             await failure_response(error)(scope, receive, send)
         except ClientDisconnect:
-            scope["entry"]["status"] = _LEFT
+            scope["entry"]["status"] = LEFT
 
     async def _own(self, scope: Scope) -> Response | None:
         """Return the answer to a request that is about the front itself."""
@@ -198,11 +200,11 @@ class Front:
         """Run a coroutine that answers a request, and cancel it when the client leaves."""
         task = asyncio.create_task(answering)
         self._running.add(task)
-        watch = asyncio.create_task(_until_left(receive))
+        watch = asyncio.create_task(until_left(receive))
         try:
             await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                scope["entry"]["status"] = _LEFT
+                scope["entry"]["status"] = LEFT
                 task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
@@ -264,15 +266,6 @@ async def _live(receive: Receive, send: Send) -> None:
         await send({"type": f"{event}.complete"})
         if event == "lifespan.shutdown":
             return
-
-
-async def _until_left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _headers(scope: Scope) -> dict[bytes, bytes]:
-    return dict(scope["headers"])
 
 
 def _request(scope: Scope, body: bytes) -> Request:
