@@ -44,6 +44,16 @@ def chosen_of(taken: Taken, row: int, state: DecodeState, options: Generation) -
     return Chosen(token, logits.item(token) - normalizer, top, full)
 
 
+def seat_of(state: DecodeState, continuation: Continuation, token: int) -> Seat:
+    """Return how a row begins that continues a state of one sequence, whose last token was not run."""
+    options, buffers, length = continuation.options, state.buffers, state.row_lengths[0] - 1
+    assert isinstance(buffers, DeviceBuffers)
+    choices = options.choices or state.owner.config.vocab_size
+    rules = RowRules(options.sampler, choices, continuation.made, continuation.history)
+    limit = min(state.capacity, length + options.max_new_tokens - continuation.made)
+    return Seat(token, length, limit, buffers.current_latent, rules)
+
+
 class LoopPool:
     """The kernels and tables of a backend, and its loops that are free."""
 
@@ -93,14 +103,11 @@ class Ahead:
 
     def start(self, state: DecodeState, token: int) -> None:
         """Begin with a token that the state holds and has not run."""
-        options, buffers, length = self.continuation.options, state.buffers, state.row_lengths[0] - 1
+        seat, buffers = seat_of(state, self.continuation, token), state.buffers
         assert isinstance(buffers, DeviceBuffers)
-        choices = options.choices or state.owner.config.vocab_size
-        rules = RowRules(options.sampler, choices, self.continuation.made, self.continuation.history)
-        limit = min(state.capacity, length + self._left)
         self._sound = False
-        self._loop.attach(buffers.memory, logits=options.logprobs > 0)
-        self._loop.seat(0, Seat(token, length, limit, buffers.current_latent, rules))
+        self._loop.attach(buffers.memory, logits=self.continuation.options.logprobs > 0)
+        self._loop.seat(0, seat)
         self._sound = True
 
     def next(self, state: DecodeState) -> Chosen | None:

@@ -13,9 +13,8 @@ from lrt_deploy.runtime.generation import Continuation
 from lrt_deploy.runtime.state import DecodeState
 from lrt_deploy.types import FloatArray
 
-from .ahead import Chosen, chosen_of, pool_of
-from .loop import AHEAD, DeviceLoop, Seat
-from .selection import RowRules
+from .ahead import Chosen, chosen_of, pool_of, seat_of
+from .loop import AHEAD, DeviceLoop
 
 
 class Member:
@@ -53,17 +52,15 @@ class LoopRows:
 
     def join(self, state: DecodeState, continuation: Continuation) -> Member:
         """Take in a state of one sequence that holds a token it has not run; InputError where no place is free."""
-        token, options, source = state.unfed_token(), continuation.options, state.buffers
-        if token is None or None not in self.members or options.grammar is not None:
+        token, source = state.unfed_token(), state.buffers
+        if token is None or None not in self.members or continuation.options.grammar is not None:
             raise InputError("a sequence joins with a token that was not run, without a grammar, where a place is free")
         assert isinstance(source, DeviceBuffers)
         member = Member(self, self.members.index(None), state, continuation)
-        length, choices = state.row_lengths[0] - 1, options.choices or state.owner.config.vocab_size
-        limit = min(state.capacity, length + options.max_new_tokens - continuation.made)
-        rules = RowRules(options.sampler, choices, continuation.made, continuation.history)
-        self.buffers.copy_row(member.row, source, 0, length)
+        seat = seat_of(state, continuation, token)
+        self.buffers.copy_row(member.row, source, 0, seat.length)
         state.ahead = self.members[member.row] = member
-        self.loop.seat(member.row, Seat(token, length, limit, source.current_latent, rules))
+        self.loop.seat(member.row, seat)
         member.since = self.loop.started
         return member
 
