@@ -24,7 +24,7 @@ _PROJECT, _PACKAGE = "lrt-deploy", "lrt_deploy"
 _FILE_BYTES = 64 * 2**20
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the first time that a zip file can hold
 _MODE = 0o100644 << 16
-# Of the metadata folder: what says how it was installed, and what is written anew.
+# Of the metadata folder: what says how it was installed, and what is written again.
 _NOT_RELEASED = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD", "WHEEL")
 _WHEEL = "Wheel-Version: 1.0\nGenerator: lrt-deploy\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 

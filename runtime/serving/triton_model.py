@@ -74,7 +74,8 @@ class Inputs:
         values = {name: _flag(tensor(name), name) for name in (*_FLAGS, *(f"return_{name}" for name in _RETURNS))}
         if _flag(tensor("return_logprobs"), "return_logprobs"):
             raise ApiError("return_logprobs is true, which this model does not support; leave it out")
-        text, sampling = _text(tensor("text_input"), "text_input"), _text(tensor("sampling_parameters"), "", "{}")
+        text = _text(tensor("text_input"), "text_input")
+        sampling = _text(tensor("sampling_parameters"), "sampling_parameters", "{}")
         stream, exclude = bool(values["stream"]), values["exclude_input_in_output"]
         if stream and exclude is False:
             raise ApiError("exclude_input_in_output is false, which streams cannot have; leave it out, or set it")
@@ -108,7 +109,7 @@ def _text(value: Any, name: str, default: str | None = None) -> str:  # noqa: AN
     if value is None and default is not None:
         return default
     if value is None or value.size != 1:
-        raise ApiError(f"{name or 'sampling_parameters'} has {0 if value is None else value.size} texts, expected one")
+        raise ApiError(f"{name} has {0 if value is None else value.size} texts, expected one")
     data = value.reshape(-1)[0]
     try:
         return data if isinstance(data, str) else bytes(data).decode()
@@ -124,19 +125,17 @@ class Running:
     inputs: Inputs
     call: Call
     ticket: Any = None
-    texts: list[str] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    reasons: list[str] = field(default_factory=list)
+    texts: list[str] = field(init=False)  # of each continuation, as the next three
+    tokens: list[list[int]] = field(init=False)
+    logprobs: list[float] = field(init=False)
+    reasons: list[str] = field(init=False)
     ended: bool = False
     error: LRTDeployError | None = None
 
     def __post_init__(self) -> None:
         count = self.call.request.size
-        self.texts, self.logprobs, self.reasons = [""] * count, [0.0] * count, ["None"] * count
-        self.tokens = [[] for _ in range(count)]
-        if self.inputs.prepend:
-            self.texts = [self.inputs.text] * count
+        self.texts = [self.inputs.text if self.inputs.prepend else ""] * count
+        self.tokens, self.logprobs, self.reasons = [[] for _ in range(count)], [0.0] * count, ["None"] * count
 
     def add(self, delivery: Delivery) -> None:
         """Take in events."""
