@@ -339,3 +339,16 @@ def decoder_of(export_once):
     yield get
     for decoder in opened.values():
         decoder.close()
+
+
+@pytest.fixture(scope="module")
+def package_of(tmp_path_factory):
+    """(bundle, target) -> the folder of a package of it."""
+    from lrt_deploy.exporters.packages.package import package_bundle
+
+    def make(bundle, target):
+        folder = tmp_path_factory.mktemp(target) / "package"
+        package_bundle(bundle, folder, target)
+        return folder
+
+    return make

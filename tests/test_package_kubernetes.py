@@ -14,7 +14,6 @@ import yaml
 
 from lrt_deploy.bundle.manifest import MANIFEST, hash_file, read_manifest
 from lrt_deploy.exporters.packages import kserve
-from lrt_deploy.exporters.packages.package import package_bundle
 
 VERSION = "1.37.0"
 # Fields of a predictor that are KServe's own; the others are those of a pod.
@@ -27,10 +26,8 @@ def bundle(export_once):
 
 
 @pytest.fixture(scope="module")
-def package(bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kserve") / "package"
-    package_bundle(bundle, folder, "kserve")
-    return folder
+def package(bundle, package_of):
+    return package_of(bundle, "kserve")
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,13 @@ import yaml
 import lrt_deploy
 from lrt_deploy.errors import InputError
 from lrt_deploy.exporters.packages import ray as ray_package
-from lrt_deploy.exporters.packages.package import package_bundle, verify_package
+from lrt_deploy.exporters.packages.package import read_package, verify_package
 
 
 @pytest.fixture(scope="module")
-def package(export_once, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ray") / "package"
-    made = package_bundle(export_once("padded_vocab"), folder, "ray")
-    assert made.run == ray_package.COMMAND
+def package(export_once, package_of):
+    folder = package_of(export_once("padded_vocab"), "ray")
+    assert read_package(folder).run == ray_package.COMMAND
     return folder
 
 

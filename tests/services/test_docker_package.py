@@ -22,8 +22,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lrt_deploy.exporters.packages.package import package_bundle
-
 START_SECONDS = 120
 
 
@@ -53,10 +51,8 @@ class Dockerfile:
 
 
 @pytest.fixture(scope="module")
-def package(bundle, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("docker") / "package"
-    package_bundle(bundle, folder, "docker")
-    return folder
+def package(bundle, package_of):
+    return package_of(bundle, "docker")
 
 
 @pytest.fixture(scope="module")

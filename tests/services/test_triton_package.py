@@ -24,8 +24,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lrt_deploy.exporters.packages.package import package_bundle
-
 HERE = Path(__file__).parents[2]
 SECONDS = 120
 PROMPT = "def emit(self, record):\n"
@@ -40,10 +38,9 @@ def environment():
 
 
 @pytest.fixture(scope="module")
-def package(bundle, environment, tmp_path_factory):
+def package(bundle, environment, package_of):
     """The package; what its README installs is in the environment."""
-    folder = tmp_path_factory.mktemp("triton") / "package"
-    package_bundle(bundle, folder, "triton")
+    folder = package_of(bundle, "triton")
     line = re.search(r"^`pip (install [^`]*)`", (folder / "README.md").read_text(), re.MULTILINE)[1]
     command = [environment / "bin" / "python", "-m", "pip", *shlex.split(line), "--quiet"]
     for more in ((), ("--force-reinstall", *folder.glob("*.whl"))):
